@@ -1,0 +1,31 @@
+# Two commands matter: `make demo` and `make test`. Both set themselves up. LMC_VENV moves the environments to another folder.
+LMC_VENV ?= .venvs
+VLLM := $(LMC_VENV)/vllm/bin
+export LMC_VENV
+export LMC_DATA_DIR ?= $(abspath ../shared/data)
+
+.PHONY: demo test check fmt unit setup clean
+
+demo: setup            ## run a real engine with and without the cache, and write reports/quickstart
+	$(VLLM)/lmc bench workloads/quickstart.yaml
+
+test: setup check      ## every test
+	$(VLLM)/python -m pytest
+
+check: setup           ## format, lint, types
+	$(VLLM)/ruff format --check .
+	$(VLLM)/ruff check .
+	$(VLLM)/mypy
+
+unit: setup            ## the tests that start no engine
+	$(VLLM)/python -m pytest -m "not engine"
+
+fmt: setup
+	$(VLLM)/ruff check --fix .
+	$(VLLM)/ruff format .
+
+setup:
+	@scripts/setup vllm
+
+clean:
+	rm -rf $(LMC_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

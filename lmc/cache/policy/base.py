@@ -1,0 +1,41 @@
+"""What an eviction policy is.
+
+A policy file holds plain typed functions over a NamedTuple of NumPy arrays. It knows integers only: a *node* in [0, num_nodes) stands for a
+chunk, resident or remembered (ghost). The host (the directory, or the simulator's compiled kernel) owns keys, slots, pins, capacity and
+time; it calls
+
+    make_state(num_nodes, capacity)   once; arrays only, no Python objects, so that Numba can compile the rest
+    on_hit(state, node, now)          a resident node was touched
+    on_insert(state, node, now)       a node became resident (it may be a ghost of the policy)
+    victim(state, blocked) -> node    the node to evict next, or -1 if every resident node is blocked; the only place that chooses.
+                                      blocked[node] != 0 marks nodes that are pinned or have resident children; never return one
+    on_evict(state, node)             the host evicted the node that victim() returned, or dropped any other resident node
+    release(state) -> node            a ghost that the host may forget, or -1; called until -1 after each insert
+
+`now` is a logical counter that grows with every access. A request touches its chunks from the last to the first, so for recency policies a
+parent is always younger than its child. Policies never import Numba, torch, config or logging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Blocked = npt.NDArray[np.int32]  # (num_nodes,) pins plus resident children
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    name: str
+    summary: str
+    make_state: Callable[[int, int], Any]  # Any: each policy has its own NamedTuple of arrays
+    on_hit: Callable[[Any, int, int], None]
+    on_insert: Callable[[Any, int, int], None]
+    victim: Callable[[Any, Blocked], int]
+    on_evict: Callable[[Any, int], None]
+    release: Callable[[Any], int]
+    ghosts: float = 0.0  # remembered nodes per resident one; num_nodes must allow for them

@@ -1,0 +1,49 @@
+"""The lmc command: one file per sub-command, no logic. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import lmc
+from lmc.cli import sim
+from lmc.errors import LmcError
+
+app = typer.Typer(
+    name="lmc",
+    help="A KV cache for LLM serving engines, with the instruments that make it trustworthy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+sim.add_to(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lmc {lmc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; an LmcError becomes one line and its exit code."""
+    try:
+        app()
+    except LmcError as error:
+        typer.echo(f"lmc: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("lmc: interrupted", err=True)
+        sys.exit(130)
