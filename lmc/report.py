@@ -1,0 +1,258 @@
+"""Tables and pictures from results: terminal, CSV, JSON, Markdown and one self-contained HTML page. sim and bench share it.
+
+It knows nothing of caches: callers bring titles, units and numbers. CSV and JSON keep every digit; the terminal, Markdown and
+HTML round as the column says. Matplotlib is imported when the first picture is drawn.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Cell = str | int | float | None
+COLORS = ("#8c8c8c", "#d98324", "#1f6fb2", "#3a8f5b", "#9b4f96", "#b5443c", "#5f6b2f", "#2b2b2b")
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `decimals` rounds floats for readers; a number column is aligned right."""
+
+    name: str
+    unit: str = ""
+    decimals: int = 2
+
+    @property
+    def heading(self) -> str:
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.title!r}: a row has {len(row)} cells, not {len(self.columns)}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    png: bytes
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: str = ""
+    items: Sequence[Table | Figure] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """`summary` is the first thing read; `metadata` says when, where and with what the numbers were made."""
+
+    title: str
+    summary: str
+    sections: Sequence[Section]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def format_cell(cell: Cell, column: Column) -> str:
+    if cell is None:
+        return MISSING
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if isinstance(cell, float):
+        return f"{cell:,.{column.decimals}f}"
+    return cell
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    from rich.console import Console as RichConsole
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
+    for index, column in enumerate(table.columns):
+        shown.add_column(Text(column.heading), justify="right" if _is_numeric(table, index) else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(format_cell(cell, column)) for cell, column in zip(row, table.columns, strict=True)))
+    (console or RichConsole()).print(shown)
+
+
+def table_csv(table: Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([column.heading for column in table.columns])
+    writer.writerows([["" if cell is None else cell for cell in row] for row in table.rows])
+    return out.getvalue()
+
+
+def table_markdown(table: Table) -> str:
+    marks = ["---:" if _is_numeric(table, index) else "---" for index in range(len(table.columns))]
+    lines = [[column.heading for column in table.columns], marks]
+    lines += [
+        [format_cell(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows
+    ]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"**{table.title}**\n\n{body}\n" + (f"\n{table.note}\n" if table.note else "")
+
+
+def table_records(table: Table) -> list[dict[str, Cell]]:
+    """One mapping per row, for JSON; names carry the unit."""
+    names = [column.heading for column in table.columns]
+    return [dict(zip(names, row, strict=True)) for row in table.rows]
+
+
+def report_markdown(report: Report) -> str:
+    """Text and tables; pictures are named, and live in the HTML page."""
+    parts = [f"# {report.title}", report.summary]
+    for section in report.sections:
+        parts += [f"## {section.title}", section.text]
+        parts += [
+            table_markdown(item) if isinstance(item, Table) else f"*{item.title}: {item.caption}* (see report.html)"
+            for item in section.items
+        ]
+    parts += [f"- {name}: {value}" for name, value in report.metadata.items()]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def report_html(report: Report) -> str:
+    body = [f"<h1>{html.escape(report.title)}</h1>", *_paragraphs(report.summary, "lead")]
+    for section in report.sections:
+        body += [f"<section><h2>{html.escape(section.title)}</h2>", *_paragraphs(section.text)]
+        body += [_table_html(item) if isinstance(item, Table) else _figure_html(item) for item in section.items]
+        body.append("</section>")
+    if report.metadata:
+        body.append("<section><h2>How it was made</h2><dl>")
+        body += [
+            f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in report.metadata.items()
+        ]
+        body.append("</dl></section>")
+    return _PAGE.format(title=html.escape(report.title), style=_STYLE, body="\n".join(body))
+
+
+def to_json(value: Any) -> bytes:
+    """Indented JSON of dataclasses, mappings and numbers. `Any`: whatever orjson can write."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+    return orjson.dumps(value, option=options)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: temporary file, then rename. Creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def new_axes(columns: int = 1, width: float = 7.0, height: float = 3.6) -> tuple[Any, list[Any]]:
+    """An empty matplotlib picture and its axes, in the house style. `Any`: matplotlib ships no types we can name here."""
+    from matplotlib.figure import Figure as Canvas
+
+    picture = Canvas(figsize=(width * columns, height), layout="constrained")
+    axes = [picture.add_subplot(1, columns, index + 1) for index in range(columns)]
+    for axis in axes:
+        axis.grid(True, color="#e4e4e4", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_prop_cycle(color=COLORS)
+    return picture, axes
+
+
+def to_figure(picture: Any, title: str, caption: str = "") -> Figure:
+    """The PNG of a picture made with new_axes. `Any` as there."""
+    out = io.BytesIO()
+    picture.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    return Figure(title, out.getvalue(), caption)
+
+
+def _is_numeric(table: Table, index: int) -> bool:
+    cells = [row[index] for row in table.rows if row[index] is not None]
+    return bool(cells) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
+
+
+def _paragraphs(text: str, css_class: str = "") -> list[str]:
+    mark = f' class="{css_class}"' if css_class else ""
+    return [f"<p{mark}>{html.escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip()]
+
+
+def _table_html(table: Table) -> str:
+    classes = [' class="n"' if _is_numeric(table, index) else "" for index in range(len(table.columns))]
+    head = "".join(
+        f"<th{mark}>{html.escape(column.name)}{f'<small>{html.escape(column.unit)}</small>' if column.unit else ''}</th>"
+        for column, mark in zip(table.columns, classes, strict=True)
+    )
+    rows = [
+        "<tr>"
+        + "".join(
+            f"<td{mark}>{html.escape(format_cell(cell, column))}</td>"
+            for cell, column, mark in zip(row, table.columns, classes, strict=True)
+        )
+        + "</tr>"
+        for row in table.rows
+    ]
+    note = f"<p class='note'>{html.escape(table.note)}</p>" if table.note else ""
+    return (
+        f"<div class='table'><table><caption>{html.escape(table.title)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
+    )
+
+
+def _figure_html(figure: Figure) -> str:
+    data = base64.b64encode(figure.png).decode()
+    title = html.escape(figure.title)
+    caption = f"<strong>{title}.</strong> {html.escape(figure.caption)}"
+    return f'<figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1d1d1f; background: #fff;
+       max-width: 62rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .75rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid #ddd; }
+p { max-width: 46rem; margin: .5rem 0; } p.lead { font-size: 1.08rem; } p.note { font-size: .86rem; color: #555; }
+.table { overflow-x: auto; margin: 1.1rem 0 .3rem; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: bottom; border-bottom: 1px solid #e6e6e6; }
+th { font-weight: 600; border-bottom-color: #999; } th small { display: block; font-weight: 400; color: #666; }
+.n { text-align: right; }
+figure { margin: 1.4rem 0; } img { max-width: 100%; height: auto; } figcaption { font-size: .88rem; color: #444; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; font-size: .88rem; }
+dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body>
+{body}
+</body></html>
+"""
