@@ -1,0 +1,191 @@
+"""From a reader's requests to a Trace: dense ids, parents, and the checks that every trace must pass."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lmc.errors import TraceError
+from lmc.sim.compiled import compiled
+from lmc.sim.trace import Int32, Int64, Trace
+
+
+@dataclass
+class TraceBuilder:
+    """Collects requests one by one; finish() checks them all and returns the trace.
+
+    sort orders requests by time (stable) instead of refusing them; rechain builds a trie, so that a hash that follows two different
+    blocks becomes two blocks, instead of refusing it.
+    """
+
+    source: str
+    format: str
+    block_tokens: int
+    sort: bool = False
+    rechain: bool = False
+    notes: list[str] = field(default_factory=list)
+    _hashes: array[int] = field(default_factory=lambda: array("q"))
+    _starts: array[int] = field(default_factory=lambda: array("q", [0]))
+    _lines: array[int] = field(default_factory=lambda: array("q"))
+    _timestamps_s: array[float] = field(default_factory=lambda: array("d"))
+    _input_tokens: array[int] = field(default_factory=lambda: array("q"))
+    _output_tokens: array[int] = field(default_factory=lambda: array("q"))
+    _tenants: array[int] = field(default_factory=lambda: array("i"))
+    _sessions: array[int] = field(default_factory=lambda: array("i"))
+    _names: dict[str, int] = field(default_factory=dict)
+    _tenant_codes: dict[str, int] = field(default_factory=dict)
+    _session_codes: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self,
+        line: int,
+        hashes: Sequence[int] | Int64,
+        timestamp_s: float,
+        input_tokens: int,
+        output_tokens: int,
+        tenant: str = "",
+        session: str | None = None,
+    ) -> None:
+        """One request; line is where it stands in the file. hashes are 64-bit integers, equal exactly when the prefix is equal."""
+        if isinstance(hashes, np.ndarray):
+            self._hashes.frombytes(np.ascontiguousarray(hashes, dtype=np.int64).tobytes())
+        else:
+            self._hashes.extend(hashes)
+        self._starts.append(len(self._hashes))
+        self._lines.append(line)
+        self._timestamps_s.append(timestamp_s)
+        self._input_tokens.append(input_tokens)
+        self._output_tokens.append(output_tokens)
+        self._tenants.append(self._tenant_codes.setdefault(tenant, len(self._tenant_codes)))
+        code = -1 if session is None else self._session_codes.setdefault(session, len(self._session_codes))
+        self._sessions.append(code)
+
+    def name_to_int(self, names: Iterable[str]) -> list[int]:
+        """Integers for hashes that are text."""
+        known = self._names
+        return [known.setdefault(name, len(known)) for name in names]
+
+    def finish(self) -> Trace:
+        """Raises TraceError for an empty trace, decreasing timestamps and a hash with two parents."""
+        starts = np.frombuffer(self._starts, dtype=np.int64)
+        if len(self._hashes) == 0:
+            raise TraceError(f"{self.source}: no request with a block; check that this is the file you meant")
+        raw = np.frombuffer(self._hashes, dtype=np.int64)
+        lines = np.frombuffer(self._lines, dtype=np.int64)
+        timestamps_s = np.frombuffer(self._timestamps_s, dtype=np.float64)
+        order = np.arange(lines.size)
+        backwards = np.flatnonzero(np.diff(timestamps_s) < 0)
+        if backwards.size:
+            first = int(backwards[0])
+            if not self.sort:
+                raise TraceError(
+                    f"{self.source}, line {lines[first + 1]}: the timestamp goes back from {timestamps_s[first]:g} s to "
+                    f"{timestamps_s[first + 1]:g} s; sort the file, or pass --sort"
+                )
+            order = np.argsort(timestamps_s, kind="stable")
+            raw, starts = _reorder(raw, starts, order)
+            self.notes.append("requests were sorted by time")
+        lines = lines[order]
+        input_tokens = np.frombuffer(self._input_tokens, dtype=np.int64)[order]
+        ids, parents = self._number(raw, starts, lines)
+        self._check_lengths(starts, input_tokens, lines)
+        return Trace(
+            source=self.source,
+            format=self.format,
+            block_tokens=self.block_tokens,
+            ids=ids,
+            starts=starts.copy(),
+            timestamps_s=timestamps_s[order],
+            input_tokens=input_tokens,
+            output_tokens=np.frombuffer(self._output_tokens, dtype=np.int64)[order],
+            parents=parents,
+            tenants=np.frombuffer(self._tenants, dtype=np.int32)[order],
+            tenant_names=tuple(self._tenant_codes),
+            sessions=np.frombuffer(self._sessions, dtype=np.int32)[order],
+            notes=tuple(self.notes),
+        )
+
+    def _number(self, raw: Int64, starts: Int64, lines: Int64) -> tuple[Int32, Int32]:
+        if self.rechain:
+            return _trie(raw, starts)
+        low, high = int(raw.min()), int(raw.max())
+        if high - low >= 4 * raw.size + 1024:
+            _, raw = np.unique(raw, return_inverse=True)
+            low, high = 0, int(raw.max())
+        ids = np.empty(raw.size, dtype=np.int32)
+        table = np.full(high - low + 1, -1, dtype=np.int32)
+        num_unique = _number_by_first_use(raw, low, table, ids)
+        parents = np.full(num_unique, -2, dtype=np.int32)
+        request, position = _find_parents(ids, starts, parents)
+        if request >= 0:
+            raise TraceError(
+                f"{self.source}, line {lines[request]}: hash {raw[starts[request] + position]} (block {position}) follows another block "
+                "than before: the hashes are not chained over the prefix; pass --rechain to treat them as hashes of single blocks"
+            )
+        return ids, parents
+
+    def _check_lengths(self, starts: Int64, input_tokens: Int64, lines: Int64) -> None:
+        too_long = np.flatnonzero((np.diff(starts) - 1) * self.block_tokens >= np.maximum(input_tokens, 1))
+        if too_long.size:
+            self.notes.append(
+                f"{too_long.size} requests have more blocks than their input length fills (first at line {lines[too_long[0]]}): "
+                "the surplus blocks count as blocks but hold no tokens"
+            )
+
+
+@compiled
+def _number_by_first_use(raw: Int64, low: int, table: Int32, ids: Int32) -> int:
+    num_unique = 0
+    for index in range(raw.size):
+        slot = raw[index] - low
+        if table[slot] < 0:
+            table[slot] = num_unique
+            num_unique += 1
+        ids[index] = table[slot]
+    return num_unique
+
+
+@compiled
+def _find_parents(ids: Int32, starts: Int64, parents: Int32) -> tuple[int, int]:
+    """Fill parents (-2 = not seen yet); returns (request, position) of the first block with two parents, or (-1, -1)."""
+    for request in range(starts.size - 1):
+        parent = -1
+        first = starts[request]
+        for index in range(first, starts[request + 1]):
+            block = ids[index]
+            if parents[block] == -2:
+                parents[block] = parent
+            elif parents[block] != parent:
+                return request, index - first
+            parent = block
+    return -1, -1
+
+
+def _trie(raw: Int64, starts: Int64) -> tuple[Int32, Int32]:
+    """Ids of chains from hashes of single blocks."""
+    nodes: dict[tuple[int, int], int] = {}
+    parents = array("i")
+    ids = array("i")
+    hashes = raw.tolist()
+    bounds = starts.tolist()
+    for begin, end in itertools.pairwise(bounds):
+        parent = -1
+        for value in hashes[begin:end]:
+            node = nodes.setdefault((parent, value), len(nodes))
+            if node == len(parents):
+                parents.append(parent)
+            ids.append(node)
+            parent = node
+    return np.array(ids, dtype=np.int32), np.array(parents, dtype=np.int32)
+
+
+def _reorder(raw: Int64, starts: Int64, order: Int64) -> tuple[Int64, Int64]:
+    sizes = np.diff(starts)[order]
+    new_starts = np.zeros(starts.size, dtype=np.int64)
+    np.cumsum(sizes, out=new_starts[1:])
+    within = np.arange(new_starts[-1], dtype=np.int64) - np.repeat(new_starts[:-1], sizes)
+    return raw[np.repeat(starts[:-1][order], sizes) + within], new_starts

@@ -1,0 +1,96 @@
+"""The columnar form of a trace: what every reader makes and every engine of the simulator reads.
+
+A trace is a list of requests in order of arrival. A request is a chain of blocks: equal id means equal whole prefix. Ids are dense and
+numbered by first appearance, so a block is new exactly when its id equals the number of ids seen before, and a parent's id is always
+smaller than its child's. This module knows no file format; lmc.sim.build checks what readers bring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.errors import TraceError
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+Window = Literal["all", "last-half"]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    source: str  # the file's name, for messages and reports
+    format: str  # the reader's name
+    block_tokens: int
+    ids: Int32  # (num_blocks,) dense ids in [0, num_unique), requests one after the other
+    starts: Int64  # (num_requests + 1,) blocks of request r are ids[starts[r]:starts[r + 1]]
+    timestamps_s: Float64  # (num_requests,) never decreasing
+    input_tokens: Int64  # (num_requests,) prompt tokens, also those that fill no block
+    output_tokens: Int64  # (num_requests,)
+    parents: Int32  # (num_unique,) the block before it, -1 for the first block of a chain
+    tenants: Int32  # (num_requests,) index into tenant_names
+    tenant_names: tuple[str, ...]
+    sessions: Int32  # (num_requests,) session number, -1 where the trace names none
+    notes: tuple[str, ...] = ()  # choices that the reader made and a reader of the result must know
+
+    @property
+    def num_requests(self) -> int:
+        return self.starts.size - 1
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_unique(self) -> int:
+        return self.parents.size
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_tokens.sum())
+
+    @property
+    def longest(self) -> int:
+        """Blocks of the longest request."""
+        return int(np.diff(self.starts).max())
+
+    def first_request(self, window: Window) -> int:
+        """Index of the first measured request; those before it only warm the cache up."""
+        return self.num_requests // 2 if window == "last-half" else 0
+
+
+def coarsen(trace: Trace, chunk_tokens: int) -> Trace:
+    """The same requests in chunks of chunk_tokens: full chunks only; the tokens of partial tails stay in input_tokens.
+
+    Chained ids make this exact: a chunk's id is the id of its last block. Raises TraceError when chunk_tokens is no multiple of the
+    trace's block, because ids say nothing about finer pieces.
+    """
+    if chunk_tokens <= 0 or chunk_tokens % trace.block_tokens:
+        raise TraceError(
+            f"{trace.source}: chunks of {chunk_tokens} tokens cannot be simulated on blocks of {trace.block_tokens}; "
+            f"choose a multiple of {trace.block_tokens}"
+        )
+    factor = chunk_tokens // trace.block_tokens
+    num_blocks = np.diff(trace.starts)
+    num_chunks = np.minimum(num_blocks // factor, trace.input_tokens // chunk_tokens)
+    starts = np.zeros(trace.num_requests + 1, dtype=np.int64)
+    np.cumsum(num_chunks, out=starts[1:])
+    if starts[-1] == 0:
+        raise TraceError(
+            f"{trace.source}: no request fills a chunk of {chunk_tokens} tokens; choose a smaller chunk size"
+        )
+    within = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1], num_chunks)
+    last_blocks = trace.ids[np.repeat(trace.starts[:-1], num_chunks) + (within + 1) * factor - 1]
+    # First appearance order survives: renumber the blocks that end a chunk by the order in which they first appear.
+    is_chunk = np.zeros(trace.num_unique, dtype=bool)
+    is_chunk[last_blocks] = True
+    number = np.cumsum(is_chunk, dtype=np.int32) - np.int32(1)
+    ids = number[last_blocks]
+    parents = np.full(int(is_chunk.sum()), -1, dtype=np.int32)
+    has_parent = within > 0
+    parents[ids[has_parent]] = ids[np.flatnonzero(has_parent) - 1]
+    return replace(trace, block_tokens=chunk_tokens, ids=ids, starts=starts, parents=parents)
