@@ -23,7 +23,9 @@ class LmcError(Exception):
     exit_code = 1
 
 
-class ConfigError(LmcError):
+class ConfigError(LmcError, ValueError):
+    """A ValueError too, so that the schema's validators may raise it."""
+
     exit_code = 2
 
 

@@ -1,0 +1,158 @@
+"""Find the cache's settings, merge them by precedence, and explain them. The schema itself is lmc.cache.config."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from lmc.cache.config import CacheConfig, Section
+from lmc.errors import ConfigError
+
+# Variables that start with LMC_ and are no settings of the cache.
+_OTHER_VARIABLES = {"LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the schema, such as host.capacity."""
+
+    key: str
+    field: FieldInfo
+
+    @property
+    def variable(self) -> str:
+        return "LMC_" + self.key.replace(".", "_").upper()
+
+    @property
+    def meaning(self) -> str:
+        return " ".join((self.field.description or "").split())
+
+
+@dataclass(frozen=True)
+class Settings:
+    config: CacheConfig
+    origins: Mapping[str, str]  # key -> "flag --x", "environment X", "file F" or "default"
+
+
+def all_settings(section: type[Section] = CacheConfig, prefix: str = "") -> Iterator[Setting]:
+    """Every leaf of the schema in its order."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from all_settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield Setting(prefix + name, field)
+
+
+def load_settings(
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
+) -> Settings:
+    """Merge file, environment and flags (by dotted key; None means not given). Raises ConfigError."""
+    known = {setting.key: setting for setting in all_settings()}
+    values: dict[str, tuple[object, str]] = {}
+    if file is not None:
+        for key, value in _flatten(_read_yaml(file), file):
+            _require_known(key, known, f"{file}: ")
+            values[key] = (value, f"file {file}")
+    by_variable = {setting.variable: setting.key for setting in known.values()}
+    for variable, text in sorted((environment or {}).items()):
+        if not variable.startswith("LMC_") or variable in _OTHER_VARIABLES:
+            continue
+        if variable not in by_variable:
+            raise ConfigError(f"unknown setting {variable} in the environment{_nearest(variable, by_variable)}")
+        values[by_variable[variable]] = (text or None, f"environment {variable}")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _require_known(key, known, "")
+            values[key] = (value, f"flag --{key.replace('.', '-').replace('_', '-')}")
+    return Settings(_validate(values), {key: values[key][1] if key in values else "default" for key in known})
+
+
+def explain(key: str) -> str:
+    """What a setting means, its type and its default. Raises ConfigError for an unknown key."""
+    known = {setting.key: setting for setting in all_settings()}
+    _require_known(key, known, "")
+    setting = known[key]
+    return f"{key}\n  {setting.meaning}\n  default: {show(setting.field.default)}\n  environment: {setting.variable}"
+
+
+def show(value: object) -> str:
+    """A value as it would stand in a YAML file."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def value_of(config: CacheConfig, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _read_yaml(file: Path) -> dict[str, object]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold a mapping of settings, not a {type(content).__name__}")
+    return content
+
+
+def _flatten(tree: Mapping[str, object], file: Path, prefix: str = "") -> Iterator[tuple[str, object]]:
+    sections = {key.rpartition(".")[0] for key in (setting.key for setting in all_settings())}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in sections:
+            yield key, value
+        elif isinstance(value, dict):
+            yield from _flatten(value, file, f"{key}.")
+        elif value is not None:
+            raise ConfigError(f"{file}: {key} must be a mapping of settings, not {value!r}")
+
+
+def _require_known(key: str, known: Mapping[str, object], where: str) -> None:
+    if key not in known:
+        raise ConfigError(f"{where}unknown setting {key!r}{_nearest(key, known)}")
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "; `lmc config explain` lists all"
+
+
+def _validate(values: Mapping[str, tuple[object, str]]) -> CacheConfig:
+    tree: dict[str, object] = {}
+    for key, (value, _) in values.items():
+        node = tree
+        *path, leaf = key.split(".")
+        for part in path:
+            child = node.setdefault(part, {})
+            assert isinstance(child, dict)
+            node = child
+        node[leaf] = value
+    try:
+        return CacheConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+        while key and key not in values and "." in key:
+            key = key.rpartition(".")[0]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        origin = f" ({values[key][1]})" if key in values else ""
+        raise ConfigError(f"{key or 'settings'}{origin}: {message}") from None
