@@ -35,6 +35,7 @@ class Trace:
     tenants: Int32  # (num_requests,) index into tenant_names
     tenant_names: tuple[str, ...]
     sessions: Int32  # (num_requests,) session number, -1 where the trace names none
+    block_bytes: int = 0  # KV bytes of one block over all ranks, 0 where the trace does not say it
     notes: tuple[str, ...] = ()  # choices that the reader made and a reader of the result must know
 
     @property
@@ -93,4 +94,11 @@ def coarsen(trace: Trace, chunk_tokens: int) -> Trace:
     parents = np.full(int(is_chunk.sum()), -1, dtype=np.int32)
     has_parent = within > 0
     parents[ids[has_parent]] = ids[np.flatnonzero(has_parent) - 1]
-    return replace(trace, block_tokens=chunk_tokens, ids=ids, starts=starts, parents=parents)
+    return replace(
+        trace,
+        block_tokens=chunk_tokens,
+        ids=ids,
+        starts=starts,
+        parents=parents,
+        block_bytes=trace.block_bytes * factor,
+    )

@@ -1,0 +1,36 @@
+"""Trace formats, one per file. The format of a file is found by its content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmc.errors import TraceError
+from lmc.sim.formats import lmc_record, mooncake
+from lmc.sim.formats.base import Format, ReadOptions
+from lmc.sim.formats.lines import parse_record, read_lines
+from lmc.sim.trace import Trace
+
+# The order matters: the first format that matches is taken, the ones with the most telling fields stand first.
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (lmc_record, mooncake)}
+
+
+def read_trace(path: Path, options: ReadOptions | None = None, format_name: str | None = None) -> Trace:
+    """Read any known trace. Raises TraceError that names file, line and remedy."""
+    options = options or ReadOptions()
+    if format_name is not None:
+        if format_name not in FORMATS:
+            raise TraceError(f"unknown trace format {format_name!r}; there are {', '.join(FORMATS)}")
+        return FORMATS[format_name].read(path, options)
+    return find_format(path).read(path, options)
+
+
+def find_format(path: Path) -> Format:
+    for number, line in read_lines(path):
+        record = parse_record(path, number, line)
+        for candidate in FORMATS.values():
+            if candidate.matches(record):
+                return candidate
+        raise TraceError(
+            f"{path}, line {number}: no known trace format; lmc sim reads {', '.join(FORMATS)} (docs/simulating.md shows their fields)"
+        )
+    raise TraceError(f"{path}: the file is empty; give a trace with at least one request")

@@ -1,0 +1,111 @@
+"""Lines and JSON records of a trace file, plain or compressed, with the place of every error."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import orjson
+
+from lmc.errors import TraceError
+
+Record = dict[str, Any]  # Any: a parsed JSON object; readers take fields with the functions below
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank. Compression is found by content. Raises TraceError."""
+    number = 0
+    try:
+        with path.open("rb") as raw, _decompress(raw) as stream:
+            for number, line in enumerate(stream, start=1):
+                stripped = line.strip()
+                if stripped:
+                    yield number, stripped
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TraceError(
+            f"{path}, after line {number}: the compressed file is damaged ({error}); get a whole copy"
+        ) from None
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror or error}; give a readable trace file") from None
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """Numbered JSON objects, one a line. Raises TraceError."""
+    for number, line in read_lines(path):
+        yield number, parse_record(path, number, line)
+
+
+def parse_record(path: Path, number: int, line: bytes) -> Record:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise bad_line(path, number, f"not JSON ({error})", "repair or delete the line") from None
+    if not isinstance(record, dict):
+        raise bad_line(
+            path, number, f"a JSON {type(record).__name__} where an object is needed", "repair or delete the line"
+        )
+    return record
+
+
+def bad_line(path: Path, number: int, wrong: str, remedy: str) -> TraceError:
+    return TraceError(f"{path}, line {number}: {wrong}; {remedy}")
+
+
+def get_count(path: Path, number: int, record: Record, key: str) -> int:
+    """A whole number that is not negative."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value >= 2**62:
+        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a whole number, 0 or more")
+    return value
+
+
+def get_number(path: Path, number: int, record: Record, key: str) -> float:
+    """A finite number that is not negative; RAGPulse writes numbers as text."""
+    value = record.get(key)
+    try:
+        parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
+    except (ValueError, OverflowError):
+        parsed = -1.0
+    if not 0 <= parsed < float("inf"):
+        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a number, 0 or more")
+    return parsed
+
+
+def get_list(path: Path, number: int, record: Record, key: str) -> list[Any]:
+    value = record.get(key)
+    if not isinstance(value, list):
+        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a list")
+    return value
+
+
+def get_text(path: Path, number: int, record: Record, key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be text")
+    return value
+
+
+def _show(record: Record, key: str) -> str:
+    if key not in record:
+        return "missing"
+    text = repr(record[key])
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _decompress(raw: BinaryIO) -> BinaryIO:
+    magic = raw.read(4)
+    raw.seek(0)
+    if magic.startswith(_GZIP):
+        return cast(BinaryIO, gzip.open(raw, "rb"))
+    if magic == _ZSTD:
+        import zstandard
+
+        return cast(
+            BinaryIO, io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        )
+    return raw

@@ -1,0 +1,64 @@
+"""lmc's own record (lmc serve --record): a header line, then one line per lookup with the chunks' names, chained, full chunks only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lmc.errors import TraceError
+from lmc.sim.build import TraceBuilder
+from lmc.sim.formats.base import Format, ReadOptions
+from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, read_records
+from lmc.sim.trace import Int64, Trace
+
+VERSION = 1
+
+
+def matches(record: Record) -> bool:
+    return record.get("format") == "lmc-trace"
+
+
+def read(path: Path, options: ReadOptions) -> Trace:
+    records = read_records(path)
+    first, header = next(records)
+    if not matches(header):
+        raise bad_line(path, first, "no lmc-trace header", "give a file written by lmc serve --record")
+    if header.get("version") != VERSION:
+        raise bad_line(
+            path, first, f"version {header.get('version')!r}", f"this lmc reads version {VERSION}; upgrade lmc"
+        )
+    chunk_tokens = get_count(path, first, header, "chunk_tokens")
+    if chunk_tokens == 0:
+        raise bad_line(path, first, "'chunk_tokens' is 0", "it must be positive")
+    if options.block_tokens not in (None, chunk_tokens):
+        raise TraceError(f"{path}: its chunks have {chunk_tokens} tokens; leave --block-tokens out")
+    builder = TraceBuilder(path.name, FORMAT.name, chunk_tokens, sort=options.sort, rechain=options.rechain)
+    for number, record in records:
+        builder.add(
+            number,
+            _hashes(path, number, record),
+            get_number(path, number, record, "t"),
+            get_count(path, number, record, "tokens"),
+            0,
+            tenant=str(record.get("tenant", "")),
+        )
+    trace = builder.finish()
+    return replace(trace, block_bytes=get_count(path, first, header, "chunk_bytes"))
+
+
+def _hashes(path: Path, number: int, record: Record) -> Int64:
+    names = get_list(path, number, record, "chunks")
+    try:
+        packed = bytes.fromhex("".join(names))
+    except (TypeError, ValueError):
+        packed = b""
+    if len(packed) != 8 * len(names):
+        raise bad_line(
+            path, number, "'chunks' holds something else than names of 16 hex digits", "repair or delete the line"
+        )
+    return np.frombuffer(packed, dtype=">u8").astype(np.uint64).view(np.int64)
+
+
+FORMAT = Format("lmc", "lmc's own record of lookups", matches, read)
