@@ -1,0 +1,76 @@
+"""Copies between ordinary memory, in compiled code without the GIL. Any thread; a call returns when the bytes are in place."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+
+from lmc.cache.transfer.planner import Addresses, Descriptors
+
+MIN_THREAD_BYTES = 4 << 20  # below this a second thread costs more than it copies
+
+
+class HostBackend:
+    name = "host"
+
+    def __init__(self, threads: int = 1) -> None:
+        """threads: how many copy at once, the caller's included; calibrate.host_threads measures what helps."""
+        self.threads = threads
+        self._copy = _copy_loop()
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="lmc-copy") if threads > 1 else None
+        self._lock = threading.Lock()  # one call at a time shares the pool out; others copy alone
+
+    def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
+        src, dst, size = descriptors.src, descriptors.dst, descriptors.size
+        parts = min(self.threads, descriptors.num_bytes // MIN_THREAD_BYTES)
+        if self._pool is None or parts < 2 or not self._lock.acquire(blocking=False):
+            self._copy(src, dst, size)
+            return
+        try:
+            shares = split_evenly(src, dst, size, parts)
+            waiting = [self._pool.submit(self._copy, *share) for share in shares[1:]]
+            self._copy(*shares[0])
+            for future in waiting:
+                future.result()
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def split_evenly(
+    src: Addresses, dst: Addresses, size: Addresses, parts: int
+) -> list[tuple[Addresses, Addresses, Addresses]]:
+    """Consecutive shares of about equal bytes; a descriptor that lies across a border is cut in two."""
+    ends = np.cumsum(size)
+    total = int(ends[-1]) if len(ends) else 0
+    borders = np.array([total * part // parts for part in range(1, parts)], dtype=np.uint64)
+    cuts = np.unique(np.concatenate((ends, borders[(borders > 0) & (borders < total)])))
+    starts = np.concatenate((np.zeros(1, np.uint64), cuts[:-1]))
+    row = np.searchsorted(ends, starts, side="right")
+    within = starts - (ends[row] - size[row])
+    pieces = (src[row] + within, dst[row] + within, cuts - starts)
+    edges = [0, *(int(edge) for edge in np.searchsorted(starts, borders)), len(starts)]
+    return [
+        (pieces[0][low:high], pieces[1][low:high], pieces[2][low:high])
+        for low, high in itertools.pairwise(edges)
+        if high > low
+    ]
+
+
+@cache
+def _copy_loop() -> Callable[[Addresses, Addresses, Addresses], None]:
+    """The loop over memmove, compiled once per machine and cached on disk by Numba."""
+    from lmc.cache.transfer.backends.copy_loop import copy_loop
+
+    empty = np.empty(0, dtype=np.uint64)
+    copy_loop(empty, empty, empty)
+    loop: Callable[[Addresses, Addresses, Addresses], None] = copy_loop
+    return loop

@@ -1,0 +1,152 @@
+"""From blocks and chunk slots to descriptors: the (source, destination, size) of every copy, merged as far as both sides allow.
+
+Pure numpy over blocks, never over tokens; nothing is copied here. Any thread may plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.cache.layout import KVLayout
+from lmc.errors import TransferError
+
+Addresses = npt.NDArray[np.uint64]
+
+SKIPPED = -1  # a block id that takes no part: a null block, a block the engine holds already, the tail of a chunk
+
+
+class Direction(StrEnum):
+    STORE = "store"  # engine blocks -> chunk slots
+    LOAD = "load"  # chunk slots -> engine blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Descriptors:
+    """Copies that may run in any order: no destination byte is written twice."""
+
+    src: Addresses
+    dst: Addresses
+    size: Addresses  # bytes, never 0
+    direction: Direction
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.size.sum())
+
+
+def slot_bytes(layout: KVLayout, blocks_per_chunk: int) -> int:
+    """Bytes of the slot of one chunk."""
+    return layout.block_bytes * blocks_per_chunk
+
+
+def plan(
+    layout: KVLayout,
+    block_ids: npt.NDArray[np.int64],
+    slot_addresses: Addresses,
+    direction: Direction,
+    *,
+    layers: range | None = None,
+    boundaries: Addresses | None = None,
+) -> Descriptors:
+    """Descriptors that move whole blocks between the engine and chunk slots.
+
+    block_ids: (num_chunks * blocks_per_chunk,), the chunks' blocks in token order; SKIPPED entries are left alone on both sides.
+    slot_addresses: (num_chunks,), where each chunk's slot starts.
+    layers: only these layers of the layout, for layer-wise loads.
+    boundaries: sorted addresses in slot memory that no descriptor may cross, such as the edges of pinned pieces.
+    Raises TransferError when an id is out of range, or a destination would be written twice.
+    """
+    num_chunks = len(slot_addresses)
+    if num_chunks == 0 or len(block_ids) % num_chunks:
+        if num_chunks == 0 and len(block_ids) == 0:
+            return Descriptors(_empty(), _empty(), _empty(), direction)
+        raise TransferError(f"{len(block_ids)} blocks do not fill {num_chunks} chunks evenly")
+    blocks_per_chunk = len(block_ids) // num_chunks
+    _check(layout, block_ids, slot_addresses, direction, blocks_per_chunk)
+
+    table = layout.pieces(layers)
+    blocks = block_ids.astype(np.uint64).reshape(num_chunks, 1, blocks_per_chunk)
+    position = np.arange(blocks_per_chunk, dtype=np.uint64)
+    starts = table.slot_start * np.uint64(blocks_per_chunk) + table.slot_offset
+    in_slot = starts[:, None] + table.slot_stride[:, None] * position  # (pieces, blocks_per_chunk)
+    engine = (table.base[:, None] + blocks * table.stride[:, None]).ravel()  # (chunks, pieces, blocks_per_chunk)
+    slot = (slot_addresses.reshape(num_chunks, 1, 1) + in_slot).ravel()
+    size = np.broadcast_to(table.size[:, None], (num_chunks, len(table.size), blocks_per_chunk)).ravel()
+    skipped = block_ids < 0
+    if skipped.any():
+        kept = ~np.broadcast_to(
+            skipped.reshape(num_chunks, 1, blocks_per_chunk), (num_chunks, len(table.size), blocks_per_chunk)
+        ).ravel()
+        engine, slot, size = engine[kept], slot[kept], size[kept]
+    engine, slot, size = _merge(engine, slot, size)
+    if boundaries is not None and len(boundaries):
+        engine, slot, size = _split(engine, slot, size, boundaries)
+    if direction is Direction.STORE:
+        return Descriptors(engine, slot, size, direction)
+    return Descriptors(slot, engine, size, direction)
+
+
+def _check(
+    layout: KVLayout,
+    block_ids: npt.NDArray[np.int64],
+    slot_addresses: Addresses,
+    direction: Direction,
+    blocks_per_chunk: int,
+) -> None:
+    if len(block_ids) == 0:
+        raise TransferError("a chunk has no blocks")
+    lowest, highest = int(block_ids.min()), int(block_ids.max())
+    if lowest < SKIPPED or highest >= layout.num_blocks:
+        wrong = lowest if lowest < SKIPPED else highest
+        raise TransferError(f"block {wrong} does not exist; the KV cache has {layout.num_blocks} blocks")
+    if direction is Direction.LOAD:
+        ordered = np.sort(block_ids[block_ids >= 0])
+        if (ordered[1:] == ordered[:-1]).any():
+            raise TransferError("a block is the destination of two loads")
+        return
+    slots = np.sort(slot_addresses)
+    if len(slots) > 1 and int((slots[1:] - slots[:-1]).min()) < slot_bytes(layout, blocks_per_chunk):
+        raise TransferError("two chunks would be stored into one slot")
+
+
+def _merge(engine: Addresses, slot: Addresses, size: Addresses) -> tuple[Addresses, Addresses, Addresses]:
+    if len(size) < 2:
+        return engine, slot, size
+    broken = (engine[1:] != engine[:-1] + size[:-1]) | (slot[1:] != slot[:-1] + size[:-1])
+    first = np.concatenate(([0], np.flatnonzero(broken) + 1))
+    if len(first) == len(size):
+        return engine, slot, size
+    return engine[first], slot[first], np.add.reduceat(size, first)
+
+
+def _split(
+    engine: Addresses, slot: Addresses, size: Addresses, boundaries: Addresses
+) -> tuple[Addresses, Addresses, Addresses]:
+    """Cut every descriptor at the boundaries strictly inside its slot range."""
+    first = np.searchsorted(boundaries, slot, side="right")
+    cuts = np.searchsorted(boundaries, slot + size, side="left") - first
+    if not cuts.any():
+        return engine, slot, size
+    row = np.repeat(np.arange(len(size)), cuts + 1)
+    heads = np.cumsum(cuts + 1) - (cuts + 1)  # where each descriptor's first part is
+    start = slot[row]
+    later = np.ones(len(row), dtype=bool)
+    later[heads] = False
+    nth = np.arange(len(row)) - heads[row]  # 0 for a descriptor's first part
+    start[later] = boundaries[(first[row] + nth - 1)[later]]
+    end = np.empty_like(start)
+    end[:-1] = start[1:]
+    end[heads + cuts] = slot + size
+    parts: Addresses = end - start
+    return engine[row] + (start - slot[row]), start, parts
+
+
+def _empty() -> Addresses:
+    return np.empty(0, dtype=np.uint64)
