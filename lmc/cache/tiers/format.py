@@ -1,0 +1,114 @@
+"""The persisted form of a chunk: one header page, then the payload as it was in the host slot.
+
+The same bytes lie on disk, in Redis and in S3. The header is HEADER_BYTES long, so that the payload starts on a page. It says what the
+payload is (namespace, rank, key, layout), how long it is and what it hashes to, and carries a checksum of itself that covers the padding
+too. All numbers are little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets the chunks of another one.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.errors import ConfigError, Corrupt
+
+HEADER_BYTES = 4096
+VERSION = 1
+FORMAT = f"v{VERSION}"  # the part of a file's or a remote key's name that changes with the version
+
+_MAGIC = b"LMCCHUNK"
+# magic, version, header bytes, header checksum, payload bytes, payload checksum, rank, key, namespace length, layout length
+_FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}sHH")
+_CHECKSUM_AT = struct.calcsize("<8sHH")
+_TEXT_BYTES = HEADER_BYTES - _FIXED.size
+
+
+class OtherVersion(Corrupt):
+    """The header is of another version of lmc; to this one the chunk is absent."""
+
+
+@dataclass(frozen=True)
+class ChunkHeader:
+    namespace: str
+    rank: int
+    layout: str
+    key: ChunkKey
+    payload_bytes: int
+    checksum: int  # xxh3-64 of the payload
+
+
+@dataclass(frozen=True)
+class TierScope:
+    """What one tier object stores: chunks of one size, of one rank of one namespace."""
+
+    namespace: str  # Namespace.label()
+    rank: int
+    layout: str  # KVLayout.fingerprint
+    chunk_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes <= 0 or self.rank < 0:
+            raise ConfigError(f"chunk size {self.chunk_bytes} must be positive and rank {self.rank} not negative")
+        if not self.namespace.isalnum():
+            raise ConfigError(f"namespace label {self.namespace!r} must consist of letters and digits")
+        if len(self.namespace.encode()) + len(self.layout.encode()) > _TEXT_BYTES:
+            raise ConfigError(f"the layout fingerprint has {len(self.layout)} characters; at most {_TEXT_BYTES} fit")
+
+    def seal(self, key: ChunkKey, data: memoryview) -> bytes:
+        """The header to store in front of data."""
+        if len(data) != self.chunk_bytes:
+            raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
+        return encode(ChunkHeader(self.namespace, self.rank, self.layout, key, len(data), checksum(data)))
+
+    def expect(self, key: ChunkKey, raw: bytes | bytearray | memoryview) -> int:
+        """The checksum that the payload behind this header must have. Raises Corrupt when the header is not of this key in this scope."""
+        header = decode(raw)
+        found = (header.namespace, header.rank, header.layout, header.key, header.payload_bytes)
+        wanted = (self.namespace, self.rank, self.layout, key, self.chunk_bytes)
+        names = ("namespace", "rank", "layout", "key", "size")
+        wrong = [name for name, have, want in zip(names, found, wanted, strict=True) if have != want]
+        if wrong:
+            raise Corrupt(f"stored under another {' and '.join(wrong)}")
+        return header.checksum
+
+
+def checksum(data: memoryview | bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def aligned_page() -> memoryview:
+    """Room for a header, aligned so that O_DIRECT can fill it."""
+    return memoryview(mmap.mmap(-1, HEADER_BYTES))
+
+
+def encode(header: ChunkHeader) -> bytes:
+    namespace, layout = header.namespace.encode(), header.layout.encode()
+    fields = [_MAGIC, VERSION, HEADER_BYTES, 0, header.payload_bytes, header.checksum, header.rank, header.key]
+    page = bytearray(HEADER_BYTES)
+    _FIXED.pack_into(page, 0, *fields, len(namespace), len(layout))
+    text = namespace + layout
+    page[_FIXED.size : _FIXED.size + len(text)] = text
+    struct.pack_into("<Q", page, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(page))
+    return bytes(page)
+
+
+def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:
+    """Read a header. Raises Corrupt, or OtherVersion when another version of lmc wrote it."""
+    page = bytearray(raw)
+    if len(page) != HEADER_BYTES:
+        raise Corrupt(f"the header has {len(page)} bytes instead of {HEADER_BYTES}")
+    magic, version, _, own, payload_bytes, digest, rank, key, len_namespace, len_layout = _FIXED.unpack_from(page)
+    if magic != _MAGIC:
+        raise Corrupt("this is not a chunk of lmc")
+    if version != VERSION:
+        raise OtherVersion(f"the header is of version {version}; this lmc reads version {VERSION}")
+    struct.pack_into("<Q", page, _CHECKSUM_AT, 0)
+    if xxhash.xxh3_64_intdigest(page) != own:
+        raise Corrupt("the header does not match its checksum")
+    text = bytes(page[_FIXED.size :])
+    namespace, layout = text[:len_namespace], text[len_namespace : len_namespace + len_layout]
+    return ChunkHeader(namespace.decode(), rank, layout.decode(), ChunkKey(key), payload_bytes, digest)

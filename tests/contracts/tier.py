@@ -1,0 +1,180 @@
+"""What every tier must do. A test module subclasses TierContract and gives it a fixture `open_tier`.
+
+open_tier(scope) opens a tier object on one medium that all objects of the same test share, as several processes would.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from lmc.cache.keys import ChunkKey
+from lmc.cache.tiers.base import Tier
+from lmc.cache.tiers.format import TierScope
+from lmc.errors import ConfigError, Corrupt
+
+CHUNK_BYTES = 40_000  # not a whole number of pages
+SCOPE = TierScope(namespace="0123456789abcdef", rank=0, layout="layout of the tests", chunk_bytes=CHUNK_BYTES)
+
+OpenTier = Callable[[TierScope], Tier]
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(random.Random(number).randbytes(32))
+
+
+def payload(number: int, size: int = CHUNK_BYTES) -> memoryview:
+    return memoryview(random.Random(-number - 1).randbytes(size))
+
+
+def load(tier: Tier, number: int, size: int = CHUNK_BYTES) -> bytes | None:
+    """What the tier holds under key(number), or None when it is absent."""
+    out = memoryview(bytearray(size))
+    try:
+        tier.get(key(number), out)
+    except KeyError:
+        return None
+    return bytes(out)
+
+
+class TierContract:
+    @pytest.fixture
+    def tier(self, open_tier: OpenTier) -> Tier:
+        return open_tier(SCOPE)
+
+    def test_get_returns_what_was_put(self, tier: Tier) -> None:
+        for number in range(8):
+            tier.put(key(number), payload(number))
+        for number in reversed(range(8)):
+            assert load(tier, number) == payload(number)
+
+    def test_get_of_an_absent_key_raises_key_error(self, tier: Tier) -> None:
+        tier.put(key(1), payload(1))
+        with pytest.raises(KeyError):
+            tier.get(key(2), memoryview(bytearray(CHUNK_BYTES)))
+
+    def test_get_fills_only_the_slot(self, tier: Tier) -> None:
+        tier.put(key(1), payload(1))
+        slab = memoryview(bytearray(CHUNK_BYTES + 100))
+        tier.get(key(1), slab[50 : 50 + CHUNK_BYTES])
+        assert bytes(slab) == bytes(50) + bytes(payload(1)) + bytes(50)
+
+    @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65_536, 3_000_001])
+    def test_every_size_comes_back(self, open_tier: OpenTier, size: int) -> None:
+        tier = open_tier(TierScope(SCOPE.namespace, 0, SCOPE.layout, size))
+        tier.put(key(1), payload(1, size))
+        assert load(tier, 1, size) == payload(1, size)
+
+    def test_put_replaces(self, tier: Tier) -> None:
+        tier.put(key(1), payload(1))
+        tier.put(key(1), payload(2))
+        assert load(tier, 1) == payload(2)
+
+    def test_contains_answers_in_the_order_asked(self, tier: Tier) -> None:
+        tier.put(key(1), payload(1))
+        tier.put(key(3), payload(3))
+        assert tier.contains([key(3), key(2), key(1), key(3)]) == [True, False, True, True]
+        assert tier.contains([]) == []
+
+    def test_delete_removes_and_may_be_repeated(self, tier: Tier) -> None:
+        tier.put(key(1), payload(1))
+        tier.delete(key(1))
+        tier.delete(key(1))
+        assert tier.contains([key(1)]) == [False]
+        assert load(tier, 1) is None
+
+    def test_scan_lists_keys_and_payload_sizes(self, tier: Tier) -> None:
+        for number in range(5):
+            tier.put(key(number), payload(number))
+        tier.delete(key(3))
+        assert sorted(tier.scan()) == sorted((key(number), CHUNK_BYTES) for number in (0, 1, 2, 4))
+
+    def test_another_object_sees_the_chunk(self, open_tier: OpenTier) -> None:
+        first, second = open_tier(SCOPE), open_tier(SCOPE)
+        first.put(key(1), payload(1))
+        assert load(second, 1) == payload(1)
+        second.delete(key(1))
+        assert load(first, 1) is None
+
+    def test_chunks_outlive_the_object(self, open_tier: OpenTier) -> None:
+        first = open_tier(SCOPE)
+        first.put(key(1), payload(1))
+        first.close()
+        assert load(open_tier(SCOPE), 1) == payload(1)
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            TierScope("fedcba9876543210", 0, SCOPE.layout, CHUNK_BYTES),
+            TierScope(SCOPE.namespace, 1, SCOPE.layout, CHUNK_BYTES),
+        ],
+        ids=["namespace", "rank"],
+    )
+    def test_scopes_do_not_meet(self, open_tier: OpenTier, other: TierScope) -> None:
+        here, there = open_tier(SCOPE), open_tier(other)
+        here.put(key(1), payload(1))
+        assert load(there, 1) is None
+        assert there.contains([key(1)]) == [False]
+        assert list(there.scan()) == []
+        there.put(key(1), payload(2))
+        there.delete(key(1))
+        assert load(here, 1) == payload(1)
+
+    @pytest.mark.parametrize(
+        ("other", "said"),
+        [
+            (TierScope(SCOPE.namespace, 0, "another layout", CHUNK_BYTES), "layout"),
+            (TierScope(SCOPE.namespace, 0, SCOPE.layout, CHUNK_BYTES + 1), "bytes|size"),
+            (TierScope(SCOPE.namespace, 0, SCOPE.layout, CHUNK_BYTES - 1), "bytes|size"),
+        ],
+        ids=["layout", "longer", "shorter"],
+    )
+    def test_a_chunk_of_another_shape_is_refused(self, open_tier: OpenTier, other: TierScope, said: str) -> None:
+        open_tier(SCOPE).put(key(1), payload(1))
+        with pytest.raises(Corrupt, match=said):
+            load(open_tier(other), 1, other.chunk_bytes)
+
+    def test_put_of_a_wrong_size_is_refused(self, tier: Tier) -> None:
+        with pytest.raises(ConfigError, match="bytes"):
+            tier.put(key(1), payload(1)[:-1])
+        assert tier.contains([key(1)]) == [False]
+
+    def test_calls_from_several_threads(self, tier: Tier) -> None:
+        def work(number: int) -> bool:
+            tier.put(key(number), payload(number))
+            found = load(tier, number) == payload(number)
+            if number % 2:
+                tier.delete(key(number))
+            return found
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(work, range(64)))
+        assert {found for found, _ in tier.scan()} == {key(number) for number in range(0, 64, 2)}
+
+    def test_a_reader_never_sees_a_mixture(self, open_tier: OpenTier) -> None:
+        """Two payloads alternate under one key, with deletions, while others read."""
+        writer, reader = open_tier(SCOPE), open_tier(SCOPE)
+        allowed = {None, bytes(payload(1)), bytes(payload(2))}
+        stop = threading.Event()
+
+        def write() -> None:
+            while not stop.is_set():
+                writer.put(key(0), payload(1))
+                writer.put(key(0), payload(2))
+                writer.delete(key(0))
+
+        with ThreadPoolExecutor(3) as pool:
+            writing = pool.submit(write)
+            try:
+                for seen in pool.map(lambda _: load(reader, 0), range(200)):
+                    assert seen in allowed
+            finally:
+                stop.set()
+            writing.result()
+
+    def test_close_may_be_repeated(self, tier: Tier) -> None:
+        tier.close()
+        tier.close()
