@@ -4,16 +4,26 @@ A policy file holds plain typed functions over a NamedTuple of NumPy arrays. It 
 chunk, resident or remembered (ghost). The host (the directory, or the simulator's compiled kernel) owns keys, slots, pins, capacity and
 time; it calls
 
-    make_state(num_nodes, capacity)   once; arrays only, no Python objects, so that Numba can compile the rest
+    make_state(num_nodes, capacity, parents)
+                                      once; arrays only, no Python objects, so that Numba can compile the rest. parents is the host's own
+                                      array, kept in the state: parents[node] is the node of the chunk before it, or -1 for the first
+                                      chunk of a chain. The host sets it before on_insert and keeps it while the node is resident;
+                                      a policy reads it for resident nodes only
     on_hit(state, node, now)          a resident node was touched
     on_insert(state, node, now)       a node became resident (it may be a ghost of the policy)
     victim(state, blocked) -> node    the node to evict next, or -1 if every resident node is blocked; the only place that chooses.
                                       blocked[node] != 0 marks nodes that are pinned or have resident children; never return one
     on_evict(state, node)             the host evicted the node that victim() returned, or dropped any other resident node
-    release(state) -> node            a ghost that the host may forget, or -1; called until -1 after each insert
+    release(state) -> node            a ghost that the host may forget, or -1; called until -1 after each insert. A policy without ghosts
+                                      always says -1, and its nodes are forgotten when they are evicted
 
-`now` is a logical counter that grows with every access. A request touches its chunks from the last to the first, so for recency policies a
-parent is always younger than its child. Policies never import Numba, torch, config or logging.
+`now` is the number of the request: it grows from request to request and is equal for all touches of one. A request first makes room
+(victim, on_evict), then inserts its new chunks, then touches those that were there, each from the last chunk to the first. So for recency
+policies a parent is always younger than its child.
+
+victim() may reorder the policy's own lists, set blocked nodes aside and clear marks; such changes stay whether or not the host evicts.
+Asked twice in a row it names the same node. A blocked node costs a policy amortised constant time: see lists.py. Policies never import
+Numba, torch, config or logging.
 """
 
 from __future__ import annotations
@@ -26,13 +36,14 @@ import numpy as np
 import numpy.typing as npt
 
 Blocked = npt.NDArray[np.int32]  # (num_nodes,) pins plus resident children
+Parents = npt.NDArray[np.int32]  # (num_nodes,) the node before, or -1
 
 
 @dataclass(frozen=True)
 class PolicySpec:
     name: str
     summary: str
-    make_state: Callable[[int, int], Any]  # Any: each policy has its own NamedTuple of arrays
+    make_state: Callable[[int, int, Parents], Any]  # Any: each policy has its own NamedTuple of arrays
     on_hit: Callable[[Any, int, int], None]
     on_insert: Callable[[Any, int, int], None]
     victim: Callable[[Any, Blocked], int]

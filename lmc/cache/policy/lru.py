@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.policy.base import Blocked, PolicySpec
+from lmc.cache.policy.base import Blocked, Parents, PolicySpec
 
 Links = npt.NDArray[np.int64]
 
@@ -17,7 +17,7 @@ class State(NamedTuple):
     younger: Links  # (num_nodes + 1,) younger[head] is the oldest node
 
 
-def make_state(num_nodes: int, capacity: int) -> State:
+def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     head = num_nodes
     links = np.full(num_nodes + 1, -1, dtype=np.int64)
     links[head] = head
