@@ -1,0 +1,80 @@
+"""The chunks of one bounded tier: which are there, which may go, which goes next. Hosts one eviction policy.
+
+Knows integers only, like the policy. Adding and removing cost O(1) beside the policy's own cost.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+
+ABSENT, INCOMING, RESIDENT, LEAVING = range(4)
+
+
+class ResidentSet:
+    """Nodes in [0, num_nodes) and their state in one tier of `capacity` chunks.
+
+    An INCOMING node holds its place but is not readable; a LEAVING one is no longer readable but still holds its place. Whoever blocks
+    a node (a pin, a transfer, a child) unblocks it again.
+    """
+
+    def __init__(self, name: str, capacity: int, num_nodes: int, spec: PolicySpec, parents: Parents) -> None:
+        self.name = name
+        self.capacity = capacity
+        self.state = bytearray(num_nodes)
+        self.blocked: Blocked = np.zeros(num_nodes, dtype=np.int32)
+        self.count = 0  # places taken, in every state but ABSENT
+        self._spec = spec
+        self._policy = spec.make_state(num_nodes, capacity, parents)
+        self._ghost = bytearray(num_nodes)
+
+    @property
+    def num_free(self) -> int:
+        return self.capacity - self.count
+
+    def readable(self, node: int) -> bool:
+        return self.state[node] == RESIDENT
+
+    def reserve(self, node: int) -> None:
+        """Take a place for an absent node; the caller has seen to it that one is free."""
+        assert self.state[node] == ABSENT and self.count < self.capacity
+        self.state[node] = INCOMING
+        self.count += 1
+
+    def insert(self, node: int, now: int) -> None:
+        """Tell the policy of a reserved node, in the order that the policy shall see."""
+        self._ghost[node] = 0
+        self._spec.on_insert(self._policy, node, now)
+
+    def touch(self, node: int, now: int) -> None:
+        if self.state[node] in (INCOMING, RESIDENT):
+            self._spec.on_hit(self._policy, node, now)
+
+    def victim(self) -> int:
+        """The node to evict next, or -1. Nodes that are not RESIDENT must be blocked by their transfer."""
+        return self._spec.victim(self._policy, self.blocked)
+
+    def retire(self, node: int) -> None:
+        """The policy forgets the node; it keeps its place until vacate()."""
+        self._spec.on_evict(self._policy, node)
+        self._ghost[node] = self._spec.ghosts > 0
+        self.state[node] = LEAVING
+
+    def vacate(self, node: int) -> None:
+        """Give the place of a retired node back."""
+        assert self.state[node] == LEAVING
+        self.state[node] = ABSENT
+        self.count -= 1
+
+    def forgettable(self) -> list[int]:
+        """Ghosts that the policy lets go, now no longer remembered."""
+        nodes = []
+        while (node := self._spec.release(self._policy)) >= 0:
+            self._ghost[node] = 0
+            nodes.append(node)
+        return nodes
+
+    def unused(self, node: int) -> bool:
+        """True if nothing here refers to the node any more."""
+        return self.state[node] == ABSENT and not self._ghost[node] and self.blocked[node] == 0
