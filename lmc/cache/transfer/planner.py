@@ -78,7 +78,7 @@ def plan(
     in_slot = starts[:, None] + table.slot_stride[:, None] * position  # (pieces, blocks_per_chunk)
     engine = (table.base[:, None] + blocks * table.stride[:, None]).ravel()  # (chunks, pieces, blocks_per_chunk)
     slot = (slot_addresses.reshape(num_chunks, 1, 1) + in_slot).ravel()
-    size = np.broadcast_to(table.size[:, None], (num_chunks, len(table.size), blocks_per_chunk)).ravel()
+    size = np.broadcast_to(table.size[:, None], (num_chunks, len(table.size), blocks_per_chunk)).flatten()
     skipped = block_ids < 0
     if skipped.any():
         kept = ~np.broadcast_to(

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmc.cache.transfer.backends.host import HostBackend, split_evenly
+from tests.contracts.transfer import block_tables, check_backend, engines
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(0, 2**20))
+def test_every_layout_round_trips(data: st.DataObject, seed: int) -> None:
+    engine = data.draw(engines())
+    check_backend(HostBackend(), engine, data.draw(block_tables(engine.layout.num_blocks)), seed)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8))
+def test_shares_cover_every_byte_once_and_are_even(sizes: list[int], parts: int) -> None:
+    size = np.array(sizes, dtype=np.uint64)
+    src = np.cumsum(size * np.uint64(2), dtype=np.uint64) - size  # a gap after each
+    dst = src + np.uint64(10_000)
+    shares = split_evenly(src, dst, size, parts)
+    wanted = {int(start) + step for start, length in zip(src, sizes, strict=True) for step in range(length)}
+    seen: list[int] = []
+    for share_src, share_dst, share_size in shares:
+        assert (share_dst - share_src == 10_000).all()
+        assert (share_size > 0).all()
+        seen += [
+            int(start) + step
+            for start, length in zip(share_src, share_size, strict=True)
+            for step in range(int(length))
+        ]
+        assert abs(int(share_size.sum()) - sum(sizes) / parts) <= 1
+    assert len(seen) == len(set(seen))
+    assert set(seen) == wanted
+
+
+def test_threads_copy_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmc.cache.transfer.backends.host.MIN_THREAD_BYTES", 1)
+    backend = HostBackend(threads=3)
+    import torch
+    from tests.contracts.transfer import vllm_engine
+
+    check_backend(backend, vllm_engine("LHBNC", torch.bfloat16), [[3, 1], [0, 6]], 1)
+    backend.close()
