@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from lmc.cli.default_command import DefaultCommandGroup
 
+if TYPE_CHECKING:
+    from lmc.sim.trace import Trace
+
 app = typer.Typer(
     cls=DefaultCommandGroup,
-    help="Replay a trace through the cache's own logic: hits, capacities, policies.",
+    help="Replay a trace through the cache's own logic: hits, capacities, policies. `lmc sim TRACE` runs the verb `run`.",
     no_args_is_help=True,
 )
+
+TracePath = Annotated[Path, typer.Argument(help="Trace file, plain, .gz or .zst; its format is found by content.")]
+Format = Annotated[str | None, typer.Option("--format", help="Name the format instead of finding it.")]
+BlockTokens = Annotated[int | None, typer.Option(min=1, help="Tokens per block, where the trace does not say it.")]
+Sort = Annotated[bool, typer.Option("--sort", help="Sort requests by time instead of refusing disorder.")]
+Rechain = Annotated[bool, typer.Option("--rechain", help="Hashes name single blocks, not whole prefixes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -18,12 +31,72 @@ def add_to(parent: typer.Typer) -> None:
 
 
 @app.command()
-def run(trace: str) -> None:
-    """Replay TRACE."""
-    raise NotImplementedError(trace)
+def run(
+    trace: TracePath,
+    policy: Annotated[str, typer.Option(help="Eviction policies, comma separated; belady is the bound.")] = "lru",
+    capacity_blocks: Annotated[
+        str | None, typer.Option(help="Capacities in blocks, comma separated: 1000, 1% of the unique blocks, inf.")
+    ] = None,
+    capacity_tokens: Annotated[str | None, typer.Option(help="Capacities in tokens: 3M,10M.")] = None,
+    capacity_bytes: Annotated[str | None, typer.Option(help="Capacities in bytes: 64GiB,1TiB.")] = None,
+    token_bytes: Annotated[int, typer.Option(min=0, help="KV bytes of a token, where the trace does not say it.")] = 0,
+    chunk_tokens: Annotated[
+        str | None, typer.Option(help="Chunk sizes, multiples of the trace's block; only full chunks are cached.")
+    ] = None,
+    window: Annotated[str, typer.Option(help="all, or last-half: the first half only warms the cache up.")] = "all",
+    json: Json = False,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the miss-ratio curve to this picture.")] = None,
+    format_name: Format = None,
+    block_tokens: BlockTokens = None,
+    sort: Sort = False,
+    rechain: Rechain = False,
+) -> None:
+    """Hits of policies at capacities and chunk sizes."""
+    from lmc import report
+    from lmc.sim import capacity, show
+    from lmc.sim.study import run_study
+
+    given = capacity.CapacityOptions(
+        split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), token_bytes
+    )
+    if not given.blocks + given.tokens + given.sizes:
+        given = capacity.DEFAULT
+    study = run_study(
+        load(trace, format_name, block_tokens, sort, rechain),
+        split_list(policy),
+        given,
+        show.parse_window(window),
+        parse_chunk_sizes(chunk_tokens),
+    )
+    if csv is not None:
+        report.write_file(csv, show.study_csv(study))
+    if png is not None:
+        report.write_file(png, show.miss_ratio_figure(study).png)
+    if json:
+        typer.echo(report.to_json(show.study_json(study)).decode(), nl=False)
+        return
+    report.print_table(show.study_table(study))
+    print_notes(study.notes)
 
 
-@app.command()
-def describe(trace: str) -> None:
-    """Describe TRACE."""
-    raise NotImplementedError(trace)
+def load(path: Path, format_name: str | None, block_tokens: int | None, sort: bool, rechain: bool) -> Trace:
+    from lmc.sim.formats import read_trace
+    from lmc.sim.formats.base import ReadOptions
+
+    return read_trace(path, ReadOptions(block_tokens, sort, rechain), format_name)
+
+
+def split_list(text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_chunk_sizes(text: str | None) -> list[int]:
+    from lmc.units import parse_count
+
+    return [parse_count(part) for part in split_list(text)]
+
+
+def print_notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)

@@ -71,9 +71,7 @@ def hit_curve(stack: StackProfile, window: Window = "all") -> HitCurve:
         trace.block_tokens,
         trace.num_unique,
     )
-    return HitCurve(
-        blocks, tokens, int(trace.starts[-1] - trace.starts[start]), int(trace.input_tokens[start:].sum())
-    )
+    return HitCurve(blocks, tokens, int(trace.starts[-1] - trace.starts[start]), int(trace.input_tokens[start:].sum()))
 
 
 def request_hits(stack: StackProfile, capacity: float, max_age_s: float = np.inf) -> Int64:

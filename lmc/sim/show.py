@@ -1,0 +1,144 @@
+"""Tables, pictures and JSON of a study. Every rate names its denominator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lmc.errors import ConfigError
+from lmc.report import Column, Figure, Table, new_axes, table_csv, to_figure
+from lmc.sim.study import Row, Study
+from lmc.sim.trace import Trace, Window
+
+WINDOWS: dict[Window, str] = {
+    "all": "all requests, from an empty cache",
+    "last-half": "last half of the requests, cache warmed by the first",
+}
+
+
+def parse_window(text: str) -> Window:
+    """Raises ConfigError."""
+    if text not in WINDOWS:
+        raise ConfigError(f"unknown window {text!r}; there are {', '.join(WINDOWS)}")
+    return text
+
+
+def trace_json(trace: Trace) -> dict[str, Any]:
+    """What a result says about its trace. Any: JSON."""
+    return {
+        "source": trace.source,
+        "format": trace.format,
+        "requests": trace.num_requests,
+        "blocks": trace.num_blocks,
+        "unique_blocks": trace.num_unique,
+        "block_tokens": trace.block_tokens,
+        "input_tokens": trace.num_tokens,
+        "longest_request_blocks": trace.longest,
+    }
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """Any: JSON. An unlimited capacity is written "inf", because JSON has no infinity."""
+    capacity = _capacity(row.capacity_blocks)
+    return {
+        "policy": row.policy,
+        "capacity_blocks": capacity,
+        "hit_blocks": row.hit_blocks,
+        "total_blocks": row.total_blocks,
+        "hit_tokens": row.hit_tokens,
+        "total_tokens": row.total_tokens,
+        "chunk_tokens": row.chunk_tokens,
+        "capacity_tokens": capacity if isinstance(capacity, str) else capacity * row.chunk_tokens,
+        "block_hit_rate": row.block_hit_rate,
+        "token_hit_rate": row.token_hit_rate,
+    }
+
+
+def study_json(study: Study) -> dict[str, Any]:
+    """Any: JSON."""
+    return {
+        "trace": trace_json(study.trace),
+        "window": study.window,
+        "rows": [row_json(row) for row in study.rows],
+        "notes": list(study.notes),
+    }
+
+
+def study_table(study: Study) -> Table:
+    several = len(study.curves) > 1  # a second chunk size takes the place of the share of blocks on a narrow screen
+    columns = [
+        Column("policy"),
+        *([Column("chunk", "tokens")] if several else []),
+        Column("capacity", "blocks"),
+        Column("hits", "blocks"),
+        *([] if several else [Column("hits", "% of blocks")]),
+        Column("hits", "tokens"),
+        Column("hits", "% of tokens"),
+    ]
+    rows = [
+        [
+            row.policy,
+            *([row.chunk_tokens] if several else []),
+            _capacity(row.capacity_blocks),
+            row.hit_blocks,
+            *([] if several else [100 * row.block_hit_rate]),
+            row.hit_tokens,
+            100 * row.token_hit_rate,
+        ]
+        for row in study.rows
+    ]
+    totals = ", ".join(f"{curve.total_blocks:,} blocks of {chunk:,} tokens" for chunk, curve in study.curves.items())
+    total_tokens = next(iter(study.curves.values())).total_tokens
+    return Table(
+        f"Prefix hits, {study.trace.source}",
+        columns,
+        rows,
+        note=f"Measured: {WINDOWS[study.window]}. 100 % is {totals}, and {total_tokens:,} input tokens.",
+    )
+
+
+def study_csv(study: Study) -> str:
+    """The rows under the names that --json uses."""
+    records = [row_json(row) for row in study.rows]
+    return table_csv(
+        Table("rows", [Column(name) for name in records[0]], [list(record.values()) for record in records])
+    )
+
+
+def miss_ratio_figure(study: Study) -> Figure:
+    """LRU at every capacity as a line per chunk size, other policies as points."""
+    picture, (axis,) = new_axes()
+    several = len(study.curves) > 1
+    for chunk_tokens, curve in study.curves.items():
+        largest = curve.hit_tokens.size - 1
+        shown = np.unique(np.geomspace(1, largest, min(largest, 1000)).astype(np.int64))
+        misses = 100 * (1 - curve.hit_tokens[shown] / curve.total_tokens)
+        axis.plot(
+            shown * chunk_tokens, misses, linewidth=1.6, label=f"lru, chunks of {chunk_tokens}" if several else "lru"
+        )
+        others: dict[str, list[Row]] = {}
+        for row in study.rows:
+            if row.policy != "lru" and row.chunk_tokens == chunk_tokens and math.isfinite(row.capacity_blocks):
+                others.setdefault(row.policy, []).append(row)
+        for policy, rows in others.items():
+            axis.plot(
+                [row.capacity_blocks * chunk_tokens for row in rows],
+                [100 * (1 - row.token_hit_rate) for row in rows],
+                marker="o",
+                markersize=4,
+                linewidth=0.8,
+                label=f"{policy}, chunks of {chunk_tokens}" if several else policy,
+            )
+    axis.set_xscale("log")
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("capacity (tokens of KV cache)")
+    axis.set_ylabel("input tokens that miss (%)")
+    axis.legend(frameon=False, fontsize=8)
+    caption = f"{study.trace.source}; {WINDOWS[study.window]}. Denominator: all input tokens of the measured requests."
+    return to_figure(picture, "Miss ratio against capacity", caption)
+
+
+def _capacity(blocks: float) -> int | str:
+    return int(blocks) if math.isfinite(blocks) else "inf"

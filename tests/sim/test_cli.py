@@ -1,0 +1,117 @@
+"""`lmc sim` as users and programs call it, in this process; and what a fresh process imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lmc.cli import app
+from lmc.errors import LmcError
+from typer.testing import CliRunner
+
+LINES = [
+    {"timestamp": 0, "input_length": 1500, "output_length": 5, "hash_ids": [0, 1, 2]},
+    {"timestamp": 1000, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 3]},
+    {"timestamp": 1000, "input_length": 1500, "output_length": 5, "hash_ids": [0, 1, 2]},
+    {"timestamp": 2000, "input_length": 100, "output_length": 5, "hash_ids": [4]},
+]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["sim", *(str(argument) for argument in arguments)])
+    if isinstance(result.exception, LmcError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_json_rows_name_hits_and_denominators(trace: Path) -> None:
+    result = json.loads(run(trace, "--policy", "lru", "--capacity-blocks", "2,50%,inf", "--window", "all", "--json"))
+    assert [(row["capacity_blocks"], row["hit_blocks"], row["hit_tokens"]) for row in result["rows"]] == [
+        (2, 4, 2048),
+        (2, 4, 2048),
+        ("inf", 5, 2524),
+    ]
+    for row in result["rows"]:
+        assert (row["policy"], row["total_blocks"], row["total_tokens"]) == ("lru", 10, 4200)
+    assert result["trace"]["unique_blocks"] == 5
+
+
+def test_json_of_the_last_half_measures_the_second_half_of_the_requests(trace: Path) -> None:
+    (row,) = json.loads(run(trace, "--capacity-blocks", "inf", "--window", "last-half", "--json"))["rows"]
+    assert (row["hit_blocks"], row["total_blocks"], row["hit_tokens"], row["total_tokens"]) == (3, 4, 1500, 1600)
+
+
+def test_chunk_sizes_drop_partial_tails(trace: Path) -> None:
+    rows = json.loads(run(trace, "--chunk-tokens", "512,1024", "--capacity-blocks", "inf", "--json"))["rows"]
+    assert [(row["chunk_tokens"], row["hit_blocks"], row["total_blocks"], row["hit_tokens"]) for row in rows] == [
+        (512, 4, 6, 2048),
+        (1024, 2, 3, 2048),
+    ]
+    assert {row["total_tokens"] for row in rows} == {4200}
+
+
+def test_table_csv_and_picture(trace: Path, tmp_path: Path) -> None:
+    csv, png = tmp_path / "out" / "rows.csv", tmp_path / "curve.png"
+    text = run(trace, "--capacity-blocks", "inf", "--csv", csv, "--png", png)
+    assert "4,200 input tokens" in text and "10 blocks" in text
+    assert csv.read_text().splitlines()[1] == f"lru,inf,5,10,2524,4200,512,inf,0.5,{2524 / 4200}"
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--capacity-blocks", "0"), "holds no block"),
+        (("--capacity-blocks", "101%"), "101%"),
+        (("--capacity-blocks", "many"), "many"),
+        (("--capacity-tokens", "100"), "holds no block"),
+        (("--capacity-bytes", "1GiB"), "--token-bytes"),
+        (("--chunk-tokens", "700"), "choose a multiple of 512"),
+        (("--chunk-tokens", "51200"), "choose a smaller chunk size"),
+        (("--policy", "magic"), "unknown eviction policy 'magic'"),
+        (("--window", "half"), "last-half"),
+        (("--format", "magic"), "unknown trace format"),
+    ],
+)
+def test_bad_arguments_are_one_line(trace: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(LmcError) as caught:
+        run(trace, *arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_small_capacity_is_reported_as_a_note(trace: Path) -> None:
+    result = json.loads(run(trace, "--capacity-blocks", "2", "--json"))
+    assert any("below the longest request" in note for note in result["notes"])
+
+
+def test_help_imports_neither_torch_nor_an_engine() -> None:
+    code = (
+        "import sys\nfrom lmc.cli import app\n"
+        "try:\n    app(['sim', 'run', '--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'vllm', 'sglang', 'numba', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_replay_imports_neither_torch_nor_an_engine(trace: Path) -> None:
+    code = (
+        f"import sys\nfrom lmc.cli import app\n"
+        f"try:\n    app(['sim', {str(trace)!r}, '--json'])\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'vllm', 'sglang', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
