@@ -169,7 +169,7 @@ class TierContract:
         with ThreadPoolExecutor(3) as pool:
             writing = pool.submit(write)
             try:
-                for seen in pool.map(lambda _: load(reader, 0), range(200)):
+                for seen in pool.map(lambda _: load(reader, 0), range(100)):
                     assert seen in allowed
             finally:
                 stop.set()

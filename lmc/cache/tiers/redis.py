@@ -1,0 +1,166 @@
+"""The Redis (or Valkey) tier: one value per chunk, header page and payload, under lmc:v1:<namespace>:<rank>:<key>.
+
+redis-py connects, authenticates, encrypts and follows the topology, and does the small commands; values go over its sockets directly
+(redis_wire.py). Nothing is connected before the first call, so an unreachable server costs a TierError per call and not the start.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from redis import Redis, RedisError
+from redis.cluster import RedisCluster
+from redis.exceptions import RedisClusterException
+
+from lmc.cache.config import RedisConfig
+from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope, checksum
+from lmc.cache.tiers.redis_connect import open_client, parse_address, pool_for
+from lmc.cache.tiers.redis_wire import ErrorReply, Wire
+from lmc.errors import ConfigError, Corrupt, TierError, TierFull
+
+_FAILURES = (RedisError, RedisClusterException, OSError)
+_MOVED = ("MOVED", "ASK", "TRYAGAIN")
+_SCAN_COUNT = 1000
+
+
+class RedisTier:
+    """Raises ConfigError for an address that cannot be right, and TierError for what goes wrong later."""
+
+    name = "redis"
+
+    def __init__(self, config: RedisConfig, scope: TierScope) -> None:
+        if config.url is None:
+            raise ConfigError("redis.url is not set")
+        self._config = config
+        self._scope = scope
+        self._address = parse_address(config.url, config.mode)
+        self._prefix = f"lmc:{FORMAT}:{scope.namespace}:{scope.rank}:".encode()
+        self._ttl_ms = None if config.ttl is None else max(1, round(config.ttl * 1000))
+        self._client: Redis | RedisCluster | None = None
+        self._opening = threading.Lock()
+
+    def put(self, key: ChunkKey, data: memoryview) -> None:
+        name = self._name(key)
+        header = self._scope.seal(key, data)
+        expiry = [] if self._ttl_ms is None else [b"PX", b"%d" % self._ttl_ms]
+        with self._named_errors("store", key) as client:
+            try:
+                with self._wire(client, name) as wire:
+                    wire.command(b"SET", name, [header, data], *expiry)
+                    wire.line()
+            except ErrorReply as reply:
+                if not str(reply).startswith(_MOVED):
+                    raise
+                client.set(name, header + data, px=self._ttl_ms)
+
+    def get(self, key: ChunkKey, out: memoryview) -> None:
+        name = self._name(key)
+        page = memoryview(bytearray(HEADER_BYTES))
+        with self._named_errors("load", key) as client:
+            try:
+                with self._wire(client, name) as wire:
+                    wire.command(b"GET", name)
+                    found = wire.bulk(page, out)
+            except ErrorReply as reply:
+                if not str(reply).startswith(_MOVED):
+                    raise
+                found = _get_moved(client, name, page, out)
+            if found is None:
+                raise KeyError(key)
+            if self._scope.expect(key, page) != found:
+                raise Corrupt("the payload does not match its checksum")
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        if not keys:
+            return []
+        with self._named_errors("look up", keys[0]) as client:
+            pipeline = client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.exists(self._name(key))
+            return [bool(answer) for answer in pipeline.execute()]
+
+    def delete(self, key: ChunkKey) -> None:
+        with self._named_errors("delete", key) as client:
+            client.unlink(self._name(key))
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
+        """In no order: Redis does not know the age."""
+        seen = set()
+        with self._named_errors("list", None) as client:
+            for name in client.scan_iter(match=self._prefix + b"*", count=_SCAN_COUNT):
+                try:
+                    seen.add(ChunkKey(bytes.fromhex(name[len(self._prefix) :].decode())))
+                except ValueError:
+                    continue  # not a name of ours
+        for key in seen:
+            if len(key) == KEY_BYTES:
+                yield key, self._scope.chunk_bytes
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _name(self, key: ChunkKey) -> bytes:
+        return self._prefix + key.hex().encode()
+
+    def _connected(self) -> Redis | RedisCluster:
+        if not self._opening.acquire(timeout=self._config.timeout):
+            raise TimeoutError("another thread is still connecting")
+        try:
+            if self._client is None:
+                self._client = open_client(self._config, self._address)
+            return self._client
+        finally:
+            self._opening.release()
+
+    @contextmanager
+    def _wire(self, client: Redis | RedisCluster, name: bytes) -> Iterator[Wire]:
+        """A connection of its own to name's server; closed when it may be out of step, else given back."""
+        pool = pool_for(client, name)
+        connection = pool.get_connection()
+        try:
+            sock: socket.socket = connection._sock
+            yield Wire(sock, self._config.timeout)
+            sock.settimeout(self._config.timeout)
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+
+    @contextmanager
+    def _named_errors(self, action: str, key: ChunkKey | None) -> Iterator[Redis | RedisCluster]:
+        client = None
+        what = "keys" if key is None else key.hex()
+        where = f"redis tier at {self._address}: cannot {action} {what}"
+        try:
+            client = self._connected()
+            yield client
+        except OtherVersion:
+            raise KeyError(key) from None
+        except Corrupt as error:
+            raise Corrupt(f"{where}: {error}") from None
+        except ErrorReply as reply:
+            kind = TierFull if str(reply).startswith("OOM") else TierError
+            raise kind(f"{where}: {reply}") from None
+        except _FAILURES as error:
+            if isinstance(client, RedisCluster) and self._client is client:
+                self._client = None  # the next call learns the topology anew
+            raise TierError(f"{where}: {error}") from error
+
+
+def _get_moved(client: Redis | RedisCluster, name: bytes, page: memoryview, out: memoryview) -> int | None:
+    """GET while the cluster moves the key's slot: redis-py follows the redirections, at the price of copies."""
+    value = client.get(name)
+    if value is None:
+        return None
+    if len(value) != len(page) + len(out):
+        raise Corrupt(f"the value has {len(value)} bytes instead of {len(page) + len(out)}")
+    page[:] = value[: len(page)]
+    out[:] = memoryview(value)[len(page) :]
+    return checksum(out)

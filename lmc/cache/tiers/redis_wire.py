@@ -1,0 +1,125 @@
+"""SET and GET of one large value on a connected socket, without a copy in between.
+
+redis-py copies a value several times (0.28 GB/s for 4 MB values where a bare recv_into gets 3.1 GB/s on the same server), so values go
+around it: the payload is sent from the host slot and received into it. One command is in flight at a time, and every operation has a
+deadline for all of its bytes together.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+
+import xxhash
+
+from lmc.errors import Corrupt
+
+_TLS_PIECE = 1 << 18
+_LONGEST_LINE = 4096
+
+
+class ErrorReply(Exception):
+    """The server answered with an error; the connection is still in step."""
+
+
+class Wire:
+    """One borrowed socket and the time by which its command must be answered. Raises OSError when it is not."""
+
+    def __init__(self, sock: socket.socket, seconds: float) -> None:
+        self._sock = sock
+        self._deadline = time.monotonic() + seconds
+
+    def command(self, *arguments: bytes | Sequence[bytes | memoryview]) -> None:
+        """Send a command; an argument that is a sequence is sent as its parts, one after the other."""
+        buffers = [memoryview(b"*%d\r\n" % len(arguments))]
+        for argument in arguments:
+            parts = [argument] if isinstance(argument, bytes) else argument
+            buffers.append(memoryview(b"$%d\r\n" % sum(len(part) for part in parts)))
+            buffers += [memoryview(part) for part in parts]
+            buffers.append(memoryview(b"\r\n"))
+        if isinstance(self._sock, ssl.SSLSocket):
+            self._send_encrypted(buffers)
+        else:
+            self._send(buffers)
+
+    def line(self) -> bytes:
+        """The reply to a command that is answered in one line. Raises ErrorReply."""
+        return self._line(b"")
+
+    def bulk(self, head: memoryview, body: memoryview) -> int | None:
+        """Receive a value that must be exactly as long as head and body; returns body's xxh3-64, or None when there is no value.
+
+        Raises ErrorReply, and Corrupt for a value of another length, after which the connection is out of step.
+        """
+        wanted = b"$%d\r\n" % (len(head) + len(body))
+        start = bytearray(len(wanted))
+        got = 0
+        while got < len(start) and not start[:got].endswith(b"\r\n"):
+            got += self._receive(memoryview(start)[got:])
+        if start != wanted:
+            line = self._line(bytes(start[:got]))
+            if line == b"$-1":
+                return None
+            if line[1:].isdigit():
+                raise Corrupt(f"the value has {line[1:].decode()} bytes instead of {len(head) + len(body)}")
+            raise Corrupt(f"the reply starts with {line[:40]!r}")
+        self._fill(head)
+        hasher = xxhash.xxh3_64()
+        position = 0
+        while position < len(body):
+            count = self._receive(body[position:])
+            hasher.update(body[position : position + count])
+            position += count
+        end = bytearray(2)
+        self._fill(memoryview(end))
+        if end != b"\r\n":
+            raise Corrupt(f"the value is followed by {bytes(end)!r}")
+        return hasher.intdigest()
+
+    def _line(self, start: bytes) -> bytes:
+        buffer = bytearray(start)
+        while not buffer.endswith(b"\r\n"):
+            if len(buffer) > _LONGEST_LINE:
+                raise Corrupt(f"the reply starts with {bytes(buffer[:40])!r}")
+            piece = bytearray(_LONGEST_LINE)
+            buffer += piece[: self._receive(memoryview(piece))]
+        line = bytes(buffer[:-2])
+        if line.startswith(b"-"):
+            raise ErrorReply(line[1:].decode(errors="replace"))
+        return line
+
+    def _wait(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+
+    def _receive(self, into: memoryview) -> int:
+        self._wait()
+        count = self._sock.recv_into(into)
+        if count == 0:
+            raise ConnectionResetError("the server closed the connection")
+        return count
+
+    def _fill(self, into: memoryview) -> None:
+        position = 0
+        while position < len(into):
+            position += self._receive(into[position:])
+
+    def _send(self, buffers: list[memoryview]) -> None:
+        while buffers:
+            self._wait()
+            count = self._sock.sendmsg(buffers)
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                buffers[0] = buffers[0][count:]
+
+    def _send_encrypted(self, buffers: list[memoryview]) -> None:
+        for buffer in buffers:
+            position = 0
+            while position < len(buffer):
+                self._wait()
+                position += self._sock.send(buffer[position : position + _TLS_PIECE])

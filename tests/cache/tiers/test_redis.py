@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lmc.cache.config import RedisConfig
+from lmc.cache.tiers.redis import RedisTier
+from lmc.errors import ConfigError, TierError
+from tests import services
+from tests.contracts.tier import SCOPE, OpenTier, TierContract, key, load, payload
+from tests.services import RedisServer
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with services.redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_server: RedisServer) -> RedisServer:
+    with shared_server.client() as client:
+        client.flushall()
+    return shared_server
+
+
+class TestStandalone(TierContract):
+    @pytest.fixture
+    def open_tier(self, server: RedisServer) -> OpenTier:
+        return lambda scope: RedisTier(RedisConfig(url=server.url), scope)
+
+
+class TestUnixSocket(TierContract):
+    @pytest.fixture(scope="class")
+    def socket_path(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        folder = tmp_path_factory.mktemp("redis")
+        with services.redis_server(folder, "--unixsocket", str(folder / "r.sock")):
+            yield folder / "r.sock"
+
+    @pytest.fixture
+    def open_tier(self, socket_path: Path) -> OpenTier:
+        config = RedisConfig(url=f"unix://{socket_path}")
+        _empty(RedisTier(config, SCOPE))
+        return lambda scope: RedisTier(config, scope)
+
+
+class TestCluster(TierContract):
+    @pytest.fixture(scope="class")
+    def nodes(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
+        with services.redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+            yield nodes
+
+    @pytest.fixture
+    def open_tier(self, nodes: list[RedisServer]) -> OpenTier:
+        for node in nodes:
+            with node.client() as client:
+                client.flushall()
+        return lambda scope: RedisTier(RedisConfig(url=nodes[0].url, mode="cluster"), scope)
+
+    def test_chunks_are_spread_over_the_masters(self, open_tier: OpenTier, nodes: list[RedisServer]) -> None:
+        tier = open_tier(SCOPE)
+        for number in range(60):
+            tier.put(key(number), payload(number))
+        for node in nodes:
+            with node.client() as client:
+                assert client.dbsize() > 5
+
+    def test_a_moved_slot_is_followed(self, open_tier: OpenTier, nodes: list[RedisServer]) -> None:
+        """The client's map of the cluster is out of date: it asks the old master, which redirects."""
+        tier = open_tier(SCOPE)
+        assert isinstance(tier, RedisTier)
+        tier.put(key(1), payload(1))
+        with nodes[0].client() as first:
+            slot = first.execute_command("CLUSTER", "KEYSLOT", tier._name(key(1)))
+            old = next(node for node in nodes if slot in _slots_of(node))
+            new = next(node for node in nodes if node is not old)
+        with old.client() as source, new.client() as target:
+            target_id, source_id = (_node_id(one) for one in (target, source))
+            target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+            source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+            source.execute_command("MIGRATE", services.LOCAL, new.port, tier._name(key(1)), 0, 5000)
+            assert load(tier, 1) == payload(1), "while the slot moves (ASK)"
+            tier.put(key(1), payload(2))
+            assert load(tier, 1) == payload(2)
+            for client in (source, target):
+                client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", target_id)
+        assert load(tier, 1) == payload(2), "after the slot has moved (MOVED)"
+        tier.put(key(1), payload(3))
+        assert load(tier, 1) == payload(3)
+        assert tier.contains([key(1)]) == [True]
+
+
+def _slots_of(node: RedisServer) -> set[int]:
+    with node.client() as client:
+        found = client.execute_command("CLUSTER", "SLOTS")
+    return {slot for first, last, master, *_ in found if master[1] == node.port for slot in range(first, last + 1)}
+
+
+def _node_id(client: object) -> str:
+    return client.execute_command("CLUSTER", "MYID").decode()  # type: ignore[attr-defined]
+
+
+def _empty(tier: RedisTier) -> None:
+    for found, _ in tier.scan():
+        tier.delete(found)
+
+
+class TestSentinel:
+    def test_chunks_are_found_after_a_failover(self, tmp_path: Path) -> None:
+        with services.redis_sentinel(tmp_path) as cluster:
+            config = RedisConfig(url=cluster.url, mode="sentinel", sentinel_service=cluster.service)
+            tier = RedisTier(config, SCOPE)
+            for number in range(4):
+                tier.put(key(number), payload(number))
+            with cluster.master.client() as client:
+                assert client.wait(1, 5000) == 1, "the replica has the chunks"
+            cluster.fail_over()
+            services.wait_until(lambda: _loads(tier, 1), "a load from the new master")
+            assert [load(tier, number) for number in range(4)] == [payload(number) for number in range(4)]
+            tier.put(key(5), payload(5))
+            assert load(tier, 5) == payload(5)
+
+
+def _loads(tier: RedisTier, number: int) -> bool:
+    try:
+        return load(tier, number) == payload(number)
+    except TierError:
+        return False
+
+
+class TestTls(TierContract):
+    @pytest.fixture(scope="class")
+    def certificate(self, tmp_path_factory: pytest.TempPathFactory) -> services.Certificate:
+        return services.make_certificate(tmp_path_factory.mktemp("certificate"))
+
+    @pytest.fixture(scope="class")
+    def port(self, tmp_path_factory: pytest.TempPathFactory, certificate: services.Certificate) -> Iterator[int]:
+        with services.tls_redis(tmp_path_factory.mktemp("redis"), certificate) as port:
+            yield port
+
+    @pytest.fixture
+    def open_tier(self, port: int, certificate: services.Certificate) -> OpenTier:
+        config = RedisConfig(url=f"rediss://{services.LOCAL}:{port}", ca_file=certificate.certificate)
+        _empty(RedisTier(config, SCOPE))
+        return lambda scope: RedisTier(config, scope)
+
+    def test_an_unknown_authority_is_refused(self, port: int) -> None:
+        tier = RedisTier(RedisConfig(url=f"rediss://{services.LOCAL}:{port}"), SCOPE)
+        with pytest.raises(TierError, match="certificate verify failed"):
+            tier.put(key(1), payload(1))
+
+    def test_a_proxy_that_ends_tls_serves_too(self, server: RedisServer, certificate: services.Certificate) -> None:
+        with services.proxy(server.port, certificate) as front:
+            config = RedisConfig(url=f"rediss://{services.LOCAL}:{front.port}", ca_file=certificate.certificate)
+            tier = RedisTier(config, SCOPE)
+            tier.put(key(1), payload(1))
+            assert load(tier, 1) == payload(1)
+            tier.close()
+
+
+class TestAccess:
+    def test_acl_user_with_only_the_tier_s_rights(self, tmp_path: Path) -> None:
+        with services.redis_server(tmp_path) as server, server.client() as admin:
+            rights = ["+get", "+set", "+exists", "+unlink", "+scan", "+select", "+client", "+ping"]
+            admin.execute_command("ACL", "SETUSER", "chunks", "on", ">secret", "~lmc:*", "-@all", *rights)
+            admin.execute_command("ACL", "SETUSER", "default", "off")
+            tier = RedisTier(RedisConfig(url=server.url, username="chunks", password="secret"), SCOPE)
+            tier.put(key(1), payload(1))
+            assert load(tier, 1) == payload(1)
+            assert tier.contains([key(1)]) == [True]
+            assert [found for found, _ in tier.scan()] == [key(1)]
+            tier.delete(key(1))
+            with pytest.raises(TierError, match=r"AUTH|WRONGPASS|invalid username-password"):
+                RedisTier(RedisConfig(url=server.url, username="chunks", password="wrong"), SCOPE).contains([key(1)])
+            with pytest.raises(TierError, match=r"(?i)authentication required"):
+                load(RedisTier(RedisConfig(url=server.url), SCOPE), 1)
+
+    def test_password_in_the_address(self, tmp_path: Path) -> None:
+        with services.redis_server(tmp_path, "--requirepass", "s3cr@t") as server:
+            tier = RedisTier(RedisConfig(url=f"redis://:s3cr%40t@{services.LOCAL}:{server.port}/3"), SCOPE)
+            tier.put(key(1), payload(1))
+            assert load(tier, 1) == payload(1)
+
+
+class TestTimeToLive:
+    def test_a_chunk_expires(self, server: RedisServer) -> None:
+        tier = RedisTier(RedisConfig(url=server.url, ttl=0.2), SCOPE)
+        tier.put(key(1), payload(1))
+        assert load(tier, 1) == payload(1)
+        time.sleep(0.3)
+        assert load(tier, 1) is None
+
+
+class TestAddress:
+    @pytest.mark.parametrize(
+        ("url", "mode"),
+        [
+            ("localhost:6379", "standalone"),
+            ("http://localhost", "standalone"),
+            ("redis://", "standalone"),
+            ("redis://host:port", "standalone"),
+            ("redis://host/name", "standalone"),
+            ("redis://host?socket_timeout=9", "standalone"),
+            ("redis://one,two", "standalone"),
+            ("unix:///run/redis.sock", "cluster"),
+        ],
+    )
+    def test_a_wrong_address_is_refused_at_once(self, url: str, mode: str) -> None:
+        with pytest.raises(ConfigError, match=r"redis\.url"):
+            RedisTier(RedisConfig.model_validate({"url": url, "mode": mode}), SCOPE)
+
+    def test_an_unreachable_server_costs_an_error_per_call(self) -> None:
+        tier = RedisTier(RedisConfig(url=f"redis://{services.LOCAL}:{services.free_port()}"), SCOPE)
+        for _ in range(2):
+            with pytest.raises(TierError, match=f"{services.LOCAL}.*refused"):
+                tier.put(key(1), payload(1))
+
+    def test_an_unreachable_cluster_costs_an_error_per_call(self) -> None:
+        config = RedisConfig(url=f"redis://{services.LOCAL}:{services.free_port()}", mode="cluster")
+        tier = RedisTier(config, SCOPE)
+        for _ in range(2):
+            with pytest.raises(TierError, match=services.LOCAL):
+                load(tier, 1)
