@@ -65,6 +65,7 @@ def open_client(config: RedisConfig, address: Address) -> Redis | RedisCluster:
         "socket_connect_timeout": config.timeout,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,  # no push messages between replies
+        "max_connections": 1024,
     }
     if address.tls:
         timing |= {"ssl": True, "ssl_ca_certs": str(config.ca_file) if config.ca_file else None}
