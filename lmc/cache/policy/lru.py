@@ -1,55 +1,48 @@
-"""LRU: evict the chunk that was touched longest ago. Every operation is O(1) but for blocked nodes, which the victim search skips."""
+"""LRU: evict the chunk that was touched longest ago. A blocked node at the old end is in use, which counts as a touch: amortised O(1)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from lmc.cache.policy.base import Blocked, Parents, PolicySpec
-
-Links = npt.NDArray[np.int64]
+from lmc.cache.policy.lists import Lists, make_lists, put_before, unlink
 
 
 class State(NamedTuple):
-    older: Links  # (num_nodes + 1,) the last entry is the list's head: older[head] is the youngest node
-    younger: Links  # (num_nodes + 1,) younger[head] is the oldest node
+    recency: Lists
 
 
 def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
-    head = num_nodes
-    links = np.full(num_nodes + 1, -1, dtype=np.int64)
-    links[head] = head
-    return State(older=links, younger=links.copy())
+    return State(make_lists(num_nodes, 1))
 
 
 def on_hit(state: State, node: int, now: int) -> None:
-    on_evict(state, node)
-    on_insert(state, node, now)
+    unlink(state.recency, node)
+    put_before(state.recency, state.recency.older.size - 1, node)
 
 
 def on_insert(state: State, node: int, now: int) -> None:
-    head = state.older.size - 1
-    youngest = state.older[head]
-    state.older[node] = youngest
-    state.younger[node] = head
-    state.younger[youngest] = node
-    state.older[head] = node
+    put_before(state.recency, state.recency.older.size - 1, node)
 
 
 def victim(state: State, blocked: Blocked) -> int:
-    head = state.older.size - 1
-    node = state.younger[head]
+    recency = state.recency
+    head = recency.older.size - 1
+    node = recency.younger[head]
+    first_blocked = -1
     while node != head and blocked[node] != 0:
-        node = state.younger[node]
-    return -1 if node == head else int(node)
+        if node == first_blocked:
+            return -1
+        if first_blocked < 0:
+            first_blocked = node
+        unlink(recency, node)
+        put_before(recency, head, node)
+        node = recency.younger[head]
+    return -1 if node == head else node
 
 
 def on_evict(state: State, node: int) -> None:
-    older, younger = state.older[node], state.younger[node]
-    state.younger[older] = younger
-    state.older[younger] = older
+    unlink(state.recency, node)
 
 
 def release(state: State) -> int:

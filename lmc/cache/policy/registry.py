@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from lmc.cache.policy import lru
+from lmc.cache.policy import arc, fifo, gdsf, lfu, lirs, lru, s3fifo, sieve, ttl, twoq
 from lmc.cache.policy.base import PolicySpec
 from lmc.errors import ConfigError
 
-POLICIES: dict[str, PolicySpec] = {spec.name: spec for spec in (lru.SPEC,)}
+POLICIES: dict[str, PolicySpec] = {
+    spec.name: spec
+    for spec in (
+        lru.SPEC,
+        fifo.SPEC,
+        lfu.SPEC,
+        sieve.SPEC,
+        s3fifo.SPEC,
+        arc.SPEC,
+        lirs.SPEC,
+        twoq.SPEC,
+        gdsf.SPEC,
+        ttl.SPEC,
+    )
+}
 
 
 def get_policy(name: str) -> PolicySpec:

@@ -1,0 +1,308 @@
+"""Replays a trace through one eviction policy at given capacities.
+
+The kernel is the array twin of the directory: it calls the functions of lmc.cache.policy in the same order. Numba compiles it once for each
+policy from the very source that the live cache interprets, and keeps the result on disk; the kernel also runs interpreted, which is how the
+tests hold the two together. Capacities run in parallel on threads (the compiled kernel releases the GIL).
+
+A request looks its chain up in the cache as it stands (hits: the longest prefix that is there), makes room, stores the missing blocks from
+the last to the first and then touches the others, also from the last to the first. A request longer than the cache keeps its first blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.cache.policy.base import PolicySpec
+from lmc.errors import ConfigError
+from lmc.sim.trace import Float64, Int32, Int64, Trace, Window
+
+Marks = npt.NDArray[np.uint8]
+Kernel = Callable[..., tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What can differ from a cache that stores everything at once and evicts one block for one block."""
+
+    admit_touches: int = 1  # a block is stored when it is requested for the n-th time
+    low_watermark: float = 1.0  # a full cache evicts down to this share of its capacity
+    write_delay_s: float = 0.0  # a stored block is readable only this much later
+    ttl_s: float = float("inf")  # a block is dropped when its time to live is over
+    ttl_sliding: bool = True  # a touch renews it; False: it counts from when the block was stored
+
+    def __post_init__(self) -> None:
+        if self.admit_touches < 1:
+            raise ConfigError(f"admit_touches must be at least 1, not {self.admit_touches}")
+        if not 0 < self.low_watermark <= 1:
+            raise ConfigError(f"low_watermark must be above 0 and at most 1, not {self.low_watermark}")
+        if self.write_delay_s < 0 or self.ttl_s < 0:
+            raise ConfigError("write_delay_s and ttl_s must not be negative")
+
+
+PLAIN = ReplayOptions()
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyHits:
+    """What one policy did at one capacity."""
+
+    policy: str
+    capacity: int  # blocks
+    request_hits: Int32  # (num_requests,) blocks found
+    evictions: int  # blocks evicted for room; expired ones do not count
+    resident: int  # blocks there at the end
+    victims: Int32 = field(repr=False)  # (evictions,) in order, if asked for
+
+    def hit_blocks(self, trace: Trace, window: Window = "all") -> int:
+        return int(self.request_hits[trace.first_request(window) :].sum(dtype=np.int64))
+
+    def hit_tokens(self, trace: Trace, window: Window = "all") -> int:
+        """A last, partial block is worth the tokens it has."""
+        first = trace.first_request(window)
+        tokens = self.request_hits[first:].astype(np.int64) * trace.block_tokens
+        return int(np.minimum(tokens, trace.input_tokens[first:]).sum())
+
+
+def replay(
+    trace: Trace,
+    spec: PolicySpec,
+    capacities: Iterable[int],
+    options: ReplayOptions = PLAIN,
+    *,
+    workers: int | None = None,
+    log_victims: bool = False,
+    compiled: bool = True,
+) -> list[PolicyHits]:
+    """One result for each capacity (in blocks), in their order. workers is the number of threads, by default one a core."""
+    wanted = [int(capacity) for capacity in capacities]
+    if any(capacity < 1 for capacity in wanted):
+        raise ConfigError(f"a capacity must be at least one block, not {min(wanted)}")
+    kernel = compiled_kernel(spec) if compiled else make_kernel(spec, "")
+    if not compiled:
+        return [_replay_one(trace, spec, kernel, capacity, options, log_victims) for capacity in wanted]
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        runs = [pool.submit(_replay_one, trace, spec, kernel, size, options, log_victims) for size in wanted]
+        return [run.result() for run in runs]
+
+
+def _replay_one(
+    trace: Trace, spec: PolicySpec, kernel: Kernel, capacity: int, options: ReplayOptions, log_victims: bool
+) -> PolicyHits:
+    num_nodes = trace.num_unique
+    expires = options.ttl_s < np.inf
+    state = spec.make_state(num_nodes, capacity, trace.parents)
+    hits = np.zeros(trace.num_requests, dtype=np.int32)
+    victims = np.zeros(trace.num_blocks if log_victims else 0, dtype=np.int32)
+    evictions, resident = kernel(
+        trace.ids,
+        trace.starts,
+        trace.parents,
+        trace.timestamps_s,
+        capacity,
+        max(1, int(capacity * options.low_watermark)),
+        options.admit_touches,
+        float(options.write_delay_s),
+        float(options.ttl_s),
+        options.ttl_sliding,
+        state,
+        hits,
+        victims,
+        np.zeros(num_nodes, dtype=np.uint8),  # there
+        np.zeros(num_nodes, dtype=np.int32),  # blocked
+        np.zeros(num_nodes if options.admit_touches > 1 else 0, dtype=np.int32),  # requested, so often
+        np.zeros(num_nodes if options.write_delay_s > 0 else 0, dtype=np.float64),  # ready_s
+        # Blocks by when their time to live began; those past it that must wait for their children are late, out of the list.
+        np.zeros(num_nodes if expires else 0, dtype=np.float64),
+        np.zeros(num_nodes if expires else 0, dtype=np.uint8),
+        np.arange(num_nodes + 1 if expires else 1, dtype=np.int32),
+        np.arange(num_nodes + 1 if expires else 1, dtype=np.int32),
+    )
+    return PolicyHits(spec.name, capacity, hits, evictions, resident, victims[:evictions] if log_victims else victims)
+
+
+@cache
+def compiled_kernel(spec: PolicySpec) -> Kernel:
+    """The kernel of a policy, compiled on first use or read from Numba's cache on disk."""
+    from numba import njit
+    from numba.extending import register_jitable
+
+    modules = _modules(spec)
+    for module in modules:
+        for function in vars(module).values():
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                register_jitable(_nrt=False)(function)
+    # Numba's cache looks at the kernel's own file only; the digest in the closure makes an edited policy another entry.
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        digest.update(Path(inspect.getfile(module)).read_bytes())
+    kernel: Kernel = njit(cache=True, nogil=True, _nrt=False)(make_kernel(spec, digest.hexdigest()))
+    return kernel
+
+
+def _modules(spec: PolicySpec) -> list[Any]:  # Any: module objects
+    """The modules under lmc.cache.policy whose functions a policy uses, itself first."""
+    found: list[Any] = []
+    waiting = [sys.modules[spec.on_hit.__module__]]
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found.append(module)
+        used = (getattr(value, "__module__", "") for value in vars(module).values() if inspect.isfunction(value))
+        waiting.extend(sys.modules[name] for name in sorted(set(used)) if name)
+    return found
+
+
+def make_kernel(spec: PolicySpec, digest: str) -> Kernel:
+    on_hit, on_insert, victim = spec.on_hit, spec.on_insert, spec.victim
+    on_evict, release = spec.on_evict, spec.release
+
+    def kernel(
+        ids: Int32,
+        starts: Int64,
+        parents: Int32,
+        times_s: Float64,
+        capacity: int,
+        low: int,
+        admit_touches: int,
+        write_delay_s: float,
+        ttl_s: float,
+        ttl_sliding: bool,
+        state: Any,
+        hits: Int32,
+        victims: Int32,
+        there: Marks,
+        blocked: Int32,
+        requested: Int32,
+        ready_s: Float64,
+        begun_s: Float64,
+        late: Marks,
+        aging_older: Int32,
+        aging_younger: Int32,
+    ) -> tuple[int, int]:
+        _ = digest
+        count = 0
+        evictions = 0
+        expires = ttl_s < np.inf
+        aging = aging_older.size - 1
+
+        for request in range(starts.size - 1):
+            start = starts[request]
+            length = min(starts[request + 1] - start, capacity)
+            now = request + 1
+            now_s = times_s[request]
+
+            if expires:
+                node = aging_younger[aging]
+                while node != aging and now_s - begun_s[node] > ttl_s:
+                    following = aging_younger[node]
+                    aging_younger[aging_older[node]] = following
+                    aging_older[following] = aging_older[node]
+                    late[node] = 1
+                    gone = node
+                    while gone >= 0 and late[gone] and blocked[gone] == 0:
+                        late[gone] = 0
+                        there[gone] = 0
+                        count -= 1
+                        on_evict(state, gone)
+                        gone = parents[gone]
+                        if gone >= 0:
+                            blocked[gone] -= 1
+                    node = following
+
+            found = 0
+            while found < length and there[ids[start + found]]:
+                node = ids[start + found]
+                if (write_delay_s > 0 and ready_s[node] > now_s) or (expires and late[node]):
+                    break
+                found += 1
+            hits[request] = found
+
+            present = found
+            while present < length and there[ids[start + present]]:
+                present += 1
+            if admit_touches > 1:
+                admitted = 0
+                for index in range(length):
+                    requested[ids[start + index]] += 1
+                    if admitted == index and requested[ids[start + index]] >= admit_touches:
+                        admitted += 1
+                length = max(present, admitted)
+
+            if count + length - present > capacity:
+                if present > 0:
+                    blocked[ids[start + present - 1]] += 1
+                while count > 0 and count + length - present > low:
+                    node = victim(state, blocked)
+                    if node < 0:
+                        break
+                    if victims.size > 0:
+                        victims[evictions] = node
+                    evictions += 1
+                    while True:
+                        there[node] = 0
+                        count -= 1
+                        on_evict(state, node)
+                        if expires:
+                            if late[node]:
+                                late[node] = 0
+                            else:
+                                aging_younger[aging_older[node]] = aging_younger[node]
+                                aging_older[aging_younger[node]] = aging_older[node]
+                        parent = parents[node]
+                        if parent < 0:
+                            break
+                        blocked[parent] -= 1
+                        if not (expires and late[parent] and blocked[parent] == 0):
+                            break
+                        node = parent
+                if present > 0:
+                    blocked[ids[start + present - 1]] -= 1
+
+            for index in range(length - 1, -1, -1):
+                node = ids[start + index]
+                if index >= present:
+                    there[node] = 1
+                    count += 1
+                    if parents[node] >= 0:
+                        blocked[parents[node]] += 1
+                    if write_delay_s > 0:
+                        ready_s[node] = now_s + write_delay_s
+                    on_insert(state, node, now)
+                    while release(state) >= 0:
+                        pass
+                else:
+                    on_hit(state, node, now)
+                if expires and (index >= found or ttl_sliding):
+                    # A block that was computed again, because it was late or not readable yet, is stored again.
+                    if late[node]:
+                        late[node] = 0
+                    elif index < present:
+                        aging_younger[aging_older[node]] = aging_younger[node]
+                        aging_older[aging_younger[node]] = aging_older[node]
+                    begun_s[node] = now_s
+                    youngest = aging_older[aging]
+                    aging_older[node] = youngest
+                    aging_younger[node] = aging
+                    aging_younger[youngest] = node
+                    aging_older[aging] = node
+        return evictions, count
+
+    return kernel
+
+
+def capacities_from(shares: Sequence[float], trace: Trace) -> list[int]:
+    """Capacities in blocks from shares of the trace's unique blocks."""
+    return [max(1, round(share * trace.num_unique)) for share in shares]
