@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import logging
 import random
 import shutil
 import signal
@@ -292,6 +293,7 @@ def _has_tls() -> bool:
 @contextmanager
 def s3_server(bucket: str) -> Iterator[str]:
     """The endpoint of an S3 server in this process that has one bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address=LOCAL, port=0, verbose=False)
     server.start()
     try:

@@ -1,0 +1,176 @@
+"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v1/<namespace>/r<rank>/<key>.
+
+obstore signs and sends the requests, and repeats one that failed in passing (a 5xx, a dropped connection) within the time-out. Objects are
+written by a single request, so they appear whole. How long they stay is the store's own rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import obstore
+import xxhash
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
+
+from lmc.cache.config import S3Config
+from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope
+from lmc.errors import ConfigError, Corrupt, TierError
+
+_RETRIES = 2
+_PIECE = 1 << 20  # bytes copied into the slot and hashed while they are in the CPU's cache
+_HEADS_AT_ONCE = 32
+_LIST_PAGE = 1000
+
+
+class S3Tier:
+    """Raises ConfigError for settings that obstore refuses, and TierError for what goes wrong later."""
+
+    name = "s3"
+
+    def __init__(self, config: S3Config, scope: TierScope) -> None:
+        if config.bucket is None:
+            raise ConfigError("s3.bucket is not set")
+        self._scope = scope
+        self._timeout = config.timeout
+        self._folder = f"{FORMAT}/{scope.namespace}/r{scope.rank}"
+        self._where = f"s3 tier in {config.endpoint or 'AWS'}, bucket {config.bucket}"
+        self._store = _open(config)
+
+    def put(self, key: ChunkKey, data: memoryview) -> None:
+        header = self._scope.seal(key, data)
+        with self._named_errors("store", key):
+            try:
+                obstore.put(self._store, self._name(key), [header, data], use_multipart=False)
+            except FileNotFoundError as error:
+                raise OSError(_first_line(error)) from error
+
+    def get(self, key: ChunkKey, out: memoryview) -> None:
+        with self._named_errors("load", key):
+            try:
+                answer = obstore.get(self._store, self._name(key))
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise OSError("there is no such bucket") from error
+                raise KeyError(key) from None
+            size = answer.meta["size"]
+            if size != HEADER_BYTES + len(out):
+                raise Corrupt(f"the object has {size} bytes instead of {HEADER_BYTES + len(out)}")
+            value = memoryview(answer.bytes())
+            wanted = self._scope.expect(key, value[:HEADER_BYTES])
+            if _copy(value[HEADER_BYTES:], out) != wanted:
+                raise Corrupt("the payload does not match its checksum")
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        """One HEAD request per key, many at once; all together end within the time-out."""
+        if not keys:
+            return []
+        with self._named_errors("look up", keys[0]):
+            return asyncio.run(self._heads([self._name(key) for key in keys]))
+
+    def delete(self, key: ChunkKey) -> None:
+        with self._named_errors("delete", key):
+            try:
+                obstore.delete(self._store, self._name(key))
+            except FileNotFoundError:
+                pass
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
+        """Oldest first; objects of another name or size are not chunks and not reported."""
+        found = []
+        with self._named_errors("list", None):
+            for page in obstore.list(self._store, self._folder, chunk_size=_LIST_PAGE):
+                for entry in page:
+                    name = entry["path"].rpartition("/")[2]
+                    if entry["size"] == HEADER_BYTES + self._scope.chunk_bytes and _is_key(name):
+                        found.append((entry["last_modified"], name))
+        for _, name in sorted(found):
+            yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
+
+    def close(self) -> None:
+        """obstore closes its connections by itself."""
+
+    def _name(self, key: ChunkKey) -> str:
+        return f"{self._folder}/{key.hex()}"
+
+    async def _heads(self, names: Sequence[str]) -> list[bool]:
+        limit = asyncio.Semaphore(_HEADS_AT_ONCE)
+
+        async def head(name: str) -> bool:
+            async with limit:
+                try:
+                    await obstore.head_async(self._store, name)
+                except FileNotFoundError:
+                    return False
+                return True
+
+        async with asyncio.timeout(self._timeout):
+            return await asyncio.gather(*map(head, names))
+
+    @contextmanager
+    def _named_errors(self, action: str, key: ChunkKey | None) -> Iterator[None]:
+        what = "objects" if key is None else key.hex()
+        where = f"{self._where}: cannot {action} {what}"
+        try:
+            yield
+        except OtherVersion:
+            raise KeyError(key) from None
+        except Corrupt as error:
+            raise Corrupt(f"{where}: {error}") from None
+        except TimeoutError as error:
+            raise TierError(f"{where}: no answer within {self._timeout:g} s") from error
+        except (BaseError, OSError) as error:
+            raise TierError(f"{where}: {_first_line(error)}") from error
+
+
+def _open(config: S3Config) -> S3Store:
+    if config.endpoint is not None and not config.endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"s3.endpoint: {config.endpoint!r} must start with http:// or https://")
+    timeout = timedelta(seconds=config.timeout)
+    settings = {
+        "endpoint": config.endpoint,
+        "region": config.region or ("us-east-1" if config.endpoint else None),  # a store of one's own seldom cares
+        "access_key_id": config.access_key_id,
+        "secret_access_key": config.secret_access_key,
+    }
+    try:
+        return S3Store(
+            config.bucket,
+            prefix=config.prefix,
+            config={name: value for name, value in settings.items() if value is not None},
+            client_options={
+                "allow_http": (config.endpoint or "").startswith("http://"),
+                "timeout": timeout,
+                "connect_timeout": timeout,
+            },
+            retry_config={
+                "max_retries": _RETRIES,
+                "retry_timeout": timeout,
+                "backoff": {"init_backoff": timeout / 50, "max_backoff": timeout / 5, "base": 2},
+            },
+        )
+    except (BaseError, ValueError) as error:
+        raise ConfigError(f"s3: {_first_line(error)}") from error
+
+
+def _copy(source: memoryview, out: memoryview) -> int:
+    """Copy and return the xxh3-64 of what was copied."""
+    hasher = xxhash.xxh3_64()
+    for start in range(0, len(out), _PIECE):
+        piece = out[start : start + _PIECE]
+        piece[:] = source[start : start + _PIECE]
+        hasher.update(piece)
+    return hasher.intdigest()
+
+
+def _is_key(name: str) -> bool:
+    return len(name) == 2 * KEY_BYTES and not set(name) - set("0123456789abcdef")
+
+
+def _first_line(error: Exception) -> str:
+    """obstore appends pages of debug output."""
+    return str(error).split("\n", 1)[0]
