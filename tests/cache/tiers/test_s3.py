@@ -19,7 +19,7 @@ def endpoint() -> Iterator[str]:
         yield endpoint
 
 
-def config(endpoint: str, **other: object) -> S3Config:
+def config(endpoint: str, /, **other: object) -> S3Config:
     settings = {"bucket": "chunks", "endpoint": endpoint, "access_key_id": "id", "secret_access_key": "secret"}
     return S3Config.model_validate(settings | other)
 
