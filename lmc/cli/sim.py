@@ -23,6 +23,8 @@ Format = Annotated[str | None, typer.Option("--format", help="Name the format in
 BlockTokens = Annotated[int | None, typer.Option(min=1, help="Tokens per block, where the trace does not say it.")]
 Sort = Annotated[bool, typer.Option("--sort", help="Sort requests by time instead of refusing disorder.")]
 Rechain = Annotated[bool, typer.Option("--rechain", help="Hashes name single blocks, not whole prefixes.")]
+SessionGap = Annotated[str, typer.Option(help="Sessions without a common clock start so far apart.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer.json or model folder, for prompts as text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -44,6 +46,15 @@ def run(
         str | None, typer.Option(help="Chunk sizes, multiples of the trace's block; only full chunks are cached.")
     ] = None,
     window: Annotated[str, typer.Option(help="all, or last-half: the first half only warms the cache up.")] = "all",
+    admit_touches: Annotated[
+        int, typer.Option(min=1, help="Store a block when it is requested for the n-th time.")
+    ] = 1,
+    low_watermark: Annotated[float, typer.Option(help="A full cache evicts down to this share of its capacity.")] = 1.0,
+    write_delay: Annotated[str, typer.Option(help="A stored block is readable only so much later.")] = "0s",
+    ttl: Annotated[str | None, typer.Option(help="Drop a block that was not touched for so long.")] = None,
+    fixed_ttl: Annotated[
+        bool, typer.Option("--fixed-ttl", help="The TTL counts from the store; touches don't renew.")
+    ] = False,
     json: Json = False,
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the miss-ratio curve to this picture.")] = None,
@@ -51,11 +62,15 @@ def run(
     block_tokens: BlockTokens = None,
     sort: Sort = False,
     rechain: Rechain = False,
+    session_gap: SessionGap = "60s",
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Hits of policies at capacities and chunk sizes."""
     from lmc import report
     from lmc.sim import capacity, show
+    from lmc.sim.policy_replay import ReplayOptions
     from lmc.sim.study import run_study
+    from lmc.units import parse_seconds
 
     given = capacity.CapacityOptions(
         split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), token_bytes
@@ -63,11 +78,18 @@ def run(
     if not given.blocks + given.tokens + given.sizes:
         given = capacity.DEFAULT
     study = run_study(
-        load(trace, format_name, block_tokens, sort, rechain),
+        load(trace, format_name, block_tokens, sort, rechain, session_gap, tokenizer),
         split_list(policy),
         given,
         show.parse_window(window),
         parse_chunk_sizes(chunk_tokens),
+        ReplayOptions(
+            admit_touches,
+            low_watermark,
+            parse_seconds(write_delay),
+            float("inf") if ttl is None else parse_seconds(ttl),
+            not fixed_ttl,
+        ),
     )
     if csv is not None:
         report.write_file(csv, show.study_csv(study))
@@ -80,11 +102,21 @@ def run(
     print_notes(study.notes)
 
 
-def load(path: Path, format_name: str | None, block_tokens: int | None, sort: bool, rechain: bool) -> Trace:
+def load(
+    path: Path,
+    format_name: str | None,
+    block_tokens: int | None,
+    sort: bool,
+    rechain: bool,
+    session_gap: str,
+    tokenizer: Path | None,
+) -> Trace:
     from lmc.sim.formats import read_trace
     from lmc.sim.formats.base import ReadOptions
+    from lmc.units import parse_seconds
 
-    return read_trace(path, ReadOptions(block_tokens, sort, rechain), format_name)
+    options = ReadOptions(block_tokens, sort, rechain, parse_seconds(session_gap), tokenizer)
+    return read_trace(path, options, format_name)
 
 
 def split_list(text: str | None) -> tuple[str, ...]:

@@ -69,10 +69,10 @@ class TraceBuilder:
         known = self._names
         return [known.setdefault(name, len(known)) for name in names]
 
-    def finish(self) -> Trace:
-        """Raises TraceError for an empty trace, decreasing timestamps and a hash with two parents."""
+    def finish(self, lengths_only: bool = False) -> Trace:
+        """Raises TraceError for an empty trace, decreasing timestamps and a hash with two parents. lengths_only: no blocks are fine."""
         starts = np.frombuffer(self._starts, dtype=np.int64)
-        if len(self._hashes) == 0:
+        if len(self._lines) == 0 or (len(self._hashes) == 0 and not lengths_only):
             raise TraceError(f"{self.source}: no request with a block; check that this is the file you meant")
         raw = np.frombuffer(self._hashes, dtype=np.int64)
         lines = np.frombuffer(self._lines, dtype=np.int64)
@@ -112,6 +112,8 @@ class TraceBuilder:
     def _number(self, raw: Int64, starts: Int64, lines: Int64) -> tuple[Int32, Int32]:
         if self.rechain:
             return _trie(raw, starts)
+        if raw.size == 0:
+            return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
         low, high = int(raw.min()), int(raw.max())
         if high - low >= 4 * raw.size + 1024:
             _, raw = np.unique(raw, return_inverse=True)

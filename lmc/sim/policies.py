@@ -1,19 +1,36 @@
-"""Which engine answers for a policy: the stack engine for LRU, an oracle for Belady, a compiled replay for every other one."""
+"""Which engine answers for a policy: the stack engine for plain LRU, an oracle for Belady, a compiled replay for every other one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmc.cache.policy import get_policy
+from lmc.cache.policy import POLICIES, get_policy
 from lmc.errors import ConfigError
-from lmc.sim import stack
+from lmc.sim import policy_replay, stack
+from lmc.sim.policy_replay import PLAIN, ReplayOptions
 from lmc.sim.trace import Trace, Window
 
+BOUND = "belady"
 
-def replay(
-    trace: Trace, policy: str, capacities: Sequence[float], window: Window, curve: stack.HitCurve
+
+def check_policies(names: Sequence[str]) -> None:
+    """Raises ConfigError that lists the names."""
+    for name in names:
+        if name != BOUND and name not in POLICIES:
+            raise ConfigError(f"unknown eviction policy {name!r}; there are {', '.join([*sorted(POLICIES), BOUND])}")
+
+
+def hits_at(
+    trace: Trace,
+    policy: str,
+    capacities: Sequence[float],
+    window: Window,
+    curve: stack.HitCurve,
+    options: ReplayOptions = PLAIN,
 ) -> list[tuple[int, int]]:
-    """Hit blocks and hit tokens of the window at each capacity. curve is LRU's; at infinity every policy equals it."""
-    if policy == "lru":
+    """Hit blocks and hit tokens of the window at each capacity in blocks; curve is plain LRU's."""
+    if policy == "lru" and options == PLAIN:
         return [curve.at(capacity) for capacity in capacities]
-    raise ConfigError(f"policy {get_policy(policy).name!r} has no replay yet; use --policy lru")
+    sizes = [int(min(capacity, trace.num_unique)) for capacity in capacities]
+    results = policy_replay.replay(trace, get_policy(policy), sizes, options)
+    return [(result.hit_blocks(trace, window), result.hit_tokens(trace, window)) for result in results]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lmc.sim import capacity, stack
-from lmc.sim import policies as policies_of
-from lmc.sim.trace import Trace, Window, coarsen
+from lmc.sim.policies import check_policies, hits_at
+from lmc.sim.policy_replay import PLAIN, ReplayOptions
+from lmc.sim.trace import Trace, Window, coarsen, require_blocks
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ def run_study(
     capacities: capacity.CapacityOptions,
     window: Window = "all",
     chunk_sizes: Sequence[int] = (),
+    options: ReplayOptions = PLAIN,
 ) -> Study:
     """Rows in the order chunk size, policy, capacity. Without chunk sizes the blocks are taken as recorded, partial last ones too."""
+    require_blocks(trace)
+    check_policies(policies)
     rows: list[Row] = []
     curves: dict[int, stack.HitCurve] = {}
     notes = list(trace.notes)
@@ -61,7 +65,7 @@ def run_study(
                 "such a request keeps its first blocks only; raise the capacity to hold whole requests"
             )
         for policy in policies:
-            hits = policies_of.replay(chunked, policy, sizes, window, curve)
+            hits = hits_at(chunked, policy, sizes, window, curve, options)
             rows += [
                 Row(policy, chunked.block_tokens, size, blocks, curve.total_blocks, tokens, curve.total_tokens)
                 for size, (blocks, tokens) in zip(sizes, hits, strict=True)

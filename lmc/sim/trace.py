@@ -64,6 +64,15 @@ class Trace:
         return self.num_requests // 2 if window == "last-half" else 0
 
 
+def require_blocks(trace: Trace) -> None:
+    """Raises TraceError for a trace that holds lengths only."""
+    if trace.num_blocks == 0:
+        raise TraceError(
+            f"{trace.source}: a trace in {trace.format} format holds arrivals and lengths but no content, so hits cannot be simulated; "
+            "use `lmc sim describe`, or a trace with hashes or prompts"
+        )
+
+
 def coarsen(trace: Trace, chunk_tokens: int) -> Trace:
     """The same requests in chunks of chunk_tokens: full chunks only; the tokens of partial tails stay in input_tokens.
 

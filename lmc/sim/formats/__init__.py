@@ -5,13 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from lmc.errors import TraceError
-from lmc.sim.formats import lmc_record, mooncake
+from lmc.sim.formats import (
+    azure,
+    bailian,
+    kv_cache_tester,
+    lmc_record,
+    lmcache,
+    mooncake,
+    prompts,
+    ragpulse,
+    vllm_events,
+)
 from lmc.sim.formats.base import Format, ReadOptions
 from lmc.sim.formats.lines import parse_record, read_lines
 from lmc.sim.trace import Trace
 
 # The order matters: the first format that matches is taken, the ones with the most telling fields stand first.
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (lmc_record, mooncake)}
+_MODULES = (lmc_record, lmcache, bailian, ragpulse, mooncake, kv_cache_tester, vllm_events, prompts, azure)
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in _MODULES}
 
 
 def read_trace(path: Path, options: ReadOptions | None = None, format_name: str | None = None) -> Trace:
@@ -26,7 +37,8 @@ def read_trace(path: Path, options: ReadOptions | None = None, format_name: str 
 
 def find_format(path: Path) -> Format:
     for number, line in read_lines(path):
-        record = parse_record(path, number, line)
+        is_csv = not line.startswith((b"{", b"["))
+        record = dict.fromkeys(line.decode(errors="replace").split(",")) if is_csv else parse_record(path, number, line)
         for candidate in FORMATS.values():
             if candidate.matches(record):
                 return candidate

@@ -15,11 +15,13 @@ class ReadOptions:
     block_tokens: int | None = None  # for formats that do not say it, or that are cut into blocks here
     sort: bool = False  # sort requests by time instead of refusing disorder
     rechain: bool = False  # hashes name single blocks, not prefixes
+    session_gap_s: float = 60.0  # for sessions without a common clock: seconds between their starts
+    tokenizer: Path | None = None  # for prompts as text
 
 
 @dataclass(frozen=True)
 class Format:
     name: str
     summary: str
-    matches: Callable[[Record], bool]  # is this the first record of such a file?
+    matches: Callable[[Record], bool]  # is this the first record of such a file? For CSV: its columns are the keys
     read: Callable[[Path, ReadOptions], Trace]

@@ -1,0 +1,47 @@
+"""Qwen/Bailian usage traces: JSONL like Mooncake's, with seconds, 16-token blocks, and chats linked by parent_chat_id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmc.sim.build import TraceBuilder
+from lmc.sim.formats.base import Format, ReadOptions
+from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, read_records
+from lmc.sim.trace import Trace
+
+BLOCK_TOKENS = 16
+
+
+def matches(record: Record) -> bool:
+    return {"chat_id", "timestamp", "input_length", "hash_ids"} <= record.keys()
+
+
+def read(path: Path, options: ReadOptions) -> Trace:
+    builder = TraceBuilder(
+        path.name, FORMAT.name, options.block_tokens or BLOCK_TOKENS, sort=options.sort, rechain=options.rechain
+    )
+    session_of: dict[int, int] = {}  # chat -> first chat of its conversation
+    for number, record in read_records(path):
+        chat = record.get("chat_id")
+        parent = record.get("parent_chat_id", -1)
+        if not isinstance(chat, int) or not isinstance(parent, int):
+            raise bad_line(path, number, "'chat_id' or 'parent_chat_id' is no whole number", "repair the line")
+        session_of[chat] = session_of.get(parent, chat if parent < 0 else parent)
+        try:
+            builder.add(
+                number,
+                get_list(path, number, record, "hash_ids"),
+                get_number(path, number, record, "timestamp"),
+                get_count(path, number, record, "input_length"),
+                get_count(path, number, record, "output_length"),
+                tenant=str(record.get("type", "")),
+                session=str(session_of[chat]),
+            )
+        except (TypeError, OverflowError):
+            raise bad_line(
+                path, number, "'hash_ids' holds something else than 64-bit integers", "repair the line"
+            ) from None
+    return builder.finish()
+
+
+FORMAT = Format("bailian", "Qwen/Bailian usage trace, 16-token blocks; the request type is the group", matches, read)
