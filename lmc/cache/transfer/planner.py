@@ -40,6 +40,16 @@ class Descriptors:
     def num_bytes(self) -> int:
         return int(self.size.sum())
 
+    @property
+    def slots(self) -> Addresses:
+        """The side in chunk slots."""
+        return self.dst if self.direction is Direction.STORE else self.src
+
+    @property
+    def blocks(self) -> Addresses:
+        """The side in the engine's blocks."""
+        return self.src if self.direction is Direction.STORE else self.dst
+
 
 def slot_bytes(layout: KVLayout, blocks_per_chunk: int) -> int:
     """Bytes of the slot of one chunk."""
@@ -85,7 +95,7 @@ def plan(
             skipped.reshape(num_chunks, 1, blocks_per_chunk), (num_chunks, len(table.size), blocks_per_chunk)
         ).ravel()
         engine, slot, size = engine[kept], slot[kept], size[kept]
-    engine, slot, size = _merge(engine, slot, size)
+    engine, slot, size = merge(engine, slot, size)
     if boundaries is not None and len(boundaries):
         engine, slot, size = _split(engine, slot, size, boundaries)
     if direction is Direction.STORE:
@@ -116,7 +126,8 @@ def _check(
         raise TransferError("two chunks would be stored into one slot")
 
 
-def _merge(engine: Addresses, slot: Addresses, size: Addresses) -> tuple[Addresses, Addresses, Addresses]:
+def merge(engine: Addresses, slot: Addresses, size: Addresses) -> tuple[Addresses, Addresses, Addresses]:
+    """Join neighbours that continue each other on both sides."""
     if len(size) < 2:
         return engine, slot, size
     broken = (engine[1:] != engine[:-1] + size[:-1]) | (slot[1:] != slot[:-1] + size[:-1])
@@ -124,6 +135,24 @@ def _merge(engine: Addresses, slot: Addresses, size: Addresses) -> tuple[Address
     if len(first) == len(size):
         return engine, slot, size
     return engine[first], slot[first], np.add.reduceat(size, first)
+
+
+def fragment(descriptors: Descriptors, max_bytes: int) -> Descriptors:
+    """The same copies in pieces of at most max_bytes."""
+    size = descriptors.size
+    if len(size) == 0 or int(size.max()) <= max_bytes:
+        return descriptors
+    limit = np.uint64(max_bytes)
+    pieces = ((size + limit - np.uint64(1)) // limit).astype(np.int64)
+    row = np.repeat(np.arange(len(size)), pieces)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    offset = nth.astype(np.uint64) * limit
+    return Descriptors(
+        descriptors.src[row] + offset,
+        descriptors.dst[row] + offset,
+        np.minimum(size[row] - offset, limit),
+        descriptors.direction,
+    )
 
 
 def _split(

@@ -1,0 +1,217 @@
+"""The memory of the host tier: one mapping of equal slots, made ready piece by piece in the background.
+
+A piece is bound to the GPU's memory node, touched by several threads and registered with the driver, in this order; then its slots are
+ready. Registering in one call would hold the driver's lock for minutes (0.1 s per GB), and start-up waits for none of it. What fails
+leaves pageable memory and a text in `problem`: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import platform
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.errors import TierError, TransferError
+from lmc.units import format_size
+
+logger = logging.getLogger(__name__)
+
+PAGE = mmap.PAGESIZE
+PIECE_BYTES = 1 << 30
+TOUCH_BYTES = 32 << 20  # one thread's bite; close() waits for no more than this
+
+_POPULATE_WRITE = 23  # madvise: fault pages in for writing without changing them (Linux 5.14)
+_PREFERRED = (
+    1  # mbind: this node, others when it is full; binding strictly would have the kernel kill the engine instead
+)
+_MBIND = {"x86_64": 237, "aarch64": 235}
+
+
+class Registrar(Protocol):
+    """Pins memory for a device. lmc.cache.transfer.cuda has the real one."""
+
+    def register(self, address: int, size: int) -> None:
+        """Raises TransferError; the memory is then pageable as before."""
+
+    def unregister(self, address: int) -> None:
+        """Raises TransferError."""
+
+
+class Slab:
+    """num_slots slots of slot_bytes, each starting on a page, in memory that never moves or grows."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        slot_bytes: int,
+        *,
+        registrar: Registrar | None = None,
+        numa_node: int | None = None,
+        threads: int = 8,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        """Maps the memory and starts to make it ready; takes microseconds. Raises TierError when it cannot be mapped."""
+        if num_slots < 1 or slot_bytes < 1:
+            raise TierError(f"host tier: {num_slots} slots of {slot_bytes} bytes cannot be mapped; raise host.capacity")
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        self.slot_stride = -(-slot_bytes // PAGE) * PAGE
+        self.problem = ""  # why memory is not as it should be, for logs and metrics
+        size = num_slots * self.slot_stride
+        # Pinned pages must not become copy-on-write when the process forks; private memory is more often given huge pages.
+        sharing = mmap.MAP_PRIVATE if registrar is None else mmap.MAP_SHARED
+        try:
+            memory = mmap.mmap(-1, size, flags=sharing | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise TierError(f"host tier: cannot map {format_size(size)}: {error}; lower host.capacity") from error
+        self._bytes = np.frombuffer(memory, dtype=np.uint8)  # keeps the mapping while a view of it lives
+        self._base = self._bytes.ctypes.data
+        self._registrar = registrar
+        self._numa_node = numa_node
+        self._threads = max(1, min(threads, os.cpu_count() or 1))
+        self._slots_per_piece = max(1, piece_bytes // self.slot_stride)
+        self._ready = 0
+        self._pinned: list[tuple[int, int]] = []  # (first slot, slots) of each registered piece
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._worker = threading.Thread(target=self._make_ready, name="lmc-slab", daemon=True)
+        self._worker.start()
+
+    def address(self, slot: int) -> int:
+        """Where a slot starts in this process."""
+        self._check(slot)
+        return self._base + slot * self.slot_stride
+
+    def view(self, slot: int) -> memoryview:
+        """A slot's bytes, writable in place."""
+        self._check(slot)
+        start = slot * self.slot_stride
+        return self._bytes[start : start + self.slot_bytes].data
+
+    @property
+    def ready_slots(self) -> int:
+        """Slots below this number are as fast as they will get. The others can be used by the CPU and by the copy engine, but not by a
+        kernel on the device."""
+        return self._ready
+
+    @property
+    def pinned_slots(self) -> int:
+        return sum(count for _, count in self._pinned)
+
+    def is_pinned(self, addresses: npt.NDArray[np.uint64]) -> bool:
+        """Whether every one of these slot addresses lies in registered memory."""
+        for first, count in list(self._pinned):
+            start = np.uint64(self._base + first * self.slot_stride)
+            addresses = addresses[(addresses < start) | (addresses >= start + np.uint64(count * self.slot_stride))]
+        return len(addresses) == 0
+
+    @property
+    def boundaries(self) -> npt.NDArray[np.uint64]:
+        """Addresses where one registered piece ends and the next begins: plan() keeps copies from crossing them."""
+        if self._registrar is None:
+            return np.empty(0, dtype=np.uint64)
+        edges = range(self._slots_per_piece, self.num_slots, self._slots_per_piece)
+        return np.array([self._base + slot * self.slot_stride for slot in edges], dtype=np.uint64)
+
+    def wait(self, slots: int | None = None, timeout: float | None = None) -> bool:
+        """Wait until this many slots (all of them by default) are ready; False when the time is up or the slab was closed."""
+        wanted = self.num_slots if slots is None else slots
+        with self._changed:
+            return self._changed.wait_for(lambda: self._ready >= wanted or self._closing.is_set(), timeout) and (
+                self._ready >= wanted
+            )
+
+    def close(self) -> None:
+        """Stop the background work and unregister. The memory itself goes with the last view of it."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._worker.join()
+        for first, _ in self._pinned:
+            assert self._registrar is not None
+            try:
+                self._registrar.unregister(self.address(first))
+            except TransferError as error:
+                logger.warning("lmc: host tier: %s", error)
+        self._pinned.clear()
+
+    def _check(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise IndexError(f"slot {slot} does not exist; there are {self.num_slots}")
+
+    def _make_ready(self) -> None:
+        if self._numa_node is not None and (failure := _bind(self._base, len(self._bytes), self._numa_node)):
+            self._degrade(f"memory is not bound to NUMA node {self._numa_node}: {failure}")
+        pinning = self._registrar is not None
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="lmc-touch") as pool:
+            for first in range(0, self.num_slots, self._slots_per_piece):
+                count = min(self._slots_per_piece, self.num_slots - first)
+                address, size = self._base + first * self.slot_stride, count * self.slot_stride
+                bites = range(0, size, TOUCH_BYTES)
+                failures = list(pool.map(lambda at: self._touch(address + at, min(TOUCH_BYTES, size - at)), bites))  # noqa: B023 - used up before the next turn
+                if self._closing.is_set():
+                    return
+                if failure := next(filter(None, failures), ""):
+                    self._degrade(f"pages are left to be touched by the first store: {failure}")
+                if pinning:
+                    pinning = self._pin(first, count, address, size)
+                with self._changed:
+                    self._ready = first + count
+                    self._changed.notify_all()
+
+    def _touch(self, address: int, size: int) -> str:
+        if self._closing.is_set():
+            return ""
+        # Through ctypes, which releases the GIL; mmap.madvise holds it for as long as the kernel clears pages.
+        if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_WRITE) == 0:
+            return ""
+        return os.strerror(ctypes.get_errno())
+
+    def _pin(self, first: int, count: int, address: int, size: int) -> bool:
+        assert self._registrar is not None
+        try:
+            self._registrar.register(address, size)
+        except TransferError as error:
+            self._degrade(f"{self.num_slots - first} of {self.num_slots} slots stay pageable: {error}")
+            return False
+        self._pinned.append((first, count))
+        return True
+
+    def _degrade(self, problem: str) -> None:
+        if not self.problem:
+            logger.warning("lmc: host tier: %s", problem)
+        self.problem = problem
+
+
+def gpu_numa_node(pci_bus_id: str, sysfs: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """The memory node next to a GPU, from "0000:3B:00.0"; None when the machine has one node or doesn't say."""
+    try:
+        node = int((sysfs / pci_bus_id.lower() / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _bind(address: int, size: int, node: int) -> str:
+    number = _MBIND.get(platform.machine())
+    if number is None:
+        return os.strerror(errno.ENOSYS)
+    words = (ctypes.c_ulong * (node // 64 + 1))()
+    words[node // 64] = 1 << (node % 64)
+    arguments = (address, size, _PREFERRED, ctypes.addressof(words), len(words) * 64 + 1, 0)
+    if _libc.syscall(ctypes.c_long(number), *(ctypes.c_ulong(argument) for argument in arguments)) == 0:
+        return ""
+    return os.strerror(ctypes.get_errno())
