@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from lmc.cache.keys import ChunkKey
+from lmc.cache.tiers.breaker import Breaker, TierOpen
+from lmc.errors import ConfigError, Corrupt, TierError, TierFull
+from tests.contracts.tier import key, payload
+
+SLOT = memoryview(bytearray(8))
+
+
+class ScriptedTier:
+    """Answers as it is told."""
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self.answer: BaseException | None = None
+        self.calls = 0
+        self.closed = False
+
+    def put(self, key: ChunkKey, data: memoryview) -> None:
+        self._reply()
+
+    def get(self, key: ChunkKey, out: memoryview) -> None:
+        self._reply()
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        self._reply()
+        return [True for _ in keys]
+
+    def delete(self, key: ChunkKey) -> None:
+        self._reply()
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
+        self._reply()
+        yield key(1), 8
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _reply(self) -> None:
+        self.calls += 1
+        if self.answer is not None:
+            raise self.answer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def broken(threshold: int = 3) -> tuple[Breaker, ScriptedTier, Clock]:
+    """A breaker that has just opened."""
+    tier, clock = ScriptedTier(), Clock()
+    breaker = Breaker(tier, threshold=threshold, first_wait=1.0, longest_wait=5.0, now=clock)
+    tier.answer = TierError("down")
+    for _ in range(threshold):
+        with pytest.raises(TierError):
+            breaker.get(key(1), SLOT)
+    return breaker, tier, clock
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda tier: tier.put(key(1), payload(1)),
+        lambda tier: tier.get(key(1), SLOT),
+        lambda tier: tier.contains([key(1)]),
+        lambda tier: tier.delete(key(1)),
+        lambda tier: list(tier.scan()),
+    ],
+    ids=["put", "get", "contains", "delete", "scan"],
+)
+def test_an_open_breaker_makes_no_call(call: Callable[[Breaker], object]) -> None:
+    breaker, tier, _ = broken()
+    made = tier.calls
+    with pytest.raises(TierOpen, match=r"failed 3 times in a row; left alone for another 1\.0 s"):
+        call(breaker)
+    assert tier.calls == made
+    assert breaker.counters.refusals == 1
+
+
+def test_answers_pass_through() -> None:
+    breaker = Breaker(ScriptedTier())
+    assert breaker.contains([key(1), key(2)]) == [True, True]
+    assert list(breaker.scan()) == [(key(1), 8)]
+    assert breaker.name == "scripted"
+
+
+@pytest.mark.parametrize("answer", [KeyError("absent"), TierFull("full"), Corrupt("corrupt")])
+def test_an_answer_of_a_live_server_is_no_failure(answer: Exception) -> None:
+    tier = ScriptedTier()
+    breaker = Breaker(tier, threshold=1)
+    tier.answer = answer
+    for _ in range(5):
+        with pytest.raises(type(answer)):
+            breaker.get(key(1), SLOT)
+    assert breaker.state == "closed"
+    assert breaker.counters.failures == 0
+
+
+def test_successes_in_between_keep_it_closed() -> None:
+    tier = ScriptedTier()
+    breaker = Breaker(tier, threshold=2)
+    for _ in range(5):
+        tier.answer = TierError("lost")
+        with pytest.raises(TierError):
+            breaker.delete(key(1))
+        tier.answer = None
+        breaker.delete(key(1))
+    assert breaker.state == "closed"
+    assert (breaker.counters.failures, breaker.counters.openings) == (5, 0)
+
+
+def test_the_back_off_doubles_up_to_its_limit() -> None:
+    breaker, _, clock = broken()
+    for wait in (1.0, 2.0, 4.0, 5.0, 5.0):
+        clock.seconds += wait - 0.01
+        with pytest.raises(TierOpen):
+            breaker.get(key(1), SLOT)
+        clock.seconds += 0.01
+        with pytest.raises(TierError, match="down"):
+            breaker.get(key(1), SLOT)
+    assert breaker.counters.openings == 1
+
+
+def test_a_successful_trial_closes_it_and_forgets_the_back_off() -> None:
+    breaker, tier, clock = broken()
+    clock.seconds += 1
+    with pytest.raises(TierError, match="down"):
+        breaker.get(key(1), SLOT)
+    clock.seconds += 2
+    tier.answer = None
+    breaker.get(key(1), SLOT)
+    assert breaker.state == "closed"
+    tier.answer = TierError("down")
+    for _ in range(3):
+        with pytest.raises(TierError, match="down"):
+            breaker.get(key(1), SLOT)
+    with pytest.raises(TierOpen, match=r"another 1\.0 s"):
+        breaker.get(key(1), SLOT)
+
+
+def test_only_one_call_is_the_trial() -> None:
+    breaker, tier, clock = broken()
+    clock.seconds += 1
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow_reply() -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    tier._reply = slow_reply  # type: ignore[method-assign]
+    trial = threading.Thread(target=breaker.get, args=(key(1), SLOT))
+    trial.start()
+    assert inside.wait(10)
+    with pytest.raises(TierOpen, match="trial"):
+        breaker.get(key(1), SLOT)
+    go_on.set()
+    trial.join()
+    assert breaker.state == "closed"
+
+
+def test_an_interrupted_trial_is_followed_by_another() -> None:
+    breaker, tier, clock = broken()
+    clock.seconds += 1
+    tier.answer = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        breaker.get(key(1), SLOT)
+    tier.answer = None
+    breaker.get(key(1), SLOT)
+    assert breaker.state == "closed"
+
+
+def test_opening_and_closing_are_logged_once_with_the_cause(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        breaker, tier, clock = broken()
+        with pytest.raises(TierOpen):
+            breaker.get(key(1), SLOT)
+        clock.seconds += 1
+        tier.answer = None
+        breaker.get(key(1), SLOT)
+        breaker.get(key(1), SLOT)
+    assert [record.getMessage() for record in caplog.records] == [
+        "down; 3 failures in a row, so the tier is left alone for 1 s",
+        "scripted tier: answers again",
+    ]
+
+
+def test_close_reaches_the_tier_also_when_open() -> None:
+    breaker, tier, _ = broken()
+    breaker.close()
+    assert tier.closed
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 0}, {"first_wait": 0.0}, {"first_wait": 2.0, "longest_wait": 1.0}])
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Breaker(ScriptedTier(), **wrong)  # type: ignore[arg-type]
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """Against a model that knows only the history: the time of each failure since the last success."""
+
+    @initialize(threshold=st.integers(1, 4))
+    def start(self, threshold: int) -> None:
+        self.tier, self.clock = ScriptedTier(), Clock()
+        self.threshold = threshold
+        self.breaker = Breaker(self.tier, threshold=threshold, first_wait=1.0, longest_wait=8.0, now=self.clock)
+        self.failures: list[float] = []
+
+    @rule(seconds=st.sampled_from([0.25, 1.0, 3.0, 9.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.seconds += seconds
+
+    @rule(works=st.booleans())
+    def call(self, works: bool) -> None:
+        self.tier.answer = None if works else TierError("down")
+        may_call = self.may_call()
+        before = self.tier.calls
+        try:
+            self.breaker.get(key(1), SLOT)
+        except TierOpen:
+            assert not may_call
+            assert self.tier.calls == before
+        except TierError:
+            assert may_call
+            self.failures.append(self.clock.seconds)
+        else:
+            assert may_call
+            self.failures.clear()
+
+    def may_call(self) -> bool:
+        extra = len(self.failures) - self.threshold
+        return extra < 0 or self.clock.seconds >= self.failures[-1] + min(2.0**extra, 8.0)
+
+    @invariant()
+    def state_fits_the_history(self) -> None:
+        assert self.breaker.state == ("closed" if len(self.failures) < self.threshold else "open")
+
+
+TestBreakerMachine = BreakerMachine.TestCase
