@@ -111,12 +111,12 @@ def load(
     session_gap: str,
     tokenizer: Path | None,
 ) -> Trace:
-    from lmc.sim.formats import read_trace
+    from lmc.sim.cache_file import load_trace
     from lmc.sim.formats.base import ReadOptions
     from lmc.units import parse_seconds
 
     options = ReadOptions(block_tokens, sort, rechain, parse_seconds(session_gap), tokenizer)
-    return read_trace(path, options, format_name)
+    return load_trace(path, options, format_name)
 
 
 def split_list(text: str | None) -> tuple[str, ...]:

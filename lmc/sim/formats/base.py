@@ -19,9 +19,14 @@ class ReadOptions:
     tokenizer: Path | None = None  # for prompts as text
 
 
+def _itself(path: Path, options: ReadOptions) -> list[Path]:
+    return [path]
+
+
 @dataclass(frozen=True)
 class Format:
     name: str
     summary: str
     matches: Callable[[Record], bool]  # is this the first record of such a file? For CSV: its columns are the keys
     read: Callable[[Path, ReadOptions], Trace]
+    inputs: Callable[[Path, ReadOptions], list[Path]] = _itself  # every file that the result depends on

@@ -47,6 +47,14 @@ def read(path: Path, options: ReadOptions) -> Trace:
     return builder.finish()
 
 
+def inputs(path: Path, options: ReadOptions) -> list[Path]:
+    return [path] if options.tokenizer is None else [path, _tokenizer_file(options.tokenizer)]
+
+
+def _tokenizer_file(name: Path) -> Path:
+    return name / "tokenizer.json" if name.is_dir() else name
+
+
 def _prompt(path: Path, number: int, record: Record) -> str:
     for key in _TEXT_FIELDS:
         if isinstance(record.get(key), str):
@@ -70,7 +78,7 @@ def _tokenizer(path: Path, name: Path | None) -> Callable[[str], list[int]]:
         raise TraceError(
             f"{path} holds prompts as text; give --tokenizer, a tokenizer.json or a model folder that has one"
         )
-    file = name / "tokenizer.json" if name.is_dir() else name
+    file = _tokenizer_file(name)
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -89,4 +97,4 @@ def _tokenizer(path: Path, name: Path | None) -> Callable[[str], list[int]]:
     return encode
 
 
-FORMAT = Format("prompts", "prompts or chats as text, with --tokenizer", matches, read)
+FORMAT = Format("prompts", "prompts or chats as text, with --tokenizer", matches, read, inputs)

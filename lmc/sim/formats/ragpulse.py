@@ -64,6 +64,10 @@ def read(path: Path, options: ReadOptions) -> Trace:
     return builder.finish()
 
 
+def inputs(path: Path, options: ReadOptions) -> list[Path]:
+    return [path, *(_companion(path, file_part) for _, _, file_part in _COMPONENTS)]
+
+
 def _companion(path: Path, part: str) -> Path:
     found = sorted(path.parent.glob(f"[0-9]_{part}.jsonl*"))
     if not found:
@@ -73,4 +77,4 @@ def _companion(path: Path, part: str) -> Path:
     return found[0]
 
 
-FORMAT = Format("ragpulse", "RAGPulse component trace, with its companion files beside it", matches, read)
+FORMAT = Format("ragpulse", "RAGPulse component trace, with its companion files beside it", matches, read, inputs)
