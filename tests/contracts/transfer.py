@@ -206,7 +206,7 @@ def check_backend(
     seed: int,
     *,
     plan_descriptors: Callable[..., Descriptors] = plan,
-    finish: Callable[[], None] = lambda: None,
+    stream: int = 0,
 ) -> None:
     """Store and load the table: slots hold what the oracle says, the loaded cache what was stored, and nothing else changed."""
     engine.fill(seed)
@@ -220,8 +220,7 @@ def check_backend(
         mask = slot_mask(engine, present[chunk])
         expected[start : start + slots.size][mask] = engine.slot(blocks)[mask]
 
-    backend.execute(plan_descriptors(engine.layout, ids, slots.addresses, Direction.STORE))
-    finish()
+    backend.execute(plan_descriptors(engine.layout, ids, slots.addresses, Direction.STORE), stream)
     assert np.array_equal(slots.buffer, expected), (
         f"{engine.name}: a slot holds wrong bytes, or bytes around it changed"
     )
@@ -229,8 +228,7 @@ def check_backend(
 
     engine.fill(seed + 1)
     untouched = engine.bytes()
-    backend.execute(plan_descriptors(engine.layout, ids, slots.addresses, Direction.LOAD))
-    finish()
+    backend.execute(plan_descriptors(engine.layout, ids, slots.addresses, Direction.LOAD), stream)
     assert np.array_equal(slots.buffer, expected), f"{engine.name}: a load wrote to a slot"
     for chunk, blocks in enumerate(table):
         mask = slot_mask(engine, present[chunk])
