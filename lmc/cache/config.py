@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from lmc.cache.policy.registry import get_policy
 from lmc.errors import ConfigError
@@ -38,6 +38,9 @@ ShareOrSize = Annotated[int | str, BeforeValidator(_share_or_size)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 
 
+_SECRET: dict[str, JsonValue] = {"secret": True}  # kept out of command lines and printouts
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
@@ -57,7 +60,7 @@ class DiskConfig(Section):
 
 
 class RedisConfig(Section):
-    url: str | None = None
+    url: str | None = Field(default=None, json_schema_extra=_SECRET)
     """redis://, rediss:// (TLS) or unix:// address; no address, no Redis tier. Valkey works too."""
     mode: Literal["standalone", "cluster", "sentinel"] = "standalone"
     """Topology behind the address."""
@@ -65,7 +68,7 @@ class RedisConfig(Section):
     """Name of the master set, for mode sentinel."""
     username: str | None = None
     """ACL user."""
-    password: str | None = None
+    password: str | None = Field(default=None, json_schema_extra=_SECRET)
     """Password; better given as LMC_REDIS_PASSWORD than in a file."""
     ca_file: Path | None = None
     """Certificate authority for TLS; default: the system's."""
@@ -86,7 +89,7 @@ class S3Config(Section):
     """Region; default: from the environment."""
     access_key_id: str | None = None
     """Access key; default: the SDK's usual sources."""
-    secret_access_key: str | None = None
+    secret_access_key: str | None = Field(default=None, json_schema_extra=_SECRET)
     """Secret key; default: the SDK's usual sources."""
     timeout: Seconds = 5.0
     """Limit for one request."""
@@ -167,6 +170,6 @@ def chunk_tokens_for(config: CacheConfig, block_tokens: int) -> int:
         below = config.chunk_tokens // block_tokens * block_tokens
         raise ConfigError(
             f"chunk_tokens {config.chunk_tokens} is not a multiple of the engine's block of {block_tokens} tokens; "
-            f"use {below or block_tokens} or {below + block_tokens}"
+            f"use {f'{below} or ' if below else ''}{below + block_tokens}"
         )
     return config.chunk_tokens

@@ -30,6 +30,11 @@ class Setting:
         return "LMC_" + self.key.replace(".", "_").upper()
 
     @property
+    def secret(self) -> bool:
+        extra = self.field.json_schema_extra
+        return isinstance(extra, dict) and bool(extra.get("secret"))
+
+    @property
     def meaning(self) -> str:
         return " ".join((self.field.description or "").split())
 

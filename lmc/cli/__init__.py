@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lmc
-from lmc.cli import sim
+from lmc.cli import config, serve, sim
 from lmc.errors import LmcError
 
 app = typer.Typer(
@@ -19,7 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+serve.add_to(app)
 sim.add_to(app)
+config.add_to(app)
 
 
 def _print_version(wanted: bool) -> None:

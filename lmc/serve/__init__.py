@@ -1,0 +1,1 @@
+"""Run an inference engine with the cache on, as a child process."""

@@ -1,0 +1,101 @@
+"""lmc serve: check everything that can be checked without the engine, start it, say when it is ready."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lmc.cache.config import CacheConfig
+from lmc.errors import ConfigError
+from lmc.model import resolve_model
+from lmc.serve.engines import check_engine, engine_command
+from lmc.serve.process import free_port, require_free_port, run_engine
+from lmc.units import format_count, format_size
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    model: str
+    engine: str = "vllm"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    cache: bool = True
+    ready_timeout: float = 900.0
+    engine_arguments: Sequence[str] = ()
+
+
+def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]) -> int:
+    """Run until the engine ends; returns the exit code. Raises ConfigError, ModelError, EngineError before anything is started."""
+    require_free_port(options.host, options.port, "the engine")
+    metrics_url = None
+    if options.cache:
+        _check_folders(config)
+        config, metrics_url = _with_metrics_port(config)
+    check_engine(options.engine, config if options.cache else None, options.engine_arguments)
+    model = resolve_model(options.model)
+    command = engine_command(
+        options.engine,
+        model,
+        options.host,
+        options.port,
+        config if options.cache else None,
+        ["--served-model-name", options.model, *options.engine_arguments],
+    )
+    url = f"http://{options.host}:{options.port}"
+
+    def on_ready() -> None:
+        say(f"ready url={url}/v1 {_describe_cache(options.cache, metrics_url)}")
+
+    return run_engine(command, url, options.ready_timeout, on_ready)
+
+
+def _with_metrics_port(config: CacheConfig) -> tuple[CacheConfig, str | None]:
+    metrics = config.metrics
+    if not metrics.enabled:
+        return config, None
+    port = metrics.port or free_port(metrics.host)
+    require_free_port(metrics.host, port, "metrics")
+    fixed = config.model_copy(update={"metrics": metrics.model_copy(update={"port": port})})
+    return fixed, f"http://{metrics.host}:{port}/metrics"
+
+
+def _check_folders(config: CacheConfig) -> None:
+    if config.disk.path is not None:
+        try:
+            config.disk.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=config.disk.path):
+                pass
+        except OSError as error:
+            raise ConfigError(f"disk.path {config.disk.path} cannot be written: {error.strerror}") from None
+    if config.record is not None:
+        try:
+            config.record.open("ab").close()
+        except OSError as error:
+            raise ConfigError(f"record {config.record} cannot be written: {error.strerror}") from None
+
+
+def _describe_cache(wanted: bool, metrics_url: str | None) -> str:
+    if not wanted:
+        return "cache=off"
+    if metrics_url is None:
+        return "cache=on metrics=off"
+    try:
+        with urllib.request.urlopen(metrics_url, timeout=5) as answer:
+            text = answer.read().decode()
+    except (urllib.error.URLError, OSError):
+        return "cache=FAILED (see the log above; the engine runs without it)"
+    chunk_bytes = _sample(text, r"lmc_chunk_bytes (\S+)")
+    tiers = [
+        f"{name} {format_size(float(slots) * chunk_bytes)} ({format_count(float(slots))} chunks)"
+        for name, slots in re.findall(r'^lmc_slots\{tier="(\w+)"\} (\S+)', text, re.MULTILINE)
+    ]
+    return f'metrics={metrics_url} tiers="{", ".join(tiers)}"'
+
+
+def _sample(text: str, pattern: str) -> float:
+    found = re.search("^" + pattern, text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
