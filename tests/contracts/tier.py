@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.format import TierScope
@@ -178,3 +180,51 @@ class TierContract:
     def test_close_may_be_repeated(self, tier: Tier) -> None:
         tier.close()
         tier.close()
+
+
+class TierMachine(RuleBasedStateMachine):
+    """Two objects on one medium against a dict. A test module subclasses it and says how to open a tier on an empty medium."""
+
+    numbers = st.integers(0, 5)
+
+    def open_empty(self) -> OpenTier:
+        raise NotImplementedError
+
+    @initialize()
+    def start(self) -> None:
+        self.open_tier = self.open_empty()
+        self.tiers = [self.open_tier(SCOPE), self.open_tier(SCOPE)]
+        self.model: dict[int, int] = {}
+
+    @rule(which=st.integers(0, 1), number=numbers, content=numbers)
+    def put(self, which: int, number: int, content: int) -> None:
+        self.tiers[which].put(key(number), payload(content))
+        self.model[number] = content
+
+    @rule(which=st.integers(0, 1), number=numbers)
+    def get(self, which: int, number: int) -> None:
+        wanted = bytes(payload(self.model[number])) if number in self.model else None
+        assert load(self.tiers[which], number) == wanted
+
+    @rule(which=st.integers(0, 1), number=numbers)
+    def delete(self, which: int, number: int) -> None:
+        self.tiers[which].delete(key(number))
+        self.model.pop(number, None)
+
+    @rule(which=st.integers(0, 1), asked=st.lists(numbers))
+    def contains(self, which: int, asked: list[int]) -> None:
+        answers = self.tiers[which].contains([key(number) for number in asked])
+        assert answers == [number in self.model for number in asked]
+
+    @rule(which=st.integers(0, 1))
+    def scan(self, which: int) -> None:
+        assert sorted(self.tiers[which].scan()) == sorted((key(number), CHUNK_BYTES) for number in self.model)
+
+    @rule(which=st.integers(0, 1))
+    def reopen(self, which: int) -> None:
+        self.tiers[which].close()
+        self.tiers[which] = self.open_tier(SCOPE)
+
+    def teardown(self) -> None:
+        for tier in getattr(self, "tiers", []):
+            tier.close()

@@ -1,13 +1,158 @@
 from __future__ import annotations
 
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmc.cache.tiers import file_read
+from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.disk import DiskTier
-from tests.contracts.tier import OpenTier, TierContract
+from lmc.cache.tiers.format import HEADER_BYTES, TierScope
+from lmc.errors import TierError
+from tests.contracts.tier import CHUNK_BYTES, SCOPE, OpenTier, TierContract, TierMachine, key, load, payload
 
 
 class TestDiskTier(TierContract):
     @pytest.fixture
     def open_tier(self, tmp_path: Path) -> OpenTier:
         return lambda scope: DiskTier(tmp_path, scope)
+
+
+class DiskMachine(TierMachine):
+    def open_empty(self) -> OpenTier:
+        self.folder = tempfile.TemporaryDirectory()
+        return lambda scope: DiskTier(Path(self.folder.name), scope, fsync=False)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.folder.cleanup()
+
+
+DiskMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestDiskMachine = DiskMachine.TestCase
+
+
+def file_of(folder: Path, number: int, scope: TierScope = SCOPE) -> Path:
+    name = key(number).hex()
+    return folder / "v1" / scope.namespace / f"r{scope.rank}" / name[:2] / name
+
+
+def drop_from_page_cache(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.one_of(
+        st.integers(1, 20_000), st.integers(0, 20).map(lambda pages: max(1, pages * 4096)), st.just(2_500_001)
+    ),
+    cached=st.lists(st.booleans(), max_size=6),
+    offset=st.sampled_from([0, 1, 512]),
+)
+def test_every_way_of_reading_gives_the_same_bytes(size: int, cached: list[bool], offset: int) -> None:
+    """Any part of the file may be in the page cache, and the slot may start anywhere."""
+    scope = TierScope(SCOPE.namespace, 0, SCOPE.layout, size)
+    with tempfile.TemporaryDirectory() as name:
+        tier = DiskTier(Path(name), scope)
+        tier.put(key(1), payload(1, size))
+        path = file_of(Path(name), 1)
+        drop_from_page_cache(path)
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+            for index, wanted in enumerate(cached):
+                if wanted:
+                    os.pread(file.fileno(), 1, index * (size + HEADER_BYTES) // len(cached))
+        slot = memoryview(mmap.mmap(-1, size + offset))[offset:]
+        tier.get(key(1), slot)
+        assert slot == payload(1, size)
+
+
+def test_without_the_kernel_s_favours_reading_is_still_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that knows neither RWF_NOWAIT nor O_DIRECT."""
+    tier = DiskTier(tmp_path, SCOPE)
+    tier.put(key(1), payload(1))
+    plain = os.preadv
+
+    def refuse(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            raise OSError(file_read.errno.EOPNOTSUPP, "not supported")
+        if file_read.fcntl.fcntl(fd, file_read.fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(file_read.errno.EINVAL, "no direct I/O")
+        return plain(fd, [buffer[:1000] for buffer in buffers[:1]], offset)  # and it reads little at a time
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert load(tier, 1) == payload(1)
+
+
+def test_files_are_found_by_another_process(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, SCOPE)
+    tier.put(key(1), payload(1))
+    script = (
+        "import sys; from pathlib import Path; from lmc.cache.tiers.disk import DiskTier; "
+        "from tests.contracts.tier import SCOPE, load, payload; "
+        "tier = DiskTier(Path(sys.argv[1]), SCOPE); assert load(tier, 1) == payload(1); print(len(list(tier.scan())))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_scan_goes_from_the_oldest_to_the_youngest(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, SCOPE)
+    order = [3, 1, 4, 0, 2]
+    for number in range(5):
+        tier.put(key(number), payload(number))
+    for age, number in enumerate(order):
+        os.utime(file_of(tmp_path, number), (age, age))
+    assert [found for found, _ in tier.scan()] == [key(number) for number in order]
+
+
+def test_scan_removes_what_dead_writers_left_and_spares_the_living(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, SCOPE)
+    fd, living = tier._create()
+    dead = living.with_name("dead-0")
+    dead.write_bytes(b"half a chunk")
+    assert list(DiskTier(tmp_path, SCOPE).scan()) == []
+    assert living.exists()
+    assert not dead.exists()
+    os.close(fd)
+    assert list(tier.scan()) == []
+    assert not living.exists()
+
+
+def test_scan_ignores_what_is_no_chunk(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, SCOPE)
+    tier.put(key(1), payload(1))
+    chunk = file_of(tmp_path, 1)
+    (chunk.parent / "README").write_text("hello")
+    (chunk.parent / key(2).hex()).write_bytes(b"too short")
+    (chunk.parent.parent / "notes.txt").write_text("hello")
+    (chunk.parent.parent / "lost+found").mkdir()
+    older = tmp_path / "v0" / SCOPE.namespace / "r0" / "ab"
+    older.mkdir(parents=True)
+    (older / ("ab" * 32)).write_bytes(bytes(HEADER_BYTES + CHUNK_BYTES))
+    assert [found for found, _ in tier.scan()] == [key(1)]
+
+
+def test_a_header_of_another_version_is_absent_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = DiskTier(tmp_path, SCOPE)
+    with monkeypatch.context() as patch:
+        patch.setattr(chunk_format, "VERSION", 0)
+        tier.put(key(1), payload(1))
+    assert load(tier, 1) is None
+    tier.put(key(1), payload(2))
+    assert load(tier, 1) == payload(2)
+
+
+def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TierError, match=r"^disk tier: cannot write in .*/file/v1/.*: Not a directory$"):
+        DiskTier(tmp_path / "file", SCOPE)

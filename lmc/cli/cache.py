@@ -1,0 +1,72 @@
+"""lmc cache: look at what a cache has stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lmc.cache.tiers.inspect import Inspection
+
+app = typer.Typer(help="Look at what a cache has stored.", no_args_is_help=True)
+
+
+def add_to(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="cache")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `inspect` a sub-command while it is the only one."""
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[Path], typer.Argument(help="Chunk files, or folders of them such as disk.path.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Say what chunk files are and check every byte. Exit code 1 when one is damaged or not a chunk."""
+    from lmc.cache.tiers.inspect import find_files, inspect_file
+
+    damaged = 0
+    count = 0
+    for path in find_files(files):
+        found = inspect_file(path)
+        count += 1
+        damaged += found.problem is not None
+        typer.echo(_as_json(found) if as_json else _as_text(found))
+    if not as_json:
+        typer.echo(f"{count} files, {damaged} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _as_text(found: Inspection) -> str:
+    from lmc.units import format_size
+
+    lines = [f"{found.path}: {found.problem or 'ok'}"]
+    if found.header is not None:
+        header = found.header
+        lines.append(f"  namespace {header.namespace}  rank {header.rank}  key {header.key.hex()}")
+        lines.append(f"  layout {header.layout}")
+        lines.append(f"  payload {format_size(header.payload_bytes)}  xxh3 {header.checksum:016x}")
+    return "\n".join(lines)
+
+
+def _as_json(found: Inspection) -> str:
+    import orjson
+
+    record: dict[str, object] = {"file": str(found.path), "file_bytes": found.file_bytes, "problem": found.problem}
+    if found.header is not None:
+        header = found.header
+        record |= {
+            "namespace": header.namespace,
+            "rank": header.rank,
+            "key": header.key.hex(),
+            "layout": header.layout,
+            "payload_bytes": header.payload_bytes,
+            "xxh3": f"{header.checksum:016x}",
+        }
+    return orjson.dumps(record).decode()

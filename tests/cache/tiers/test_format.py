@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lmc.cache.keys import ChunkKey
+from lmc.cache.tiers import format as chunk_format
+from lmc.cache.tiers.format import HEADER_BYTES, ChunkHeader, OtherVersion, TierScope, decode, encode
+from lmc.errors import ConfigError, Corrupt
+from tests.contracts.tier import SCOPE, key, payload
+
+HEADER = ChunkHeader("0123456789abcdef", 3, "vllm-16t-18432b", key(1), 40_000, 0x1122334455667788)
+
+headers = st.builds(
+    ChunkHeader,
+    namespace=st.text("0123456789abcdef", min_size=1, max_size=16),
+    rank=st.integers(0, 2**32 - 1),
+    layout=st.text(max_size=200),
+    key=st.binary(min_size=32, max_size=32).map(ChunkKey),
+    payload_bytes=st.integers(0, 2**64 - 1),
+    checksum=st.integers(0, 2**64 - 1),
+)
+
+
+@given(headers)
+def test_decode_reverses_encode(header: ChunkHeader) -> None:
+    page = encode(header)
+    assert len(page) == HEADER_BYTES
+    assert decode(page) == header
+
+
+def test_the_format_is_the_one_of_version_1() -> None:
+    """Chunks on disks and in stores out there start with these bytes; another form needs another version."""
+    digest = hashlib.sha256(encode(HEADER)).hexdigest()
+    assert digest == "846696cf33cb68f987a7dd3d53b5c069ae92c269e6255be1413eb03da7968b66"
+    assert encode(HEADER)[:10] == b"LMCCHUNK\x01\x00"
+
+
+def test_a_flipped_bit_anywhere_in_the_header_is_found() -> None:
+    page = bytearray(encode(HEADER))
+    for position in range(HEADER_BYTES):
+        bit = 1 << position % 8
+        page[position] ^= bit
+        with pytest.raises(Corrupt):
+            decode(page)
+        page[position] ^= bit
+    assert decode(page) == HEADER
+
+
+@given(st.binary(max_size=HEADER_BYTES + 10))
+def test_garbage_is_corrupt(raw: bytes) -> None:
+    with pytest.raises(Corrupt):
+        decode(raw)
+
+
+@given(st.binary(min_size=HEADER_BYTES - 10, max_size=HEADER_BYTES - 10))
+def test_garbage_behind_magic_and_version_is_corrupt(rest: bytes) -> None:
+    with pytest.raises(Corrupt, match="checksum"):
+        decode(encode(HEADER)[:10] + rest)
+
+
+def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(chunk_format, "VERSION", 2)
+        page = encode(HEADER)
+    with pytest.raises(OtherVersion, match="version 2; this lmc reads version 1"):
+        decode(page)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (TierScope("another", 0, SCOPE.layout, SCOPE.chunk_bytes), "another namespace$"),
+        (TierScope(SCOPE.namespace, 1, SCOPE.layout, SCOPE.chunk_bytes), "another rank$"),
+        (TierScope(SCOPE.namespace, 0, "another", SCOPE.chunk_bytes), "another layout$"),
+        (TierScope(SCOPE.namespace, 1, SCOPE.layout, 1), "another rank and size$"),
+    ],
+)
+def test_expect_says_what_differs(other: TierScope, said: str) -> None:
+    sealed = SCOPE.seal(key(1), payload(1))
+    assert SCOPE.expect(key(1), sealed) == chunk_format.checksum(payload(1))
+    with pytest.raises(Corrupt, match=said):
+        other.expect(key(1), sealed)
+    with pytest.raises(Corrupt, match=r"another key$"):
+        SCOPE.expect(key(2), sealed)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"namespace": "a/b"},
+        {"namespace": ""},
+        {"rank": -1},
+        {"chunk_bytes": 0},
+        {"layout": "x" * 5000},
+    ],
+)
+def test_an_impossible_scope_is_refused(wrong: dict[str, object]) -> None:
+    fields = {"namespace": "abc", "rank": 0, "layout": "l", "chunk_bytes": 1}
+    with pytest.raises(ConfigError):
+        TierScope(**(fields | wrong))  # type: ignore[arg-type]

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lmc.cache.tiers.disk import DiskTier
+from lmc.cli.cache import app
+from tests.contracts.tier import SCOPE, key, payload
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def chunk(tmp_path: Path) -> Path:
+    DiskTier(tmp_path, SCOPE).put(key(1), payload(1))
+    [path] = (found for found in tmp_path.rglob("*") if found.is_file())
+    return path
+
+
+def inspect(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_a_sound_chunk(chunk: Path) -> None:
+    code, text = inspect(chunk)
+    assert code == 0
+    for said in (f"{chunk}: ok", SCOPE.namespace, key(1).hex(), SCOPE.layout, "39.1 KiB", "1 files, 0 damaged"):
+        assert said in text
+
+
+def test_a_folder_as_json(chunk: Path, tmp_path: Path) -> None:
+    code, text = inspect("--json", tmp_path)
+    [record] = [json.loads(line) for line in text.splitlines()]
+    assert code == 0
+    assert record["problem"] is None
+    assert (record["key"], record["payload_bytes"]) == (key(1).hex(), len(payload(1)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda raw: raw[:-1], "the payload has 39999 bytes instead of 40000"),
+        (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "payload does not match its checksum"),
+        (lambda raw: raw[:100] + b"x" + raw[101:], "header does not match its checksum"),
+        (lambda raw: b"x" + raw[1:], "not a chunk of lmc"),
+        (lambda raw: raw[:8] + b"\x09" + raw[9:], "the header is of version 9"),
+        (lambda raw: raw[:50], "the header has 50 bytes"),
+        (lambda raw: b"", "the header has 0 bytes"),
+    ],
+)
+def test_a_damaged_chunk(chunk: Path, damage: object, said: str) -> None:
+    chunk.write_bytes(damage(chunk.read_bytes()))  # type: ignore[operator]
+    code, text = inspect(chunk)
+    assert code == 1
+    assert said in text
+    assert "1 files, 1 damaged" in text
+    assert inspect("--json", chunk)[0] == 1
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "absent")])
+    assert "no such file or folder" in str(result.exception)
