@@ -102,6 +102,32 @@ def run(
     print_notes(study.notes)
 
 
+@app.command()
+def describe(
+    trace: TracePath,
+    json: Json = False,
+    format_name: Format = None,
+    block_tokens: BlockTokens = None,
+    sort: Sort = False,
+    rechain: Rechain = False,
+    session_gap: SessionGap = "60s",
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Counts, lengths, arrivals, reuse, sharing, and the hits of an unlimited cache."""
+    from lmc import report
+    from lmc.sim.describe import describe as describe_trace
+    from lmc.sim.describe import facts_json, facts_table
+
+    loaded = load(trace, format_name, block_tokens, sort, rechain, session_gap, tokenizer)
+    sections = describe_trace(loaded)
+    if json:
+        head = {"source": loaded.source, "format": loaded.format, "notes": loaded.notes}
+        typer.echo(report.to_json({**head, **facts_json(sections)}).decode(), nl=False)
+        return
+    report.print_table(facts_table(f"{loaded.source} ({loaded.format})", sections))
+    print_notes(loaded.notes)
+
+
 def load(
     path: Path,
     format_name: str | None,

@@ -1,0 +1,40 @@
+"""Which requests belong together: the trace's own sessions, or conversations that are inferred from growing prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lmc.sim.compiled import compiled
+from lmc.sim.stack import StackProfile
+from lmc.sim.trace import Int32, Int64
+
+
+def sessions_of(stack: StackProfile) -> tuple[Int32, bool]:
+    """(num_requests,) session numbers without gaps, and whether the trace named them.
+
+    Where it does not, a request continues the request that last touched its deepest known block if it holds all full blocks of it, and at
+    least two: a prompt that contains a whole earlier prompt is taken as the next turn. Common templates can so join strangers; that makes
+    sessions too long, and intervals that are drawn over sessions too wide rather than too narrow.
+    """
+    trace = stack.trace
+    if (trace.sessions >= 0).all():
+        return trace.sessions, True
+    full = np.minimum(np.diff(trace.starts), trace.input_tokens // trace.block_tokens)
+    return _infer(stack.request, stack.first, stack.length, stack.previous, full), False
+
+
+@compiled
+def _infer(request: Int32, first: Int32, length: Int32, previous: Int32, full: Int64) -> Int32:
+    follows = np.full(full.size, -1, dtype=np.int32)
+    for row in range(request.size):  # the last row of a request is its deepest segment
+        known = first[row] + length[row]
+        follows[request[row]] = previous[row] if known >= max(full[previous[row]], 2) else -1
+    sessions = np.empty(full.size, dtype=np.int32)
+    count = 0
+    for index in range(full.size):
+        if follows[index] >= 0:
+            sessions[index] = sessions[follows[index]]
+        else:
+            sessions[index] = count
+            count += 1
+    return sessions
