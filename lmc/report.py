@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Cell = str | int | float | None
 COLORS = ("#8c8c8c", "#d98324", "#1f6fb2", "#3a8f5b", "#9b4f96", "#b5443c", "#5f6b2f", "#2b2b2b")
 MISSING = "–"
+PLAIN_WIDTH = 160  # characters of a table that goes to a file or a pipe
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,15 @@ def print_table(table: Table, console: Console | None = None) -> None:
 
     shown = RichTable(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
     for index, column in enumerate(table.columns):
-        shown.add_column(Text(column.heading), justify="right" if _is_numeric(table, index) else "left")
+        shown.add_column(
+            Text(column.heading), justify="right" if _is_numeric(table, index) else "left", overflow="fold"
+        )
     for row in table.rows:
         shown.add_row(*(Text(format_cell(cell, column)) for cell, column in zip(row, table.columns, strict=True)))
-    (console or RichConsole()).print(shown)
+    console = console or RichConsole()
+    if not console.is_terminal:
+        console.width = max(console.width, PLAIN_WIDTH)
+    console.print(shown)
 
 
 def table_csv(table: Table) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lmc
-from lmc.cli import cache, config, serve, sim
+from lmc.cli import bench, cache, config, serve, sim
 from lmc.errors import LmcError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 serve.add_to(app)
+bench.add_to(app)
 sim.add_to(app)
 cache.add_to(app)
 config.add_to(app)

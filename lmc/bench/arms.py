@@ -1,0 +1,212 @@
+"""Start the engine of an arm through `lmc serve`, wait until it is ready, and stop it; or reach a server that runs already.
+
+An arm's scratch folder holds its configuration, its log and its disk tier. `restart_of` reuses the disk tier of another arm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import aiohttp
+import yaml
+
+from lmc.bench.workload import Arm, Engine
+from lmc.errors import EngineError, RunError
+
+SERVE = (sys.executable, "-m", "lmc", "serve")
+STOP_S = 30.0
+_FIELD = re.compile(r"(\w+)=(\S+)")
+
+
+@dataclass(frozen=True)
+class Server:
+    """An engine that answers. `process` is None for a URL."""
+
+    base_url: str
+    model: str
+    metrics: list[str]
+    command: str = ""
+    log: Path | None = None
+    process: Process | None = None
+    ready: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def root_url(self) -> str:
+        return self.base_url.removesuffix("/v1")
+
+    def died(self) -> str | None:
+        """Why the process is gone, or None while it runs."""
+        if self.process is None or self.process.returncode is None:
+            return None
+        return f"the engine ended with exit code {self.process.returncode}{_last_line(self.log)}"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Starts arms, one at a time. `serve` is the command that takes `lmc serve`'s arguments."""
+
+    model: str
+    engine: Engine
+    scratch: Path
+    serve: Sequence[str] = SERVE
+
+    @asynccontextmanager
+    async def started(self, name: str, arm: Arm) -> AsyncIterator[Server]:
+        """A ready server for the body of the `async with`. Raises EngineError when it does not start."""
+        if arm.url:
+            yield await _reach(name, arm, self.model)
+            return
+        folder = self.scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "engine.log"
+        command = self.command(name, arm, _free_port())
+        with log.open("wb") as sink:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdout=PIPE, stderr=sink, env=self.environment(arm), start_new_session=True
+            )
+            drain: asyncio.Task[None] | None = None
+            try:
+                ready = await asyncio.wait_for(_ready_line(process, sink), self.engine.start_timeout)
+                drain = asyncio.create_task(_copy_rest(process, sink))
+                url = ready["url"].rstrip("/")
+                pages = [url.removesuffix("/v1") + "/metrics"] + ([ready["metrics"]] if "metrics" in ready else [])
+                model = await _served_model(url, None)
+                yield Server(url, model, list(dict.fromkeys(pages)), shlex.join(command), log, process, ready)
+            except TimeoutError as error:
+                raise EngineError(
+                    f"arm {name}: no readiness line within {self.engine.start_timeout:g} s{_last_line(log)}"
+                ) from error
+            except EOFError as error:
+                raise EngineError(
+                    f"arm {name}: the engine ended with exit code {await process.wait()}{_last_line(log)}"
+                ) from error
+            finally:
+                await _stop(process)
+                if drain is not None:
+                    await drain
+
+    def command(self, name: str, arm: Arm, port: int) -> list[str]:
+        engine_args = [*_COMMON_ARGS[self.engine.kind](self.engine.context), *self.engine.args, *arm.args]
+        flags = ["--engine", self.engine.kind, "--port", str(port)]
+        flags += ["--no-cache"] if arm.cache is None else ["--config", str(self._write_config(name, arm))]
+        return [*self.serve, self.model, *flags, "--", *engine_args]
+
+    def environment(self, arm: Arm) -> dict[str, str]:
+        return {**os.environ, **self.engine.env, **arm.env}
+
+    def disk_folder(self, name: str, arm: Arm) -> Path:
+        return self.scratch / (arm.restart_of or name) / "disk"
+
+    def _write_config(self, name: str, arm: Arm) -> Path:
+        disk = self.disk_folder(name, arm)
+        if arm.restart_of is None:
+            shutil.rmtree(disk, ignore_errors=True)
+        path = self.scratch / name / "cache.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(cache_yaml(arm, disk))
+        return path
+
+
+def cache_yaml(arm: Arm, disk: Path) -> str:
+    """The arm's cache configuration as `lmc serve` reads it; "{disk}" becomes the folder."""
+    return yaml.safe_dump(arm.cache or {}, sort_keys=False).replace("{disk}", str(disk))
+
+
+_COMMON_ARGS = {
+    "vllm": lambda context: ["--max-model-len", str(context)],
+    "sglang": lambda context: ["--context-length", str(context)],
+}
+
+
+async def _ready_line(process: Process, sink: BinaryIO) -> dict[str, str]:
+    assert process.stdout is not None
+    while line := await process.stdout.readline():
+        text = line.decode(errors="replace")
+        _write(sink, line)
+        found = dict(_FIELD.findall(text))
+        if text.startswith("ready") and "url" in found:
+            return found
+    raise EOFError
+
+
+async def _copy_rest(process: Process, sink: BinaryIO) -> None:
+    assert process.stdout is not None
+    while data := await process.stdout.read(1 << 16):
+        _write(sink, data)
+
+
+def _write(sink: BinaryIO, data: bytes) -> None:
+    sink.write(data)
+    sink.flush()
+
+
+async def _stop(process: Process) -> None:
+    """SIGINT, then SIGTERM, then SIGKILL to the whole group; nothing is left running."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        if process.returncode is not None:
+            break
+        try:
+            os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
+            await asyncio.wait_for(process.wait(), STOP_S)
+        except (ProcessLookupError, TimeoutError):
+            continue
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+async def _reach(name: str, arm: Arm, model: str) -> Server:
+    url = (arm.url or "").rstrip("/")
+    url = url if url.endswith("/v1") else f"{url}/v1"
+    try:
+        served = await _served_model(url, model)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise RunError(f"arm {name}: cannot reach {url}: {error}") from error
+    pages = [url.removesuffix("/v1") + "/metrics", *arm.metrics]
+    async with aiohttp.ClientSession() as http:
+        answers = [page for page in pages if (await http.get(page)).status == 200]
+    return Server(url, served, answers)
+
+
+async def _served_model(url: str, wanted: str | None) -> str:
+    """The model's name at the server. Raises RunError if the wanted one is not served."""
+    async with (
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http,
+        http.get(f"{url}/models") as response,
+    ):
+        response.raise_for_status()
+        names = [str(entry["id"]) for entry in (await response.json())["data"]]
+    if wanted is not None and wanted not in names:
+        raise RunError(f"{url} does not serve {wanted!r}; it serves {', '.join(names) or 'nothing'}")
+    if not names:
+        raise RunError(f"{url} serves no model")
+    return wanted or names[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _last_line(log: Path | None) -> str:
+    """The log's last error-like line, and where the log is."""
+    if log is None or not log.is_file():
+        return ""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or line.startswith("lmc:")] or lines
+    return f": {telling[-1][:300]} (log: {log})" if telling else f" (log: {log})"

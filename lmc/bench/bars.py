@@ -1,0 +1,41 @@
+"""The bounds that a workload states: a ratio of two arms over some of the requests, met or not met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lmc.bench.records import BarResult, RequestRecord
+from lmc.bench.stats import Pair, pairs
+from lmc.bench.workload import Bar
+
+
+def judge_bars(bars: Sequence[Bar], records: Mapping[str, Sequence[RequestRecord]]) -> list[BarResult]:
+    """Every bar whose two arms ran."""
+    return [_judge(bar, pairs(records[bar.a], records[bar.b])) for bar in bars if bar.a in records and bar.b in records]
+
+
+def _judge(bar: Bar, matched: Sequence[Pair]) -> BarResult:
+    chosen = [pair for pair in matched if _covers(bar.over, pair[0])]
+    over = {"all": "all requests", "hits": f"requests with a hit on {bar.a}"}.get(bar.over, f"part {bar.over}")
+    bound = f"<= {bar.at_most:g}" if bar.at_most is not None else f">= {bar.at_least:g}" if bar.at_least else ""
+    text = f"{bar.metric} of {bar.a} / {bar.b} over {over} {bound}".strip()
+    if not chosen:
+        return BarResult(text, None, None, 0)
+    ratio = _figure(bar.metric, [a for a, _ in chosen]) / _figure(bar.metric, [b for _, b in chosen])
+    met = (bar.at_most is None or ratio <= bar.at_most) and (bar.at_least is None or ratio >= bar.at_least)
+    return BarResult(text, ratio, met, len(chosen))
+
+
+def _covers(over: str, record: RequestRecord) -> bool:
+    if over == "hits":
+        return bool(record.cached_tokens)
+    return over in ("all", record.part)
+
+
+def _figure(metric: str, records: Sequence[RequestRecord]) -> float:
+    if metric == "ttft_p50":
+        return float(np.median([record.ttft_ms or np.nan for record in records]))
+    tokens = sum(record.prompt_tokens + record.output_tokens for record in records)
+    return tokens / sum((record.e2e_ms or np.nan) / 1e3 for record in records)

@@ -1,0 +1,167 @@
+"""One streamed completion: send exact tokens, take a timestamp per arriving token, count every failure by cause.
+
+aiohttp's stream is split by hand, because a general SSE parser costs more than the server at 40,000 tokens/s. Times are
+perf_counter seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+
+from lmc.bench.prompts import Request
+
+READ_BUFFER_BYTES = 1 << 18
+TOKEN_ID_PREFIX = "token_id:"
+
+
+@dataclass
+class Outcome:
+    """What happened to one request. Times are None when the request never got that far; cached_tokens None is not 0."""
+
+    request: Request
+    intended_s: float
+    sent_s: float
+    status: str = "unfinished"  # ok, http_error, timeout, disconnected, bad_response, unfinished
+    cause: str = ""
+    first_s: float | None = None
+    last_s: float | None = None
+    token_times_s: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)  # best minus second best log-probability, per token
+    prompt_tokens: int | None = None
+    output_tokens: int = 0
+    cached_tokens: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where requests go: `base_url` ends in /v1."""
+
+    base_url: str
+    model: str
+    timeout_s: float = 600.0
+    logprobs: bool = True
+
+
+def new_session(target: Target) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        timeout=aiohttp.ClientTimeout(total=target.timeout_s),
+        read_bufsize=READ_BUFFER_BYTES,
+    )
+
+
+async def complete(
+    session: aiohttp.ClientSession, target: Target, request: Request, request_id: str, intended_s: float
+) -> Outcome:
+    """Send one request and read its stream. Never raises for what the server or the network does: see Outcome.status."""
+    body = orjson.dumps(_payload(target, request), option=orjson.OPT_SERIALIZE_NUMPY)
+    headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+    outcome = Outcome(request, intended_s, time.perf_counter())
+    try:
+        async with session.post(f"{target.base_url}/completions", data=body, headers=headers) as response:
+            if response.status != 200:
+                outcome.status, outcome.cause = "http_error", f"HTTP {response.status}: {_short(await response.text())}"
+                return outcome
+            await _read_stream(response, outcome)
+    except TimeoutError:
+        outcome.status, outcome.cause = "timeout", f"no end after {target.timeout_s:g} s"
+    except aiohttp.ClientError as error:
+        outcome.status, outcome.cause = "disconnected", type(error).__name__
+    except asyncio.CancelledError:
+        outcome.cause = "cancelled"
+        raise
+    return outcome
+
+
+async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> None:
+    pending = b""
+    read = response.content.readany
+    while data := await read():
+        now = time.perf_counter()
+        pending += data
+        *events, pending = pending.split(b"\n\n")
+        for event in events:
+            if not event.startswith(b"data:"):
+                continue
+            payload = event[5:].lstrip()
+            if payload == b"[DONE]":
+                _finish(outcome, now)
+                return
+            try:
+                chunk = orjson.loads(payload)
+                if "error" in chunk:
+                    outcome.status, outcome.cause = "http_error", _short(str(chunk["error"]))
+                    return
+                _take(chunk, outcome, now)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                shown = _short(payload.decode(errors="replace"))
+                outcome.status, outcome.cause = "bad_response", f"not a completion chunk: {shown}"
+                return
+    outcome.status, outcome.cause = "disconnected", "the stream ended before [DONE]"
+
+
+def _take(chunk: Any, outcome: Outcome, now: float) -> None:  # Any: one parsed event of the server
+    for choice in chunk.get("choices", ()):
+        logprobs = choice.get("logprobs")
+        if logprobs:
+            count = len(logprobs["tokens"])
+            outcome.tokens += [int(token.removeprefix(TOKEN_ID_PREFIX)) for token in logprobs["tokens"]]
+            for best in logprobs["top_logprobs"]:
+                first, second = sorted(best.values(), reverse=True)[:2]
+                outcome.gaps.append(first - second)
+        else:
+            count = 1 if choice.get("text") else 0
+        if count:
+            outcome.token_times_s += [now] * count
+    usage = chunk.get("usage")
+    if usage:
+        outcome.prompt_tokens = usage.get("prompt_tokens")
+        outcome.output_tokens = usage.get("completion_tokens") or 0
+        details = usage.get("prompt_tokens_details") or {}
+        outcome.cached_tokens = details.get("cached_tokens")
+
+
+def _finish(outcome: Outcome, now: float) -> None:
+    if not outcome.token_times_s:
+        outcome.status, outcome.cause = "bad_response", "no token before [DONE]"
+        return
+    sent = len(outcome.request.prompt)
+    if outcome.prompt_tokens not in (None, sent):
+        outcome.status = "bad_response"
+        outcome.cause = (
+            f"{sent} prompt tokens were sent, the server counted {outcome.prompt_tokens}: another tokenizer?"
+        )
+        return
+    outcome.status = "ok"
+    outcome.first_s, outcome.last_s = outcome.token_times_s[0], outcome.token_times_s[-1]
+    outcome.output_tokens = outcome.output_tokens or len(outcome.token_times_s)
+
+
+def _payload(target: Target, request: Request) -> dict[str, object]:
+    payload: dict[str, object] = {
+        "model": target.model,
+        "prompt": request.prompt,
+        "max_tokens": request.output_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if target.logprobs:
+        payload |= {"logprobs": 2, "return_tokens_as_token_ids": True}
+    return payload
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:200]

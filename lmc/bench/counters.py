@@ -1,0 +1,61 @@
+"""Prometheus counters of engines and of lmc: read, subtract, sum over labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+Sample = tuple[str, frozenset[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """One reading of every metrics page of an arm; `samples` adds up pages that show the same sample."""
+
+    samples: dict[Sample, float]
+
+    def total(self, name: str, **labels: str) -> float | None:
+        """The sum over all samples of that name with those labels; None when there is none (absent is not 0)."""
+        wanted = set(labels.items())
+        found = [value for (known, have), value in self.samples.items() if known == name and wanted <= have]
+        return sum(found) if found else None
+
+    def by_label(self, name: str, label: str) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for (known, have), value in self.samples.items():
+            if known == name and (place := dict(have).get(label)) is not None:
+                sums[place] = sums.get(place, 0.0) + value
+        return sums
+
+    def label(self, name: str, label: str) -> str | None:
+        """The value of a label, as info metrics carry settings."""
+        return next((dict(have)[label] for known, have in self.samples if known == name and label in dict(have)), None)
+
+
+def parse(pages: Sequence[str]) -> Counters:
+    samples: dict[Sample, float] = {}
+    for page in pages:
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                key = (sample.name, frozenset(sample.labels.items()))
+                samples[key] = samples.get(key, 0.0) + float(sample.value)
+    return Counters(samples)
+
+
+async def read_counters(http: aiohttp.ClientSession, urls: Sequence[str]) -> Counters:
+    """Raises aiohttp.ClientError when a page cannot be had."""
+    pages = []
+    for url in urls:
+        async with http.get(url) as response:
+            response.raise_for_status()
+            pages.append(await response.text())
+    return parse(pages)
+
+
+def difference(after: Counters, before: Counters, name: str, **labels: str) -> float | None:
+    """How much a counter grew; a counter that appears later began at 0."""
+    end = after.total(name, **labels)
+    return None if end is None else end - (before.total(name, **labels) or 0.0)

@@ -1,0 +1,90 @@
+"""The loop that sends a plan. Latency counts from the planned time, whatever kept the request from being sent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from lmc.bench.client import Outcome, Target, complete, new_session
+from lmc.bench.schedule import Plan
+from lmc.bench.selfcheck import LoopMonitor, SelfCheck
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outcomes in planned order, only those that were sent; all times count from the start of the load."""
+
+    outcomes: list[Outcome]
+    wall_s: float
+    check: SelfCheck
+
+
+OnDone = Callable[[Outcome], Awaitable[bool]]  # False: send nothing more
+
+
+async def run_load(plan: Plan, target: Target, label: str, on_done: OnDone, seconds: float | None = None) -> Measured:
+    """Send the plan to the target; after `seconds`, or once on_done says False, nothing new is sent. `label` begins every request id."""
+    outcomes: list[Outcome | None] = [None] * len(plan.items)
+    done = [asyncio.Event() for _ in plan.items]
+    start = time.perf_counter()
+    stopped = False
+
+    async with new_session(target) as http, LoopMonitor() as monitor:
+
+        async def due(index: int) -> float:
+            """Wait until a request may be sent; its intended time."""
+            item = plan.items[index]
+            ready = start
+            if item.after is not None:
+                await done[item.after].wait()
+                ready = time.perf_counter() + item.request.think_s
+            elif item.at_s is None:
+                ready = time.perf_counter()
+            intended = ready if item.at_s is None else start + item.at_s
+            await asyncio.sleep(max(0.0, intended - time.perf_counter()))
+            return intended
+
+        async def send(index: int, intended_s: float) -> None:
+            nonlocal stopped
+            request = plan.items[index].request
+            try:
+                if not stopped and (seconds is None or time.perf_counter() - start <= seconds):
+                    outcome = await complete(http, target, request, f"{label}/{request.id}", intended_s)
+                    outcomes[index] = outcome
+                    stopped |= not await on_done(outcome)
+            finally:
+                done[index].set()
+
+        async def work(units: list[list[int]]) -> None:
+            while units:
+                for index in units.pop():
+                    await send(index, await due(index))
+
+        async def arrive(index: int, slots: asyncio.Semaphore) -> None:
+            intended = await due(index)
+            async with slots:
+                await send(index, intended)
+
+        async with asyncio.TaskGroup() as group:
+            if plan.units is not None:
+                waiting = plan.units[::-1]
+                for _ in range(plan.concurrency or 1):
+                    group.create_task(work(waiting))
+            else:
+                slots = asyncio.Semaphore(plan.concurrency or len(plan.items) or 1)
+                for index in range(len(plan.items)):
+                    group.create_task(arrive(index, slots))
+        wall = time.perf_counter() - start
+        sent = [_counted_from(start, outcome) for outcome in outcomes if outcome is not None]
+        return Measured(sent, wall, monitor.check(sent, wall, plan.requested_rate))
+
+
+def _counted_from(start: float, outcome: Outcome) -> Outcome:
+    outcome.intended_s -= start
+    outcome.sent_s -= start
+    outcome.token_times_s = [moment - start for moment in outcome.token_times_s]
+    if outcome.first_s is not None and outcome.last_s is not None:
+        outcome.first_s, outcome.last_s = outcome.first_s - start, outcome.last_s - start
+    return outcome

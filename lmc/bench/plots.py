@@ -1,0 +1,85 @@
+"""The pictures of a bench report. One colour per arm, in the order of the workload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lmc.bench.records import RequestRecord
+from lmc.report import COLORS, Figure, new_axes, to_figure
+
+ByArm = Mapping[str, Sequence[RequestRecord]]
+
+
+def ttft_distribution(by_arm: ByArm) -> Figure:
+    picture, (axis,) = new_axes()
+    for index, (arm, records) in enumerate(by_arm.items()):
+        values = np.sort([record.ttft_ms or np.nan for record in records])
+        share = np.arange(1, values.size + 1) / max(values.size, 1) * 100
+        axis.step(
+            values, share, where="post", label=f"{arm} (n={values.size})", color=COLORS[index % len(COLORS)], lw=1.8
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("time to first token (ms)")
+    axis.set_ylabel("requests at or below (%)")
+    axis.set_ylim(0, 102)
+    axis.legend(frameon=False, fontsize=9)
+    return to_figure(
+        picture, "TTFT distribution per arm", "Cumulative share of answered requests; further left is faster."
+    )
+
+
+def ttft_against_hits(by_arm: ByArm) -> Figure:
+    picture, (axis,) = new_axes()
+    markers = "osD^vP*X"
+    for index, (arm, records) in enumerate(by_arm.items()):
+        known = [record for record in records if record.cached_tokens is not None]
+        axis.scatter(
+            [(record.cached_tokens or 0) / record.prompt_tokens * 100 for record in known],
+            [record.ttft_ms for record in known],
+            label=arm,
+            s=26,
+            alpha=0.8,
+            marker=markers[index % len(markers)],
+            color=COLORS[index % len(COLORS)],
+            edgecolors="none",
+        )
+    axis.set_yscale("log")
+    axis.set_xlim(-2, 102)
+    axis.set_xlabel("prompt tokens from a cache (%)")
+    axis.set_ylabel("time to first token (ms)")
+    axis.legend(frameon=False, fontsize=9)
+    return to_figure(picture, "TTFT against cached tokens", "One mark per request.")
+
+
+def hit_rate_over_time(by_arm: ByArm) -> Figure:
+    picture, (axis,) = new_axes()
+    for index, (arm, records) in enumerate(by_arm.items()):
+        known = sorted((r for r in records if r.cached_tokens is not None), key=lambda record: record.sent_s)
+        if not known:
+            continue
+        hits = np.cumsum([record.cached_tokens or 0 for record in known])
+        prompts = np.cumsum([record.prompt_tokens for record in known])
+        times = [record.sent_s for record in known]
+        axis.plot(times, hits / prompts * 100, label=arm, color=COLORS[index % len(COLORS)], lw=1.8, marker=".")
+    axis.set_ylim(-2, 102)
+    axis.set_xlabel("time since the start of the load (s)")
+    axis.set_ylabel("hit tokens / prompt tokens so far (%)")
+    axis.legend(frameon=False, fontsize=9)
+    return to_figure(picture, "Hit rate over time", "Cumulative, in the order of sending; all tiers together.")
+
+
+def hits_per_tier(tiers_by_arm: Mapping[str, Mapping[str, int]], tiers: Sequence[str]) -> Figure:
+    picture, (axis,) = new_axes(height=1.2 + 0.45 * len(tiers_by_arm))
+    arms = list(tiers_by_arm)
+    left = np.zeros(len(arms))
+    for index, tier in enumerate(tiers):
+        tokens = np.array([tiers_by_arm[arm].get(tier, 0) for arm in arms], dtype=np.float64)
+        axis.barh(arms, tokens, left=left, label=tier, color=COLORS[(index + 1) % len(COLORS)], height=0.6)
+        left += tokens
+    axis.invert_yaxis()
+    axis.set_xlabel("hit tokens over the measured load")
+    if tiers:
+        axis.legend(frameon=False, fontsize=9)
+    return to_figure(picture, "Hits per tier", "Counted by the engine (device) and by lmc (other tiers).")

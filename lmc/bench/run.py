@@ -1,0 +1,176 @@
+"""A whole run: prompts, then arm after arm, then comparisons, bars and files."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import aiohttp
+import uvloop
+
+from lmc.bench.arms import SERVE, Launcher
+from lmc.bench.bars import judge_bars
+from lmc.bench.machine import command_line, describe_hardware, describe_software
+from lmc.bench.outputs import compare_outputs
+from lmc.bench.progress import Progress, Quiet
+from lmc.bench.prompts import Prompts, Request, build_prompts, random_tokens
+from lmc.bench.records import SCHEMA_VERSION, ArmResult, Comparison, OutputCheck, RequestRecord, Results, to_record
+from lmc.bench.schedule import Plan, make_plan
+from lmc.bench.stages import ArmData, ArmRun
+from lmc.bench.stats import compare, pairs
+from lmc.bench.tokenizer import ModelTokenizer
+from lmc.bench.verdict import arm_expectation, arm_result
+from lmc.bench.workload import Workload, nearest
+from lmc.errors import EngineError, RunError, WorkloadError
+
+WARM_UP_OUTPUT = 4
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """`serve` is the command that starts an engine; `keep` keeps the scratch folder with logs and disk tiers."""
+
+    base: Path
+    model: str
+    model_folder: Path
+    arms: Sequence[str] = ()
+    repeat: int = 1
+    serve: Sequence[str] = SERVE
+    scratch: Path | None = None
+    progress: Progress = field(default_factory=Quiet)
+
+
+def run_workload(workload: Workload, options: RunOptions) -> tuple[Results, list[RequestRecord]]:
+    """Run every arm and judge. Raises WorkloadError before an engine starts; RunError or EngineError when the first arm cannot start."""
+    tokenizer = ModelTokenizer.load(options.model_folder)
+    prompts = build_prompts(workload, tokenizer, options.base)
+    chosen = _chosen_arms(workload, options.arms)
+    with tempfile.TemporaryDirectory(prefix="lmc-bench-") as folder:
+        scratch = options.scratch or Path(folder)
+        runner = _Runner(workload, options, tokenizer, prompts, chosen, scratch)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+            return loop.run(runner.run())
+
+
+def _chosen_arms(workload: Workload, wanted: Sequence[str]) -> list[str]:
+    known = list(workload.arms)
+    for name in wanted:
+        if name not in known:
+            raise WorkloadError(f"no arm {name!r} in this workload; {nearest(name, known)}")
+        base = workload.arms[name].restart_of
+        if base is not None and base not in wanted:
+            raise WorkloadError(f"arm {name} restarts {base}: choose that one too")
+    return [name for name in known if not wanted or name in wanted]
+
+
+@dataclass
+class _Runner:
+    workload: Workload
+    options: RunOptions
+    tokenizer: ModelTokenizer
+    prompts: Prompts
+    arms: list[str]
+    scratch: Path
+    plan: Plan = field(init=False)
+    records: dict[str, list[RequestRecord]] = field(default_factory=dict)
+    exact: dict[str, bool] = field(default_factory=dict)
+    data: dict[str, ArmData] = field(default_factory=dict)
+
+    async def run(self) -> tuple[Results, list[RequestRecord]]:
+        started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+        hardware = describe_hardware()
+        self.plan = make_plan(self.prompts.sessions, self.workload)
+        problems: list[str] = []
+        for repeat in range(self.options.repeat):
+            for name in self.arms:
+                try:
+                    await self._run_arm(name, repeat)
+                except (EngineError, RunError, aiohttp.ClientError, TimeoutError) as error:
+                    if not self.data:
+                        raise
+                    problems.append(f"arm {name}: {error}")
+                    break
+            if problems:
+                break
+        results = self._judge(started, time.perf_counter() - began, hardware, problems)
+        return results, [record for name in self.records for record in self.records[name]]
+
+    async def _run_arm(self, name: str, repeat: int) -> None:
+        arm = self.workload.arms[name]
+        scratch = self.scratch / str(repeat)
+        launcher = Launcher(self.options.model, self.workload.engine, scratch, self.options.serve)
+        warm_up = self._warm_up(name)
+        run = ArmRun(self.workload, launcher, self.plan, warm_up, self._prime(), self.options.progress)
+        data = await run.run(name, arm, repeat)
+        if data.measured is None:
+            raise RunError("nothing was measured")
+        seen = [item.request for item in self.plan.items] if arm.restart_of else []
+        before = [*warm_up, *self._prime()]
+        expected, exact = arm_expectation(arm, self.plan, data.before, seen, before)
+        by_id = dict(zip((item.request.id for item in self.plan.items), expected or [], strict=False))
+        self.exact[name] = exact and self.exact.get(name, True)
+        self.records.setdefault(name, []).extend(
+            to_record(name, repeat, outcome, by_id.get(outcome.request.id)) for outcome in data.measured.outcomes
+        )
+        if name in self.data:
+            data.problems = [*self.data[name].problems, *data.problems]
+        self.data[name] = data
+
+    def _warm_up(self, arm: str) -> list[Request]:
+        """Random prompts that are in no part; each twice, so that the path of a hit is warm as well."""
+        wanted = self.workload.warm_up
+        seed = self.workload.seed
+        return [
+            Request(
+                "warm-up",
+                index,
+                0,
+                random_tokens(self.tokenizer, wanted.tokens, seed, "warm-up", arm, index),
+                WARM_UP_OUTPUT,
+            )
+            for index in range(wanted.requests)
+            for _ in range(2)
+        ]
+
+    def _prime(self) -> list[Request]:
+        return [request for part in self.workload.prime for session in self.prompts.parts[part] for request in session]
+
+    def _judge(self, started: str, seconds: float, hardware: dict[str, str], problems: list[str]) -> Results:
+        names = [name for name in self.arms if name in self.data]
+        reference = names[0]
+        outputs = [compare_outputs(name, self.records[name], reference, self.records[reference]) for name in names[1:]]
+        checks: dict[str, OutputCheck] = {check.arm: check for check in outputs}
+        arms: list[ArmResult] = [
+            arm_result(
+                self.data[name], self.records[name], self.workload, self.plan, self.exact[name], checks.get(name)
+            )
+            for name in names
+        ]
+        comparisons: list[Comparison] = []
+        for name in names[1:]:
+            matched = pairs(self.records[name], self.records[reference])
+            comparisons += compare(name, reference, matched, self.workload.seed, self.plan.is_ordered)
+        problems = problems + [f"arm {arm.name}: {problem}" for arm in arms for problem in arm.problems]
+        return Results(
+            schema_version=SCHEMA_VERSION,
+            name=self.workload.name,
+            valid=not problems,
+            problems=problems,
+            started=started,
+            seconds=seconds,
+            command=command_line(),
+            lmc=describe_software(),
+            hardware=hardware,
+            model=self.options.model,
+            workload=self.workload.model_dump(mode="json", exclude={"quick"}),
+            arms=arms,
+            outputs=outputs,
+            comparisons=comparisons,
+            bars=judge_bars(self.workload.bars, self.records),
+            skipped_too_long=self.prompts.too_long,
+        )

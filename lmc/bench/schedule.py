@@ -1,0 +1,116 @@
+"""When requests are sent: the whole plan is computed before the load starts, from the workload and its seed.
+
+Open loops have absolute times, so a late request does not delay the next one. Closed loops have units that `concurrency` workers
+take one after another. A later turn of a session always waits for the turn before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmc.bench.prompts import Conversation, Request
+from lmc.bench.workload import Closed, OpenLoop, TraceTimes, Users, Workload
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request and its time from the start of the load (None: as soon as it may); `after` is the index of the turn before it."""
+
+    request: Request
+    at_s: float | None
+    after: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`units`: closed loop, what one worker takes at a time. `requested_rate`: open loop, sends per second until the last send."""
+
+    items: list[Planned]
+    units: list[list[int]] | None
+    concurrency: int | None
+    requested_rate: float | None
+
+    @property
+    def is_ordered(self) -> bool:
+        """One request at a time: every run sees the same order, so hits are the same to the token."""
+        return self.units is not None and self.concurrency == 1
+
+
+def make_plan(sessions: Sequence[Conversation], workload: Workload) -> Plan:
+    load, limit = workload.load, workload.limits.requests
+    rng = np.random.default_rng([workload.seed, 0xA221])
+    if isinstance(load, Closed):
+        return _closed_plan(sessions, load, limit, rng)
+    timed: list[tuple[Request, float | None]]
+    if isinstance(load, TraceTimes):
+        timed = [(request, (request.at_s or 0.0) / load.speed) for session in sessions for request in session]
+    elif isinstance(load, Users):
+        timed = _user_times(sessions, load)
+    else:
+        starts = arrival_times(load, len(sessions), rng)
+        timed = [
+            (request, float(start) if request.turn == 0 else None)
+            for session, start in zip(sessions, starts, strict=True)
+            for request in session
+        ]
+    # A turn without a time of its own follows its session's first turn; sorting by that keeps the cut to `limit` fair.
+    first = {session[0].session_id: index for index, session in enumerate(sessions)}
+    known = [at_s for _, at_s in timed if at_s is not None]
+    key = {id(request): at_s for request, at_s in timed}
+    begun = [key[id(session[0])] or 0.0 for session in sessions]
+    timed.sort(key=lambda pair: (begun[first[pair[0].session_id]] if pair[1] is None else pair[1], pair[0].turn))
+    items = _chained(timed)[:limit]
+    span = max(known, default=0.0)
+    return Plan(items, None, workload.limits.concurrency, (len(known) - 1) / span if span > 0 else None)
+
+
+def arrival_times(load: OpenLoop, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Start times in s, from 0; random gaps are rescaled so that `count` arrivals take exactly count / rate."""
+    if load.kind == "constant":
+        return np.arange(count, dtype=np.float64) / load.rate
+    shape = 1.0 if load.kind == "poisson" else load.burstiness
+    times = np.concatenate([[0.0], np.cumsum(rng.gamma(shape, 1.0, size=count))])
+    starts: NDArray[np.float64] = times[:-1] * (count / load.rate / times[-1])
+    return starts
+
+
+def _closed_plan(sessions: Sequence[Conversation], load: Closed, limit: int | None, rng: np.random.Generator) -> Plan:
+    if load.order == "turns":
+        longest = max(map(len, sessions))
+        ordered = [session[turn] for turn in range(longest) for session in sessions if turn < len(session)]
+    else:
+        order = rng.permutation(len(sessions)) if load.order == "shuffled" else range(len(sessions))
+        ordered = [request for index in order for request in sessions[index]]
+    items = _chained([(request, None) for request in ordered])[:limit]
+    units: list[list[int]] = []
+    for index, item in enumerate(items):
+        if item.after is None or load.order == "turns":
+            units.append([index])
+        else:
+            units[-1].append(index)
+    return Plan(items, units, load.concurrency, None)
+
+
+def _user_times(sessions: Sequence[Conversation], load: Users) -> list[tuple[Request, float | None]]:
+    """User u starts at u / rate and sends a turn every users / rate s; when a session ends, the user begins the next one."""
+    gap = load.users / load.rate
+    free_at = [user / load.rate for user in range(load.users)]
+    timed: list[tuple[Request, float | None]] = []
+    for session in sessions:
+        user = free_at.index(min(free_at))
+        timed += [(request, free_at[user] + turn * gap) for turn, request in enumerate(session)]
+        free_at[user] += len(session) * gap
+    return timed
+
+
+def _chained(timed: Sequence[tuple[Request, float | None]]) -> list[Planned]:
+    last: dict[str, int] = {}
+    planned = []
+    for index, (request, at_s) in enumerate(timed):
+        planned.append(Planned(request, at_s, last.get(request.session_id)))
+        last[request.session_id] = index
+    return planned

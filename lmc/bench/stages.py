@@ -1,0 +1,190 @@
+"""One arm from start to stop: start, verify empty, warm up, prime, drain, measure, drain, stop.
+
+It gathers; lmc.bench.verdict judges. Every stage leaves its time and what it saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from lmc.bench.arms import Launcher, Server
+from lmc.bench.client import Outcome, Target, complete, new_session
+from lmc.bench.counters import Counters, difference, read_counters
+from lmc.bench.load import Measured, run_load
+from lmc.bench.progress import Progress
+from lmc.bench.prompts import Request
+from lmc.bench.records import HitPoint, Phase
+from lmc.bench.schedule import Plan
+from lmc.bench.workload import Arm, Workload
+from lmc.errors import RunError
+
+DRAIN_S = 120.0
+POLL_S = 0.05
+LOOKUPS, HITS = "lmc_lookup_tokens_total", "lmc_hit_tokens_total"
+ENGINE_HITS, ENGINE_QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
+
+
+@dataclass
+class ArmData:
+    """What one arm gave. `before` and `after` are the counters around the measured load."""
+
+    name: str
+    arm: Arm
+    phases: list[Phase] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    command: str = ""
+    measured: Measured | None = None
+    before: Counters | None = None
+    after: Counters | None = None
+    timeline: list[HitPoint] = field(default_factory=list)
+
+
+@dataclass
+class ArmRun:
+    """Runs the stages of one arm. `warm_up` must share no chunk with the plan."""
+
+    workload: Workload
+    launcher: Launcher
+    plan: Plan
+    warm_up: Sequence[Request]
+    prime: Sequence[Request]
+    progress: Progress
+
+    async def run(self, name: str, arm: Arm, repeat: int) -> ArmData:
+        data = ArmData(name, arm)
+        began = time.perf_counter()
+        self.progress.phase(name, "start")
+        async with self.launcher.started(name, arm) as server, aiohttp.ClientSession() as http:
+            data.command = server.command
+            data.phases.append(Phase("start", time.perf_counter() - began, server.base_url))
+            target = Target(server.base_url, server.model, self.workload.limits.timeout)
+            with self._phase(data, "verify empty") as said:
+                said.append(await _verify_empty(http, server, data))
+            with self._phase(data, "warm up") as said:
+                said.append(f"{await self._send_all(target, self.warm_up)} requests")
+            if self.prime:
+                with self._phase(data, "prime") as said:
+                    said.append(f"{await self._send_all(target, self.prime)} requests")
+            with self._phase(data, "drain") as said:
+                said.append(await _drain(http, server))
+            data.before = await read_counters(http, server.metrics)
+            with self._phase(data, "measure") as said:
+                await self._measure(data, http, server, target, f"{name}/{repeat}")
+                said.append(f"{len(data.measured.outcomes) if data.measured else 0} requests")
+            if server.died() is None:
+                with self._phase(data, "drain") as said:
+                    said.append(await _drain(http, server))
+                data.after = await read_counters(http, server.metrics)
+            self.progress.phase(name, "stop")
+        self.progress.phase(name, "done")
+        return data
+
+    @contextmanager
+    def _phase(self, data: ArmData, name: str) -> Iterator[list[str]]:
+        """Times a stage; the body appends what it saw to the list."""
+        self.progress.phase(data.name, name)
+        began = time.perf_counter()
+        said: list[str] = []
+        try:
+            yield said
+        finally:
+            data.phases.append(Phase(name, time.perf_counter() - began, "; ".join(said)))
+
+    async def _measure(
+        self, data: ArmData, http: aiohttp.ClientSession, server: Server, target: Target, label: str
+    ) -> None:
+        assert data.before is not None
+        before = data.before
+        began = time.perf_counter()
+        self.progress.load(data.name, len(self.plan.items))
+
+        async def on_done(outcome: Outcome) -> bool:
+            self.progress.request(data.name, outcome)
+            if why := server.died():
+                data.problems.append(why)
+                return False
+            # Between two requests, never beside one: reading counters takes the engine's own time.
+            if self.plan.is_ordered and outcome.ok:
+                try:
+                    now = await read_counters(http, server.metrics)
+                except aiohttp.ClientError as error:
+                    data.problems.append(f"the metrics cannot be read any more: {error}")
+                    return False
+                data.timeline.append(_hit_point(time.perf_counter() - began, now, before))
+            return True
+
+        data.measured = await run_load(self.plan, target, label, on_done, self.workload.limits.seconds)
+
+    async def _send_all(self, target: Target, requests: Sequence[Request]) -> int:
+        async with new_session(target) as http:
+            for index, request in enumerate(requests):
+                outcome = await complete(http, target, request, f"before/{index}", time.perf_counter())
+                if not outcome.ok:
+                    raise RunError(f"the request before the load failed: {outcome.status}: {outcome.cause}")
+        return len(requests)
+
+
+def hits_by_tier(now: Counters, before: Counters) -> dict[str, float]:
+    """Hit tokens since `before`: "device" is the engine's own prefix cache, the other names are lmc's tiers."""
+    tiers = {}
+    if (device := difference(now, before, ENGINE_HITS)) is not None:
+        tiers["device"] = device
+    for tier in now.by_label(HITS, "tier"):
+        tiers[tier] = difference(now, before, HITS, tier=tier) or 0.0
+    return tiers
+
+
+def _hit_point(at_s: float, now: Counters, before: Counters) -> HitPoint:
+    lookups = difference(now, before, LOOKUPS)
+    if lookups is None:
+        lookups = difference(now, before, ENGINE_QUERIES)
+    return HitPoint(at_s, lookups or 0.0, hits_by_tier(now, before))
+
+
+async def _verify_empty(http: aiohttp.ClientSession, server: Server, data: ArmData) -> str:
+    """By counters, never by belief. A restarted arm must find its disk filled and everything else empty."""
+    if data.arm.url:
+        return await _reset(http, server, data)
+    counters = await read_counters(http, server.metrics)
+    used = counters.by_label("lmc_slots_used", "tier")
+    queried = counters.total(ENGINE_QUERIES)
+    if queried:
+        data.problems.append(f"not empty at start: the engine has already looked up {queried:.0f} tokens")
+    for tier, slots in used.items():
+        may_be_full = data.arm.restart_of is not None and tier not in ("device", "host")
+        if slots and not may_be_full:
+            data.problems.append(f"not empty at start: tier {tier} holds {slots:.0f} chunks")
+    if data.arm.restart_of is not None and not any(slots for tier, slots in used.items() if tier != "host"):
+        data.problems.append(f"the disk of {data.arm.restart_of} is empty: nothing survived the restart")
+    return ", ".join(f"{tier} {slots:.0f} chunks" for tier, slots in sorted(used.items())) or "no lmc tiers"
+
+
+async def _reset(http: aiohttp.ClientSession, server: Server, data: ArmData) -> str:
+    """A server that ran before: ask it to forget, and say whether it did."""
+    async with http.post(f"{server.root_url}/reset_prefix_cache", params={"reset_external": "true"}) as response:
+        if response.status != 200:
+            return (
+                f"not verified: the server refuses a reset (HTTP {response.status}; vLLM needs VLLM_SERVER_DEV_MODE=1)"
+            )
+        body = await response.json(content_type=None)
+    if isinstance(body, dict) and body.get("success") is False:
+        data.problems.append("the server refused to forget its cache: blocks are in use")
+    return "reset by request"
+
+
+async def _drain(http: aiohttp.ClientSession, server: Server) -> str:
+    """Wait until lmc has no pending work. Raises RunError after DRAIN_S."""
+    began = time.perf_counter()
+    while True:
+        pending = (await read_counters(http, server.metrics)).total("lmc_pending_operations")
+        if not pending:
+            return "no lmc" if pending is None else "nothing pending"
+        if time.perf_counter() - began > DRAIN_S:
+            raise RunError(f"{pending:.0f} stores are still pending after {DRAIN_S:g} s")
+        await asyncio.sleep(POLL_S)

@@ -1,0 +1,182 @@
+"""From what an arm gave to its figures, and whether they may be believed.
+
+An arm is invalid when its hits are not those the simulator expects, its client lagged, requests failed or were not sent, it was not
+empty at the start, or its greedy outputs differ from the reference arm's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from lmc.bench.counters import Counters
+from lmc.bench.expected import expected_hits
+from lmc.bench.prompts import Request
+from lmc.bench.records import ArmResult, OutputCheck, PartFigures, RequestRecord
+from lmc.bench.schedule import Plan
+from lmc.bench.stages import ArmData, hits_by_tier
+from lmc.bench.workload import Arm, Slo, Workload
+from lmc.cache.config import CacheConfig, chunk_tokens_for
+
+PERCENTILES = (50, 90, 99)
+LAG_MS = 5.0  # a client this late spoils no figure
+LAG_SHARE = 0.02  # nor does one that is late by this share of the median TTFT
+HIT_SLACK = 0.02  # of prompt tokens, where the order of requests is not fixed
+
+
+def arm_expectation(
+    arm: Arm, plan: Plan, counters: Counters | None, seen: Sequence[Request], before: Sequence[Request]
+) -> tuple[list[int] | None, bool]:
+    """Expected hit tokens of each planned request, and whether they must hold to the token.
+
+    `before` was sent to this very engine ahead of the load; `seen` to the arm whose disk this one kept.
+    """
+    requests = [item.request for item in plan.items]
+    if arm.reuse == "unknown" or counters is None:
+        return None, False
+    if arm.reuse == "none":
+        return [0] * len(requests), True
+    block_tokens = int(counters.label("vllm:cache_config_info", "block_size") or 0)
+    if arm.reuse == "engine":
+        blocks = counters.label("vllm:cache_config_info", "num_gpu_blocks")
+        if not block_tokens or not blocks:
+            return None, False
+        hits = expected_hits(requests, block_tokens, int(blocks), before)
+        fits = hits == expected_hits(requests, block_tokens, np.inf, before)
+        return hits, plan.is_ordered and fits
+    chunk_tokens = chunk_tokens_for(CacheConfig.model_validate(arm.cache or {}), block_tokens or 1)
+    slots = counters.by_label("lmc_slots", "tier")
+    capacity = max(slots.values(), default=np.inf)
+    hits = expected_hits(requests, chunk_tokens, capacity, [*seen, *before])
+    fits = hits == expected_hits(requests, chunk_tokens, np.inf, [*seen, *before])
+    return hits, plan.is_ordered and fits
+
+
+def hit_problems(records: Sequence[RequestRecord], exact: bool) -> list[str]:
+    """Where the measured hits are not the expected ones."""
+    known = [r for r in records if r.ok and r.cached_tokens is not None and r.expected_hit_tokens is not None]
+    off = [r for r in known if r.cached_tokens != r.expected_hit_tokens]
+    if exact:
+        if not off:
+            return []
+        worst = off[0]
+        return [
+            f"hits are off for {len(off)} of {len(known)} requests: "
+            f"{worst.request_id} hit {worst.cached_tokens} tokens, the simulator expects {worst.expected_hit_tokens}"
+        ]
+    measured, wanted = sum(r.cached_tokens or 0 for r in known), sum(r.expected_hit_tokens or 0 for r in known)
+    total = sum(r.prompt_tokens for r in known)
+    if total and abs(measured - wanted) > HIT_SLACK * total:
+        return [f"hit rate is off: {measured:,} tokens hit, the simulator expects {wanted:,} of {total:,}"]
+    return []
+
+
+def arm_result(
+    data: ArmData,
+    records: Sequence[RequestRecord],
+    workload: Workload,
+    plan: Plan,
+    exact: bool,
+    outputs: OutputCheck | None,
+) -> ArmResult:
+    """All figures of one arm over its requests."""
+    problems = [*data.problems]
+    answered = [record for record in records if record.ok]
+    failures = Counter(f"{r.status}: {r.cause}" for r in records if not r.ok)
+    problems += [f"{count} requests failed: {why}" for why, count in failures.most_common()]
+    if data.measured is not None and len(records) < len(plan.items) and workload.limits.seconds is None:
+        problems.append(f"only {len(records)} of {len(plan.items)} requests were sent")
+    problems += hit_problems(records, exact)
+    ttft = percentiles([r.ttft_ms for r in answered])
+    check = data.measured.check if data.measured else None
+    if check is not None and check.send_lag_p99_ms > max(LAG_MS, LAG_SHARE * ttft.get("p50", 0.0)):
+        problems.append(f"the client lagged: send lag p99 is {check.send_lag_p99_ms:.1f} ms")
+    if outputs is not None and outputs.differences:
+        problems.append(f"outputs differ from {outputs.reference}: {outputs.differences[0]}")
+    wall = data.measured.wall_s if data.measured else 0.0
+    hits = [r.cached_tokens for r in answered]
+    tiers = hits_by_tier(data.after, data.before) if data.after and data.before else {}
+    expected = [r.expected_hit_tokens for r in answered]
+    prompt_tokens, output_tokens = sum(r.prompt_tokens for r in answered), sum(r.output_tokens for r in answered)
+    return ArmResult(
+        name=data.name,
+        valid=not problems,
+        problems=problems,
+        about=data.arm.about,
+        command=data.command,
+        requests=len(records),
+        ok=len(answered),
+        failures=dict(failures),
+        prompt_tokens=prompt_tokens,
+        hit_tokens=None if any(h is None for h in hits) else sum(h or 0 for h in hits),
+        hit_tokens_by_tier={tier: int(tokens) for tier, tokens in tiers.items()},
+        expected_hit_tokens=None if any(e is None for e in expected) else sum(e or 0 for e in expected),
+        output_tokens=output_tokens,
+        wall_s=wall,
+        ttft_ms=ttft,
+        tpot_ms=percentiles([r.tpot_ms for r in answered]),
+        itl_ms=percentiles([gap for r in answered for gap in r.itl_ms]),
+        e2e_ms=percentiles([r.e2e_ms for r in answered]),
+        output_tokens_per_s=output_tokens / wall if wall else 0.0,
+        total_tokens_per_s=(prompt_tokens + output_tokens) / wall if wall else 0.0,
+        goodput_share=goodput(records, workload.slo),
+        parts=[part_figures(part, records, plan.is_ordered) for part in workload.parts],
+        phases=data.phases,
+        timeline=data.timeline,
+        counters=_own_counters(data),
+        self_check=check,
+        settings=data.arm.model_dump(),
+    )
+
+
+def part_figures(part: str, records: Sequence[RequestRecord], is_ordered: bool) -> PartFigures:
+    mine = [r for r in records if r.part == part]
+    ok = [r for r in mine if r.ok]
+    hits = [r.cached_tokens for r in ok]
+    busy = sum((r.e2e_ms or 0.0) / 1e3 for r in ok)
+    ends = [r.intended_s + (r.e2e_ms or 0.0) / 1e3 for r in ok]
+    return PartFigures(
+        part=part,
+        requests=len(mine),
+        ok=len(ok),
+        prompt_tokens=sum(r.prompt_tokens for r in ok),
+        hit_tokens=None if any(h is None for h in hits) else sum(h or 0 for h in hits),
+        output_tokens=sum(r.output_tokens for r in ok),
+        wall_s=busy if is_ordered or not ok else max(ends) - min(r.intended_s for r in ok),
+        ttft_p50_ms=percentiles([r.ttft_ms for r in ok]).get("p50"),
+    )
+
+
+def percentiles(values: Sequence[float | None]) -> dict[str, float]:
+    known = np.array([value for value in values if value is not None])
+    return {f"p{p}": float(np.percentile(known, p)) for p in PERCENTILES} if known.size else {}
+
+
+def goodput(records: Sequence[RequestRecord], slo: Slo) -> float | None:
+    """Share of all sent requests that were answered within every bound; None without bounds."""
+    bounds = [(name, bound) for name, bound in slo.model_dump().items() if bound is not None]
+    if not bounds or not records:
+        return None
+    good = [
+        r
+        for r in records
+        if r.ok and all((value := getattr(r, name)) is None or value <= bound for name, bound in bounds)
+    ]
+    return len(good) / len(records)
+
+
+def _own_counters(data: ArmData) -> dict[str, float]:
+    """Growth of every lmc counter and of the engine's cache counters over the measured load."""
+    if data.after is None or data.before is None:
+        return {}
+    grown: dict[str, float] = {}
+    for (name, labels), value in sorted(data.after.samples.items(), key=lambda item: (item[0][0], sorted(item[0][1]))):
+        if not name.endswith("_total") or not name.startswith(
+            ("lmc_", "vllm:prefix_cache", "vllm:external_prefix_cache")
+        ):
+            continue
+        shown = ",".join(f"{key}={place}" for key, place in sorted(labels) if key not in ("engine", "model_name"))
+        grown[f"{name}{{{shown}}}"] = value - data.before.samples.get((name, labels), 0.0)
+    return grown
