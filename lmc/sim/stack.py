@@ -14,9 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lmc.sim.compiled import compiled
 from lmc.sim.trace import Float64, Int32, Int64, Trace, Window
+
+Marks = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +59,17 @@ def profile(trace: Trace) -> StackProfile:
     return StackProfile(trace, *_walk(trace.ids, trace.starts, trace.num_unique))
 
 
-def hit_curve(stack: StackProfile, window: Window = "all") -> HitCurve:
-    """Hits of the window's requests at every capacity."""
+def hit_curve(stack: StackProfile, window: Window = "all", rows: Marks | None = None) -> HitCurve:
+    """Hits of the window's requests at every capacity; rows, if given, marks the segments that count as hits at all."""
     trace = stack.trace
     start = trace.first_request(window)
-    rows = slice(int(np.searchsorted(stack.request, start)), None)
+    begin = int(np.searchsorted(stack.request, start))
+    chosen = slice(begin, None) if rows is None else begin + np.flatnonzero(rows[begin:])
     blocks, tokens = _curves(
-        stack.request[rows],
-        stack.first[rows],
-        stack.length[rows],
-        stack.above[rows],
-        trace.starts,
+        stack.request[chosen],
+        stack.first[chosen],
+        stack.length[chosen],
+        stack.above[chosen],
         trace.input_tokens,
         trace.block_tokens,
         trace.num_unique,
@@ -197,7 +200,6 @@ def _curves(
     first: Int32,
     length: Int32,
     above: Int32,
-    starts: Int64,
     input_tokens: Int64,
     block_tokens: int,
     num_unique: int,

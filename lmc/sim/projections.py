@@ -1,0 +1,93 @@
+"""What one stack pass also answers exactly: sliding TTL x capacity, tiers, groups, and hits weighted by prefill work.
+
+Not everything projects. A TTL that touches don't renew, a lower tier that hits in the upper one don't touch, admission and watermarks
+need a replay (lmc.sim.policy_replay, lmc.sim.full_replay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from lmc.sim.compiled import compiled
+from lmc.sim.stack import HitCurve, StackProfile, hit_curve, request_hits
+from lmc.sim.trace import Int32, Int64, Window
+
+Hits = tuple[int, int]  # blocks, tokens
+
+
+def ttl_plane(
+    stack: StackProfile, ttls_s: Sequence[float], capacities: Sequence[float], window: Window = "all"
+) -> list[list[Hits]]:
+    """Hits by TTL (outer) and capacity in blocks (inner); a block is dropped when it was not touched for longer than the TTL."""
+    curves = (hit_curve(stack, window, stack.age_s <= ttl_s) for ttl_s in ttls_s)
+    return [[curve.at(capacity) for capacity in capacities] for curve in curves]
+
+
+def exclusive_tiers(curve: HitCurve, capacities: Sequence[float]) -> list[Hits]:
+    """Hits of each tier when a block lives in one tier only: demoted when evicted, promoted when hit."""
+    return _differences([curve.at(total) for total in accumulate(capacities)])
+
+
+def inclusive_tiers(curve: HitCurve, capacities: Sequence[float]) -> list[Hits]:
+    """Hits of each tier when every lookup touches every tier: a lower one counts what those above it miss."""
+    return _differences([curve.at(largest) for largest in accumulate(capacities, max)])
+
+
+def tier_tokens(stack: StackProfile, capacities: Sequence[float]) -> Int64:
+    """(tiers, num_requests) tokens that each request loads from each of the exclusive tiers."""
+    trace = stack.trace
+    reached = [request_hits(stack, total) * trace.block_tokens for total in accumulate(capacities)]
+    clipped = np.minimum(np.array(reached, dtype=np.int64), trace.input_tokens)
+    return np.diff(clipped, axis=0, prepend=0)
+
+
+def group_curves(stack: StackProfile, window: Window = "all") -> dict[str, HitCurve]:
+    """A curve for each tenant, all of them in one shared cache: their hits add up to the whole curve's."""
+    trace = stack.trace
+    curves = {}
+    for code, name in enumerate(trace.tenant_names):
+        mine = trace.tenants == code
+        mine[: trace.first_request(window)] = False
+        blocks = int(np.diff(trace.starts)[mine].sum())
+        tokens = int(trace.input_tokens[mine].sum())
+        curve = hit_curve(stack, window, mine[stack.request])
+        curves[name] = HitCurve(curve.hit_blocks, curve.hit_tokens, blocks, tokens)
+    return curves
+
+
+def hit_squares(stack: StackProfile, window: Window = "all") -> Int64:
+    """(num_unique + 1,) sum of squared hit tokens of the requests, at every capacity: the attention work that the hits save."""
+    trace = stack.trace
+    begin = int(np.searchsorted(stack.request, trace.first_request(window)))
+    return _squares(
+        stack.request[begin:],
+        stack.first[begin:],
+        stack.length[begin:],
+        stack.above[begin:],
+        trace.input_tokens,
+        trace.block_tokens,
+        trace.num_unique,
+    )
+
+
+def _differences(reached: list[Hits]) -> list[Hits]:
+    below = [(0, 0), *reached[:-1]]
+    return [(now[0] - before[0], now[1] - before[1]) for now, before in zip(reached, below, strict=True)]
+
+
+@compiled
+def _squares(
+    request: Int32, first: Int32, length: Int32, above: Int32, input_tokens: Int64, block_tokens: int, num_unique: int
+) -> Int64:
+    at_rank = np.zeros(num_unique + 1, dtype=np.int64)
+    for row in range(request.size):
+        tokens = input_tokens[request[row]]
+        start = min(first[row] * block_tokens, tokens)
+        for index in range(length[row]):
+            end = min(start + block_tokens, tokens)
+            at_rank[above[row] + 1 + index] += end * end - start * start
+            start = end
+    return np.cumsum(at_rank)
