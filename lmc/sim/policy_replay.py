@@ -281,8 +281,6 @@ def make_kernel(spec: PolicySpec, digest: str) -> Kernel:
                     if write_delay_s > 0:
                         ready_s[node] = now_s + write_delay_s
                     on_insert(state, node, now)
-                    while release(state) >= 0:
-                        pass
                 else:
                     on_hit(state, node, now)
                 if expires and (index >= found or ttl_sliding):
@@ -298,6 +296,9 @@ def make_kernel(spec: PolicySpec, digest: str) -> Kernel:
                     aging_younger[node] = aging
                     aging_younger[youngest] = node
                     aging_older[aging] = node
+            if length > present:
+                while release(state) >= 0:
+                    pass
         return evictions, count
 
     return kernel

@@ -14,8 +14,8 @@ time; it calls
     victim(state, blocked) -> node    the node to evict next, or -1 if every resident node is blocked; the only place that chooses.
                                       blocked[node] != 0 marks nodes that are pinned or have resident children; never return one
     on_evict(state, node)             the host evicted the node that victim() returned, or dropped any other resident node
-    release(state) -> node            a ghost that the host may forget, or -1; called until -1 after each insert. A policy without ghosts
-                                      always says -1, and its nodes are forgotten when they are evicted
+    release(state) -> node            a ghost that the host may forget, or -1; called until -1 when a request has made its inserts. A policy
+                                      without ghosts always says -1, and its nodes are forgotten when they are evicted
 
 `now` is the number of the request: it grows from request to request and is equal for all touches of one. A request first makes room
 (victim, on_evict), then inserts its new chunks, then touches those that were there, each from the last chunk to the first. So for recency

@@ -57,7 +57,7 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
 
 
 def head_of(state: State, place: int) -> int:
-    return state.queues.older.size - 1 - place
+    return state.queues.older.size - 1 - int(place)
 
 
 def put(state: State, place: int, node: int) -> None:
@@ -110,9 +110,9 @@ def become_low(state: State, node: int) -> None:
     leave(state, node)
     put(state, LOW, node)
     stack_top(state, node)
+    prune(state)
     if state.size[LOW] > state.limit[LOW]:
         demote_lowest(state)
-    prune(state)
 
 
 def on_hit(state: State, node: int, now: int) -> None:

@@ -56,7 +56,7 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
 
 
 def head_of(state: State, place: int) -> int:
-    return state.queues.older.size - 1 - place
+    return state.queues.older.size - 1 - int(place)
 
 
 def put(state: State, place: int, node: int) -> None:
