@@ -113,6 +113,7 @@ class Directory:
         self._age: OrderedDict[int, float] = OrderedDict()  # node -> last touch, oldest first; only with a ttl
         self._open: dict[int, _Open] = {}
         self._num_writes = 0
+        self._staging: set[int] = set()
         self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first
         self._pins: dict[str, tuple[list[int], float]] = {}
         self._misses: OrderedDict[ChunkKey, Miss] = OrderedDict()
@@ -197,6 +198,7 @@ class Directory:
                 break
             self._take_slot(node)
             tickets.append(self._ticket("stage", node, tier))
+            self._staging.add(node)
             new.append(node)
         self._insert(self._host, new, now)
         self._block(chain, -1)
@@ -206,6 +208,13 @@ class Directory:
     def arriving(self, keys: Sequence[ChunkKey]) -> bool:
         """True while some of keys are on their way into host slots."""
         return any(node >= 0 and self._host.state[node] == INCOMING for node in self._chain(keys))
+
+    def num_settled(self, keys: Sequence[ChunkKey]) -> int:
+        """Leading chunks of keys that are stored or being stored; one that is still being staged may yet turn out to be corrupt."""
+        for index, node in enumerate(self._chain(keys)):
+            if node in self._staging:
+                return index
+        return len(keys)
 
     def load(self, keys: Sequence[ChunkKey]) -> list[Ticket]:
         """Promise that the host slots of keys stay as they are until the returned operations complete. All keys must be in host."""
@@ -221,6 +230,7 @@ class Directory:
             return None
         ticket, node = opened.ticket, opened.node
         self._block([node], -1)
+        self._staging.discard(node)
         if ticket.kind in ("store", "stage"):
             self._complete_slot(ticket, node, failure, now)
         elif ticket.kind == "write":

@@ -169,7 +169,7 @@ class CacheEngine:
         keys = request.chain.extend(tokens)[:full]
         tickets = self.directory.store(keys, self._clock(), touch=not request.touched)
         request.touched = True
-        request.stored = full
+        request.stored = self.directory.num_settled(keys)
         if tickets:
             position = {key: index for index, key in enumerate(keys)}
             copies = tuple(self._block_copy(ticket, position[ticket.key], blocks, 0) for ticket in tickets)
