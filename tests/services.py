@@ -77,9 +77,11 @@ class RedisServer:
 
 
 @contextmanager
-def redis_server(folder: Path, *options: str, sentinel: Path | None = None) -> Iterator[RedisServer]:
+def redis_server(
+    folder: Path, *options: str, port: int | None = None, sentinel: Path | None = None
+) -> Iterator[RedisServer]:
     """A server without persistence; with a Sentinel's configuration file, a Sentinel."""
-    port = free_port()
+    port = port or free_port()
     mode = ["--save", "", "--appendonly", "no"] if sentinel is None else [str(sentinel), "--sentinel"]
     arguments = [*mode, "--port", str(port), "--bind", LOCAL, "--dir", str(folder)]
     log = folder / f"redis-{port}.log"
@@ -199,13 +201,20 @@ def make_certificate(folder: Path) -> Certificate:
     return made
 
 
+class Last(bytes):
+    """Bytes after which a proxy resets the connection."""
+
+
+Fault = Callable[[bytes], bytes]
+
+
 @dataclass
 class Proxy:
-    """Passes connections on to a port. A fault sees each piece that the server sends and returns what the client shall get instead;
-    None cuts the connection with a reset."""
+    """Passes connections on to a port. A fault sees each piece and returns what is passed on instead."""
 
     port: int
-    fault: Callable[[bytes], bytes | None] | None = None
+    to_client: Fault | None = None
+    to_server: Fault | None = None
     sockets: list[socket.socket] = field(default_factory=list)
 
 
@@ -233,8 +242,8 @@ def proxy(target: int, tls: Certificate | None = None) -> Iterator[Proxy]:
                 client.close()
                 continue
             made.sockets += [client, server]
-            threading.Thread(target=_pass, args=(client, server, None), daemon=True).start()
-            threading.Thread(target=_pass, args=(server, client, made), daemon=True).start()
+            threading.Thread(target=_pass, args=(client, server, lambda: made.to_server), daemon=True).start()
+            threading.Thread(target=_pass, args=(server, client, lambda: made.to_client), daemon=True).start()
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -249,15 +258,14 @@ def proxy(target: int, tls: Certificate | None = None) -> Iterator[Proxy]:
             _reset(one)
 
 
-def _pass(source: socket.socket, target: socket.socket, faulty: Proxy | None) -> None:
+def _pass(source: socket.socket, target: socket.socket, current_fault: Callable[[], Fault | None]) -> None:
     with suppress(OSError, ValueError):
         while data := source.recv(1 << 16):
-            if faulty is not None and faulty.fault is not None:
-                changed = faulty.fault(data)
-                if changed is None:
-                    break
-                data = changed
-            target.sendall(data)
+            fault = current_fault()
+            changed = data if fault is None else fault(data)
+            target.sendall(changed)
+            if isinstance(changed, Last):
+                break
     _reset(target)
     _reset(source)
 

@@ -46,21 +46,24 @@ class Wire:
 
     def line(self) -> bytes:
         """The reply to a command that is answered in one line. Raises ErrorReply."""
-        return self._line(b"")
+        line, rest = self._line(b"")
+        if rest:
+            raise Corrupt(f"the reply {line[:40]!r} is followed by {rest[:40]!r}")
+        return line
 
     def bulk(self, head: memoryview, body: memoryview) -> int | None:
         """Receive a value that must be exactly as long as head and body; returns body's xxh3-64, or None when there is no value.
 
-        Raises ErrorReply, and Corrupt for a value of another length, after which the connection is out of step.
+        Raises ErrorReply, and Corrupt for anything else, after which the connection is out of step.
         """
         wanted = b"$%d\r\n" % (len(head) + len(body))
         start = bytearray(len(wanted))
         got = 0
-        while got < len(start) and not start[:got].endswith(b"\r\n"):
+        while got < len(start) and b"\r\n" not in start:
             got += self._receive(memoryview(start)[got:])
         if start != wanted:
-            line = self._line(bytes(start[:got]))
-            if line == b"$-1":
+            line, rest = self._line(bytes(start[:got]))
+            if line == b"$-1" and not rest:
                 return None
             if line[1:].isdigit():
                 raise Corrupt(f"the value has {line[1:].decode()} bytes instead of {len(head) + len(body)}")
@@ -78,17 +81,18 @@ class Wire:
             raise Corrupt(f"the value is followed by {bytes(end)!r}")
         return hasher.intdigest()
 
-    def _line(self, start: bytes) -> bytes:
+    def _line(self, start: bytes) -> tuple[bytes, bytes]:
+        """The first line of a reply that begins with start, and what came behind it. Raises ErrorReply."""
         buffer = bytearray(start)
-        while not buffer.endswith(b"\r\n"):
+        while b"\r\n" not in buffer:
             if len(buffer) > _LONGEST_LINE:
                 raise Corrupt(f"the reply starts with {bytes(buffer[:40])!r}")
             piece = bytearray(_LONGEST_LINE)
             buffer += piece[: self._receive(memoryview(piece))]
-        line = bytes(buffer[:-2])
+        line, _, rest = bytes(buffer).partition(b"\r\n")
         if line.startswith(b"-"):
             raise ErrorReply(line[1:].decode(errors="replace"))
-        return line
+        return line, rest
 
     def _wait(self) -> None:
         left = self._deadline - time.monotonic()

@@ -1,0 +1,288 @@
+"""The disk tier under full disks, broken disks, damaged files, killed writers and rivals: a chunk is right or it is absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lmc.cache.tiers.disk import DiskTier
+from lmc.cache.tiers.format import HEADER_BYTES, TierScope
+from lmc.errors import Corrupt, TierError, TierFull
+from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
+
+pytestmark = pytest.mark.fault
+
+NUMBERS = 6
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> DiskTier:
+    return DiskTier(tmp_path, SCOPE)
+
+
+def files_under(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def chunk_file(folder: Path) -> Path:
+    [path] = files_under(folder)
+    return path
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run work in a forked process; returns its id. Its exit status is 0 only when work ends without an exception."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            if status:
+                traceback.print_exc()
+            os._exit(status)
+    return child
+
+
+def exit_status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(number: int) -> tuple[bytes, bytes]:
+    """The two payloads that the tests put under key(number)."""
+    return bytes(payload(number)), bytes(payload(number + 100))
+
+
+def test_kill_at_a_random_point_of_a_store(tmp_path: Path) -> None:
+    """200 writers are killed: what they stored is whole, what they acknowledged is there, what they left half-done is removed."""
+    chance = random.Random(5)
+    acknowledged: set[int] = set()
+    killed_inside_a_store = 0
+    for round_number in range(200):
+        reader, writer = os.pipe()
+
+        def write_forever(seed: int = round_number, pipe: int = writer) -> None:
+            numbers = random.Random(seed)
+            tier = DiskTier(tmp_path, SCOPE)
+            os.write(pipe, b"\xff")
+            while True:
+                number = numbers.randrange(NUMBERS)
+                tier.put(key(number), memoryview(numbers.choice(contents(number))))
+                os.write(pipe, bytes([number]))
+
+        child = in_child(write_forever)
+        os.close(writer)
+        assert os.read(reader, 1) == b"\xff"
+        time.sleep(chance.uniform(0, 0.006))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while done := os.read(reader, 4096):
+            acknowledged |= set(done)
+        os.close(reader)
+
+        killed_inside_a_store += len(list((tmp_path / "v1" / SCOPE.namespace / "r0" / "tmp").iterdir()))
+        tier = DiskTier(tmp_path, SCOPE)
+        found = {stored for stored, _ in tier.scan()}
+        assert {key(number) for number in acknowledged} <= found
+        for number in range(NUMBERS):
+            assert load(tier, number) in ({*contents(number)} if key(number) in found else {None})
+        assert len(files_under(tmp_path)) == len(found), "nothing else is left"
+    assert acknowledged
+    assert killed_inside_a_store > 20, "the kills hit stores"
+
+
+@pytest.mark.parametrize("limit", [0, 100, HEADER_BYTES, HEADER_BYTES + 1, HEADER_BYTES + CHUNK_BYTES - 1])
+def test_a_file_that_may_not_grow_further_is_a_full_tier(tier: DiskTier, tmp_path: Path, limit: int) -> None:
+    """The kernel cuts the write short at the limit, as a full disk does."""
+
+    def store() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises(TierFull, match="File too large"):
+            tier.put(key(1), payload(1))
+
+    assert exit_status(in_child(store)) == 0
+    assert files_under(tmp_path) == []
+
+
+FAILURES = [
+    (errno.ENOSPC, TierFull, "No space left"),
+    (errno.EDQUOT, TierFull, "quota"),
+    (errno.EIO, TierError, "Input/output error"),
+    (errno.EROFS, TierError, "Read-only file system"),
+]
+
+
+@pytest.mark.parametrize("call", ["open", "writev", "fsync", "rename", "mkdir"])
+@pytest.mark.parametrize(("number", "kind", "said"), FAILURES, ids=[errno.errorcode[number] for number, *_ in FAILURES])
+def test_a_failed_store_leaves_nothing_and_harms_nothing(
+    tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, kind: type, said: str
+) -> None:
+    tier.put(key(1), payload(1))
+    before = files_under(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    owner = Path if call in ("rename", "mkdir") else os
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, fail)
+        with pytest.raises(TierError, match=said) as caught:
+            tier.put(key(2), payload(2))
+        assert type(caught.value) is kind
+        assert key(2).hex() in str(caught.value)
+        if call != "mkdir":  # replacing needs no new folder
+            with pytest.raises(TierError):
+                tier.put(key(1), payload(3))
+    assert load(tier, 1) == payload(1)
+    assert load(tier, 2) is None
+    assert files_under(tmp_path) == before
+    tier.put(key(2), payload(2))
+    assert load(tier, 2) == payload(2)
+
+
+@pytest.mark.parametrize("call", ["open", "fstat", "preadv"])
+def test_a_failed_load_names_file_and_cause(tier: DiskTier, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    tier.put(key(1), payload(1))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(TierError, match=f"cannot load .*{key(1).hex()}: Input/output error"):
+            load(tier, 1)
+    assert load(tier, 1) == payload(1)
+
+
+def test_other_failed_calls_are_tier_errors(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for call in ("exists", "unlink", "iterdir"):
+        monkeypatch.setattr(Path, call, fail)
+    for work in (lambda: tier.contains([key(1)]), lambda: tier.delete(key(1)), lambda: list(tier.scan())):
+        with pytest.raises(TierError, match="Input/output error"):
+            work()
+
+
+@pytest.mark.parametrize("call", ["open", "mkdir"])
+def test_a_read_only_folder_fails_at_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os if call == "open" else Path, call, refuse)
+    with pytest.raises(TierError, match=f"cannot write in {tmp_path}.*: Read-only file system"):
+        DiskTier(tmp_path, SCOPE)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, 20_000, HEADER_BYTES + CHUNK_BYTES - 1, 50_000],
+)
+def test_a_file_of_a_wrong_size_is_corrupt_and_can_be_replaced(tier: DiskTier, tmp_path: Path, size: int) -> None:
+    tier.put(key(1), payload(1))
+    os.truncate(chunk_file(tmp_path), size)
+    with pytest.raises(Corrupt, match=f"{key(1).hex()}: the file has {size} bytes instead of 44096"):
+        load(tier, 1)
+    assert list(tier.scan()) == []
+    tier.delete(key(1))
+    assert files_under(tmp_path) == []
+    tier.put(key(1), payload(2))
+    assert load(tier, 1) == payload(2)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_corrupt(
+    tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier.put(key(1), payload(1))
+    full_size = chunk_file(tmp_path).stat()
+    os.truncate(chunk_file(tmp_path), 20_000)
+    monkeypatch.setattr(os, "fstat", lambda fd: full_size)
+    with pytest.raises(Corrupt, match="ended at byte 20000"):
+        load(tier, 1)
+
+
+def test_a_flipped_bit_at_any_byte_is_never_served(tier: DiskTier, tmp_path: Path) -> None:
+    tier.put(key(1), payload(1))
+    out = memoryview(bytearray(CHUNK_BYTES))
+    version = range(8, 10)
+    with chunk_file(tmp_path).open("r+b", buffering=0) as file:
+        raw = file.read()
+        for position, byte in enumerate(raw):
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << position % 8]), position)
+            with pytest.raises(KeyError if position in version else Corrupt):
+                tier.get(key(1), out)
+            os.pwrite(file.fileno(), bytes([byte]), position)
+    assert load(tier, 1) == payload(1)
+
+
+def test_a_chunk_under_another_s_name_is_not_served(tier: DiskTier, tmp_path: Path) -> None:
+    tier.put(key(1), payload(1))
+    first = chunk_file(tmp_path)
+    tier.put(key(2), payload(2))
+    [second] = (path for path in files_under(tmp_path) if path != first)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(Corrupt, match="another key"):
+        load(tier, 2)
+
+
+def test_a_chunk_of_zeros_is_not_served(tier: DiskTier, tmp_path: Path) -> None:
+    """What some file systems leave after a power cut: the right length, no bytes."""
+    tier.put(key(1), payload(1))
+    chunk_file(tmp_path).write_bytes(bytes(HEADER_BYTES + CHUNK_BYTES))
+    with pytest.raises(Corrupt, match="not a chunk"):
+        load(tier, 1)
+
+
+def test_a_clock_that_jumps_back_changes_only_the_order_of_a_scan(tier: DiskTier, tmp_path: Path) -> None:
+    for number, seconds in ((1, 4_000_000_000), (2, 0), (3, 1_000)):
+        tier.put(key(number), payload(number))
+        [path] = (found for found in files_under(tmp_path) if found.name == key(number).hex())
+        os.utime(path, (seconds, seconds))
+    assert [found for found, _ in tier.scan()] == [key(2), key(3), key(1)]
+    assert load(tier, 1) == payload(1)
+
+
+def test_several_processes_evict_and_fill_the_same_folder(tmp_path: Path) -> None:
+    """Each may find a chunk gone at any moment, and never finds a wrong one."""
+
+    def rival(seed: int) -> None:
+        chance = random.Random(seed)
+        tier = DiskTier(tmp_path, SCOPE, fsync=False)
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            number = chance.randrange(NUMBERS)
+            action = chance.randrange(5)
+            if action == 0:
+                tier.put(key(number), memoryview(chance.choice(contents(number))))
+            elif action == 1:
+                tier.delete(key(number))
+            elif action == 2:
+                assert {found for found, _ in tier.scan()} <= {key(known) for known in range(NUMBERS)}
+            elif action == 3:
+                tier.contains([key(known) for known in range(NUMBERS)])
+            else:
+                assert load(tier, number) in {None, *contents(number)}
+
+    children = [in_child(lambda seed=seed: rival(seed)) for seed in range(3)]
+    assert [exit_status(child) for child in children] == [0, 0, 0]
+    tier = DiskTier(tmp_path, SCOPE)
+    assert len(files_under(tmp_path)) == len(list(tier.scan())), "no temporary file is left"
+
+
+def test_instances_with_other_scopes_share_the_folder(tmp_path: Path) -> None:
+    others = [TierScope("another", rank, SCOPE.layout, CHUNK_BYTES + rank) for rank in (0, 1)]
+    tiers = [DiskTier(tmp_path, scope) for scope in (SCOPE, *others)]
+    for tier, scope in zip(tiers, (SCOPE, *others), strict=True):
+        tier.put(key(1), payload(1, scope.chunk_bytes))
+    for tier, scope in zip(tiers, (SCOPE, *others), strict=True):
+        assert list(tier.scan()) == [(key(1), scope.chunk_bytes)]
+        assert load(tier, 1, scope.chunk_bytes) == payload(1, scope.chunk_bytes)
