@@ -1,0 +1,178 @@
+"""The connector on the real vLLM engine: outputs unchanged, whatever the cache does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.conftest import driver, prompt
+from tests.engines.vllm_driver import VllmDriver
+
+pytestmark = pytest.mark.engine
+
+TIE = 1e-3  # where the two best log-probabilities lie closer, the batch's shape may decide
+
+
+def assert_same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    for one, reference in zip(got, wanted, strict=True):
+        for step, (token, expected) in enumerate(zip(one["tokens"], reference["tokens"], strict=True)):
+            if token != expected:
+                assert reference["gaps"][step] < TIE, f"step {step}: token {token} instead of {expected}"
+                break
+            assert abs(one["logprobs"][step] - reference["logprobs"][step]) < TIE
+
+
+@pytest.fixture(scope="module")
+def cached(tiny_llama: Path) -> Iterator[VllmDriver]:
+    with driver(tiny_llama) as engine:
+        engine.call("watch_bytes")
+        yield engine
+
+
+def test_a_repeated_prompt_is_loaded_and_the_output_is_the_same(plain: VllmDriver, cached: VllmDriver) -> None:
+    text = prompt(1, 700)
+    reference = plain.generate([text])
+    cold = cached.generate([text])
+    warm = cached.generate([text])
+    assert [cold[0]["cached"], warm[0]["cached"]] == [0, 640]
+    assert_same(cold, reference)
+    assert_same(warm, reference)
+    watched = cached.call("watched")
+    assert watched["different_blocks"] == 0
+    assert watched["compared_bytes"] == 640 * 4 * 2 * 4 * 32 * 4  # tokens, layers, K and V, heads, head size, bytes
+
+
+def test_a_shared_prefix_is_loaded_up_to_the_last_common_chunk(plain: VllmDriver, cached: VllmDriver) -> None:
+    common = prompt(2, 300)
+    first, second = common + prompt(3, 100), common + prompt(4, 100)
+    cached.generate([first])
+    got = cached.generate([second])
+    assert got[0]["cached"] == 256
+    assert_same(got, plain.generate([second]))
+
+
+@pytest.mark.parametrize("length", [64, 128, 192])
+def test_the_last_token_is_computed_when_the_prompt_ends_with_a_chunk(
+    plain: VllmDriver, cached: VllmDriver, length: int
+) -> None:
+    text = prompt(5, length)
+    cached.generate([text])
+    got = cached.generate([text])
+    assert got[0]["cached"] == length - 64
+    assert_same(got, plain.generate([text]))
+
+
+def test_requests_in_one_batch_share_and_stay_apart(plain: VllmDriver, cached: VllmDriver) -> None:
+    common = prompt(6, 256)
+    texts = [common + prompt(10 + index, 40 + 17 * index) for index in range(6)]
+    cached.generate([[*common, 2]])
+    got = cached.generate(texts)
+    assert [one["cached"] for one in got] == [256] * 6
+    assert_same(got, plain.generate(texts))
+
+
+def test_different_salts_share_nothing(cached: VllmDriver) -> None:
+    text = prompt(7, 200)
+    cached.generate([text], cache_salts=["a"])
+    assert cached.generate([text], cache_salts=["b"])[0]["cached"] == 0
+    assert cached.generate([text])[0]["cached"] == 0
+    assert cached.generate([text], cache_salts=["a"])[0]["cached"] == 192
+
+
+def test_prompt_logprobs_are_computed_in_full(cached: VllmDriver) -> None:
+    text = prompt(8, 200)
+    cached.generate([text])
+    assert cached.generate([text], prompt_logprobs=1)[0]["cached"] == 0
+
+
+def test_a_failed_load_is_recomputed_and_poisons_nothing(plain: VllmDriver, cached: VllmDriver) -> None:
+    text = prompt(9, 400)
+    reference = plain.generate([text])
+    cached.generate([text])
+    cached.call("fail_loads", count=1)
+    assert_same(cached.generate([text]), reference)
+    after = cached.generate([text])
+    assert_same(after, reference)
+    assert_same(cached.generate([text + prompt(11, 30)]), plain.generate([text + prompt(11, 30)]))
+    assert cached.generate([text])[0]["cached"] == 384  # stored anew
+
+
+def test_a_reset_forgets_everything(cached: VllmDriver) -> None:
+    text = prompt(12, 200)
+    cached.generate([text])
+    assert cached.call("reset")
+    assert cached.call("state")["usage"]["host"][0] == 0
+    assert cached.generate([text])[0]["cached"] == 0
+
+
+def test_nothing_is_left_over(cached: VllmDriver) -> None:
+    state = cached.call("state")
+    assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
+
+
+def test_a_restart_finds_the_disk_tier_warm(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
+    text = prompt(20, 500)
+    reference = plain.generate([text])
+    first = driver(tiny_llama, **{"disk.path": str(disk)})
+    assert_same(first.generate([text]), reference)
+    assert first.call("state")["usage"]["disk"][0] == 7
+    first.kill()
+    with driver(tiny_llama, **{"disk.path": str(disk)}) as second:
+        got = second.generate([text])
+        assert got[0]["cached"] == 448
+        assert_same(got, reference)
+        assert second.call("metric", name="lmc_hit_tokens_total", labels={"tier": "disk"}) == 448
+
+
+def test_corrupt_files_are_recomputed_and_replaced(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
+    text = prompt(21, 500)
+    reference = plain.generate([text])
+    with driver(tiny_llama, **{"disk.path": str(disk)}) as first:
+        first.generate([text])
+        first.call("settle")
+    files = sorted(file for file in disk.rglob("*") if file.is_file())
+    assert len(files) == 7
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0x10
+        file.write_bytes(content)
+    with driver(tiny_llama, **{"disk.path": str(disk)}) as second:
+        got = second.generate([text])
+        assert got[0]["cached"] == 0
+        assert_same(got, reference)
+        assert second.generate([text])[0]["cached"] == 448
+        assert second.call("metric", name="lmc_failures_total", labels={"operation": "stage"}) > 0
+
+
+def test_a_fault_in_lmc_ends_the_cache_and_not_the_engine(tiny_llama: Path, plain: VllmDriver) -> None:
+    text = prompt(22, 200)
+    with driver(tiny_llama) as engine:
+        engine.generate([text])
+        engine.call("crash_cache")
+        got = engine.generate([text])
+        assert got[0]["cached"] == 0
+        assert_same(got, plain.generate([text]))
+
+
+def test_chunked_prefill_prefix_caching_and_preemption_together(tiny_llama: Path, plain: VllmDriver) -> None:
+    """Long prompts in steps of 128 tokens, an engine cache that shares blocks with lmc's, and too little KV memory for the batch."""
+    options = {
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 8,
+        "max_model_len": 1024,
+        "num_gpu_blocks_override": 60,
+    }
+    common = prompt(30, 320)
+    texts = [common + prompt(31 + index, 60 + 40 * index) for index in range(8)]
+    reference = plain.generate(texts, max_tokens=60)
+    with driver(tiny_llama, options=options) as engine:
+        for _ in range(2):
+            assert_same(engine.generate(texts, max_tokens=60), reference)
+        assert engine.call("num_preemptions") > 0
+        state = engine.call("state")
+        assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
+        assert state["free_blocks"] == 59

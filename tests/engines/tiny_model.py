@@ -1,0 +1,31 @@
+"""A random model with real variance: small enough to start in seconds, sensitive enough that wrong KV changes its output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+VOCABULARY = 512
+
+
+def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
+    """A 4-layer Llama with 512 token ids and no tokenizer; prompts are token ids."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=8192,
+        initializer_range=0.12,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder

@@ -1,0 +1,251 @@
+"""A process with a real vLLM engine, driven by JSON lines: scheduler, worker and cache live in it, so that a test can look and interfere.
+
+Run as `python -m tests.engines.vllm_driver`; VllmDriver is the other end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class VllmDriver:
+    """Starts the engine; each call is one command."""
+
+    def __init__(self, model: Path, *, settings: dict[str, Any] | None, **options: Any) -> None:
+        """settings None: no connector at all."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engines.vllm_driver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+            cwd=Path(__file__).parents[2],
+        )
+        try:
+            self.call("start", model=str(model), settings=settings, options=options)
+        except AssertionError:
+            self.kill()
+            raise
+
+    def __enter__(self) -> VllmDriver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                answer = json.loads(line.removeprefix("ANSWER "))
+                assert "error" not in answer, answer["error"]
+                return answer["value"]
+        raise AssertionError(f"the engine process ended in {command!r} with {self._process.wait()}")
+
+    def generate(self, prompts: list[list[int]], **parameters: Any) -> list[dict[str, Any]]:
+        """For each prompt: tokens, logprobs (of the chosen tokens), cached (tokens not computed)."""
+        answer: list[dict[str, Any]] = self.call("generate", prompts=prompts, parameters=parameters)
+        return answer
+
+    def close(self) -> None:
+        """End the process by end of input, as an engine that is shut down."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End the process at once, with whatever it was doing."""
+        self._process.kill()
+        self.close()
+
+
+class _Engine:
+    def start(self, model: str, settings: dict[str, Any] | None, options: dict[str, Any]) -> None:
+        from lmc.cache.settings import load_settings
+        from lmc.serve.engines import vllm_transfer_config
+        from vllm import LLM
+
+        if settings is not None:
+            options["kv_transfer_config"] = vllm_transfer_config(load_settings(flags=settings).config)
+        self.llm = LLM(
+            model,
+            dtype="float32",
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=False,
+            seed=0,
+            **{"max_model_len": 4096, "block_size": 32, "enable_prefix_caching": False, **options},
+        )
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def connector(self) -> Any:
+        return self.core.scheduler.connector
+
+    @property
+    def cache(self) -> Any:
+        return self.connector._scheduler.engine
+
+    @property
+    def worker(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker.worker
+
+    def generate(self, prompts: list[list[int]], parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        from vllm import SamplingParams
+
+        salts = parameters.pop("cache_salts", [None] * len(prompts))
+        sampling = SamplingParams(
+            temperature=0, ignore_eos=True, detokenize=False, **{"max_tokens": 8, "logprobs": 2, **parameters}
+        )
+        inputs = [
+            {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
+            for prompt, salt in zip(prompts, salts, strict=True)
+        ]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [
+                    step[token].logprob
+                    for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
+                ],
+                "gaps": [
+                    abs(values[0] - values[1])
+                    for step in output.outputs[0].logprobs
+                    for values in [sorted((entry.logprob for entry in step.values()), reverse=True)]
+                ],
+                "cached": output.num_cached_tokens,
+            }
+            for output in outputs
+        ]
+
+    def settle(self) -> None:
+        """Step until no copy is under way."""
+        for _ in range(10_000):
+            if not self.cache.busy:
+                return
+            self.core.step_fn()
+        raise AssertionError("copies are still under way")
+
+    def state(self) -> dict[str, Any]:
+        self.settle()
+        self.cache.directory.check()
+        return {
+            "usage": self.cache.directory.usage(),
+            "open": self.cache.directory.num_open,
+            "pins": self.cache.directory.num_pins,
+            "requests": len(self.cache._requests),
+            "tracked": len(self.connector._scheduler.tracked),
+            "free_blocks": self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+        }
+
+    def metric(self, name: str, labels: dict[str, str]) -> float:
+        return float(self.cache.metrics.registry.get_sample_value(name, labels) or 0.0)
+
+    def num_preemptions(self) -> float:
+        return float(sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions"))
+
+    def fail_loads(self, count: int) -> None:
+        """The next loads fail half way: some bytes are garbage, then the copy reports an error."""
+        import ctypes
+
+        from lmc.cache.transfer.planner import Direction
+        from lmc.errors import TransferError
+
+        backend = self.worker._backend
+        copy = backend.execute
+        left = [count]
+
+        def broken(descriptors: Any, *arguments: Any) -> None:
+            if descriptors.direction is Direction.LOAD and left[0] > 0:
+                left[0] -= 1
+                ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
+                raise TransferError("injected")
+            copy(descriptors, *arguments)
+
+        backend.execute = broken
+
+    def crash_cache(self) -> None:
+        """The next lookup hits a fault in lmc itself."""
+
+        def broken(*_: Any) -> None:
+            raise ZeroDivisionError("injected")
+
+        self.cache.directory.lookup = broken
+
+    def reset(self, running: bool = False) -> bool:
+        self.settle()
+        return bool(self.llm.reset_prefix_cache(reset_connector=True))
+
+    def watch_bytes(self) -> None:
+        """From now on, keep the block bytes of every store, and compare what a load leaves in the blocks with them."""
+        import ctypes
+
+        from lmc.cache.transfer.planner import Direction
+
+        worker, kept = self.worker, {}
+        copy_blocks = worker._copy_blocks
+        self.compared, self.different = 0, 0
+
+        def read(block: int) -> bytes:
+            return b"".join(ctypes.string_at(address, size) for address, size in worker._layout.ranges(block))
+
+        def watched(request: Any, direction: Any) -> None:
+            copy_blocks(request, direction)
+            for chunk in request.chunks:
+                for index, block in enumerate(chunk.blocks):
+                    if block < 0:
+                        continue
+                    if direction is Direction.STORE:
+                        kept[chunk.key, index] = read(block)
+                    elif (chunk.key, index) in kept:
+                        now = read(block)
+                        self.compared += len(now)
+                        self.different += now != kept[chunk.key, index]
+
+        worker._copy_blocks = watched
+
+    def watched(self) -> dict[str, int]:
+        return {"compared_bytes": self.compared, "different_blocks": self.different}
+
+
+def main() -> None:
+    engine = _Engine()
+    for line in sys.stdin:
+        request = json.loads(line)
+        command = getattr(engine, request.pop("command"))
+        try:
+            answer = {"value": command(**request)}
+        except Exception as error:  # noqa: BLE001  the test shall see it
+            import traceback
+
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print("ANSWER " + json.dumps(answer), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
