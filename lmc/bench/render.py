@@ -92,7 +92,38 @@ def arms_table(results: Results) -> Table:
         ]
         for arm in results.arms
     ]
+    used = [index for index in range(len(columns)) if any(row[index] is not None for row in rows)]
+    columns, rows = [columns[index] for index in used], [[row[index] for index in used] for row in rows]
     return Table("Figures per arm", columns, rows, "Hit rate: hit tokens / prompt tokens of answered requests.")
+
+
+def brief_table(results: Results) -> Table:
+    """The arms in the width of a terminal."""
+    columns = [
+        Column("arm"),
+        Column("valid"),
+        Column("answered"),
+        Column("hit rate", "%", 1),
+        Column("TTFT p50", "ms", 0),
+        Column("p90", "ms", 0),
+        Column("TPOT p50", "ms", 1),
+        Column("TTFT p50, ratio", "", 3),
+    ]
+    first = results.arms[0].ttft_ms.get("p50")
+    rows: list[list[Cell]] = [
+        [
+            arm.name,
+            "yes" if arm.valid else "INVALID",
+            f"{arm.ok} of {arm.requests}",
+            _percent(arm.hit_tokens, arm.prompt_tokens),
+            arm.ttft_ms.get("p50"),
+            arm.ttft_ms.get("p90"),
+            arm.tpot_ms.get("p50"),
+            arm.ttft_ms["p50"] / first if first and arm.ttft_ms else None,
+        ]
+        for arm in results.arms
+    ]
+    return Table(results.name, columns, rows, f"Ratio: to {results.arms[0].name}.")
 
 
 def hits_table(results: Results) -> Table:

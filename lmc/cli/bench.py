@@ -95,10 +95,10 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder with results.json
 
 
 def _show(results: Results, folder: Path) -> None:
-    from lmc.bench.render import arms_table, bars_table, hits_table, outputs_table
+    from lmc.bench.render import bars_table, brief_table, hits_table, outputs_table
     from lmc.report import print_table
 
-    for table in (arms_table(results), hits_table(results), bars_table(results), outputs_table(results)):
+    for table in (brief_table(results), hits_table(results), bars_table(results), outputs_table(results)):
         if table.rows:
             print_table(table)
     for problem in results.problems:
