@@ -11,8 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.format import TierScope
@@ -43,6 +44,8 @@ def load(tier: Tier, number: int, size: int = CHUNK_BYTES) -> bytes | None:
 
 
 class TierContract:
+    model_examples = 20  # fewer where a medium is slow
+
     @pytest.fixture
     def tier(self, open_tier: OpenTier) -> Tier:
         return open_tier(SCOPE)
@@ -177,23 +180,26 @@ class TierContract:
                 stop.set()
             writing.result()
 
+    def test_against_a_model(self, open_tier: OpenTier) -> None:
+        limits = settings(max_examples=self.model_examples, stateful_step_count=30, deadline=None)
+        run_state_machine_as_test(lambda: TierMachine(open_tier), settings=limits)
+
     def test_close_may_be_repeated(self, tier: Tier) -> None:
         tier.close()
         tier.close()
 
 
 class TierMachine(RuleBasedStateMachine):
-    """Two objects on one medium against a dict. A test module subclasses it and says how to open a tier on an empty medium."""
+    """Two objects on one medium against a dict."""
 
     numbers = st.integers(0, 5)
 
-    def open_empty(self) -> OpenTier:
-        raise NotImplementedError
-
-    @initialize()
-    def start(self) -> None:
-        self.open_tier = self.open_empty()
-        self.tiers = [self.open_tier(SCOPE), self.open_tier(SCOPE)]
+    def __init__(self, open_tier: OpenTier) -> None:
+        super().__init__()
+        self.open_tier = open_tier
+        self.tiers = [open_tier(SCOPE), open_tier(SCOPE)]
+        for stored, _ in self.tiers[0].scan():
+            self.tiers[0].delete(stored)
         self.model: dict[int, int] = {}
 
     @rule(which=st.integers(0, 1), number=numbers, content=numbers)
@@ -226,5 +232,5 @@ class TierMachine(RuleBasedStateMachine):
         self.tiers[which] = self.open_tier(SCOPE)
 
     def teardown(self) -> None:
-        for tier in getattr(self, "tiers", []):
+        for tier in self.tiers:
             tier.close()

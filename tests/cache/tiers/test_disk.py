@@ -15,27 +15,13 @@ from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import HEADER_BYTES, TierScope
 from lmc.errors import TierError
-from tests.contracts.tier import CHUNK_BYTES, SCOPE, OpenTier, TierContract, TierMachine, key, load, payload
+from tests.contracts.tier import CHUNK_BYTES, SCOPE, OpenTier, TierContract, key, load, payload
 
 
 class TestDiskTier(TierContract):
     @pytest.fixture
     def open_tier(self, tmp_path: Path) -> OpenTier:
         return lambda scope: DiskTier(tmp_path, scope)
-
-
-class DiskMachine(TierMachine):
-    def open_empty(self) -> OpenTier:
-        self.folder = tempfile.TemporaryDirectory()
-        return lambda scope: DiskTier(Path(self.folder.name), scope, fsync=False)
-
-    def teardown(self) -> None:
-        super().teardown()
-        self.folder.cleanup()
-
-
-DiskMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-TestDiskMachine = DiskMachine.TestCase
 
 
 def file_of(folder: Path, number: int, scope: TierScope = SCOPE) -> Path:

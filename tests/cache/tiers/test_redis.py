@@ -49,6 +49,8 @@ class TestUnixSocket(TierContract):
 
 
 class TestCluster(TierContract):
+    model_examples = 5
+
     @pytest.fixture(scope="class")
     def nodes(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
         with services.redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
@@ -133,6 +135,8 @@ def _loads(tier: RedisTier, number: int) -> bool:
 
 
 class TestTls(TierContract):
+    model_examples = 5
+
     @pytest.fixture(scope="class")
     def certificate(self, tmp_path_factory: pytest.TempPathFactory) -> services.Certificate:
         return services.make_certificate(tmp_path_factory.mktemp("certificate"))

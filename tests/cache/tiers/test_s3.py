@@ -25,6 +25,7 @@ def config(endpoint: str, /, **other: object) -> S3Config:
 
 
 class TestS3Tier(TierContract):
+    model_examples = 5
     _prefixes = itertools.count()
 
     @pytest.fixture
