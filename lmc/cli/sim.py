@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmc.cli.default_command import DefaultCommandGroup
+from lmc.cli.trace_source import TraceSource, reads_trace
 
 if TYPE_CHECKING:
-    from lmc.sim.trace import Trace
+    from lmc.report import Table
+    from lmc.sim.cost import CostModel
 
 app = typer.Typer(
     cls=DefaultCommandGroup,
@@ -18,14 +21,14 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-TracePath = Annotated[Path, typer.Argument(help="Trace file, plain, .gz or .zst; its format is found by content.")]
-Format = Annotated[str | None, typer.Option("--format", help="Name the format instead of finding it.")]
-BlockTokens = Annotated[int | None, typer.Option(min=1, help="Tokens per block, where the trace does not say it.")]
-Sort = Annotated[bool, typer.Option("--sort", help="Sort requests by time instead of refusing disorder.")]
-Rechain = Annotated[bool, typer.Option("--rechain", help="Hashes name single blocks, not whole prefixes.")]
-SessionGap = Annotated[str, typer.Option(help="Sessions without a common clock start so far apart.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer.json or model folder, for prompts as text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Csv = Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")]
+Window = Annotated[str, typer.Option(help="all, or last-half: the first half only warms the cache up.")]
+TokenBytes = Annotated[int, typer.Option(min=0, help="KV bytes of a token, where the trace does not say it.")]
+CapacityBlocks = Annotated[
+    str | None, typer.Option(help="Capacities in blocks, comma separated: 1000, 1% of the unique blocks, inf.")
+]
+CostFile = Annotated[Path | None, typer.Option(help="YAML cost model, for times and money.")]
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -33,128 +36,166 @@ def add_to(parent: typer.Typer) -> None:
 
 
 @app.command()
+@reads_trace
 def run(
-    trace: TracePath,
+    source: TraceSource,
     policy: Annotated[str, typer.Option(help="Eviction policies, comma separated; belady is the bound.")] = "lru",
-    capacity_blocks: Annotated[
-        str | None, typer.Option(help="Capacities in blocks, comma separated: 1000, 1% of the unique blocks, inf.")
-    ] = None,
+    capacity_blocks: CapacityBlocks = None,
     capacity_tokens: Annotated[str | None, typer.Option(help="Capacities in tokens: 3M,10M.")] = None,
     capacity_bytes: Annotated[str | None, typer.Option(help="Capacities in bytes: 64GiB,1TiB.")] = None,
-    token_bytes: Annotated[int, typer.Option(min=0, help="KV bytes of a token, where the trace does not say it.")] = 0,
+    token_bytes: TokenBytes = 0,
     chunk_tokens: Annotated[
         str | None, typer.Option(help="Chunk sizes, multiples of the trace's block; only full chunks are cached.")
     ] = None,
-    window: Annotated[str, typer.Option(help="all, or last-half: the first half only warms the cache up.")] = "all",
-    admit_touches: Annotated[
-        int, typer.Option(min=1, help="Store a block when it is requested for the n-th time.")
-    ] = 1,
-    low_watermark: Annotated[float, typer.Option(help="A full cache evicts down to this share of its capacity.")] = 1.0,
+    window: Window = "all",
+    shards: Annotated[float | None, typer.Option(help="Estimate LRU from this share of the blocks.")] = None,
+    admit_touches: Annotated[int, typer.Option(min=1, help="Store a block when it is asked for the n-th time.")] = 1,
+    low_watermark: Annotated[float, typer.Option(help="A full cache evicts down to this share.")] = 1.0,
     write_delay: Annotated[str, typer.Option(help="A stored block is readable only so much later.")] = "0s",
     ttl: Annotated[str | None, typer.Option(help="Drop a block that was not touched for so long.")] = None,
-    fixed_ttl: Annotated[
-        bool, typer.Option("--fixed-ttl", help="The TTL counts from the store; touches don't renew.")
-    ] = False,
+    fixed_ttl: Annotated[bool, typer.Option("--fixed-ttl", help="The TTL counts from the store.")] = False,
     json: Json = False,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")] = None,
+    csv: Csv = None,
     png: Annotated[Path | None, typer.Option(help="Write the miss-ratio curve to this picture.")] = None,
-    format_name: Format = None,
-    block_tokens: BlockTokens = None,
-    sort: Sort = False,
-    rechain: Rechain = False,
-    session_gap: SessionGap = "60s",
-    tokenizer: Tokenizer = None,
 ) -> None:
     """Hits of policies at capacities and chunk sizes."""
     from lmc import report
     from lmc.sim import capacity, show
     from lmc.sim.policy_replay import ReplayOptions
-    from lmc.sim.study import run_study
+    from lmc.sim.study import run_study, sample_study
     from lmc.units import parse_seconds
 
-    given = capacity.CapacityOptions(
+    capacities = capacity.CapacityOptions(
         split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), token_bytes
     )
-    if not given.blocks + given.tokens + given.sizes:
-        given = capacity.DEFAULT
-    study = run_study(
-        load(trace, format_name, block_tokens, sort, rechain, session_gap, tokenizer),
-        split_list(policy),
-        given,
-        show.parse_window(window),
-        parse_chunk_sizes(chunk_tokens),
-        ReplayOptions(
+    if not capacities.blocks + capacities.tokens + capacities.sizes:
+        capacities = capacity.DEFAULT
+    trace, measured, chunks = source.load(), show.parse_window(window), parse_counts(chunk_tokens)
+    if shards is not None:
+        study = sample_study(trace, split_list(policy), capacities, measured, chunks, shards)
+    else:
+        options = ReplayOptions(
             admit_touches,
             low_watermark,
             parse_seconds(write_delay),
             float("inf") if ttl is None else parse_seconds(ttl),
             not fixed_ttl,
-        ),
-    )
-    if csv is not None:
-        report.write_file(csv, show.study_csv(study))
+        )
+        study = run_study(trace, split_list(policy), capacities, measured, chunks, options)
     if png is not None:
         report.write_file(png, show.miss_ratio_figure(study).png)
-    if json:
-        typer.echo(report.to_json(show.study_json(study)).decode(), nl=False)
-        return
-    report.print_table(show.study_table(study))
-    print_notes(study.notes)
+    output(show.study_table(study), show.study_json(study), show.study_rows(study), study.notes, json, csv)
 
 
 @app.command()
-def describe(
-    trace: TracePath,
-    json: Json = False,
-    format_name: Format = None,
-    block_tokens: BlockTokens = None,
-    sort: Sort = False,
-    rechain: Rechain = False,
-    session_gap: SessionGap = "60s",
-    tokenizer: Tokenizer = None,
-) -> None:
+@reads_trace
+def describe(source: TraceSource, json: Json = False, csv: Csv = None) -> None:
     """Counts, lengths, arrivals, reuse, sharing, and the hits of an unlimited cache."""
+    from lmc.sim import describe as facts
+
+    trace = source.load()
+    sections = facts.describe(trace)
+    table = facts.facts_table(f"{trace.source} ({trace.format})", sections)
+    head = {"source": trace.source, "format": trace.format, "notes": trace.notes}
+    output(table, {**head, **facts.facts_json(sections)}, table, trace.notes, json, csv)
+
+
+@app.command()
+@reads_trace
+def ttl(
+    source: TraceSource,
+    ttls: Annotated[str, typer.Option("--ttl", help="Times to live since the last touch.")] = "1m,5m,15m,1h,inf",
+    capacity_blocks: CapacityBlocks = "1%,3%,10%,30%,inf",
+    window: Window = "all",
+    json: Json = False,
+    csv: Csv = None,
+) -> None:
+    """LRU hits by sliding time to live and capacity."""
+    from lmc.sim import capacity, show, show_planes
+
+    trace = source.load()
+    sizes = capacity.resolve(capacity.CapacityOptions(split_list(capacity_blocks)), trace)
+    plane = show_planes.ttl_plane(trace, split_list(ttls), sizes, show.parse_window(window))
+    output(plane.table, plane.json, plane.table, trace.notes, json, csv)
+
+
+@app.command()
+@reads_trace
+def tiers(
+    source: TraceSource,
+    host: Annotated[str, typer.Option(help="Host sizes: 64GiB, 5% of the unique blocks, 1000 blocks.")] = "1%,3%,10%",
+    disk: Annotated[str, typer.Option(help="Disk sizes; 0 for none.")] = "0,10%,30%,inf",
+    remote: Annotated[str, typer.Option(help="Sizes of a remote tier; 0 for none.")] = "0",
+    exclusive: Annotated[
+        bool, typer.Option("--exclusive", help="A block is in one tier only; default: lower tiers see every touch.")
+    ] = False,
+    cost: CostFile = None,
+    token_bytes: TokenBytes = 0,
+    window: Window = "all",
+    json: Json = False,
+    csv: Csv = None,
+) -> None:
+    """Hits by tier for every combination of sizes; with --cost also time to first token and money."""
+    from lmc.sim import show, show_planes
+
+    trace = source.load()
+    sizes = {"host": split_list(host), "disk": split_list(disk), "remote": split_list(remote)}
+    if sizes["remote"] == ("0",):
+        del sizes["remote"]
+    grid = show_planes.tiers(trace, sizes, show.parse_window(window), read_cost(cost), exclusive, token_bytes)
+    output(grid.table, grid.json, grid.table, trace.notes, json, csv)
+
+
+@app.command()
+@reads_trace
+def groups(
+    source: TraceSource,
+    capacity_blocks: CapacityBlocks = "10%",
+    window: Window = "all",
+    json: Json = False,
+    csv: Csv = None,
+) -> None:
+    """Hits by tenant (or type, or model) in a shared cache, and the best split into quotas."""
+    from lmc.sim import capacity, show, show_planes
+
+    trace = source.load()
+    sizes = capacity.resolve(capacity.CapacityOptions(split_list(capacity_blocks)), trace)
+    rows = show_planes.groups(trace, sizes, show.parse_window(window))
+    output(rows.table, rows.json, rows.table, trace.notes, json, csv)
+
+
+def output(
+    table: Table,
+    as_json: Mapping[str, Any],  # Any: JSON
+    rows: Table,
+    notes: tuple[str, ...],
+    json: bool,
+    csv: Path | None,
+) -> None:
+    """The table and notes on the screen, or one JSON object; and the rows as CSV where asked for."""
     from lmc import report
-    from lmc.sim.describe import describe as describe_trace
-    from lmc.sim.describe import facts_json, facts_table
 
-    loaded = load(trace, format_name, block_tokens, sort, rechain, session_gap, tokenizer)
-    sections = describe_trace(loaded)
+    if csv is not None:
+        report.write_file(csv, report.table_csv(rows))
     if json:
-        head = {"source": loaded.source, "format": loaded.format, "notes": loaded.notes}
-        typer.echo(report.to_json({**head, **facts_json(sections)}).decode(), nl=False)
+        typer.echo(report.to_json(as_json).decode(), nl=False)
         return
-    report.print_table(facts_table(f"{loaded.source} ({loaded.format})", sections))
-    print_notes(loaded.notes)
+    report.print_table(table)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
 
 
-def load(
-    path: Path,
-    format_name: str | None,
-    block_tokens: int | None,
-    sort: bool,
-    rechain: bool,
-    session_gap: str,
-    tokenizer: Path | None,
-) -> Trace:
-    from lmc.sim.cache_file import load_trace
-    from lmc.sim.formats.base import ReadOptions
-    from lmc.units import parse_seconds
+def read_cost(path: Path | None) -> CostModel | None:
+    from lmc.sim.cost import read_cost_model
 
-    options = ReadOptions(block_tokens, sort, rechain, parse_seconds(session_gap), tokenizer)
-    return load_trace(path, options, format_name)
+    return None if path is None else read_cost_model(path)
 
 
 def split_list(text: str | None) -> tuple[str, ...]:
     return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_chunk_sizes(text: str | None) -> list[int]:
+def parse_counts(text: str | None) -> list[int]:
     from lmc.units import parse_count
 
     return [parse_count(part) for part in split_list(text)]
-
-
-def print_notes(notes: tuple[str, ...]) -> None:
-    for note in notes:
-        typer.echo(f"note: {note}", err=True)

@@ -33,6 +33,16 @@ def resolve(options: CapacityOptions, trace: Trace) -> list[float]:
     ]
 
 
+def parse_tier(text: str, trace: Trace, token_bytes: int) -> float:
+    """Blocks from a size ("64GiB"), a share of the unique blocks ("5%"), a number of blocks, "inf", or "0" for no tier."""
+    if text == "0":
+        return 0
+    if text[-1:] in "bB":
+        size = block_bytes(CapacityOptions(token_bytes=token_bytes), trace)
+        return _whole_blocks(text, parse_size(text), size, trace)
+    return _blocks(text, trace)
+
+
 def block_bytes(options: CapacityOptions, trace: Trace) -> int:
     """KV bytes of one block. Raises ConfigError when neither the trace nor the user says it."""
     size = options.token_bytes * trace.block_tokens or trace.block_bytes

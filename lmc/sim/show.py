@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lmc.errors import ConfigError
-from lmc.report import Column, Figure, Table, new_axes, table_csv, to_figure
+from lmc.report import Column, Figure, Table, new_axes, to_figure
 from lmc.sim.study import Row, Study
 from lmc.sim.trace import Trace, Window
 
@@ -41,7 +41,7 @@ def trace_json(trace: Trace) -> dict[str, Any]:
 
 def row_json(row: Row) -> dict[str, Any]:
     """Any: JSON. An unlimited capacity is written "inf", because JSON has no infinity."""
-    capacity = _capacity(row.capacity_blocks)
+    capacity = show_capacity(row.capacity_blocks)
     return {
         "policy": row.policy,
         "capacity_blocks": capacity,
@@ -53,6 +53,7 @@ def row_json(row: Row) -> dict[str, Any]:
         "capacity_tokens": capacity if isinstance(capacity, str) else capacity * row.chunk_tokens,
         "block_hit_rate": row.block_hit_rate,
         "token_hit_rate": row.token_hit_rate,
+        **({} if row.error is None else {"token_hit_rate_error": row.error}),
     }
 
 
@@ -67,7 +68,8 @@ def study_json(study: Study) -> dict[str, Any]:
 
 
 def study_table(study: Study) -> Table:
-    several = len(study.curves) > 1  # a second chunk size takes the place of the share of blocks on a narrow screen
+    several = len(study.totals) > 1  # a second chunk size takes the place of the share of blocks on a narrow screen
+    sampled = any(row.error is not None for row in study.rows)
     columns = [
         Column("policy"),
         *([Column("chunk", "tokens")] if several else []),
@@ -76,21 +78,23 @@ def study_table(study: Study) -> Table:
         *([] if several else [Column("hits", "% of blocks")]),
         Column("hits", "tokens"),
         Column("hits", "% of tokens"),
+        *([Column("error", "points")] if sampled else []),
     ]
     rows = [
         [
             row.policy,
             *([row.chunk_tokens] if several else []),
-            _capacity(row.capacity_blocks),
+            show_capacity(row.capacity_blocks),
             row.hit_blocks,
             *([] if several else [100 * row.block_hit_rate]),
             row.hit_tokens,
             100 * row.token_hit_rate,
+            *([] if row.error is None else [100 * row.error]),
         ]
         for row in study.rows
     ]
-    totals = ", ".join(f"{curve.total_blocks:,} blocks of {chunk:,} tokens" for chunk, curve in study.curves.items())
-    total_tokens = next(iter(study.curves.values())).total_tokens
+    totals = ", ".join(f"{blocks:,} blocks of {chunk:,} tokens" for chunk, blocks in study.totals.items())
+    total_tokens = study.rows[0].total_tokens
     return Table(
         f"Prefix hits, {study.trace.source}",
         columns,
@@ -99,12 +103,10 @@ def study_table(study: Study) -> Table:
     )
 
 
-def study_csv(study: Study) -> str:
-    """The rows under the names that --json uses."""
+def study_rows(study: Study) -> Table:
+    """The rows under the names that --json uses, for CSV."""
     records = [row_json(row) for row in study.rows]
-    return table_csv(
-        Table("rows", [Column(name) for name in records[0]], [list(record.values()) for record in records])
-    )
+    return Table("rows", [Column(name) for name in records[0]], [list(record.values()) for record in records])
 
 
 def miss_ratio_figure(study: Study) -> Figure:
@@ -140,5 +142,5 @@ def miss_ratio_figure(study: Study) -> Figure:
     return to_figure(picture, "Miss ratio against capacity", caption)
 
 
-def _capacity(blocks: float) -> int | str:
+def show_capacity(blocks: float) -> int | str:
     return int(blocks) if math.isfinite(blocks) else "inf"

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lmc.sim import capacity, stack
+from lmc.errors import ConfigError
+from lmc.sim import capacity, shards, stack
 from lmc.sim.policies import check_policies, hits_at
 from lmc.sim.policy_replay import PLAIN, ReplayOptions
 from lmc.sim.trace import Trace, Window, coarsen, require_blocks
@@ -21,6 +22,7 @@ class Row:
     total_blocks: int
     hit_tokens: int
     total_tokens: int
+    error: float | None = None  # standard error of the token hit rate, where it is an estimate
 
     @property
     def token_hit_rate(self) -> float:
@@ -38,6 +40,11 @@ class Study:
     rows: list[Row]
     curves: dict[int, stack.HitCurve] = field(default_factory=dict)  # LRU at every capacity, by chunk size
     notes: tuple[str, ...] = ()
+
+    @property
+    def totals(self) -> dict[int, int]:
+        """Measured blocks by chunk size."""
+        return {row.chunk_tokens: row.total_blocks for row in self.rows}
 
 
 def run_study(
@@ -71,3 +78,32 @@ def run_study(
                 for size, (blocks, tokens) in zip(sizes, hits, strict=True)
             ]
     return Study(trace, window, rows, curves, tuple(notes))
+
+
+def sample_study(
+    trace: Trace,
+    policies: Sequence[str],
+    capacities: capacity.CapacityOptions,
+    window: Window,
+    chunk_sizes: Sequence[int],
+    rate: float,
+) -> Study:
+    """LRU estimated from a share of the blocks. Raises ConfigError for any other policy."""
+    require_blocks(trace)
+    if list(policies) != ["lru"]:
+        raise ConfigError("--shards estimates lru only; leave --policy out")
+    rows: list[Row] = []
+    accesses = 0
+    for chunked in [coarsen(trace, size) for size in chunk_sizes] or [trace]:
+        sizes = capacity.resolve(capacities, chunked)
+        found = shards.estimate(chunked, rate, sizes, window)
+        accesses += found.sampled_blocks
+        first = chunked.first_request(window)
+        blocks, tokens = chunked.num_blocks - int(chunked.starts[first]), int(chunked.input_tokens[first:].sum())
+        for index, size in enumerate(sizes):
+            hit_blocks = round(found.block_hit_rate[index] * blocks)
+            hit_tokens = round(found.token_hit_rate[index] * tokens)
+            error = float(found.error[index])
+            rows.append(Row("lru", chunked.block_tokens, size, hit_blocks, blocks, hit_tokens, tokens, error))
+    note = f"estimated from {rate:.4g} of the blocks, {accesses:,} sampled accesses in all; error is the standard error"
+    return Study(trace, window, rows, {}, (*trace.notes, note))

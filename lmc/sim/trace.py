@@ -73,6 +73,28 @@ def require_blocks(trace: Trace) -> None:
         )
 
 
+def select_requests(trace: Trace, chosen: npt.NDArray[np.bool_]) -> Trace:
+    """A trace of the chosen requests alone."""
+    sizes = np.diff(trace.starts)
+    starts = np.concatenate(([0], np.cumsum(sizes[chosen])))
+    blocks = trace.ids[np.repeat(chosen, sizes)]
+    used, first = np.unique(blocks, return_index=True)
+    order = np.argsort(first)  # ids by first appearance
+    number = np.full(trace.num_unique + 1, -1, dtype=np.int32)  # the last entry maps parent -1 to -1
+    number[used[order]] = np.arange(used.size, dtype=np.int32)
+    return replace(
+        trace,
+        ids=number[blocks],
+        starts=starts,
+        timestamps_s=trace.timestamps_s[chosen],
+        input_tokens=trace.input_tokens[chosen],
+        output_tokens=trace.output_tokens[chosen],
+        parents=number[trace.parents[used[order]]],
+        tenants=trace.tenants[chosen],
+        sessions=trace.sessions[chosen],
+    )
+
+
 def coarsen(trace: Trace, chunk_tokens: int) -> Trace:
     """The same requests in chunks of chunk_tokens: full chunks only; the tokens of partial tails stay in input_tokens.
 

@@ -115,3 +115,32 @@ def test_a_replay_imports_neither_torch_nor_an_engine(trace: Path) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_every_verb_prints_a_table_json_and_csv(trace: Path, tmp_path: Path) -> None:
+    cost = tmp_path / "cost.yaml"
+    cost.write_text(
+        "prefill: {token: 1ms}\ntoken_bytes: 1000\ntiers: {host: {bandwidth: 1GB/s}, disk: {bandwidth: 100MB/s}}\n"
+    )
+    for verb, *options in (
+        ["describe"],
+        ["ttl", "--ttl", "0.5s,2s,inf", "--capacity-blocks", "2,inf"],
+        ["tiers", "--host", "1,50%", "--disk", "0,inf", "--cost", cost],
+        ["tiers", "--host", "1MB", "--disk", "0", "--token-bytes", "1000", "--exclusive"],
+        ["groups", "--capacity-blocks", "2"],
+        ["run", "--shards", "1", "--capacity-blocks", "2"],
+    ):
+        csv = tmp_path / "rows.csv"
+        assert str(trace.name) in run(verb, trace, *options, "--csv", csv)
+        assert len(csv.read_text().splitlines()) > 1
+        result = json.loads(run(verb, trace, *options, "--json"))
+        assert result.get("trace", result)["source"] == trace.name
+        for row in result.get("rows", []):
+            assert row["total_tokens"] == 4200
+
+
+def test_ttl_and_tier_rows_count_hits_exactly(trace: Path) -> None:
+    rows = json.loads(run("ttl", trace, "--ttl", "0.5s,inf", "--capacity-blocks", "inf", "--json"))["rows"]
+    assert [(row["ttl_s"], row["hit_tokens"]) for row in rows] == [(0.5, 1024), ("inf", 2524)]
+    (row,) = json.loads(run("tiers", trace, "--host", "1", "--disk", "inf", "--json"))["rows"]
+    assert (row["host_hit_tokens"], row["disk_hit_tokens"], row["disk_blocks"]) == (1024, 1500, "inf")

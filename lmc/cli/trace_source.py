@@ -1,0 +1,61 @@
+"""The trace argument and its reading options, the same for every verb that reads a trace."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lmc.sim.trace import Trace
+
+
+@dataclass(frozen=True)
+class TraceSource:
+    """Where a trace is and how to read it; load() does."""
+
+    trace: Annotated[Path, typer.Argument(help="Trace file, plain, .gz or .zst; its format is found by content.")]
+    format_name: Annotated[str | None, typer.Option("--format", help="Name the format instead of finding it.")] = None
+    block_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per block, where the trace does not say it.")
+    ] = None
+    sort: Annotated[bool, typer.Option("--sort", help="Sort requests by time instead of refusing disorder.")] = False
+    rechain: Annotated[bool, typer.Option("--rechain", help="Hashes name single blocks, not whole prefixes.")] = False
+    session_gap: Annotated[str, typer.Option(help="Sessions without a common clock start so far apart.")] = "60s"
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or model folder, for prompts as text.")] = None
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep the parsed trace in a file beside it for the next time.")
+    ] = True
+
+    def load(self) -> Trace:
+        from lmc.sim.cache_file import load_trace
+        from lmc.sim.formats import read_trace
+        from lmc.sim.formats.base import ReadOptions
+        from lmc.units import parse_seconds
+
+        options = ReadOptions(
+            self.block_tokens, self.sort, self.rechain, parse_seconds(self.session_gap), self.tokenizer
+        )
+        return (load_trace if self.cache else read_trace)(self.trace, options, self.format_name)
+
+
+def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command, whose first parameter is a TraceSource, the argument and options that make one."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    reading = list(inspect.signature(TraceSource, eval_str=True).parameters.values())
+    names = [parameter.name for parameter in reading]
+
+    @functools.wraps(command)
+    def outer(**given: Any) -> None:  # Any: what the options parse to
+        command(TraceSource(**{name: given.pop(name) for name in names}), **given)
+
+    parameters = [reading[0], *own, *reading[1:]]
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    outer.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    outer.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
+    return outer

@@ -1,0 +1,184 @@
+"""What hits are worth: seconds of prefill, seconds of loading, time to first token, money.
+
+Prefill of `new` tokens after `position` cached ones costs fixed + token * new + pair * new * (position + new / 2) seconds: the linear
+layers, and the attention over everything before. Loading costs a latency and bytes over bandwidth for each tier. Times are those of one
+request on an idle engine; queueing needs a bench.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lmc.errors import ConfigError
+from lmc.sim.trace import Float64, Int64
+from lmc.units import parse_seconds, parse_size
+
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Prefill:
+    fixed_s: float
+    token_s: float
+    pair_s: float
+
+    def seconds(self, position: Int64, new: Int64) -> Float64:
+        pairs = new * (position + new / 2)
+        return self.fixed_s * (new > 0) + self.token_s * new + self.pair_s * pairs
+
+    def saved(self, hit_tokens: int, hit_squares: int) -> float:
+        """Seconds that hits save, from the sum of hit tokens and of their squares per request."""
+        return self.token_s * hit_tokens + self.pair_s * hit_squares / 2
+
+
+@dataclass(frozen=True)
+class TierCost:
+    name: str
+    bytes_per_s: float
+    latency_s: float = 0.0
+    dollars_per_gib_hour: float = 0.0
+
+    def seconds(self, num_bytes: Float64) -> Float64:
+        return np.where(num_bytes > 0, self.latency_s + num_bytes / self.bytes_per_s, 0.0)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    prefill: Prefill
+    token_bytes: int  # KV bytes per token over all ranks
+    tiers: Mapping[str, TierCost] = field(default_factory=dict)
+    gpu_dollars_per_hour: float = 0.0
+
+    def tier(self, name: str) -> TierCost:
+        if name not in self.tiers:
+            raise ConfigError(f"the cost model has no tier {name!r}; add it under tiers: with its bandwidth")
+        return self.tiers[name]
+
+    def serve(self, input_tokens: Int64, loaded: Mapping[str, Int64]) -> tuple[Float64, Float64]:
+        """(num_requests,) seconds to first token, and seconds of prefill in them; loaded are tokens by tier, fastest first.
+
+        A request loads its prefix up to the tier after which loading more takes longer than computing it.
+        """
+        most = np.maximum(input_tokens - 1, 0)  # the last token is always computed
+        hits = np.zeros_like(input_tokens)
+        waited = np.zeros(input_tokens.size)
+        computed = self.prefill.seconds(hits, input_tokens)
+        ttft = computed
+        for name, tokens in loaded.items():
+            hits = np.minimum(hits + tokens, most)
+            waited = waited + self.tier(name).seconds(tokens.astype(np.float64) * self.token_bytes)
+            rest = self.prefill.seconds(hits, input_tokens - hits)
+            better = waited + rest < ttft
+            ttft = np.where(better, waited + rest, ttft)
+            computed = np.where(better, rest, computed)
+        return ttft, computed
+
+    def break_even_tokens(self, name: str) -> int | None:
+        """The shortest prefix that the tier loads faster than the engine computes it; None when it never does (below 16 Mi tokens)."""
+        tier = self.tier(name)
+        lengths = np.unique(np.geomspace(1, 2**24, 4096).astype(np.int64))
+        gain = self.prefill.token_s * lengths + self.prefill.pair_s * lengths**2.0 / 2
+        gain -= tier.seconds(lengths.astype(np.float64) * self.token_bytes)
+        worth = np.flatnonzero(gain > 0)
+        if worth.size == 0:
+            return None
+        low = int(lengths[worth[0] - 1]) + 1 if worth[0] else 1
+        for length in range(low, int(lengths[worth[0]])):
+            saved = self.prefill.token_s * length + self.prefill.pair_s * length**2 / 2
+            if saved > tier.latency_s + length * self.token_bytes / tier.bytes_per_s:
+                return length
+        return int(lengths[worth[0]])
+
+    def rent(self, sizes_bytes: Mapping[str, float], hours: float) -> float:
+        """Dollars for keeping tiers of these sizes."""
+        return sum(self.tier(name).dollars_per_gib_hour * size / _GIB * hours for name, size in sizes_bytes.items())
+
+
+def fit_prefill(position: Sequence[int], new: Sequence[int], seconds: Sequence[float]) -> Prefill:
+    """Least squares of relative errors with no negative coefficient. Raises ConfigError with fewer than three measurements."""
+    if len(seconds) < 3:
+        raise ConfigError(f"{len(seconds)} measured prefills are too few for a cost model; at least 3 are needed")
+    count, before, target = np.asarray(new, float), np.asarray(position, float), np.asarray(seconds, float)
+    terms = np.stack([np.ones_like(count), count, count * (before + count / 2)], axis=1) / target[:, None]
+    best, best_error = np.zeros(3), np.inf
+    for size in (1, 2, 3):
+        for chosen in combinations(range(3), size):
+            found = np.linalg.lstsq(terms[:, chosen], np.ones_like(target), rcond=None)[0]
+            error = float(((terms[:, chosen] @ found - 1) ** 2).sum())
+            if (found >= 0).all() and error < best_error * (1 - 1e-9):
+                best, best_error = np.zeros(3), error
+                best[list(chosen)] = found
+    return Prefill(*(float(value) for value in best))
+
+
+def read_cost_model(path: Path) -> CostModel:
+    """A YAML file as docs/simulating.md shows it. Raises ConfigError that names the key."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a cost model file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); repair it") from None
+    top = _section(path, "the file", raw, {"prefill", "token_bytes", "tiers", "gpu_dollars_per_hour"})
+    prefill = _section(path, "prefill", top.get("prefill"), {"fixed", "token", "pair", "bench"})
+    tiers = {}
+    for name, value in _section(path, "tiers", top.get("tiers") or {}, None).items():
+        entry = _section(path, f"tiers.{name}", value, {"bandwidth", "latency", "dollars_per_gib_hour"})
+        rate = parse_size(str(entry.get("bandwidth", "")).removesuffix("/s"))
+        if rate == 0:
+            raise ConfigError(f"{path}: tiers.{name}.bandwidth is 0; write 20GB/s or the like")
+        price = _amount(path, f"tiers.{name}.dollars_per_gib_hour", entry.get("dollars_per_gib_hour", 0))
+        tiers[str(name)] = TierCost(str(name), rate, parse_seconds(entry.get("latency", 0)), price)
+    return CostModel(
+        _prefill(path, prefill),
+        parse_size(top.get("token_bytes", 0)),
+        tiers,
+        _amount(path, "gpu_dollars_per_hour", top.get("gpu_dollars_per_hour", 0)),
+    )
+
+
+def _prefill(path: Path, section: Mapping[str, Any]) -> Prefill:  # Any: parsed YAML
+    if "bench" in section:
+        if len(section) > 1:
+            raise ConfigError(f"{path}: prefill.bench is a measurement; leave fixed, token and pair out beside it")
+        return fit_from_bench(path.parent / str(section["bench"]))
+    if not section:
+        raise ConfigError(f"{path}: prefill needs token (seconds per token), or bench (a folder that lmc bench wrote)")
+    return Prefill(*(parse_seconds(section.get(name, 0)) for name in ("fixed", "token", "pair")))
+
+
+def fit_from_bench(folder: Path) -> Prefill:
+    """From the requests of a bench report whose hits, if any, came from the engine's own cache. Raises ConfigError."""
+    file = folder / "requests.parquet"
+    if not file.is_file():
+        raise ConfigError(f"{file} is not there; give the folder of a report that lmc bench wrote")
+    import pandas
+
+    frame = pandas.read_parquet(file, columns=["arm", "status", "service_ttft_ms", "prompt_tokens", "cached_tokens"])
+    frame = frame[(frame["status"] == "ok") & frame["arm"].isin(["none", "engine"]) & (frame["service_ttft_ms"] > 0)]
+    cached = frame["cached_tokens"].where(frame["arm"] == "engine", 0).fillna(0)
+    return fit_prefill(
+        cached.tolist(), (frame["prompt_tokens"] - cached).tolist(), (frame["service_ttft_ms"] / 1e3).tolist()
+    )
+
+
+def _section(path: Path, name: str, value: Any, known: set[str] | None) -> dict[str, Any]:  # Any: parsed YAML
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {name} is missing or no mapping; see docs/simulating.md for a whole example")
+    for key in value:
+        if known is not None and key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r} in {name}; there are {', '.join(sorted(known))}")
+    return value
+
+
+def _amount(path: Path, name: str, value: Any) -> float:  # Any: parsed YAML
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{path}: {name} is {value!r}; it must be a number of dollars, 0 or more")
+    return float(value)

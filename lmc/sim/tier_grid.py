@@ -1,0 +1,90 @@
+"""Every combination of tier sizes at once: hits per tier and, with a cost model, time to first token and money."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
+
+import numpy as np
+
+from lmc.sim.cost import CostModel
+from lmc.sim.stack import StackProfile, request_hits
+from lmc.sim.trace import Int64, Window
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What the hits do, by the cost model."""
+
+    ttft_s: dict[int, float]  # by percentile
+    saved_prefill_s: float  # GPU seconds, of the window
+    dollars_per_million: float  # prefill and tiers, per million input tokens
+
+
+@dataclass(frozen=True)
+class TierPoint:
+    blocks: dict[str, float]  # size of each tier, fastest first
+    hit_tokens: dict[str, int]
+    total_tokens: int
+    worth: Worth | None
+
+    @property
+    def hit_rate(self) -> float:
+        """Of all input tokens."""
+        return sum(self.hit_tokens.values()) / self.total_tokens
+
+
+def tier_grid(
+    stack: StackProfile,
+    sizes: Mapping[str, Sequence[float]],
+    window: Window = "all",
+    cost: CostModel | None = None,
+    exclusive: bool = False,
+) -> list[TierPoint]:
+    """Points in the order of product(sizes). Tiers stand fastest first; exclusive ones hold a block once, others see every touch."""
+    trace = stack.trace
+    first = trace.first_request(window)
+    inputs = trace.input_tokens[first:]
+    tokens_at: dict[float, Int64] = {}
+
+    def reached(capacity: float) -> Int64:
+        if capacity not in tokens_at:
+            tokens_at[capacity] = np.minimum(request_hits(stack, capacity)[first:] * trace.block_tokens, inputs)
+        return tokens_at[capacity]
+
+    points = []
+    for blocks in product(*sizes.values()):
+        below = np.zeros_like(inputs)
+        loaded: dict[str, Int64] = {}
+        for name, capacity in zip(sizes, accumulate(blocks) if exclusive else accumulate(blocks, max), strict=True):
+            loaded[name] = reached(capacity) - below
+            below = reached(capacity)
+        by_name = dict(zip(sizes, blocks, strict=True))
+        hits = {name: int(tokens.sum()) for name, tokens in loaded.items()}
+        total = int(inputs.sum())
+        points.append(
+            TierPoint(by_name, hits, total, None if cost is None else _worth(stack, cost, by_name, loaded, first))
+        )
+    return points
+
+
+def _worth(
+    stack: StackProfile, cost: CostModel, blocks: Mapping[str, float], loaded: Mapping[str, Int64], first: int
+) -> Worth:
+    trace = stack.trace
+    inputs = trace.input_tokens[first:]
+    ttft, computed = cost.serve(inputs, loaded)
+    whole = cost.prefill.seconds(np.zeros_like(inputs), inputs)
+    hours = float(trace.timestamps_s[-1] - trace.timestamps_s[first]) / 3600
+    sizes = {
+        name: min(count, trace.num_unique) * trace.block_tokens * cost.token_bytes for name, count in blocks.items()
+    }
+    dollars = computed.sum() / 3600 * cost.gpu_dollars_per_hour + cost.rent(sizes, hours)
+    return Worth(
+        {p: float(np.percentile(ttft, p)) for p in PERCENTILES},
+        float(whole.sum() - computed.sum()),
+        float(dollars) / max(int(inputs.sum()), 1) * 1e6,
+    )
