@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.engines.conftest import driver, prompt
+from tests.engines.scenario import assert_same, driver, prompt
 from tests.engines.vllm_driver import VllmDriver
 
 pytestmark = pytest.mark.engine
-
-TIE = 1e-3  # where the two best log-probabilities lie closer, the batch's shape may decide
-
-
-def assert_same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    for one, reference in zip(got, wanted, strict=True):
-        for step, (token, expected) in enumerate(zip(one["tokens"], reference["tokens"], strict=True)):
-            if token != expected:
-                assert reference["gaps"][step] < TIE, f"step {step}: token {token} instead of {expected}"
-                break
-            assert abs(one["logprobs"][step] - reference["logprobs"][step]) < TIE
 
 
 @pytest.fixture(scope="module")

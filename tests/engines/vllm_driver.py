@@ -48,10 +48,15 @@ class VllmDriver:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def call(self, command: str, **arguments: Any) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def send(self, command: str, **arguments: Any) -> None:
+        """Give a command and do not wait for the answer."""
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
         self._process.stdin.flush()
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        self.send(command, **arguments)
+        assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("ANSWER "):
                 answer = json.loads(line.removeprefix("ANSWER "))

@@ -1,0 +1,45 @@
+"""Fixtures that several rooms share, and the rule that CI skips nothing but GPU tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engines.tiny_model import make_tiny_llama
+from tests.engines.vllm_driver import VllmDriver
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """The folder of a disk tier."""
+    return tmp_path / "disk"
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_llama: Path) -> Iterator[VllmDriver]:
+    """The reference: vLLM without a connector and without prefix caching."""
+    with VllmDriver(tiny_llama, settings=None) as engine:
+        yield engine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """With CI=true, a skipped test is a failed one, unless it needs a GPU."""
+    report = yield
+    if (
+        os.environ.get("CI") == "true"
+        and report.skipped
+        and not hasattr(report, "wasxfail")
+        and not item.get_closest_marker("gpu")
+    ):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where only GPU tests may be: {report.longrepr}"
+    return report

@@ -1,0 +1,34 @@
+"""Prompts, engines and the comparison that the engine tests share."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from tests.engines.tiny_model import VOCABULARY
+from tests.engines.vllm_driver import VllmDriver
+
+TIE = 1e-3  # where the two best log-probabilities lie closer, the batch's shape may decide
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(2, VOCABULARY) for _ in range(length)]
+
+
+def driver(model: Path, **settings: Any) -> VllmDriver:
+    """An engine with blocks of 32 tokens and chunks of 64."""
+    options = settings.pop("options", {})
+    defaults = {"chunk_tokens": 64, "host.capacity": "64MiB", "metrics.enabled": False, "strict": True}
+    return VllmDriver(model, settings={**defaults, **settings}, **options)
+
+
+def assert_same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    """Greedy tokens and log-probabilities are equal; after a numerical tie a sequence may go its own way."""
+    for one, reference in zip(got, wanted, strict=True):
+        for step, (token, expected) in enumerate(zip(one["tokens"], reference["tokens"], strict=True)):
+            if token != expected:
+                assert reference["gaps"][step] < TIE, f"step {step}: token {token} instead of {expected}"
+                break
+            assert abs(one["logprobs"][step] - reference["logprobs"][step]) < TIE
