@@ -165,8 +165,8 @@ def redis_sentinel(folder: Path) -> Iterator[SentinelSet]:
         settings = homes[2] / "sentinel.conf"
         settings.write_text(
             f"sentinel monitor chunks {LOCAL} {master.port} 1\n"
-            "sentinel down-after-milliseconds chunks 300\n"
-            "sentinel failover-timeout chunks 2000\n"
+            "sentinel down-after-milliseconds chunks 1000\n"
+            "sentinel failover-timeout chunks 3000\n"
         )
         sentinel = stack.enter_context(redis_server(homes[2], sentinel=settings))
         with sentinel.client() as client:
