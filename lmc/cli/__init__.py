@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lmc
-from lmc.cli import bench, cache, config, serve, sim
+from lmc.cli import bench, cache, config, probe, serve, sim
 from lmc.errors import LmcError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 serve.add_to(app)
 bench.add_to(app)
 sim.add_to(app)
+probe.add_to(app)
 cache.add_to(app)
 config.add_to(app)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ def ids(*blocks: int) -> np.ndarray:
     return np.array(blocks, dtype=np.int64)
 
 
+def flat(table: list[list[int]]) -> np.ndarray:
+    return np.array(table, dtype=np.int64).ravel()
+
+
 def at(*addresses: int) -> np.ndarray:
     return np.array(addresses, dtype=np.uint64)
 
@@ -31,13 +36,13 @@ def test_descriptors_are_disjoint_and_inside(data: st.DataObject, direction: Dir
     engine = data.draw(engines())
     table = data.draw(block_tables(engine.layout.num_blocks))
     slots = Slots(len(table), slot_bytes(engine.layout, len(table[0])), 0)
-    copies = plan(engine.layout, ids(*sum(table, [])), slots.addresses, direction)
+    copies = plan(engine.layout, flat(table), slots.addresses, direction)
     for starts, allowed in (
         (copies.slots, [(int(address), int(address) + slots.size) for address in slots.addresses]),
         (copies.blocks, [(memory.data_ptr(), memory.data_ptr() + memory.numel()) for memory in engine.memory]),
     ):
         pieces = spans(starts, copies.size)
-        assert all(one[1] <= other[0] for one, other in zip(pieces, pieces[1:], strict=False))
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(pieces))
         assert all(any(low <= start and stop <= high for low, high in allowed) for start, stop in pieces)
     taking_part = sum(block >= 0 for chunk in table for block in chunk)
     assert copies.num_bytes == taking_part * engine.layout.block_bytes
@@ -50,7 +55,7 @@ def test_no_two_neighbours_could_be_one(data: st.DataObject, direction: Directio
     engine = data.draw(engines())
     table = data.draw(block_tables(engine.layout.num_blocks))
     slots = Slots(len(table), slot_bytes(engine.layout, len(table[0])), 0)
-    copies = plan(engine.layout, ids(*sum(table, [])), slots.addresses, direction)
+    copies = plan(engine.layout, flat(table), slots.addresses, direction)
     follows = (copies.src[1:] == copies.src[:-1] + copies.size[:-1]) & (
         copies.dst[1:] == copies.dst[:-1] + copies.size[:-1]
     )
@@ -82,7 +87,7 @@ def test_layers_one_by_one_are_the_whole_load(data: st.DataObject, seed: int) ->
     """Layer-wise loads leave the same bytes as a load of all layers, and each brings its own layer only."""
     engine = data.draw(engines())
     table = data.draw(block_tables(engine.layout.num_blocks))
-    blocks = ids(*sum(table, []))
+    blocks = flat(table)
     slots = Slots(len(table), slot_bytes(engine.layout, len(table[0])), seed)
     engine.fill(seed)
     HostBackend().execute(plan(engine.layout, blocks, slots.addresses, Direction.LOAD))
