@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lmc.cache.tiers import file_read
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import HEADER_BYTES, TierScope
 from lmc.errors import Corrupt, TierError, TierFull
+
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
 
 pytestmark = pytest.mark.fault
@@ -199,14 +201,17 @@ def test_a_file_of_a_wrong_size_is_corrupt_and_can_be_replaced(tier: DiskTier, t
     assert load(tier, 1) == payload(2)
 
 
+@pytest.mark.parametrize("cached", [True, False, None], ids=["cached", "not cached", "before the look at the cache"])
 def test_a_file_that_shrinks_while_it_is_read_is_corrupt(
-    tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool | None
 ) -> None:
     tier.put(key(1), payload(1))
     full_size = chunk_file(tmp_path).stat()
     os.truncate(chunk_file(tmp_path), 20_000)
     monkeypatch.setattr(os, "fstat", lambda fd: full_size)
-    with pytest.raises(Corrupt, match="ended at byte 20000"):
+    if cached is not None:
+        monkeypatch.setattr(file_read, "in_page_cache", lambda fd, size: cached)
+    with pytest.raises(Corrupt, match=r"ended at byte 20000|shrank"):
         load(tier, 1)
 
 

@@ -7,7 +7,7 @@ too. All numbers are little-endian. Names of stored chunks contain FORMAT, so on
 
 from __future__ import annotations
 
-import mmap
+import ctypes
 import struct
 from dataclasses import dataclass
 
@@ -82,7 +82,9 @@ def checksum(data: memoryview | bytes) -> int:
 
 def aligned_page() -> memoryview:
     """Room for a header, aligned so that O_DIRECT can fill it."""
-    return memoryview(mmap.mmap(-1, HEADER_BYTES))
+    room = bytearray(2 * HEADER_BYTES)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % HEADER_BYTES
+    return memoryview(room)[start : start + HEADER_BYTES]
 
 
 def encode(header: ChunkHeader) -> bytes:

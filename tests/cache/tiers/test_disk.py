@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import subprocess
@@ -62,21 +64,35 @@ def test_every_way_of_reading_gives_the_same_bytes(size: int, cached: list[bool]
         assert slot == payload(1, size)
 
 
-def test_without_the_kernel_s_favours_reading_is_still_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that knows neither RWF_NOWAIT nor O_DIRECT."""
+def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = DiskTier(tmp_path, SCOPE)
     tier.put(key(1), payload(1))
+    drop_from_page_cache(file_of(tmp_path, 1))
     plain = os.preadv
+    refused = []
 
-    def refuse(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if flags & os.RWF_NOWAIT:
-            raise OSError(file_read.errno.EOPNOTSUPP, "not supported")
-        if file_read.fcntl.fcntl(fd, file_read.fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(file_read.errno.EINVAL, "no direct I/O")
+    def refuse(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "no direct I/O")
         return plain(fd, [buffer[:1000] for buffer in buffers[:1]], offset)  # and it reads little at a time
 
     monkeypatch.setattr(os, "preadv", refuse)
     assert load(tier, 1) == payload(1)
+    assert refused == [0]
+
+
+def test_the_page_cache_is_told_from_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100_001))
+    fd = os.open(path, os.O_RDONLY)
+    assert file_read.in_page_cache(fd, 100_001)
+    drop_from_page_cache(path)
+    assert not file_read.in_page_cache(fd, 100_001)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    os.pread(fd, 1, 50_000)
+    assert not file_read.in_page_cache(fd, 100_001)
+    os.close(fd)
 
 
 def test_files_are_found_by_another_process(tmp_path: Path) -> None:
