@@ -297,7 +297,7 @@ class CacheEngine:
         for tier, tokens in request.sources.items():
             self.metrics.hit_tokens.labels(tier).inc(tokens)
         if request.found is not None and request.found.miss is not None:
-            self.metrics.misses.labels(request.found.miss.value).inc()
+            self.metrics.misses.labels(request.found.miss).inc()
         if self._recorder is not None:
             hits = {DEVICE: request.computed, **request.sources}
             keys = request.chain.keys

@@ -1,0 +1,11 @@
+"""Which chunk is in which tier and slot, who has it pinned, what goes next. Start with directory.py."""
+
+from __future__ import annotations
+
+from lmc.cache.directory.below import Counts
+from lmc.cache.directory.directory import Directory, Found
+from lmc.cache.directory.misses import Miss, evicted_from
+from lmc.cache.directory.operations import Ticket
+from lmc.cache.directory.places import HOST
+
+__all__ = ["HOST", "Counts", "Directory", "Found", "Miss", "Ticket", "evicted_from"]

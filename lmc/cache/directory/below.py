@@ -1,0 +1,253 @@
+"""What is written to the tiers below the host, when, and what goes from them.
+
+Bounded tiers (disk) take a chunk only behind its parent, so the missing part of its path is written first. Remote tiers have their own
+eviction; nothing but the name of the chunk matters there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lmc.cache.directory.misses import evicted_from
+from lmc.cache.directory.operations import Operation, Operations, Ticket
+from lmc.cache.directory.places import HOST, Places
+from lmc.cache.directory.remote import RemoteKeys
+from lmc.cache.directory.resident import ABSENT, RESIDENT, ResidentSet
+from lmc.cache.keys import ChunkKey
+
+WriteMode = Literal["through", "back", "around"]
+Cause = Literal["room", "quota", "demoted", "expired", "cleared", "failed"]
+
+
+@dataclass
+class Counts:
+    """Totals since the start."""
+
+    stores_dropped: int = 0  # chunks for which no slot was free
+    writes_dropped: int = 0  # chunks not written below: queue full, or no room
+    evicted: dict[str, int] = field(default_factory=dict)  # by tier, to make room
+    removed: dict[tuple[str, Cause], int] = field(default_factory=dict)  # by tier and cause, evictions included
+
+    def gone(self, tier: str, cause: Cause) -> None:
+        self.removed[tier, cause] = self.removed.get((tier, cause), 0) + 1
+        if cause in ("room", "quota", "demoted"):
+            self.evicted[tier] = self.evicted.get(tier, 0) + 1
+
+
+class Below:
+    def __init__(
+        self,
+        places: Places,
+        operations: Operations,
+        remotes: Sequence[RemoteKeys],
+        counts: Counts,
+        *,
+        write: WriteMode,
+        write_touches: int,
+        queue_depth: int,
+    ) -> None:
+        self.outbox: list[Ticket] = []
+        self.remotes = list(remotes)
+        bounded = {residents.name for residents in places.below}
+        self._foreign = {remote.name: remote for remote in remotes if remote.name in bounded}
+        self._unbounded = [remote for remote in remotes if remote.name not in bounded]
+        self._places = places
+        self._operations = operations
+        self._counts = counts
+        self._write = write
+        self._write_touches = write_touches
+        self._queue_depth = queue_depth
+        self._reserve = max(1, places.host.capacity // 8) if write == "back" and self.exists else 0
+        self._writing: dict[str, int] = {}  # bounded tier -> writes under way
+        self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first
+        self._demoting: dict[int, int] = {}  # node -> writes after which its host copy goes
+
+    @property
+    def exists(self) -> bool:
+        return bool(self._places.below or self._unbounded)
+
+    @property
+    def num_writing(self) -> dict[str, int]:
+        """Writes under way, by tier."""
+        return {**self._writing, **{remote.name: remote.num_writing for remote in self._unbounded}}
+
+    # When
+
+    def after_store(self, node: int) -> None:
+        if self._write == "through" or (self._write == "around" and self._touched_enough(node)):
+            self.write(node)
+
+    def after_touch(self, nodes: Sequence[int]) -> None:
+        """A chunk whose write was dropped, or not yet due, gets another chance."""
+        if self._write == "back" or not self.exists:
+            return
+        host = self._places.host.state
+        for node in nodes:
+            if host[node] == RESIDENT and (self._write == "through" or self._touched_enough(node)):
+                self.write(node)
+
+    def make_room(self) -> bool:
+        """See to it that a host slot is free."""
+        places = self._places
+        if places.num_free_slots:
+            return True
+        node = places.host.victim()
+        if node < 0:
+            return False
+        if self._write == "back" and self.exists and not self.has_copy(node):
+            self._counts.writes_dropped += 1
+        self.evict_from_host(node, "room")
+        return True
+
+    def demote_ahead(self) -> None:
+        """Write-back: keep some slots free, so that a store needn't wait for a tier below."""
+        places = self._places
+        missing = self._reserve - places.num_free_slots - len(self._demoting)
+        for _ in range(missing):
+            node = places.host.victim()
+            if node < 0:
+                return
+            if self.has_copy(node):
+                self.evict_from_host(node, "demoted")
+            elif not self.write(node, demotes=True):
+                return
+
+    # What
+
+    def has_copy(self, node: int) -> bool:
+        """A tier below the host has the chunk."""
+        key = self._places.nodes.key(node)
+        return self._places.tier_below(node) is not None or any(key in remote for remote in self.remotes)
+
+    def evict_from_host(self, node: int, cause: Cause) -> None:
+        self._count(HOST, node, cause)
+        self._places.leave_host(node)
+
+    def write(self, node: int, *, demotes: bool = False) -> bool:
+        """Ask for copies of a host chunk in the tiers below that lack it. False if there was nothing to ask for."""
+        asked = False
+        for residents in self._places.below:
+            if residents.state[node] == ABSENT and self._write_path(residents, node, demotes):
+                asked = True
+        key = self._places.nodes.key(node)
+        for remote in self._unbounded:
+            if remote.may_write(key) and self._write_remote(remote, node, key, demotes):
+                asked = True
+        return asked
+
+    def delete(self, residents: ResidentSet, node: int) -> None:
+        places = self._places
+        places.leave(residents, node)
+        self._issue("delete", node, places.nodes.key(node), residents.name)
+
+    def delete_remote(self, remote: RemoteKeys, key: ChunkKey) -> None:
+        if remote.begin_delete(key):
+            self._issue("delete", -1, key, remote.name)
+
+    def complete_delete(self, done: Operation) -> None:
+        if done.node < 0:
+            next(remote for remote in self.remotes if remote.name == done.ticket.tier).end_delete(done.ticket.key)
+            return
+        residents = self._places.set_of(done.ticket.tier)
+        assert residents is not None
+        residents.vacate(done.node)
+        self._places.forget_unused(done.node)
+
+    def complete_write(self, done: Operation, stored: bool) -> None:
+        places, node = self._places, done.node
+        residents = places.set_of(done.ticket.tier)
+        if residents is None:
+            next(remote for remote in self._unbounded if remote.name == done.ticket.tier).end_write(
+                done.ticket.key, stored=stored
+            )
+        else:
+            self._writing[residents.name] -= 1
+            for gone in done.evict:
+                places.block([gone], -1)
+                self._evicting.discard(gone)
+                places.forget_unused(gone)
+            if stored:
+                residents.state[node] = RESIDENT
+            else:
+                places.leave(residents, node)
+                residents.vacate(node)
+        if done.demotes:
+            self._demoting[node] -= 1
+            if self._demoting[node] == 0:
+                del self._demoting[node]
+                if places.host.readable(node) and not places.host.blocks[node] and self.has_copy(node):
+                    self.evict_from_host(node, "demoted")
+        places.forget_unused(node)
+
+    def _touched_enough(self, node: int) -> bool:
+        return self._places.touches[node] >= self._write_touches
+
+    def _write_path(self, residents: ResidentSet, node: int, demotes: bool) -> bool:
+        """Write the chunk and, before it, those of its ancestors that the tier lacks. False if it cannot be reached or queued."""
+        places = self._places
+        path: list[int] = []
+        step = node
+        while step >= 0 and not residents.held(step):
+            key = places.nodes.key(step)
+            if residents.name in self._foreign and key in self._foreign[residents.name]:
+                break
+            if not places.host.readable(step) or residents.state[step] != ABSENT or step in self._evicting:
+                return False
+            path.append(step)
+            step = places.parents[step]
+        return bool(path) and all(self._write_bounded(residents, s, demotes and s == node) for s in reversed(path))
+
+    def _write_bounded(self, residents: ResidentSet, node: int, demotes: bool) -> bool:
+        places = self._places
+        if self._writing.get(residents.name, 0) >= self._queue_depth:
+            self._counts.writes_dropped += 1
+            return False
+        gone: tuple[int, ...] = ()
+        keys: tuple[ChunkKey, ...] = ()
+        if residents.num_free == 0:
+            victim = residents.victim()
+            if victim < 0:
+                self._counts.writes_dropped += 1
+                return False
+            gone, keys = (victim,), (places.nodes.key(victim),)
+            self._count(residents.name, victim, "room")
+            places.block(gone, 1)
+            self._evicting.add(victim)
+            places.leave(residents, victim)
+            residents.vacate(victim)
+        places.enter(residents, node)
+        residents.insert(node, places.access)
+        self._writing[residents.name] = self._writing.get(residents.name, 0) + 1
+        self._issue("write", node, places.nodes.key(node), residents.name, gone, keys, demotes)
+        return True
+
+    def _write_remote(self, remote: RemoteKeys, node: int, key: ChunkKey, demotes: bool) -> bool:
+        if remote.num_writing >= self._queue_depth:
+            self._counts.writes_dropped += 1
+            return False
+        remote.begin_write(key)
+        self._issue("write", node, key, remote.name, demotes=demotes)
+        return True
+
+    def _issue(
+        self,
+        kind: Literal["write", "delete"],
+        node: int,
+        key: ChunkKey,
+        tier: str,
+        gone: tuple[int, ...] = (),
+        gone_keys: tuple[ChunkKey, ...] = (),
+        demotes: bool = False,
+    ) -> None:
+        slot = self._places.slots[node] if kind == "write" else -1
+        ticket = self._operations.open(kind, key, node, tier, slot, evict=gone_keys, evict_nodes=gone, demotes=demotes)
+        self.outbox.append(ticket)
+        self._places.block([node], 1)
+        if demotes:
+            self._demoting[node] = self._demoting.get(node, 0) + 1
+
+    def _count(self, tier: str, node: int, cause: Cause) -> None:
+        self._counts.gone(tier, cause)
+        self._places.misses.note(self._places.nodes.key(node), evicted_from(tier))

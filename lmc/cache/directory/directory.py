@@ -1,0 +1,474 @@
+"""The directory: which chunk is in which tier and slot, who has it pinned, what goes next.
+
+It does no I/O, holds no bytes, takes no lock and reads no clock; it lives on the engine's scheduler thread. It hands out *tickets* (what is
+to be copied) and believes only what complete() reports. The simulator runs this very object.
+
+    directory.py    what requests, reports and people ask for
+    places.py       nodes, slots, states, parents, blocks
+    below.py        what is written to the tiers below the host
+    the others      one table each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lmc.cache.directory.ages import TtlMode
+from lmc.cache.directory.below import Below, Cause, Counts, WriteMode
+from lmc.cache.directory.misses import Miss
+from lmc.cache.directory.operations import Kind, Operations, Ticket
+from lmc.cache.directory.places import HOST, Places
+from lmc.cache.directory.remote import RemoteKeys
+from lmc.cache.directory.resident import ABSENT, INCOMING, RESIDENT, SPOILED
+from lmc.cache.keys import ChunkKey
+from lmc.cache.policy.base import PolicySpec
+
+CORRUPT = "corrupt"  # the one cause of a failure that makes the directory delete a chunk which others may be using
+_REMOTE_KEYS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Answer of a lookup: the tier of each chunk of the longest stored prefix, fastest first, and why it ends there."""
+
+    tiers: tuple[str, ...]
+    miss: str | None  # a Miss, or evicted_from(tier)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.tiers)
+
+
+class Directory:
+    """host_slots fixed slots in host memory and, below it, bounded tiers in order of speed (name to capacity in chunks).
+
+    remote: tiers whose content others change. What is there is learned with learn(). A name that is in `below` too is a shared tier: it
+    holds this instance's chunks, which count against the capacity, and those of others. tenant_quota: host slots that one tenant may take.
+    """
+
+    def __init__(
+        self,
+        host_slots: int,
+        below: dict[str, int],
+        spec: PolicySpec,
+        *,
+        remote: Sequence[str] = (),
+        write: WriteMode = "through",
+        write_touches: int = 2,
+        ttl: float | None = None,
+        ttl_mode: TtlMode = "sliding",
+        tenant_quota: int | None = None,
+        queue_depth: int = 1024,
+    ) -> None:
+        self.counts = Counts()
+        self._places = Places(host_slots, below, spec, ttl=ttl, ttl_mode=ttl_mode, tenant_quota=tenant_quota)
+        self._operations = Operations()
+        self._remotes = [RemoteKeys(name, _REMOTE_KEYS) for name in remote]
+        self._below = Below(
+            self._places,
+            self._operations,
+            self._remotes,
+            self.counts,
+            write=write,
+            write_touches=write_touches,
+            queue_depth=queue_depth,
+        )
+        self._pins: dict[str, tuple[list[int], float]] = {}
+        self._staging: set[int] = set()
+        self._spoiled: set[int] = set()
+        self._now = float("-inf")
+
+    # Looking up
+
+    def lookup(self, keys: Sequence[ChunkKey], now: float) -> Found:
+        """The longest prefix of keys whose chunks are readable. Changes nothing."""
+        now = self._advance(now)
+        find = self._places.nodes.find
+        in_host = self._places.host.state
+        may_expire = self._places.ages.ttl is not None
+        tiers: list[str] = []
+        for key in keys:
+            node = find(key)
+            if node >= 0 and in_host[node] == RESIDENT and not (may_expire and self._places.ages.expired(node, now)):
+                tiers.append(HOST)
+                continue
+            tier = self._source(key, node, now)
+            if tier is None:
+                return Found(tuple(tiers), self._why(key, node, now))
+            tiers.append(tier)
+        return Found(tuple(tiers), None)
+
+    def tiers_of(self, key: ChunkKey) -> list[str]:
+        """Every tier from which the chunk can be read, as far as is known."""
+        node = self._places.nodes.find(key)
+        tiers = [residents.name for residents in self._places.sets if node >= 0 and residents.readable(node)]
+        return tiers + [remote.name for remote in self._remotes if key in remote and remote.name not in tiers]
+
+    def idle(self, key: ChunkKey, now: float) -> float | None:
+        """Seconds since the chunk was touched (with a fixed time to live: stored), or None if it isn't in any bounded tier."""
+        node = self._places.nodes.find(key)
+        held = node >= 0 and self._places.held(node)
+        return self._places.ages.idle(node, self._advance(now)) if held else None
+
+    # Moving chunks
+
+    def store(self, keys: Sequence[ChunkKey], now: float, *, tenant: str = "", touch: bool = True) -> list[Ticket]:
+        """A request holds the chunks of keys, a whole prefix: touch what is stored, make room for what is not.
+
+        Inserts and touches go from the last chunk to the first, so a parent is younger than its child. Returns a store ticket for each
+        chunk that got a slot, in order of the prefix; where slots run out, the rest is dropped.
+        """
+        now = self._advance(now)
+        places = self._places
+        places.access += 1
+        chain = places.nodes.chain(keys)
+        missing = [index for index, node in enumerate(chain) if node < 0 or not places.held(node)]
+        new: list[int] = []
+        tickets: list[Ticket] = []
+        end = len(keys)
+        if missing:
+            places.block(chain, 1)
+            for index in missing:
+                ticket = self._store_one(keys[index], chain, index, tenant, now)
+                if ticket is None:
+                    self.counts.stores_dropped += len(missing) - len(new)
+                    places.misses.note(keys[index], Miss.NO_ROOM)
+                    end = index
+                    break
+                tickets.append(ticket)
+                new.append(chain[index])
+            places.insert(places.host, new)
+            places.block(chain, -1)
+        added = set(new)
+        stored = [node for node in chain[:end] if node not in added]
+        for index in range(end):
+            if places.parents[chain[index]] < 0:
+                places.adopt(chain[index], chain[index - 1] if index else -1, tenant)
+        if touch:
+            places.touch(stored, now)
+            self._below.after_touch(stored)
+        if missing:
+            for node in chain[end:]:
+                if node >= 0:
+                    places.forget_unused(node)
+            places.forget_ghosts()
+            self._below.demote_ahead()
+        return tickets
+
+    def stage(self, keys: Sequence[ChunkKey], now: float, *, first: int = 0, tenant: str = "") -> list[Ticket]:
+        """Bring chunks of a prefix, from index `first` on, into host slots; those in host already are skipped.
+
+        Stops at the first chunk that cannot be read or finds no room.
+        """
+        now = self._advance(now)
+        places = self._places
+        places.access += 1
+        chain = places.nodes.chain(keys)
+        places.block(chain, 1)
+        tickets: list[Ticket] = []
+        new: list[int] = []
+        for index in range(first, len(keys)):
+            node, key = chain[index], keys[index]
+            if node >= 0 and places.host.state[node] in (INCOMING, RESIDENT):
+                continue
+            tier = self._source(key, node, now)
+            if tier is None or (node >= 0 and places.host.state[node] != ABSENT) or not self._make_room(tenant):
+                break
+            parent = chain[index - 1] if index else -1
+            if node < 0:
+                if places.nodes.full:
+                    break
+                node = chain[index] = places.add(key, parent, now)
+                places.block([node], 1)
+            if not places.held(node):
+                places.parents[node] = parent
+            places.adopt(node, parent, tenant)
+            places.take_slot(node)
+            tickets.append(self._issue("stage", node, tier))
+            self._staging.add(node)
+            new.append(node)
+        places.insert(places.host, new)
+        places.block(chain, -1)
+        for node in chain:
+            if node >= 0:
+                places.forget_unused(node)
+        places.forget_ghosts()
+        return tickets
+
+    def arriving(self, keys: Sequence[ChunkKey]) -> bool:
+        """True while some of keys are on their way into host slots."""
+        in_host = self._places.host.state
+        return any(node >= 0 and in_host[node] == INCOMING for node in self._places.nodes.chain(keys))
+
+    def num_settled(self, keys: Sequence[ChunkKey]) -> int:
+        """Leading chunks of keys that are stored or being stored; one that is still being staged may yet turn out to be corrupt."""
+        chain = self._places.nodes.chain(keys)
+        return next((index for index, node in enumerate(chain) if node in self._staging), len(keys))
+
+    def load(self, keys: Sequence[ChunkKey]) -> list[Ticket]:
+        """Promise that the host slots of keys stay as they are until the returned operations complete. All keys must be in host."""
+        nodes = self._places.nodes.chain(keys)
+        if any(node < 0 or not self._places.host.readable(node) for node in nodes):
+            raise KeyError("a chunk to load is not in host memory")
+        return [self._issue("load", node, HOST) for node in nodes]
+
+    def complete(self, operation: int, failure: str | None, now: float) -> Ticket | None:
+        """An operation ended on all ranks; failure is a word for its cause. Returns its ticket, or None if the operation is not open."""
+        self._advance(now)
+        done = self._operations.close(operation)
+        if done is None:
+            return None
+        places, node = self._places, done.node
+        places.block([node], -1)
+        self._staging.discard(node)
+        if done.ticket.kind in ("store", "stage"):
+            self._complete_slot(done.ticket, node, failure)
+        elif done.ticket.kind == "write":
+            self._below.complete_write(done, failure is None)
+        elif done.ticket.kind == "delete":
+            self._below.complete_delete(done)
+        elif failure is not None and places.host.readable(node):
+            places.host.state[node] = SPOILED
+            self._spoiled.add(node)
+        if self._spoiled:
+            self._drop_spoiled()
+        return done.ticket
+
+    def take_tickets(self) -> list[Ticket]:
+        """Writes and deletes that became due since the last call."""
+        tickets, self._below.outbox = self._below.outbox, []
+        return tickets
+
+    # What the tiers say themselves
+
+    def restore(self, tier: str, keys: Iterable[ChunkKey], now: float) -> list[ChunkKey]:
+        """Believe that a bounded tier holds keys (oldest first), as a scan found. Returns the oldest ones that are beyond its capacity."""
+        now = self._advance(now)
+        places = self._places
+        residents = places.set_of(tier)
+        assert residents is not None
+        listed = list(dict.fromkeys(keys))
+        surplus = listed[: max(0, len(listed) - residents.num_free)]
+        for key in listed[len(surplus) :]:
+            node = places.nodes.find(key)
+            if node < 0:
+                node = places.add(key, -1, now)
+            if not places.held(node):
+                places.parents[node] = -1
+            if residents.state[node] == ABSENT:
+                places.enter(residents, node)
+                residents.state[node] = RESIDENT
+                places.access += 1
+                places.insert(residents, [node])
+        return surplus
+
+    def learn(self, tier: str, keys: Sequence[ChunkKey], present: Sequence[bool]) -> None:
+        """A remote or shared tier was asked for keys."""
+        remote = next(remote for remote in self._remotes if remote.name == tier)
+        for key, there in zip(keys, present, strict=True):
+            if there:
+                remote.learn(key)
+            else:
+                remote.forget(key)
+
+    # Removing
+
+    def clear(self, tenant: str | None = None) -> int:
+        """Forget every chunk, or every known chunk of a tenant, that no operation and no pin holds; the tiers below get deletions.
+
+        Returns how many of them remain.
+        """
+        places = self._places
+        nodes = [node for node in places.nodes if tenant is None or places.tenants.owns(tenant, node)]
+        keys = [places.nodes.key(node) for node in nodes]
+        self._remove(nodes, Miss.CLEARED, "cleared")
+        for remote in self._remotes:
+            for key in list(remote.keys()) if tenant is None else keys:
+                if key in remote:
+                    self._below.delete_remote(remote, key)
+        return sum(node >= 0 and places.held(node) for node in places.nodes.chain(keys))
+
+    def clear_from(self, keys: Sequence[ChunkKey]) -> int:
+        """Forget the last chunk of a prefix and all chunks that continue it, as clear() does. Costs a pass over all chunks."""
+        places = self._places
+        root = places.nodes.find(keys[-1])
+        nodes = places.subtree(root) if root >= 0 else []
+        affected = list(dict.fromkeys([keys[-1], *(places.nodes.key(node) for node in nodes)]))
+        self._remove(nodes, Miss.CLEARED, "cleared")
+        for remote in self._remotes:
+            for key in affected:
+                self._below.delete_remote(remote, key)
+        return sum(node >= 0 and places.held(node) for node in places.nodes.chain(affected))
+
+    def expire(self, now: float) -> None:
+        """Drop pins whose time is over, and chunks whose time to live is. Remote tiers keep their own time."""
+        now = self._advance(now)
+        for owner in [owner for owner, (_, expires) in self._pins.items() if expires <= now]:
+            self.unpin(owner)
+        old = self._places.ages.all_expired(now)
+        if old:
+            self._remove(old, Miss.EXPIRED, "expired")
+
+    # Pins
+
+    def pin(self, keys: Sequence[ChunkKey], owner: str, expires: float) -> int:
+        """Keep chunks from eviction until unpin(owner) or the expiry. An owner has one pin; a second call adds to it.
+
+        Returns how many of keys it covers: those in a bounded tier.
+        """
+        places = self._places
+        nodes, _ = self._pins.get(owner, ([], 0.0))
+        added = [node for node in places.nodes.chain(keys) if node >= 0 and places.held(node)]
+        places.block(added, 1)
+        self._pins[owner] = (nodes + added, expires)
+        return len(added)
+
+    def unpin(self, owner: str) -> bool:
+        """Give up an owner's pin; False if it has none."""
+        pin = self._pins.pop(owner, None)
+        if pin is None:
+            return False
+        self._places.block(pin[0], -1)
+        for node in pin[0]:
+            self._places.forget_unused(node)
+        return True
+
+    def pins(self) -> dict[str, tuple[int, float]]:
+        """Owner to (chunks, time of expiry)."""
+        return {owner: (len(nodes), expires) for owner, (nodes, expires) in self._pins.items()}
+
+    # For metrics, tests and the live view
+
+    @property
+    def num_open(self) -> int:
+        """Operations handed out and not completed."""
+        return len(self._operations)
+
+    @property
+    def num_pins(self) -> int:
+        return len(self._pins)
+
+    @property
+    def num_writing(self) -> dict[str, int]:
+        """Writes handed out and not completed, by tier."""
+        return self._below.num_writing
+
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Bounded tier to (chunks, capacity in chunks)."""
+        return {residents.name: (residents.count, residents.capacity) for residents in self._places.sets}
+
+    def known_remote(self) -> dict[str, int]:
+        """Remote or shared tier to the chunks of others that are known to be there."""
+        return {remote.name: len(remote) for remote in self._remotes}
+
+    def check(self) -> None:
+        """Assert the invariants; for tests and the end of a replay."""
+        self._places.check(idle=not self._operations and not self._pins)
+
+    # Inside
+
+    def _advance(self, now: float) -> float:
+        """Time never goes back, whatever the caller's clock does."""
+        self._now = max(self._now, now)
+        return self._now
+
+    def _source(self, key: ChunkKey, node: int, now: float) -> str | None:
+        """Where a chunk that may be elsewhere than in host can be read."""
+        places = self._places
+        if node >= 0 and not places.ages.expired(node, now):
+            if places.host.state[node] == RESIDENT:
+                return HOST
+            tier = places.tier_below(node)
+            if tier is not None:
+                return tier
+        return next((remote.name for remote in self._remotes if key in remote), None)
+
+    def _why(self, key: ChunkKey, node: int, now: float) -> str:
+        if node >= 0 and self._places.held(node):
+            return Miss.EXPIRED if self._places.ages.expired(node, now) else Miss.IN_FLIGHT
+        return self._places.misses.reason(key)
+
+    def _store_one(self, key: ChunkKey, chain: list[int], index: int, tenant: str, now: float) -> Ticket | None:
+        places, node = self._places, chain[index]
+        if node >= 0 and places.host.state[node] != ABSENT:
+            return None  # a failed load still has transfers under way
+        if not self._make_room(tenant) or (node < 0 and places.nodes.full):
+            return None
+        parent = chain[index - 1] if index else -1
+        if node < 0:
+            node = chain[index] = places.add(key, parent, now)
+            places.block([node], 1)
+        places.parents[node] = parent
+        places.ages.born(node, now)
+        places.count_touch(node)
+        places.tenants.assign(node, tenant)
+        places.take_slot(node)
+        return self._issue("store", node, HOST)
+
+    def _make_room(self, tenant: str) -> bool:
+        places = self._places
+        if places.tenants.at_quota(tenant):
+            node = places.tenants.oldest(tenant, places.host.blocks)
+            if node < 0:
+                return False
+            self._below.evict_from_host(node, "quota")
+        return self._below.make_room()
+
+    def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
+        places = self._places
+        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node])
+        places.block((node,), 1)
+        return ticket
+
+    def _complete_slot(self, ticket: Ticket, node: int, failure: str | None) -> None:
+        places = self._places
+        if failure is None:
+            places.host.state[node] = RESIDENT
+            self._below.after_store(node)
+            return
+        places.misses.note(ticket.key, Miss.STORE_FAILED if ticket.kind == "store" else Miss.LOAD_FAILED)
+        if ticket.kind == "stage":
+            residents = places.set_of(ticket.tier)
+            if residents is not None and residents.readable(node):
+                self._below.delete(residents, node)
+            else:
+                self._forget_remote(ticket, failure)
+        places.leave_host(node)
+
+    def _forget_remote(self, ticket: Ticket, failure: str) -> None:
+        for remote in self._remotes:
+            if remote.name == ticket.tier:
+                remote.forget(ticket.key)
+                if failure == CORRUPT:
+                    self._below.delete_remote(remote, ticket.key)
+
+    def _drop_spoiled(self) -> None:
+        """Free the slots of failed loads to which no transfer refers any more."""
+        busy = {operation.node for operation in self._operations}
+        for node in [node for node in self._spoiled if node not in busy]:
+            self._spoiled.remove(node)
+            self._places.misses.note(self._places.nodes.key(node), Miss.LOAD_FAILED)
+            self.counts.gone(HOST, "failed")
+            self._places.leave_host(node)
+
+    def _remove(self, nodes: Sequence[int], why: Miss, cause: Cause) -> None:
+        """Take chunks out of every bounded tier, children before parents, as far as nothing holds them."""
+        places = self._places
+        wanted = set(nodes)
+        for start in nodes:
+            node = start
+            while node in wanted and places.held(node) and not places.blocked(node):
+                wanted.discard(node)
+                parent = places.parents[node]
+                places.misses.note(places.nodes.key(node), why)
+                for residents in places.below:
+                    if residents.readable(node):
+                        self.counts.gone(residents.name, cause)
+                        self._below.delete(residents, node)
+                if places.host.readable(node):
+                    self.counts.gone(HOST, cause)
+                    places.leave_host(node)
+                node = parent
+            if start in wanted and not places.held(start):
+                places.ages.gone(start)

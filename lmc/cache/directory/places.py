@@ -1,0 +1,210 @@
+"""The bookkeeping of nodes and places: slots of the host, states in each tier, parents, and what blocks an eviction.
+
+Knows no requests, plans or write modes. Each tier stays prefix-closed: a chunk in a tier blocks its parent there and in the tiers below.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from lmc.cache.directory.ages import Ages, TtlMode
+from lmc.cache.directory.misses import MissLog
+from lmc.cache.directory.nodes import Nodes
+from lmc.cache.directory.resident import ABSENT, RESIDENT, SPOILED, ResidentSet
+from lmc.cache.directory.tenants import Tenants
+from lmc.cache.keys import ChunkKey
+from lmc.cache.policy.base import PolicySpec
+
+HOST = "host"
+_SPARE_NODES = 64  # chunks that hold no place while their deletion, children or pins still refer to them
+
+
+class Places:
+    def __init__(
+        self,
+        host_slots: int,
+        below: dict[str, int],
+        spec: PolicySpec,
+        *,
+        ttl: float | None,
+        ttl_mode: TtlMode,
+        tenant_quota: int | None,
+    ) -> None:
+        places = host_slots + sum(below.values())
+        num_nodes = int(places * (1 + spec.ghosts)) + places // 16 + _SPARE_NODES
+        self.parents = array("i", [-1]) * num_nodes
+        view = np.frombuffer(self.parents, dtype=np.int32)
+        self.host = ResidentSet(HOST, host_slots, num_nodes, spec, view)
+        self.below = [ResidentSet(name, capacity, num_nodes, spec, view) for name, capacity in below.items()]
+        self.sets = [self.host, *self.below]
+        self.nodes = Nodes(num_nodes)
+        self.ages = Ages(num_nodes, ttl, ttl_mode)
+        self.tenants = Tenants(num_nodes, tenant_quota)
+        self.misses = MissLog()
+        self.access = 0  # the number of the request, which is the policies' clock
+        self.slots = array("i", [-1]) * num_nodes
+        self.touches = array("H", bytes(2 * num_nodes))
+        self._free_slots: list[int] = []
+        self._fresh_slot = 0  # slots from here on were never taken
+
+    # Asking
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots) + self.host.capacity - self._fresh_slot
+
+    def set_of(self, tier: str) -> ResidentSet | None:
+        return next((residents for residents in self.sets if residents.name == tier), None)
+
+    def held(self, node: int) -> bool:
+        """The chunk is in some tier, or on its way into one."""
+        return any(residents.held(node) for residents in self.sets)
+
+    def tier_below(self, node: int) -> str | None:
+        """The fastest tier below the host from which the chunk can be read."""
+        for residents in self.below:
+            if residents.state[node] == RESIDENT:
+                return residents.name
+        return None
+
+    def blocked(self, node: int) -> bool:
+        return any(residents.blocks[node] for residents in self.sets)
+
+    # Nodes
+
+    def add(self, key: ChunkKey, parent: int, now: float) -> int:
+        node = self.nodes.add(key)
+        self.parents[node] = parent
+        self.touches[node] = 0
+        self.ages.born(node, now)
+        return node
+
+    def forget_unused(self, node: int) -> None:
+        """Free a node to which nothing refers any more."""
+        if self.nodes.keys[node] is not None and all(residents.unused(node) for residents in self.sets):
+            self.nodes.remove(node)
+            self.ages.gone(node)
+            self.tenants.forget(node)
+
+    def forget_ghosts(self) -> None:
+        for residents in self.sets:
+            for node in residents.forgettable():
+                self.forget_unused(node)
+
+    def adopt(self, node: int, parent: int, tenant: str) -> None:
+        """Learn the parent and the tenant of a chunk that a scan found."""
+        self.tenants.assign(node, tenant)
+        if self.parents[node] < 0 <= parent:
+            self.parents[node] = parent
+            for residents in self.sets:
+                if residents.held(node):
+                    self._block_parent(node, residents, 1)
+
+    def subtree(self, root: int) -> list[int]:
+        """A chunk and all that continue it. Costs a pass over all nodes."""
+        children: dict[int, list[int]] = {}
+        for node in self.nodes:
+            if self.held(node):
+                children.setdefault(self.parents[node], []).append(node)
+        found = [root]
+        for node in found:
+            found += children.get(node, ())
+        return found
+
+    # Blocking
+
+    def block(self, nodes: Iterable[int], by: int) -> None:
+        """Keep nodes (less those that are -1) from eviction, or let go."""
+        for residents in self.sets:
+            blocks = residents.blocks
+            for node in nodes:
+                if node >= 0:
+                    blocks[node] += by
+
+    def _block_parent(self, node: int, upper: ResidentSet, by: int) -> None:
+        parent = self.parents[node]
+        if parent >= 0:
+            for residents in self.sets[self.sets.index(upper) :]:
+                residents.blocks[parent] += by
+            if by < 0:
+                self.forget_unused(parent)
+
+    # Places
+
+    def enter(self, residents: ResidentSet, node: int) -> None:
+        residents.reserve(node)
+        self._block_parent(node, residents, 1)
+
+    def leave(self, residents: ResidentSet, node: int) -> None:
+        """Not readable any more and not the policy's; the place is still taken."""
+        residents.retire(node)
+        self._block_parent(node, residents, -1)
+
+    def take_slot(self, node: int) -> None:
+        self.enter(self.host, node)
+        if self._free_slots:
+            self.slots[node] = self._free_slots.pop()
+        else:
+            self.slots[node] = self._fresh_slot
+            self._fresh_slot += 1
+        self.tenants.entered_host(node)
+
+    def leave_host(self, node: int) -> None:
+        self.leave(self.host, node)
+        self.host.vacate(node)
+        self.tenants.left_host(node)
+        self._free_slots.append(self.slots[node])
+        self.slots[node] = -1
+        self.forget_unused(node)
+
+    def insert(self, residents: ResidentSet, nodes: Sequence[int]) -> None:
+        """In the same order as touches."""
+        for node in reversed(nodes):
+            residents.insert(node, self.access)
+
+    def touch(self, nodes: Sequence[int], now: float) -> None:
+        """From the last chunk to the first, so that a parent is younger than its child."""
+        in_host = self.host.state
+        for node in reversed(nodes):
+            for residents in self.sets:
+                residents.touch(node, self.access)
+            self.count_touch(node)
+            self.ages.touched(node, now)
+            if in_host[node] != ABSENT:
+                self.tenants.touched(node)
+
+    def count_touch(self, node: int) -> None:
+        self.touches[node] = min(self.touches[node] + 1, 65_535)
+
+    # Invariants
+
+    def check(self, idle: bool) -> None:
+        """Assert them; idle: no operation is open and no pin is held, so all blocks come from children."""
+        slots = [self.slots[node] for node in self.nodes if self.slots[node] >= 0]
+        assert len(slots) == len(set(slots)) and not set(slots) & set(self._free_slots)
+        assert len(slots) + self.num_free_slots == self.host.capacity
+        assert all(slot < self._fresh_slot for slot in slots)
+        for index, residents in enumerate(self.sets):
+            taken = [node for node in self.nodes if residents.state[node] != ABSENT]
+            assert residents.count == len(taken) <= residents.capacity
+            children = array("i", bytes(4 * len(self.parents)))
+            for node, above in self._held_down_to(index):
+                parent = self.parents[node]
+                if parent >= 0:
+                    children[parent] += 1
+                    assert self.nodes.keys[parent] is not None, f"the parent of {node} in {above.name} was forgotten"
+            for node in range(len(self.parents)):
+                assert residents.blocks[node] >= children[node]
+                assert not idle or residents.blocks[node] == children[node]
+        if idle:
+            for node in self.nodes:
+                assert not all(residents.unused(node) for residents in self.sets), f"node {node} leaks"
+
+    def _held_down_to(self, index: int) -> Iterator[tuple[int, ResidentSet]]:
+        for residents in self.sets[: index + 1]:
+            for node in self.nodes:
+                if residents.held(node) or residents.state[node] == SPOILED:
+                    yield node, residents

@@ -1,0 +1,67 @@
+"""What is known of a tier without a capacity of ours (Redis, S3): a bounded memory of keys that are there.
+
+Such a tier has its own eviction, so knowledge may be out of date: a stage then fails and the chunk counts as absent.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from lmc.cache.keys import ChunkKey
+
+
+class RemoteKeys:
+    def __init__(self, name: str, limit: int) -> None:
+        self.name = name
+        self._limit = limit
+        self._known: OrderedDict[ChunkKey, None] = OrderedDict()
+        self._writing: set[ChunkKey] = set()
+        self._deleting: set[ChunkKey] = set()
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        return key in self._known
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def keys(self) -> Iterable[ChunkKey]:
+        return self._known.keys()
+
+    def learn(self, key: ChunkKey) -> None:
+        """The key is there; not believed while its deletion is under way."""
+        if key in self._deleting:
+            return
+        self._known[key] = None
+        self._known.move_to_end(key)
+        if len(self._known) > self._limit:
+            self._known.popitem(last=False)
+
+    def forget(self, key: ChunkKey) -> None:
+        self._known.pop(key, None)
+
+    def may_write(self, key: ChunkKey) -> bool:
+        return key not in self._known and key not in self._writing and key not in self._deleting
+
+    @property
+    def num_writing(self) -> int:
+        return len(self._writing)
+
+    def begin_write(self, key: ChunkKey) -> None:
+        self._writing.add(key)
+
+    def end_write(self, key: ChunkKey, *, stored: bool) -> None:
+        self._writing.discard(key)
+        if stored:
+            self.learn(key)
+
+    def begin_delete(self, key: ChunkKey) -> bool:
+        """False when a write or another deletion of the key is under way."""
+        if key in self._writing or key in self._deleting:
+            return False
+        self.forget(key)
+        self._deleting.add(key)
+        return True
+
+    def end_delete(self, key: ChunkKey) -> None:
+        self._deleting.discard(key)

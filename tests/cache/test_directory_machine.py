@@ -1,0 +1,270 @@
+"""The directory against a world that does what its tickets say: slots and tiers with contents, operations that are late, fail or race."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
+
+from lmc.cache.directory import HOST, Directory, Ticket
+from lmc.cache.keys import ChunkKey
+from lmc.cache.policy.registry import POLICIES
+
+DISK, REDIS = "disk", "redis"
+Path = tuple[int, ...]  # a chunk is named by the tokens of its prefix, the first of which stands for the tenant
+
+
+def name(path: Path) -> ChunkKey:
+    return ChunkKey(bytes(path).rjust(32, b"\xff"))
+
+
+def prefix(path: Path) -> list[ChunkKey]:
+    return [name(path[: length + 1]) for length in range(1, len(path))]
+
+
+@dataclass
+class World:
+    """What really is where. It believes nothing but tickets."""
+
+    slots: dict[int, ChunkKey] = field(default_factory=dict)
+    tiers: dict[str, set[ChunkKey]] = field(default_factory=lambda: {DISK: set(), REDIS: set()})
+
+    def do(self, ticket: Ticket) -> bool:
+        """Whether it could be done."""
+        if ticket.kind == "store":
+            self.slots[ticket.slot] = ticket.key
+        elif ticket.kind == "load":
+            assert self.slots[ticket.slot] == ticket.key, "the slot of a promised chunk was given away"
+        elif ticket.kind == "stage":
+            if ticket.key not in self.tiers[ticket.tier]:
+                return False
+            self.slots[ticket.slot] = ticket.key
+        elif ticket.kind == "write":
+            assert self.slots[ticket.slot] == ticket.key, "the slot of a chunk being written was given away"
+            self.tiers[ticket.tier].difference_update(ticket.evict)
+            self.tiers[ticket.tier].add(ticket.key)
+        else:
+            self.tiers[ticket.tier].discard(ticket.key)
+        return True
+
+
+paths = st.lists(st.integers(0, 1), min_size=1, max_size=5).flatmap(
+    lambda tokens: st.integers(0, 1).map(lambda tenant: (tenant, *tokens))
+)
+
+
+class DirectoryMachine(RuleBasedStateMachine):
+    tickets: Bundle[Ticket] = Bundle("tickets")
+
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        host_slots=st.integers(1, 6),
+        disk_slots=st.integers(0, 8),
+        remote=st.sampled_from([(), (REDIS,), (DISK, REDIS)]),
+        write=st.sampled_from(["through", "back", "around"]),
+        ttl=st.sampled_from([None, None, 20.0]),
+        ttl_mode=st.sampled_from(["sliding", "fixed"]),
+        tenant_quota=st.sampled_from([None, None, 1, 3]),
+        queue_depth=st.integers(1, 8),
+    )
+    def start(self, policy, host_slots, disk_slots, remote, write, ttl, ttl_mode, tenant_quota, queue_depth):
+        self.below = {DISK: disk_slots} if disk_slots else {}
+        self.remote = tuple(tier for tier in remote if tier != DISK or disk_slots)
+        self.directory = Directory(
+            host_slots,
+            self.below,
+            POLICIES[policy],
+            remote=self.remote,
+            write=write,
+            ttl=ttl,
+            ttl_mode=ttl_mode,
+            tenant_quota=tenant_quota,
+            queue_depth=queue_depth,
+        )
+        self.host_slots, self.ttl, self.quota = host_slots, ttl, tenant_quota
+        self.world = World()
+        self.foreign: set[ChunkKey] = set()  # put on the disk by another instance
+        self.now = 0.0
+        self.open: dict[int, Ticket] = {}
+        self.done: set[int] = set()
+        self.touched: dict[ChunkKey, float] = {}
+        self.known: dict[ChunkKey, Path] = {}
+        self.pinned: dict[str, list[ChunkKey]] = {}
+        self.disturbed = False  # a failure or a removal may leave a child without its parent
+
+    def take(self, tickets):
+        fresh = [*tickets, *self.directory.take_tickets()]
+        self.open.update({ticket.operation: ticket for ticket in fresh})
+        return multiple(*fresh)
+
+    def note(self, path):
+        for length in range(1, len(path)):
+            self.known[name(path[: length + 1])] = path[: length + 1]
+
+    @rule(target=tickets, path=paths, touch=st.booleans())
+    def store(self, path, touch):
+        self.note(path)
+        self.touched.update(dict.fromkeys(prefix(path), self.now))
+        tickets = self.directory.store(prefix(path), self.now, tenant=str(path[0]), touch=touch)
+        assert all(ticket.kind == "store" for ticket in tickets)
+        return self.take(tickets)
+
+    @rule(target=tickets, path=paths, first=st.integers(0, 2))
+    def stage(self, path, first):
+        self.note(path)
+        self.touched.update(dict.fromkeys(prefix(path), self.now))
+        return self.take(self.directory.stage(prefix(path), self.now, first=first, tenant=str(path[0])))
+
+    @rule(path=paths)
+    def lookup(self, path):
+        keys = prefix(path)
+        found = self.directory.lookup(keys, self.now)
+        assert (found.miss is None) == (found.num_chunks == len(keys))
+        for key, tier in zip(keys, found.tiers, strict=False):
+            assert tier in self.directory.tiers_of(key)
+            if tier == DISK and DISK not in self.remote:
+                assert key in self.world.tiers[DISK]
+            if self.ttl is not None and tier not in self.remote:
+                assert self.now - self.touched[key] <= self.ttl
+
+    @rule(target=tickets, path=paths)
+    def load(self, path):
+        found = self.directory.lookup(prefix(path), self.now)
+        in_host = next((i for i, tier in enumerate(found.tiers) if tier != HOST), found.num_chunks)
+        return self.take(self.directory.load(prefix(path)[:in_host]))
+
+    @rule(ticket=tickets)
+    def act(self, ticket):
+        """The worker does it; the report comes later."""
+        if ticket.operation in self.open and ticket.operation not in self.done and self.world.do(ticket):
+            self.done.add(ticket.operation)
+
+    @rule(target=tickets, ticket=tickets, fails=st.sampled_from([None, None, None, "error", "corrupt"]))
+    def report(self, ticket, fails):
+        opened = self.open.pop(ticket.operation, None)
+        if opened is not None and fails is None and ticket.operation not in self.done and not self.world.do(ticket):
+            fails = "absent"
+        if opened is not None and fails is not None and ticket.kind == "write":
+            self.world.tiers[ticket.tier].difference_update(ticket.evict)
+            self.world.tiers[ticket.tier].discard(ticket.key)
+        self.disturbed = self.disturbed or fails is not None
+        assert self.directory.complete(ticket.operation, fails, self.now) == opened
+        return self.take([])
+
+    @rule(path=paths, tier=st.sampled_from([DISK, REDIS]))
+    def others_store(self, path, tier):
+        """Another instance shares the tier."""
+        if tier in self.remote:
+            self.note(path)
+            fresh = set(prefix(path)) - self.world.tiers[tier]
+            self.world.tiers[tier].update(fresh)
+            if tier == DISK:
+                self.foreign.update(fresh)
+
+    @rule(path=paths, tier=st.sampled_from([DISK, REDIS]))
+    def others_evict(self, path, tier):
+        if tier in self.remote:
+            self.world.tiers[tier].discard(name(path))
+
+    @rule(path=paths, tier=st.sampled_from([DISK, REDIS]))
+    def ask(self, path, tier):
+        if tier in self.remote:
+            self.note(path)
+            keys = prefix(path)
+            self.directory.learn(tier, keys, [key in self.world.tiers[tier] for key in keys])
+
+    @rule(path=paths, owner=st.sampled_from(["a", "b"]), seconds=st.floats(1, 30))
+    def pin(self, path, owner, seconds):
+        keys = prefix(path)
+        held = [key for key in keys if {HOST, DISK} & set(self.directory.tiers_of(key))]
+        covered = self.directory.pin(keys, owner, self.now + seconds)
+        assert covered >= len(set(held) - self.foreign)
+        own = [key for key in held if HOST in self.directory.tiers_of(key)]
+        self.pinned.setdefault(owner, []).extend(own)
+
+    @rule(owner=st.sampled_from(["a", "b"]))
+    def unpin(self, owner):
+        assert self.directory.unpin(owner) == (owner in self.pinned)
+        self.pinned.pop(owner, None)
+
+    @rule(seconds=st.floats(-5, 12))
+    def wait(self, seconds):
+        self.now += seconds  # the caller's clock may jump back
+
+    @rule(target=tickets)
+    def expire(self):
+        self.directory.expire(self.now)
+        self.pinned = {owner: keys for owner, keys in self.pinned.items() if owner in self.directory.pins()}
+        return self.take([])
+
+    @rule(target=tickets, tenant=st.sampled_from([None, "0", "1"]))
+    def clear(self, tenant):
+        self.disturbed = True
+        left = self.directory.clear(tenant)
+        if not self.open and not self.pinned:
+            assert left == 0
+        return self.take([])
+
+    @rule(target=tickets, path=paths)
+    def clear_from(self, path):
+        self.disturbed = True
+        self.directory.clear_from(prefix(path))
+        if not self.open and not self.pinned and not self.remote:
+            assert not self.directory.tiers_of(name(path)) or DISK in self.directory.tiers_of(name(path))
+        return self.take([])
+
+    @precondition(lambda self: not self.disturbed)
+    @invariant()
+    def chunks_have_parents(self):
+        under_way = {ticket.key for ticket in self.open.values()}
+        for key, path in self.known.items():
+            if HOST in self.directory.tiers_of(key) and len(path) > 2:
+                parent = name(path[:-1])
+                assert self.directory.tiers_of(parent) or parent in under_way
+
+    @invariant()
+    def all_is_in_order(self):
+        self.directory.check()
+        usage = self.directory.usage()
+        assert set(usage) == {HOST, *self.below}
+        assert all(taken <= capacity for taken, capacity in usage.values())
+        if DISK in self.below and DISK not in self.remote:
+            assert len(self.world.tiers[DISK]) <= self.below[DISK]
+        own_slots = [ticket.slot for ticket in self.open.values() if ticket.kind in ("store", "stage")]
+        assert len(own_slots) == len(set(own_slots))
+        if self.quota is not None:
+            for tenant in (0, 1):
+                mine = [key for key, path in self.known.items() if path[0] == tenant]
+                assert sum(HOST in self.directory.tiers_of(key) for key in mine) <= self.quota
+        for keys in self.pinned.values():
+            assert self.disturbed or all(HOST in self.directory.tiers_of(key) for key in keys)
+        assert self.directory.num_open == len(self.open)
+
+    def teardown(self):
+        if not hasattr(self, "directory"):
+            return
+        for owner in ("a", "b"):
+            self.directory.unpin(owner)
+        while self.open:
+            _, ticket = self.open.popitem()
+            self.directory.complete(ticket.operation, None if self.world.do(ticket) else "absent", self.now)
+            self.take([])
+        self.directory.check()
+        self.directory.clear()
+        self.take([])
+        while self.open:
+            _, ticket = self.open.popitem()
+            self.world.do(ticket)
+            self.directory.complete(ticket.operation, None, self.now)
+            self.take([])
+        self.directory.check()
+        assert self.directory.num_open == 0
+        assert all(taken == 0 for taken, _ in self.directory.usage().values())
+
+
+DirectoryMachine.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_directory_machine = DirectoryMachine.TestCase
