@@ -164,6 +164,44 @@ def groups(
     output(rows.table, rows.json, rows.table, trace.notes, json, csv)
 
 
+@app.command()
+@reads_trace
+def tune(
+    source: TraceSource,
+    memory: Annotated[str, typer.Option(help="Most host memory over all ranks: 64GiB.")],
+    disk: Annotated[str, typer.Option(help="Most disk: 1TiB; 0 for none.")] = "0",
+    disk_path: Annotated[Path, typer.Option(help="Folder that the settings name for the disk tier.")] = Path(
+        "lmc-disk"
+    ),
+    dollars_per_hour: Annotated[
+        float | None, typer.Option(help="Most rent for the tiers, by the prices in --cost.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Policies to try; default: all.")] = None,
+    token_bytes: TokenBytes = 0,
+    cost: CostFile = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Write settings for lmc serve --config.")] = None,
+    json: Json = False,
+    csv: Csv = None,
+) -> None:
+    """Search chunk size, policy, tier sizes and TTL within a budget; the first half of the trace tunes, the second judges."""
+    from lmc.sim import tune as tuning
+    from lmc.sim import tune_show
+    from lmc.sim.policies import check_policies
+
+    model = read_cost(cost)
+    trace = source.load()
+    names = split_list(policy)
+    check_policies(names)
+    budget = tuning.make_budget(memory, disk, dollars_per_hour, model)
+    tuned = tuning.tune(trace, tuning.find_token_bytes(trace, token_bytes, model), budget, names, model)
+    if out is not None:
+        tune_show.write_settings(tuned, out, disk_path)
+    table = tune_show.front_table(tuned)
+    output(table, tune_show.tune_json(tuned, disk_path), table, tuned.notes, json, csv)
+    if out is not None and not json:
+        typer.echo(f"settings: {out}; run: lmc serve MODEL --config {out}")
+
+
 def output(
     table: Table,
     as_json: Mapping[str, Any],  # Any: JSON

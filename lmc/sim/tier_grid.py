@@ -10,7 +10,7 @@ import numpy as np
 
 from lmc.sim.cost import CostModel
 from lmc.sim.stack import StackProfile, request_hits
-from lmc.sim.trace import Int64, Window
+from lmc.sim.trace import Int64, Trace, Window
 
 PERCENTILES = (50, 90, 99)
 
@@ -65,26 +65,31 @@ def tier_grid(
         by_name = dict(zip(sizes, blocks, strict=True))
         hits = {name: int(tokens.sum()) for name, tokens in loaded.items()}
         total = int(inputs.sum())
-        points.append(
-            TierPoint(by_name, hits, total, None if cost is None else _worth(stack, cost, by_name, loaded, first))
+        worth = (
+            None if cost is None else worth_of(trace, cost, _bytes(stack, by_name, cost), loaded, slice(first, None))
         )
+        points.append(TierPoint(by_name, hits, total, worth))
     return points
 
 
-def _worth(
-    stack: StackProfile, cost: CostModel, blocks: Mapping[str, float], loaded: Mapping[str, Int64], first: int
+def worth_of(
+    trace: Trace, cost: CostModel, sizes_bytes: Mapping[str, float], loaded: Mapping[str, Int64], requests: slice
 ) -> Worth:
-    trace = stack.trace
-    inputs = trace.input_tokens[first:]
+    """loaded are tokens by tier, fastest first, of those requests."""
+    inputs = trace.input_tokens[requests]
     ttft, computed = cost.serve(inputs, loaded)
     whole = cost.prefill.seconds(np.zeros_like(inputs), inputs)
-    hours = float(trace.timestamps_s[-1] - trace.timestamps_s[first]) / 3600
-    sizes = {
-        name: min(count, trace.num_unique) * trace.block_tokens * cost.token_bytes for name, count in blocks.items()
-    }
-    dollars = computed.sum() / 3600 * cost.gpu_dollars_per_hour + cost.rent(sizes, hours)
+    times = trace.timestamps_s[requests]
+    rent = cost.rent(sizes_bytes, float(times[-1] - times[0]) / 3600)
+    dollars = computed.sum() / 3600 * cost.gpu_dollars_per_hour + rent
     return Worth(
         {p: float(np.percentile(ttft, p)) for p in PERCENTILES},
         float(whole.sum() - computed.sum()),
         float(dollars) / max(int(inputs.sum()), 1) * 1e6,
     )
+
+
+def _bytes(stack: StackProfile, blocks: Mapping[str, float], cost: CostModel) -> dict[str, float]:
+    """An unlimited tier is as large as all unique blocks."""
+    block_bytes = stack.trace.block_tokens * cost.token_bytes
+    return {name: min(count, stack.trace.num_unique) * block_bytes for name, count in blocks.items()}

@@ -144,3 +144,47 @@ def test_ttl_and_tier_rows_count_hits_exactly(trace: Path) -> None:
     assert [(row["ttl_s"], row["hit_tokens"]) for row in rows] == [(0.5, 1024), ("inf", 2524)]
     (row,) = json.loads(run("tiers", trace, "--host", "1", "--disk", "inf", "--json"))["rows"]
     assert (row["host_hit_tokens"], row["disk_hit_tokens"], row["disk_blocks"]) == (1024, 1500, "inf")
+
+
+@pytest.fixture
+def long_trace(tmp_path: Path) -> Path:
+    path = tmp_path / "long.jsonl"
+    lines = [
+        {
+            "timestamp": 1000 * number,
+            "input_length": 1024,
+            "output_length": 1,
+            "hash_ids": [number % 5, 100 + number % 5],
+        }
+        for number in range(40)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tune_prints_the_front_and_writes_settings(long_trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lmc.yaml"
+    text = run("tune", long_trace, "--memory", "1MB", "--token-bytes", "100", "--policy", "lru,fifo", "-o", out)
+    assert "chosen" in text and f"lmc serve MODEL --config {out}" in text
+    assert "chunk_tokens: " in out.read_text()
+    result = json.loads(run("tune", long_trace, "--memory", "1MB", "--token-bytes", "100", "--policy", "lru", "--json"))
+    assert result["config"]["policy"] == "lru"
+    assert result["expected_hit_rate"] == 1.0 and result["interval"] == [1.0, 1.0]
+    assert result["front"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--memory", "1MB"), "--token-bytes"),
+        (("--memory", "1kB", "--token-bytes", "100"), "raise --memory"),
+        (("--memory", "lots"), "lots"),
+        (("--memory", "1MB", "--dollars-per-hour", "1"), "needs prices"),
+        (("--memory", "1MB", "--policy", "magic"), "unknown eviction policy"),
+        (("--memory", "1MB", "--cost", "absent.yaml"), "absent.yaml"),
+    ],
+)
+def test_bad_tune_arguments_are_one_line(long_trace: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(LmcError, match=message) as caught:
+        run("tune", long_trace, *arguments)
+    assert "\n" not in str(caught.value)

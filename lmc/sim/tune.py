@@ -1,0 +1,307 @@
+"""Searches chunk size, policy, tier sizes and TTL within a budget: the second quarter of the trace chooses, the second half judges.
+
+The first quarter only warms the cache up: hits from an empty cache would ask for less room than a running one needs.
+Coarse to fine, so that long traces stay affordable:
+1. chunk size, with LRU at the budget: the largest whose hits stay within _CHUNK_SLACK of the best, as larger chunks mean fewer copies;
+2. policy, at the budget: the best one, if it beats LRU twice (warm-up and second quarter) and by more than chance, else LRU;
+3. sizes, on a ladder below the budget: with prices the point that costs least per token, else the cheapest one within _SIZE_SLACK of the
+   best in hits, and in hits that the host serves;
+4. TTL: the shortest of _TTLS_S that costs no more than _TTL_SLACK of the hits, if any.
+Lower tiers are taken to see every touch (write: through). What is found can be checked on the real directory with lmc.sim.full_replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lmc.cache.policy import POLICIES
+from lmc.errors import ConfigError
+from lmc.sim.bootstrap import Interval, share_interval
+from lmc.sim.cost import CostModel
+from lmc.sim.policies import replay as replay_policy
+from lmc.sim.policy_replay import PLAIN, ReplayOptions
+from lmc.sim.sessions import sessions_of
+from lmc.sim.stack import StackProfile, profile, request_hits
+from lmc.sim.tier_grid import Worth, worth_of
+from lmc.sim.trace import Int64, Trace, coarsen, require_blocks
+from lmc.units import format_size, parse_size
+
+_CHUNK_FACTORS = (1, 2, 4, 8)
+_LADDER = (1.0, 0.75, 0.5, 0.25, 0.125)
+_TTLS_S = (60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
+_CHUNK_SLACK = 0.002
+_SIZE_SLACK = 0.002
+_TTL_SLACK = 0.002
+_REGRET = 0.01
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes over all ranks, and rent for both tiers by the prices of the cost model."""
+
+    host_bytes: int
+    disk_bytes: int = 0
+    dollars_per_hour: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration and its hits; rates are hit tokens of all input tokens."""
+
+    chunk_tokens: int
+    policy: str
+    host_bytes: int
+    disk_bytes: int
+    ttl_s: float | None
+    tuning_hit_rate: float = 0.0  # second quarter, which chose
+    tuning_host_rate: float = 0.0  # that part of it that the host serves
+    hit_rate: float = 0.0  # second half, which judges
+    tuning_dollars: float | None = None  # per million input tokens, second quarter; None without prices
+    dollars_per_million: float | None = None  # the same, second half
+    ttft_s: dict[int, float] | None = None  # by percentile, second half
+
+
+@dataclass(frozen=True)
+class Tuned:
+    trace: Trace
+    chosen: Point
+    expected: Interval  # hit rate of the chosen point on the second half
+    over_lru: Interval  # its hit rate minus that of LRU in the same sizes
+    ceiling: float  # unlimited cache, second half, same chunk size
+    front: list[Point]
+    tried: list[Point]
+    notes: tuple[str, ...]
+
+
+def make_budget(memory: str, disk: str, dollars_per_hour: float | None, cost: CostModel | None) -> Budget:
+    """Raises ConfigError for sizes that cannot be parsed, and for a rent without prices."""
+    if dollars_per_hour is not None and cost is None:
+        raise ConfigError("--dollars-per-hour needs prices; give --cost with dollars_per_gib_hour for its tiers")
+    return Budget(parse_size(memory), 0 if disk == "0" else parse_size(disk), dollars_per_hour)
+
+
+def find_token_bytes(trace: Trace, given: int, cost: CostModel | None) -> int:
+    """KV bytes per token: as given, else from the trace, else from the cost model. Raises ConfigError when none says it."""
+    found = given or trace.block_bytes // trace.block_tokens or (cost.token_bytes if cost else 0)
+    if found == 0:
+        raise ConfigError(f"{trace.source} does not say how many bytes a token's KV takes; give --token-bytes")
+    return found
+
+
+def tune(
+    trace: Trace, token_bytes: int, budget: Budget, policies: Sequence[str] = (), cost: CostModel | None = None
+) -> Tuned:
+    """Raises ConfigError when the budget holds no chunk or the trace is too short to be cut in halves."""
+    require_blocks(trace)
+    if trace.num_requests < 8:
+        raise ConfigError(f"{trace.source}: {trace.num_requests} requests are too few to tune on; record more")
+    search = _Search(trace, token_bytes, budget, list(policies or sorted(POLICIES)), cost)
+    chunk = search.choose_chunk()
+    points = search.ladder(chunk, search.choose_policy(chunk))
+    chosen = search.with_ttl(search.choose_size(points))
+    judging = search.judging
+    inputs, sessions = trace.input_tokens[judging], search.sessions[judging]
+    hits = search.hits(chosen)[judging]
+    plain = search.hits(Point(chunk, "lru", chosen.host_bytes, chosen.disk_bytes, None))[judging]
+    unlimited = search.tokens(chunk, request_hits(search.stacks[chunk], np.inf))[judging]
+    notes = list(trace.notes)
+    if not search.sessions_named:
+        notes.append(
+            "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
+        )
+    missed = max(points, key=lambda point: point.hit_rate)
+    if missed.hit_rate > chosen.hit_rate + _REGRET and chosen.dollars_per_million is None:
+        notes.append(
+            f"the second half would have hit {missed.hit_rate * 100:.1f} % with {missed.policy}, {format_size(missed.host_bytes)} of host "
+            f"and {format_size(missed.disk_bytes)} of disk: the workload was still growing; tune on a longer trace"
+        )
+    return Tuned(
+        trace,
+        chosen,
+        share_interval(hits, inputs, sessions),
+        share_interval(hits - plain, inputs, sessions),
+        float(unlimited.sum() / inputs.sum()),
+        _front(points),
+        search.tried,
+        tuple(notes),
+    )
+
+
+class _Search:
+    """Runs configurations and remembers their hits."""
+
+    def __init__(
+        self, trace: Trace, token_bytes: int, budget: Budget, policies: list[str], cost: CostModel | None
+    ) -> None:
+        self.trace = trace
+        self.token_bytes = token_bytes
+        self.budget = budget
+        self.policies = policies
+        self.cost = cost
+        count = trace.num_requests
+        self.tuning, self.judging = slice(count // 4, count // 2), slice(count // 2, count)
+        self.sessions, self.sessions_named = sessions_of(profile(trace))
+        self.tried: list[Point] = []
+        self.stacks: dict[int, StackProfile] = {}
+        self._runs: dict[tuple[int, str, int, float | None], Int64] = {}
+
+    def choose_chunk(self) -> int:
+        longest = int(self.trace.input_tokens.max())
+        sizes = [self.trace.block_tokens * factor for factor in _CHUNK_FACTORS]
+        for size in sizes:
+            if size <= longest and size * self.token_bytes <= self.budget.host_bytes:
+                self.stacks[size] = profile(coarsen(self.trace, size))
+        if not self.stacks:
+            raise ConfigError(
+                f"{self.budget.host_bytes} bytes of memory hold no chunk of {sizes[0]} tokens "
+                f"({sizes[0] * self.token_bytes} bytes); raise --memory"
+            )
+        points = [self.point(size, "lru", self.budget.host_bytes, self.budget.disk_bytes) for size in self.stacks]
+        best = max(point.tuning_hit_rate for point in points)
+        return max(point.chunk_tokens for point in points if point.tuning_hit_rate >= best - _CHUNK_SLACK)
+
+    def choose_policy(self, chunk: int) -> str:
+        """LRU, unless another one is better on both quarters of the tuning half, and by more than chance."""
+        host, disk = self.budget.host_bytes, self.budget.disk_bytes
+        plain = self.hits(Point(chunk, "lru", host, disk, None))
+        points = [self.point(chunk, name, host, disk) for name in self.policies]
+        inputs, tuning = self.trace.input_tokens, self.tuning
+        for point in sorted(points, key=lambda point: -point.tuning_hit_rate):
+            gain = self.hits(point) - plain
+            if min(gain[: tuning.start].sum(), gain[tuning].sum()) <= 0:
+                continue
+            if share_interval(gain[tuning], inputs[tuning], self.sessions[tuning]).low > 0:
+                return point.policy
+        return "lru"
+
+    def choose_size(self, points: list[Point]) -> Point:
+        if self.cost is not None and self.cost.gpu_dollars_per_hour > 0:
+            return min(points, key=lambda point: (point.tuning_dollars or 0.0, self._price(point)))
+        best = max(point.tuning_hit_rate for point in points)
+        points = [point for point in points if point.tuning_hit_rate >= best - _SIZE_SLACK]
+        best = max(point.tuning_host_rate for point in points)
+        points = [point for point in points if point.tuning_host_rate >= best - _SIZE_SLACK]
+        return min(points, key=lambda point: (self._price(point), -point.tuning_hit_rate))
+
+    def ladder(self, chunk: int, policy: str) -> list[Point]:
+        hosts = self._rungs(self.budget.host_bytes, chunk)
+        disks = [*self._rungs(self.budget.disk_bytes, chunk), 0]
+        most = self.budget.dollars_per_hour
+        allowed = [(host, disk) for host in hosts for disk in disks if most is None or self._rent(host, disk) <= most]
+        if not allowed:
+            raise ConfigError(
+                f"no tier size fits {most} dollars per hour: the smallest here, {hosts[-1]} bytes of memory, costs "
+                f"{self._rent(hosts[-1], 0):.4g}; raise --dollars-per-hour"
+            )
+        return [self.point(chunk, name, host, disk) for name in sorted({policy, "lru"}) for host, disk in allowed]
+
+    def with_ttl(self, point: Point) -> Point:
+        """The point with the shortest TTL that costs next to nothing, if the trace is long enough to show it."""
+        seen_s = float(self.trace.timestamps_s[self.trace.num_requests // 2] - self.trace.timestamps_s[0])
+        for ttl_s in _TTLS_S:
+            if ttl_s * 4 > seen_s:  # too few gaps of that length were seen to judge by
+                break
+            bound = self.point(point.chunk_tokens, point.policy, point.host_bytes, point.disk_bytes, ttl_s)
+            if bound.tuning_hit_rate >= point.tuning_hit_rate - _TTL_SLACK:
+                return bound
+        return point
+
+    def point(self, chunk: int, policy: str, host_bytes: int, disk_bytes: int, ttl_s: float | None = None) -> Point:
+        bare = Point(chunk, policy, host_bytes, disk_bytes, ttl_s)
+        for point in self.tried:
+            if (point.chunk_tokens, point.policy, point.host_bytes, point.disk_bytes, point.ttl_s) == (
+                chunk, policy, host_bytes, disk_bytes, ttl_s,
+            ):  # fmt: skip
+                return point
+        inputs, tuning, judging = self.trace.input_tokens, self.tuning, self.judging
+        host, both = self._by_tier(bare)
+        rates = [
+            float(tokens[part].sum() / max(inputs[part].sum(), 1))
+            for tokens, part in ((both, tuning), (host, tuning), (both, judging))
+        ]
+        point = replace(bare, tuning_hit_rate=rates[0], tuning_host_rate=rates[1], hit_rate=rates[2])
+        if self.cost is not None:
+            first, second = self._worth(bare, tuning), self._worth(bare, judging)
+            priced = self.cost.gpu_dollars_per_hour > 0
+            point = replace(
+                point,
+                tuning_dollars=first.dollars_per_million if priced else None,
+                dollars_per_million=second.dollars_per_million if priced else None,
+                ttft_s=second.ttft_s,
+            )
+        self.tried.append(point)
+        return point
+
+    def hits(self, point: Point) -> Int64:
+        """(num_requests,) hit tokens."""
+        return self._by_tier(point)[1]
+
+    def _by_tier(self, point: Point) -> tuple[Int64, Int64]:
+        """(num_requests,) hit tokens in the host, and in both: the longer of the two prefixes, as the disk sees every touch."""
+        size = point.chunk_tokens * self.token_bytes
+        host = self._run(point.chunk_tokens, point.policy, point.host_bytes // size, point.ttl_s)
+        both = host
+        if point.disk_bytes >= size:
+            both = np.maximum(host, self._run(point.chunk_tokens, point.policy, point.disk_bytes // size, point.ttl_s))
+        return self.tokens(point.chunk_tokens, host), self.tokens(point.chunk_tokens, both)
+
+    def _worth(self, point: Point, part: slice) -> Worth:
+        assert self.cost is not None
+        host, both = self._by_tier(point)
+        loaded = {"host": host[part]}
+        sizes = {"host": point.host_bytes}
+        if point.disk_bytes:
+            loaded["disk"] = (both - host)[part]
+            sizes["disk"] = point.disk_bytes
+        return worth_of(self.trace, self.cost, sizes, loaded, part)
+
+    def _price(self, point: Point) -> tuple[float, int, int]:
+        return self._rent(point.host_bytes, point.disk_bytes), point.host_bytes, point.disk_bytes
+
+    def _rent(self, host_bytes: int, disk_bytes: int) -> float:
+        """Dollars per hour; 0 without prices."""
+        sizes = {"host": host_bytes, "disk": disk_bytes}
+        return 0.0 if self.cost is None else self.cost.rent({name: size for name, size in sizes.items() if size}, 1.0)
+
+    def tokens(self, chunk: int, blocks: Int64) -> Int64:
+        return np.minimum(blocks * chunk, self.trace.input_tokens)
+
+    def _run(self, chunk: int, policy: str, capacity: int, ttl_s: float | None) -> Int64:
+        key = chunk, policy, capacity, ttl_s
+        if key not in self._runs:
+            stack = self.stacks[chunk]
+            if policy == "lru":
+                self._runs[key] = request_hits(stack, capacity, np.inf if ttl_s is None else ttl_s)
+            else:
+                options = PLAIN if ttl_s is None else ReplayOptions(ttl_s=ttl_s)
+                self._runs[key] = replay_policy(stack.trace, policy, [capacity], options)[0].request_hits.astype(
+                    np.int64
+                )
+        return self._runs[key]
+
+    def _rungs(self, most: int, chunk: int) -> list[int]:
+        """Whole chunks on the ladder below a budget, or below all unique chunks if these are fewer; largest first."""
+        size = chunk * self.token_bytes
+        largest = min(most // size, self.stacks[chunk].trace.num_unique)
+        counts = {int(largest * share) for share in _LADDER} - {0}
+        return sorted((count * size for count in counts), reverse=True)
+
+
+def _front(points: list[Point]) -> list[Point]:
+    """Points that no other one beats: no larger in either tier, and no worse in hits of both and of the host. Smallest first."""
+
+    def merits(point: Point) -> tuple[float, ...]:
+        return -point.host_bytes, -point.disk_bytes, point.tuning_hit_rate, point.tuning_host_rate
+
+    def beaten(point: Point) -> bool:
+        mine = merits(point)
+        return any(
+            all(a >= b for a, b in zip(merits(other), mine, strict=True)) and merits(other) != mine for other in points
+        )
+
+    return sorted(
+        (point for point in points if not beaten(point)), key=lambda point: (point.host_bytes, point.disk_bytes)
+    )

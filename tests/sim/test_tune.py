@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chained_traces import naive_lru, tokens_of
+from lmc.cache.settings import load_settings
+from lmc.errors import ConfigError
+from lmc.sim import tune_show
+from lmc.sim.build import TraceBuilder
+from lmc.sim.cost import CostModel, Prefill, TierCost
+from lmc.sim.trace import Trace, coarsen
+from lmc.sim.tune import Budget, find_token_bytes, make_budget, tune
+
+TOKEN_BYTES = 100
+BLOCK = 16
+CHUNK_BYTES = BLOCK * TOKEN_BYTES
+FEW = ("lru", "fifo", "sieve")
+
+
+def chats(num_requests: int = 400, num_chats: int = 30, seed: int = 5) -> Trace:
+    """Chats that grow by three blocks a turn, each turn from a random chat, two seconds apart."""
+    generator = random.Random(seed)
+    builder = TraceBuilder("chats", "test", BLOCK)
+    chains: dict[int, list[int]] = {}
+    fresh = 1
+    for number in range(num_requests):
+        chat = generator.randrange(num_chats)
+        chain = chains.setdefault(chat, [0])
+        if len(chain) > 30:
+            chain = chains[chat] = [0]
+        chain += range(fresh, fresh + 3)
+        fresh += 3
+        builder.add(number + 1, chain, 2.0 * number, len(chain) * BLOCK + 5, 1, session=str(chat))
+    return builder.finish()
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return chats()
+
+
+def test_rates_are_those_of_a_naive_simulator(trace: Trace) -> None:
+    found = tune(trace, TOKEN_BYTES, Budget(200 * CHUNK_BYTES, 400 * CHUNK_BYTES), ("lru",))
+    quarter, half = trace.num_requests // 4, trace.num_requests // 2
+    for point in found.tried:
+        if point.ttl_s is not None:
+            continue
+        chunked = coarsen(trace, point.chunk_tokens)
+        size = point.chunk_tokens * TOKEN_BYTES
+        tokens = []
+        for bytes_ in (point.host_bytes, max(point.host_bytes, point.disk_bytes)):
+            hits = naive_lru(chunked, bytes_ // size)
+            tokens.append([tokens_of(chunked, request, found) for request, found in enumerate(hits)])
+        host, both = tokens
+        inputs = trace.input_tokens
+        assert point.tuning_host_rate == pytest.approx(sum(host[quarter:half]) / inputs[quarter:half].sum())
+        assert point.tuning_hit_rate == pytest.approx(sum(both[quarter:half]) / inputs[quarter:half].sum())
+        assert point.hit_rate == pytest.approx(sum(both[half:]) / inputs[half:].sum())
+
+
+def test_the_choice_is_within_the_budget_and_on_the_front(trace: Trace) -> None:
+    budget = Budget(150 * CHUNK_BYTES, 300 * CHUNK_BYTES)
+    found = tune(trace, TOKEN_BYTES, budget, FEW)
+    chosen = found.chosen
+    assert chosen.host_bytes <= budget.host_bytes and chosen.disk_bytes <= budget.disk_bytes
+    assert (chosen.host_bytes, chosen.disk_bytes) in {(point.host_bytes, point.disk_bytes) for point in found.front}
+    assert found.expected.low <= found.expected.value <= found.expected.high <= 1
+    assert found.expected.value == pytest.approx(chosen.hit_rate)
+    assert found.ceiling >= chosen.hit_rate
+    for point in found.front:
+        assert not any(
+            other.host_bytes <= point.host_bytes
+            and other.disk_bytes <= point.disk_bytes
+            and other.tuning_hit_rate >= point.tuning_hit_rate
+            and other.tuning_host_rate > point.tuning_host_rate
+            for other in found.front
+        )
+
+
+def test_the_second_half_has_no_say(trace: Trace) -> None:
+    half = trace.num_requests // 2
+    keep = int(trace.starts[half])
+    other = replace(
+        trace,
+        ids=np.concatenate([trace.ids[:keep], np.zeros(trace.num_requests - half, dtype=np.int32)]),
+        starts=np.concatenate([trace.starts[: half + 1], keep + np.arange(1, trace.num_requests - half + 1)]),
+        parents=trace.parents[: int(trace.ids[:keep].max()) + 1],
+        input_tokens=np.concatenate([trace.input_tokens[:half], np.full(trace.num_requests - half, BLOCK)]),
+    )
+    budget = Budget(100 * CHUNK_BYTES, 200 * CHUNK_BYTES)
+    ours, theirs = tune(trace, TOKEN_BYTES, budget, FEW), tune(other, TOKEN_BYTES, budget, FEW)
+    names = ("chunk_tokens", "policy", "host_bytes", "disk_bytes", "ttl_s", "tuning_hit_rate")
+    assert [getattr(ours.chosen, name) for name in names] == [getattr(theirs.chosen, name) for name in names]
+    assert ours.chosen.hit_rate != theirs.chosen.hit_rate
+
+
+def test_memory_that_does_not_help_is_not_spent() -> None:
+    steady = chats(num_requests=800, num_chats=6)
+    found = tune(steady, TOKEN_BYTES, Budget(10**12), ("lru",))
+    assert found.chosen.host_bytes <= steady.num_unique * CHUNK_BYTES / 2
+    assert found.expected.value == pytest.approx(found.ceiling, abs=0.01)
+
+
+def test_a_workload_that_still_grows_is_said_to(trace: Trace) -> None:
+    found = tune(trace, TOKEN_BYTES, Budget(10**12), ("lru",))
+    assert any("tune on a longer trace" in note for note in found.notes)
+
+
+def test_prices_move_the_choice(trace: Trace) -> None:
+    def choice(gib_hour: float) -> int:
+        prices = {"host": TierCost("host", 1e9, 0.0, gib_hour)}
+        model = CostModel(Prefill(0, 1e-3, 0), TOKEN_BYTES, prices, 1.0)
+        return tune(trace, TOKEN_BYTES, Budget(300 * CHUNK_BYTES), ("lru",), model).chosen.host_bytes
+
+    assert choice(1e9) < choice(1e-9)
+
+
+def test_rent_bounds_the_choice(trace: Trace) -> None:
+    prices = {"host": TierCost("host", 1e9, 0.0, 1024.0**3)}
+    model = CostModel(Prefill(0, 1e-3, 0), TOKEN_BYTES, prices)
+    most = 100 * CHUNK_BYTES
+    found = tune(trace, TOKEN_BYTES, Budget(300 * CHUNK_BYTES, dollars_per_hour=float(most)), ("lru",), model)
+    assert max(point.host_bytes for point in found.front) <= most
+    with pytest.raises(ConfigError, match="raise --dollars-per-hour"):
+        tune(trace, TOKEN_BYTES, Budget(300 * CHUNK_BYTES, dollars_per_hour=1.0), ("lru",), model)
+    with pytest.raises(ConfigError, match="needs prices"):
+        make_budget("1GiB", "0", 3.0, None)
+
+
+def test_bad_budgets_and_short_traces_are_refused(trace: Trace) -> None:
+    with pytest.raises(ConfigError, match="raise --memory"):
+        tune(trace, TOKEN_BYTES, Budget(CHUNK_BYTES - 1))
+    with pytest.raises(ConfigError, match="too few"):
+        tune(chats(5), TOKEN_BYTES, Budget(10 * CHUNK_BYTES))
+    with pytest.raises(ConfigError, match="--token-bytes"):
+        find_token_bytes(trace, 0, None)
+    assert find_token_bytes(replace(trace, block_bytes=BLOCK * 7), 0, None) == 7
+
+
+def test_settings_are_what_serve_reads(trace: Trace, tmp_path: Path) -> None:
+    found = tune(trace, TOKEN_BYTES, Budget(100 * CHUNK_BYTES, 400 * CHUNK_BYTES), FEW)
+    path = tmp_path / "out" / "lmc.yaml"
+    tune_show.write_settings(found, path, tmp_path / "disk")
+    config = load_settings(path).config
+    chosen = found.chosen
+    assert (config.chunk_tokens, config.policy, config.ttl) == (chosen.chunk_tokens, chosen.policy, chosen.ttl_s)
+    assert config.host.capacity == chosen.host_bytes
+    assert config.disk.capacity == chosen.disk_bytes and config.disk.path == tmp_path / "disk"
+    assert "# Expected:" in path.read_text()
+    result = json.loads(json.dumps(tune_show.tune_json(found, tmp_path)))
+    assert result["config"]["policy"] == chosen.policy
+    assert result["interval"][0] <= result["expected_hit_rate"] <= result["interval"][1]
+    assert len(result["front"]) == len(tune_show.front_table(found).rows)
