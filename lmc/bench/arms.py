@@ -28,6 +28,7 @@ from lmc.errors import EngineError, RunError
 
 SERVE = (sys.executable, "-m", "lmc", "serve")
 STOP_S = 30.0
+GONE_S = 2.0
 _FIELD = re.compile(r"(\w+)=(\S+)")
 
 
@@ -47,11 +48,15 @@ class Server:
     def root_url(self) -> str:
         return self.base_url.removesuffix("/v1")
 
-    def died(self) -> str | None:
-        """Why the process is gone, or None while it runs."""
-        if self.process is None or self.process.returncode is None:
+    async def why_gone(self) -> str | None:
+        """How the process ended, or None if it still runs. A process that has just closed its connections gets a moment to end."""
+        if self.process is None:
             return None
-        return f"the engine ended with exit code {self.process.returncode}{_last_line(self.log)}"
+        try:
+            code = await asyncio.wait_for(self.process.wait(), GONE_S)
+        except TimeoutError:
+            return None
+        return f"the engine ended with exit code {code}{_last_line(self.log)}"
 
 
 @dataclass(frozen=True)

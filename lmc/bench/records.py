@@ -55,7 +55,8 @@ def to_record(arm: str, repeat: int, outcome: Outcome, expected_hit_tokens: int 
     since = outcome.intended_s
     times = outcome.token_times_s
     decoded = len(times) - 1
-    tpot = (last - first) / decoded * 1e3 if first is not None and last is not None and decoded > 0 else None
+    # Tokens that arrived in one piece have no time between them: unknown, not 0.
+    tpot = (last - first) / decoded * 1e3 if first is not None and last is not None and last > first else None
     return RequestRecord(
         arm=arm,
         repeat=repeat,

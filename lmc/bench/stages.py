@@ -77,10 +77,13 @@ class ArmRun:
             with self._phase(data, "measure") as said:
                 await self._measure(data, http, server, target, f"{name}/{repeat}")
                 said.append(f"{len(data.measured.outcomes) if data.measured else 0} requests")
-            if server.died() is None:
+            try:
                 with self._phase(data, "drain") as said:
                     said.append(await _drain(http, server))
                 data.after = await read_counters(http, server.metrics)
+            except (aiohttp.ClientError, RunError) as error:
+                # What was measured stays, and is marked.
+                data.problems.append(await server.why_gone() or f"after the load: {error}")
             self.progress.phase(name, "stop")
         self.progress.phase(name, "done")
         return data
@@ -106,7 +109,7 @@ class ArmRun:
 
         async def on_done(outcome: Outcome) -> bool:
             self.progress.request(data.name, outcome)
-            if why := server.died():
+            if outcome.status == "disconnected" and (why := await server.why_gone()):
                 data.problems.append(why)
                 return False
             # Between two requests, never beside one: reading counters takes the engine's own time.

@@ -19,6 +19,7 @@ RESAMPLES = 2000
 LEVEL = 0.95
 MARGIN = 0.03
 MIN_SESSIONS = 5
+MAX_CELLS = 1 << 22  # weights in memory at a time
 MIN_SAMPLES = {50: 1, 90: 50, 99: 500}
 LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
 Pair = tuple[RequestRecord, RequestRecord]
@@ -37,58 +38,61 @@ def pairs(a: Sequence[RequestRecord], b: Sequence[RequestRecord]) -> list[Pair]:
 def compare(name_a: str, name_b: str, matched: Sequence[Pair], seed: int, is_ordered: bool) -> list[Comparison]:
     """Ratios a / b of latency percentiles, and of throughput where one request ran at a time."""
     found: list[Comparison] = []
-    if not matched:
-        return found
     for metric in LATENCIES:
-        values = [(getattr(x, metric), getattr(y, metric), x) for x, y in matched]
-        usable = [item for item in values if item[0] is not None and item[1] is not None]
+        usable = [(x, y) for x, y in matched if getattr(x, metric) is not None and getattr(y, metric) is not None]
+        left, right = (np.array([getattr(pair[side], metric) for pair in usable], dtype=np.float64) for side in (0, 1))
+        draws = Draws([(x.repeat, x.session) for x, _ in usable], seed)
         for percentile, needed in MIN_SAMPLES.items():
-            if len(usable) >= max(needed, 1):
-                left, right = (np.array([item[side] for item in usable], dtype=np.float64) for side in (0, 1))
-                draws = Draws([(item[2].repeat, item[2].session) for item in usable], seed)
-                point, low, high = draws.ratio(left, right, partial(_percentile, percentile=percentile))
+            if len(usable) >= needed:
+                figure = partial(weighted_percentile, percentile=percentile)
+                point, low, high = draws.ratio(lambda w, f=figure, x=left, y=right: f(x, w) / f(y, w))  # type: ignore[misc]
                 verdict = judge(low, high, True, draws.num_sessions)
                 label = f"{metric.removesuffix('_ms')}_p{percentile}"
                 found.append(Comparison(name_a, name_b, label, point, low, high, verdict, len(usable)))
-    if is_ordered:
+    if is_ordered and matched:
         tokens = np.array([x.prompt_tokens + x.output_tokens for x, _ in matched], dtype=np.float64)
-        speed_a, speed_b = (np.array([pair[side].e2e_ms or 0.0 for pair in matched]) for side in (0, 1))
+        busy_a, busy_b = (np.array([pair[side].e2e_ms for pair in matched], dtype=np.float64) for side in (0, 1))
         draws = Draws([(x.repeat, x.session) for x, _ in matched], seed)
-        point, low, high = draws.ratio(
-            np.stack([tokens, speed_a]), np.stack([tokens, speed_b]), lambda x: float(x[0].sum() / x[1].sum())
-        )
+        point, low, high = draws.ratio(lambda w: ((w @ tokens) / (w @ busy_a)) / ((w @ tokens) / (w @ busy_b)))
         verdict = judge(low, high, False, draws.num_sessions)
         found.append(Comparison(name_a, name_b, "throughput", point, low, high, verdict, len(matched)))
     return found
 
 
-def _percentile(values: Floats, percentile: int) -> float:
-    return float(np.percentile(values, percentile))
-
-
 class Draws:
-    """Resamples of sessions, the same for both arms: each draw is the indices of the requests of the drawn sessions."""
+    """Resamples of sessions, the same for both arms. A draw is a weight per request: how often its session was drawn."""
 
     def __init__(self, sessions: Sequence[tuple[int, str]], seed: int) -> None:
-        members: dict[tuple[int, str], list[int]] = {}
-        for index, session in enumerate(sessions):
-            members.setdefault(session, []).append(index)
-        self._groups = [np.array(group) for group in members.values()]
-        self._rng = np.random.default_rng([seed, 0xB007])
+        codes: dict[tuple[int, str], int] = {}
+        self._session = np.array([codes.setdefault(session, len(codes)) for session in sessions], dtype=np.int64)
+        self.num_sessions = len(codes)
+        self._seed = seed
 
-    @property
-    def num_sessions(self) -> int:
-        return len(self._groups)
+    def ratio(self, figure: Callable[[Floats], Floats]) -> tuple[float, float, float]:
+        """The figure of the sample and its interval. `figure` maps weights (draws, requests) to one number per draw."""
+        rng = np.random.default_rng([self._seed, 0xB007])
+        block = max(1, MAX_CELLS // max(self._session.size, 1))
+        ratios = []
+        for start in range(0, RESAMPLES, block):
+            picks = rng.multinomial(
+                self.num_sessions, np.full(self.num_sessions, 1 / self.num_sessions), size=min(block, RESAMPLES - start)
+            )
+            ratios.append(figure(picks[:, self._session].astype(np.float64)))
+        low, high = np.quantile(np.concatenate(ratios), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return float(figure(np.ones((1, self._session.size)))[0]), float(low), float(high)
 
-    def ratio(self, a: Floats, b: Floats, figure: Callable[[Floats], float]) -> tuple[float, float, float]:
-        """figure(a) / figure(b) and its interval; the last axis of both arrays is the request."""
-        ratios = np.empty(RESAMPLES)
-        count = len(self._groups)
-        for draw, picks in enumerate(self._rng.integers(0, count, size=(RESAMPLES, count))):
-            chosen = np.concatenate([self._groups[pick] for pick in picks])
-            ratios[draw] = figure(a[..., chosen]) / figure(b[..., chosen])
-        low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return figure(a) / figure(b), float(low), float(high)
+
+def weighted_percentile(values: Floats, weights: Floats, percentile: float) -> Floats:
+    """np.percentile of `values` (n,) with each value repeated by its weight; weights are whole numbers (draws, n)."""
+    order = np.argsort(values, kind="stable")
+    reach = np.cumsum(weights[:, order], axis=1)
+    position = (reach[:, -1] - 1) * (percentile / 100)
+    below = np.floor(position)
+    first = (reach <= below[:, None]).sum(axis=1)
+    second = (reach <= np.minimum(below + 1, reach[:, -1] - 1)[:, None]).sum(axis=1)
+    ranked = values[order]
+    mixed: Floats = ranked[first] + (ranked[second] - ranked[first]) * (position - below)
+    return mixed
 
 
 def judge(low: float, high: float, lower_is_better: bool, num_sessions: int) -> str:

@@ -82,7 +82,7 @@ def arm_result(
     outputs: OutputCheck | None,
 ) -> ArmResult:
     """All figures of one arm over its requests."""
-    problems = [*data.problems]
+    problems = list(dict.fromkeys(data.problems))
     answered = [record for record in records if record.ok]
     failures = Counter(f"{r.status}: {r.cause}" for r in records if not r.ok)
     problems += [f"{count} requests failed: {why}" for why, count in failures.most_common()]

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ class Mock:
             if self.args.fault == "http-500":
                 return web.Response(status=500, text="out of luck")
             if self.args.fault == "die" and self.counts["served"] > 4:
-                sys.exit(3)
+                os._exit(3)
             if self.args.fault == "stall":
                 await asyncio.sleep(3600)
         cached = self.hit(prompt)

@@ -1,0 +1,237 @@
+"""Whole runs against the mock server: what a good run says, and that every fault is seen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from lmc.bench.records import read_records, read_results, write_results
+from lmc.bench.render import build_report, write_report
+from lmc.cli import app
+from lmc.errors import EngineError, RunError, WorkloadError
+from lmc.report import report_html
+from tests.bench.conftest import MOCK, RunSmall, WriteWorkload
+from typer.testing import CliRunner
+
+NONE = {"reuse": "none", "args": ["--no-enable-prefix-caching"]}
+CACHED = {"reuse": "cache", "cache": {}}
+
+
+def _faulty(fault: str, **arm: Any) -> dict[str, Any]:
+    return {"arms": {"none": NONE, "x": {**NONE, **arm, "args": ["--fault", fault]}}, "bars": []}
+
+
+def test_four_arms_hit_exactly_what_the_simulator_expects(run_small: RunSmall, tmp_path: Path) -> None:
+    results, records = run_small()
+    assert results.problems == []
+    assert results.valid
+    arms = {arm.name: arm for arm in results.arms}
+    assert arms["none"].hit_tokens == 0
+    assert arms["engine"].hit_tokens == arms["engine"].expected_hit_tokens == arms["lmc"].hit_tokens
+    assert arms["engine"].hit_tokens > 0
+    assert arms["lmc"].hit_tokens_by_tier == {"device": 0, "host": arms["lmc"].hit_tokens, "disk": 0}
+    restarted = arms["lmc-restarted"]
+    assert restarted.hit_tokens_by_tier["disk"] > 0
+    assert restarted.hit_tokens == restarted.expected_hit_tokens > arms["lmc"].hit_tokens
+    assert [phase.name for phase in restarted.phases] == [
+        "start", "verify empty", "warm up", "drain", "measure", "drain",
+    ]  # fmt: skip
+    assert len(records) == 4 * 11
+    assert all(check.compared_tokens == 44 and not check.differences for check in results.outputs)
+
+    write_results(tmp_path / "out", results, records)
+    assert read_results(tmp_path / "out") == results
+    assert read_records(tmp_path / "out") == records
+    write_report(tmp_path / "out", results, records)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png") >= 4
+    assert page == report_html(build_report(read_results(tmp_path / "out"), read_records(tmp_path / "out")))
+
+
+def test_wrong_hits_make_the_arm_invalid(run_small: RunSmall) -> None:
+    results, _ = run_small(**_faulty("wrong-hits", reuse="cache", cache={}))
+    assert [arm.valid for arm in results.arms] == [True, False]
+    assert "the simulator expects" in results.problems[0]
+
+
+def test_another_token_makes_the_arm_invalid(run_small: RunSmall) -> None:
+    results, _ = run_small(**_faulty("wrong-token"))
+    assert not results.valid
+    assert "outputs differ from none" in " ".join(results.problems)
+
+
+def test_a_warm_engine_is_not_empty(run_small: RunSmall) -> None:
+    results, _ = run_small(**_faulty("warm"))
+    assert results.problems == ["arm x: not empty at start: the engine has already looked up 512 tokens"]
+
+
+def test_an_empty_disk_after_a_restart_is_seen(run_small: RunSmall) -> None:
+    arms = {"lmc": CACHED, "again": {**CACHED, "restart_of": "lmc"}}
+    results, _ = run_small(arms=arms, bars=[])
+    assert any("nothing survived the restart" in problem for problem in results.problems)
+
+
+def test_failures_are_counted_by_cause(run_small: RunSmall) -> None:
+    results, records = run_small(**_faulty("http-500"))
+    failed = results.arms[1]
+    assert (failed.ok, failed.requests) == (0, 11)
+    assert failed.failures == {"http_error: HTTP 500: out of luck": 11}
+    assert failed.ttft_ms == {}
+    assert sum(not record.ok for record in records) == 11
+    assert build_report(results, records).summary.count("INVALID") == 1
+
+
+def test_timeouts_are_a_cause_of_their_own(run_small: RunSmall) -> None:
+    results, _ = run_small(limits={"timeout": "100ms", "requests": 2}, **_faulty("stall"))
+    assert results.arms[1].failures == {"timeout: no end after 0.1 s": 2}
+
+
+def test_an_engine_that_dies_leaves_partial_results(run_small: RunSmall) -> None:
+    results, records = run_small(**_faulty("die"))
+    died = results.arms[1]
+    assert not died.valid
+    assert 0 < died.ok < 11
+    assert any("the engine ended with exit code 3" in problem for problem in died.problems)
+    assert len([record for record in records if record.arm == "none"]) == 11
+
+
+def test_another_tokenizer_is_noticed(run_small: RunSmall) -> None:
+    results, _ = run_small(**_faulty("bad-tokenizer"))
+    assert "another tokenizer?" in results.problems[0]
+
+
+def test_missing_cached_tokens_are_not_zero(run_small: RunSmall) -> None:
+    results, records = run_small(**_faulty("no-usage"))
+    assert results.arms[1].hit_tokens is None
+    assert {record.cached_tokens for record in records if record.arm == "x"} == {None}
+
+
+def test_an_arm_that_does_not_start(run_small: RunSmall) -> None:
+    first = {"arms": {"x": {**NONE, "args": ["--fault", "no-start"]}}, "bars": []}
+    with pytest.raises(EngineError, match="arm x: the engine ended with exit code 1: lmc: no room for weights"):
+        run_small(**first)
+    results, _ = run_small(**_faulty("no-start"))
+    assert [arm.name for arm in results.arms] == ["none"]
+    assert not results.valid
+    assert "no room for weights" in results.problems[0]
+
+
+def test_every_repeat_starts_from_nothing(run_small: RunSmall) -> None:
+    results, records = run_small(repeat=2, bars=[], arms={"none": NONE, "lmc": CACHED})
+    assert results.valid
+    assert {record.repeat for record in records} == {0, 1}
+    by_repeat = [sum(r.cached_tokens or 0 for r in records if r.repeat == n and r.arm == "lmc") for n in (0, 1)]
+    assert by_repeat[0] == by_repeat[1] > 0
+
+
+def test_priming_is_expected_and_measured(run_small: RunSmall) -> None:
+    results, _ = run_small(bars=[], prime=["chat"], arms={"none": NONE, "lmc": CACHED})
+    cold, _ = run_small(bars=[], arms={"none": NONE, "lmc": CACHED})
+    assert results.valid and cold.valid
+    assert results.arms[1].hit_tokens > cold.arms[1].hit_tokens
+
+
+def test_concurrent_load_is_judged_by_rate(run_small: RunSmall) -> None:
+    load = {"kind": "closed", "concurrency": 4}
+    results, records = run_small(bars=[], load=load, arms={"none": NONE, "lmc": CACHED})
+    assert len(records) == 22
+    assert results.arms[1].hit_tokens > 0
+
+
+def test_open_loop_counts_from_the_intended_time(run_small: RunSmall) -> None:
+    slow = {**NONE, "args": ["--us-per-token", "200"]}
+    load = {"kind": "constant", "rate": 50.0}
+    results, records = run_small(bars=[], load=load, limits={"concurrency": 1}, arms={"none": slow})
+    assert results.arms[0].self_check is not None
+    assert results.arms[0].self_check.requested_rate == pytest.approx(50.0)
+    last = max(records, key=lambda record: record.intended_s)
+    assert last.ttft_ms > 3 * last.service_ttft_ms
+    assert not results.valid
+
+
+def test_unknown_arm_and_missing_base(run_small: RunSmall) -> None:
+    with pytest.raises(WorkloadError, match="no arm 'lcm' in this workload; did you mean 'lmc'"):
+        run_small(["lcm"])
+    with pytest.raises(WorkloadError, match="arm lmc-restarted restarts lmc: choose that one too"):
+        run_small(["lmc-restarted"])
+
+
+@pytest.fixture
+def running_server() -> Iterator[str]:
+    from lmc.bench.arms import _free_port
+
+    port = _free_port()
+    command = [*MOCK, "mock-model", "--port", str(port), "--no-cache", "--", "--enable-prefix-caching"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline().startswith(b"ready")
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    process.wait(10)
+    process.stdout.close()
+
+
+def test_a_running_server_is_an_arm(run_small: RunSmall, running_server: str) -> None:
+    results, _ = run_small(bars=[], arms={"running": {"url": running_server}})
+    assert results.valid
+    assert results.arms[0].expected_hit_tokens is None
+    assert "not verified" in {phase.name: phase.detail for phase in results.arms[0].phases}["verify empty"]
+
+
+def test_unreachable_and_wrong_servers(run_small: RunSmall, running_server: str, write_workload: WriteWorkload) -> None:
+    with pytest.raises(RunError, match=r"arm gone: cannot reach http://127\.0\.0\.1:9/v1"):
+        run_small(bars=[], arms={"gone": {"url": "http://127.0.0.1:9"}})
+
+
+def test_command_line_writes_the_report_and_tells_by_exit_code(
+    running_server: str, write_workload: WriteWorkload, model_folder: Path, tmp_path: Path
+) -> None:
+    path = write_workload(bars=[], arms={"running": {"url": running_server}})
+    # The server's model has the name of the folder in this run.
+    result = CliRunner().invoke(
+        app, ["bench", str(path), "--model", str(model_folder), "--out", str(tmp_path / "r"), "--quiet"]
+    )
+    assert isinstance(result.exception, RunError)
+    assert "does not serve" in str(result.exception)
+    assert not (tmp_path / "r").exists()
+
+
+def test_ctrl_c_stops_the_engine(write_workload: WriteWorkload, model_folder: Path, tmp_path: Path) -> None:
+    path = write_workload(bars=[], arms={"x": {**NONE, "args": ["--fault", "stall"]}})
+    code = (
+        "import sys; from pathlib import Path; from lmc.bench.workload import load_workload;"
+        "from lmc.bench.run import RunOptions, run_workload;"
+        "path, model, serve, scratch = map(Path, sys.argv[1:]);"
+        "run_workload(load_workload(path), RunOptions(path.parent, 'm', model, serve=(sys.executable, str(serve)), scratch=scratch))"
+    )
+    process = subprocess.Popen(
+        [MOCK[0], "-c", code, str(path), str(model_folder), MOCK[1], str(tmp_path / "s")],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    log = tmp_path / "s" / "0" / "x" / "engine.log"
+    deadline = time.monotonic() + 30
+    while not (log.is_file() and b"ready" in log.read_bytes()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    url = log.read_text().split("url=")[1].split("/v1")[0]
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(20) != 0
+
+    async def answers() -> bool:
+        async with aiohttp.ClientSession() as http:
+            try:
+                async with http.get(f"{url}/v1/models") as response:
+                    return response.status == 200
+            except aiohttp.ClientError:
+                return False
+
+    assert not asyncio.run(answers())

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmc.bench.prompts import Conversation, Request
+from lmc.bench.schedule import Plan, arrival_times, make_plan
+from lmc.bench.workload import OpenLoop, Workload
+from tests.bench.conftest import small_workload
+
+EMPTY = np.zeros(1, dtype=np.int32)
+
+
+def _sessions(*turns: int) -> list[Conversation]:
+    return [
+        [Request("p", s, t, EMPTY, 1, at_s=float(10 - s + t)) for t in range(count)] for s, count in enumerate(turns)
+    ]
+
+
+def _plan(sessions: list[Conversation], load: dict[str, Any], **limits: Any) -> Plan:
+    return make_plan(sessions, Workload.model_validate(small_workload(bars=[], load=load, limits=limits)))
+
+
+def _ids(plan: Plan) -> list[str]:
+    return [item.request.id.removeprefix("p/") for item in plan.items]
+
+
+def test_closed_orders() -> None:
+    sessions = _sessions(2, 1, 3)
+    assert _ids(_plan(sessions, {"kind": "closed"})) == ["0/0", "0/1", "1/0", "2/0", "2/1", "2/2"]
+    turns = _plan(sessions, {"kind": "closed", "order": "turns"})
+    assert _ids(turns) == ["0/0", "1/0", "2/0", "0/1", "2/1", "2/2"]
+    assert turns.units == [[0], [1], [2], [3], [4], [5]]
+    assert _plan(sessions, {"kind": "closed", "concurrency": 2}).units == [[0, 1], [2], [3, 4, 5]]
+
+
+def test_only_one_request_at_a_time_is_a_fixed_order() -> None:
+    assert _plan(_sessions(2), {"kind": "closed"}).is_ordered
+    assert not _plan(_sessions(2), {"kind": "closed", "concurrency": 2}).is_ordered
+    assert not _plan(_sessions(2), {"kind": "constant", "rate": 1}).is_ordered
+
+
+@settings(deadline=None)
+@given(
+    turns=st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    load=st.sampled_from(
+        [
+            {"kind": "closed"},
+            {"kind": "closed", "order": "turns", "concurrency": 3},
+            {"kind": "closed", "order": "shuffled"},
+            {"kind": "poisson", "rate": 2.0},
+            {"kind": "gamma", "rate": 2.0, "burstiness": 0.3},
+            {"kind": "constant", "rate": 2.0},
+            {"kind": "users", "users": 2, "rate": 1.0},
+            {"kind": "trace", "speed": 2.0},
+        ]
+    ),
+    limit=st.one_of(st.none(), st.integers(1, 20)),
+)
+def test_every_turn_is_sent_once_after_the_turn_before_it(
+    turns: list[int], load: dict[str, Any], limit: int | None
+) -> None:
+    sessions = _sessions(*turns)
+    plan = _plan(sessions, load, **({"requests": limit} if limit else {}))
+    ids = _ids(plan)
+    assert len(set(ids)) == len(ids) == min(sum(turns), limit or sum(turns))
+    for index, item in enumerate(plan.items):
+        if item.request.turn == 0:
+            assert item.after is None
+        else:
+            assert item.after is not None and item.after < index
+            before = plan.items[item.after].request
+            assert (before.session, before.turn) == (item.request.session, item.request.turn - 1)
+    if plan.units is not None:
+        assert [index for unit in plan.units for index in unit] == list(range(len(ids)))
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(["constant", "poisson", "gamma"]),
+    rate=st.floats(0.1, 1000),
+    burstiness=st.floats(0.05, 5),
+    count=st.integers(1, 200),
+)
+def test_arrivals_start_at_zero_and_last_exactly_count_by_rate(
+    kind: Any, rate: float, burstiness: float, count: int
+) -> None:
+    times = arrival_times(OpenLoop(kind=kind, rate=rate, burstiness=burstiness), count, np.random.default_rng(1))
+    assert times[0] == 0.0
+    assert np.all(np.diff(times) >= 0)
+    assert times[-1] <= count / rate * (1 + 1e-9)
+
+
+def test_burstiness_sets_the_spread_of_gaps() -> None:
+    def spread(kind: Any, burstiness: float) -> float:
+        gaps = np.diff(
+            arrival_times(OpenLoop(kind=kind, rate=1, burstiness=burstiness), 20_000, np.random.default_rng(1))
+        )
+        return float(gaps.std() / gaps.mean())
+
+    assert spread("poisson", 9.0) == pytest.approx(1.0, abs=0.05)
+    assert spread("gamma", 0.25) == pytest.approx(2.0, abs=0.15)
+    assert spread("gamma", 4.0) == pytest.approx(0.5, abs=0.05)
+    assert spread("constant", 1.0) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_users_send_at_their_own_pace() -> None:
+    plan = _plan(_sessions(2, 2, 1), {"kind": "users", "users": 2, "rate": 1.0})
+    times = {item.request.id.removeprefix("p/"): item.at_s for item in plan.items}
+    assert times == {"0/0": 0.0, "1/0": 1.0, "0/1": 2.0, "1/1": 3.0, "2/0": 4.0}
+    assert plan.requested_rate == pytest.approx(1.0)
+
+
+def test_trace_times_are_divided_by_speed_and_sorted() -> None:
+    plan = _plan(_sessions(1, 1), {"kind": "trace", "speed": 2.0})
+    assert [(item.request.session, item.at_s) for item in plan.items] == [(1, 4.5), (0, 5.0)]
+
+
+def test_same_seed_same_plan() -> None:
+    load = {"kind": "poisson", "rate": 3.0}
+    first, second = (_plan(_sessions(1, 1, 1), load) for _ in range(2))
+    assert [item.at_s for item in first.items] == [item.at_s for item in second.items]
