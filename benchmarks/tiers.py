@@ -1,7 +1,7 @@
 """How close each tier comes to bare I/O of the same bytes: python -m benchmarks.tiers [--chunk 4MiB] [--out reports/tiers].
 
-Tier and bare loop take turns within each round, so that both see the same machine; a ratio is the median over the rounds of tier speed
-divided by the speed of the fastest bare loop in that round. Exit code 1 when a bar is missed.
+Tier and bare I/O take turns chunk by chunk, so that both see the same machine; times are medians over all chunks and rounds, and a ratio
+compares the tier with the bare way that is fastest by median. Exit code 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -34,33 +34,38 @@ from lmc.report import Column, Report, Section, Table, print_table, report_markd
 from lmc.units import format_size, parse_size
 from tests import services
 
-Loop = Callable[[], None]
+Step = Callable[[int], object]  # does the chunk of that number
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A tier's loop over all chunks and the bare loops that do the same without a tier."""
+    """A tier's way with a chunk, and the bare ways to move the same bytes."""
 
     name: str
     bar: float | None
-    tier: Loop
-    bare: dict[str, Loop]
-    before: Loop = lambda: None  # not timed
+    tier: Step
+    bare: dict[str, Step]
+    before: Step = lambda _: None  # not timed
 
 
 @dataclass(frozen=True)
 class Outcome:
     name: str
     bar: float | None
-    tier_gb_per_s: float
+    chunk_bytes: int
     bare_name: str
-    bare_gb_per_s: float
-    ratio: float
-    ratios: list[float]
+    seconds: dict[str, list[float]]  # quartiles of each way, over all chunks and rounds
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds[self.bare_name][1] / self.seconds["tier"][1]
 
     @property
     def reached(self) -> bool:
         return self.bar is None or self.ratio >= self.bar
+
+    def gb_per_s(self, name: str) -> float:
+        return self.chunk_bytes / self.seconds[name][1] / 1e9
 
 
 @dataclass
@@ -71,10 +76,6 @@ class Chunks:
     source: list[memoryview]
     slots: list[memoryview]
     room: memoryview  # header and payload of one chunk, for bare loops
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(len, self.source))
 
 
 def make_chunks(count: int, chunk_bytes: int) -> Chunks:
@@ -90,119 +91,113 @@ def make_chunks(count: int, chunk_bytes: int) -> Chunks:
     return Chunks(keys, [source[one] for one in cut], [target[one] for one in cut], room)
 
 
-def store(tier: Tier, chunks: Chunks) -> Loop:
-    def loop() -> None:
-        for key, data in zip(chunks.keys, chunks.source, strict=True):
-            tier.put(key, data)
-
-    return loop
+def store(tier: Tier, chunks: Chunks) -> Step:
+    return lambda number: tier.put(chunks.keys[number], chunks.source[number])
 
 
-def load(tier: Tier, chunks: Chunks) -> Loop:
-    def loop() -> None:
-        for key, slot in zip(chunks.keys, chunks.slots, strict=True):
-            tier.get(key, slot)
-
-    return loop
+def load(tier: Tier, chunks: Chunks) -> Step:
+    return lambda number: tier.get(chunks.keys[number], chunks.slots[number])
 
 
-def run(contest: Contest, num_bytes: int, rounds: int) -> Outcome:
-    loops = {"tier": contest.tier} | contest.bare
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(rounds + 1):
-        names = list(loops)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            contest.before()
+def store_all(tier: Tier, chunks: Chunks) -> None:
+    for key, data in zip(chunks.keys, chunks.source, strict=True):
+        tier.put(key, data)
+
+
+def run(contest: Contest, chunks: Chunks, rounds: int) -> Outcome:
+    ways = {"tier": contest.tier} | contest.bare
+    names = list(ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    count = len(chunks.keys)
+    for turn in range((rounds + 1) * count):
+        for place, name in enumerate(names):
+            number = (
+                turn + place * count // len(names)
+            ) % count  # not what another way has just brought into the CPU's cache
+            contest.before(number)
             started = time.perf_counter()
-            loops[name]()
-            if number:  # the first round warms up
+            ways[name](number)
+            if turn >= count:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    best = min(contest.bare, key=lambda name: statistics.median(seconds[name]))
-    fastest = [min(seconds[name][index] for name in contest.bare) for index in range(rounds)]
-    ratios = [bare / tier for bare, tier in zip(fastest, seconds["tier"], strict=True)]
-    speed = {name: num_bytes / statistics.median(seconds[name]) / 1e9 for name in loops}
-    ratio = statistics.median(ratios)
-    return Outcome(
-        contest.name, contest.bar, speed["tier"], best, speed[best], ratio, [round(one, 3) for one in ratios]
-    )
+    quartiles = {name: statistics.quantiles(seconds[name], n=4) for name in names}
+    best = min(contest.bare, key=lambda name: quartiles[name][1])
+    return Outcome(contest.name, contest.bar, len(chunks.source[0]), best, quartiles)
 
 
 def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
     tier = DiskTier(folder, scope)
-    store(tier, chunks)()
+    store_all(tier, chunks)
     files = [tier._file(key) for key in chunks.keys]
     wanted = HEADER_BYTES + scope.chunk_bytes
     padded = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
 
-    def drop() -> None:
-        for path in files:
-            fd = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    def drop(number: int) -> None:
+        fd = os.open(files[number], os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+    def read(flags: int) -> Step:
+        def step(number: int) -> None:
+            whole_pages = wanted % mmap.PAGESIZE == 0
+            parts = [chunks.room[:HEADER_BYTES], chunks.slots[number]] if whole_pages else [chunks.room[:padded]]
+            fd = os.open(files[number], os.O_RDONLY | flags)
+            done = os.preadv(fd, parts, 0)
             os.close(fd)
+            assert done == wanted
 
-    def read(flags: int) -> Loop:
-        def loop() -> None:
-            page = chunks.room[:HEADER_BYTES]
-            for path, slot in zip(files, chunks.slots, strict=True):
-                fd = os.open(path, os.O_RDONLY | flags)
-                parts = [chunks.room[:padded]] if wanted % mmap.PAGESIZE else [page, slot]
-                done = os.preadv(fd, parts, 0)
-                assert done == wanted
-                os.close(fd)
+        return step
 
-        return loop
-
-    def write() -> None:
-        header = bytes(HEADER_BYTES)
+    def write(number: int) -> None:
+        temporary = folder / "bare.tmp"
+        fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        written = os.writev(fd, [chunks.room[:HEADER_BYTES], chunks.source[number]])
+        assert written == wanted
+        os.fsync(fd)
+        os.close(fd)
+        temporary.rename(folder / f"bare{number}")
         parent = os.open(folder, os.O_RDONLY)
-        for index, data in enumerate(chunks.source):
-            temporary, target = folder / "bare.tmp", folder / f"bare{index}"
-            fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            written = os.writev(fd, [header, data])
-            assert written == wanted
-            os.fsync(fd)
-            os.close(fd)
-            temporary.rename(target)
-            os.fsync(parent)
+        os.fsync(parent)
         os.close(parent)
 
-    bare = {"buffered": read(0), "O_DIRECT": read(os.O_DIRECT)}
-    yield Contest("disk load, in page cache", 0.85, load(tier, chunks), bare, read(0))
+    bare = {"buffered read": read(0), "O_DIRECT read": read(os.O_DIRECT)}
+    for number in range(len(files)):
+        read(0)(number)
+    yield Contest("disk load, in page cache", 0.85, load(tier, chunks), bare)
     yield Contest("disk load, not in page cache", 0.85, load(tier, chunks), bare, drop)
     yield Contest("disk store, synced", None, store(tier, chunks), {"write, fsync, rename": write})
 
 
 def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
     tier = RedisTier(RedisConfig(url=f"redis://{services.LOCAL}:{port}", timeout=30.0), scope)
-    store(tier, chunks)()
+    store_all(tier, chunks)
     names = [tier._name(key) for key in chunks.keys]
     wanted = HEADER_BYTES + scope.chunk_bytes
+    around = len(b"$%d\r\n" % wanted) + 2
+    buffer = memoryview(bytearray(wanted + around))
     connection = socket.create_connection((services.LOCAL, port))
-    header = bytes(HEADER_BYTES)
 
-    def receive() -> None:
-        around = len(b"$%d\r\n" % wanted) + 2
-        buffer = memoryview(bytearray(wanted + around))
-        for name in names:
-            connection.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name))
-            got = 0
-            while got < len(buffer):
-                got += connection.recv_into(buffer[got:])
+    def receive(number: int) -> None:
+        name = names[number]
+        connection.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name))
+        got = 0
+        while got < len(buffer):
+            got += connection.recv_into(buffer[got:])
 
-    def send() -> None:
-        for name, data in zip(names, chunks.source, strict=True):
-            start = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, wanted)
-            parts = [memoryview(start), memoryview(header), data, memoryview(b"\r\n")]
-            while parts:
-                sent = connection.sendmsg(parts)
-                while parts and sent >= len(parts[0]):
-                    sent -= len(parts.pop(0))
-                if sent:
-                    parts[0] = parts[0][sent:]
-            answer = connection.recv(64)
-            assert answer == b"+OK\r\n", answer
+    def send(number: int) -> None:
+        name = names[number]
+        start = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, wanted)
+        header = chunks.room[:HEADER_BYTES]
+        parts = [memoryview(start), header, chunks.source[number], memoryview(b"\r\n")]
+        while parts:
+            sent = connection.sendmsg(parts)
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if sent:
+                parts[0] = parts[0][sent:]
+        answer = connection.recv(64)
+        assert answer == b"+OK\r\n", answer
 
-    yield Contest("redis load", 0.85, load(tier, chunks), {"recv_into": receive}, store(tier, chunks))
+    yield Contest("redis load", 0.85, load(tier, chunks), {"recv_into": receive})
     yield Contest("redis store", 0.85, store(tier, chunks), {"sendmsg": send})
     connection.close()
     tier.close()
@@ -211,13 +206,10 @@ def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Cont
 def s3_contests(endpoint: str, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
     settings = {"endpoint": endpoint, "access_key_id": "id", "secret_access_key": "secret", "timeout": 30}
     tier = S3Tier(S3Config.model_validate({"bucket": "chunks"} | settings), scope)
-    store(tier, chunks)()
-
-    def get() -> None:
-        for key in chunks.keys:
-            obstore.get(tier._store, tier._name(key)).bytes()
-
-    yield Contest("s3 load", 0.80, load(tier, chunks), {"the client's GET": get})
+    store_all(tier, chunks)
+    names = [tier._name(key) for key in chunks.keys]
+    bare = {"the client's GET": lambda number: obstore.get(tier._store, names[number]).bytes()}
+    yield Contest("s3 load", 0.80, load(tier, chunks), bare)
 
 
 @contextmanager
@@ -253,30 +245,26 @@ def as_report(outcomes: list[Outcome], chunks: Chunks, rounds: int) -> Report:
     columns = [
         Column("case"),
         Column("tier", "GB/s"),
-        Column("fastest bare loop"),
+        Column("fastest bare way"),
         Column("bare", "GB/s"),
         Column("tier/bare"),
-        Column("lowest"),
-        Column("highest"),
         Column("bar"),
         Column("reached"),
     ]
     rows = [
         [
             one.name,
-            one.tier_gb_per_s,
+            one.gb_per_s("tier"),
             one.bare_name,
-            one.bare_gb_per_s,
+            one.gb_per_s(one.bare_name),
             one.ratio,
-            min(one.ratios),
-            max(one.ratios),
             one.bar,
             one.reached,
         ]
         for one in outcomes
     ]
     size = format_size(len(chunks.source[0]))
-    note = f"{len(chunks.keys)} chunks of {size} per loop, one thread, {rounds} rounds; medians over rounds."
+    note = f"{len(chunks.keys)} chunks of {size}, one thread, {rounds} rounds; medians."
     summary = (
         "Speed of each tier against bare I/O of the same bytes in the same run. "
         "The tier also computes or checks a checksum of every byte."
@@ -292,7 +280,7 @@ def as_report(outcomes: list[Outcome], chunks: Chunks, rounds: int) -> Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chunk", default="4MiB", help="size of a chunk")
-    parser.add_argument("--count", type=int, default=24, help="chunks per loop")
+    parser.add_argument("--count", type=int, default=24, help="chunks per round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--folder", type=Path, help="where the disk tier is tried; default: the system's temporary folder"
@@ -302,9 +290,7 @@ def main() -> int:
     chunks = make_chunks(options.count, parse_size(options.chunk))
     scope = TierScope("benchmark", 0, "benchmark", len(chunks.source[0]))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, ExitStack() as stack:
-        outcomes = [
-            run(contest, chunks.num_bytes, options.rounds) for contest in contests(Path(folder), scope, chunks, stack)
-        ]
+        outcomes = [run(contest, chunks, options.rounds) for contest in contests(Path(folder), scope, chunks, stack)]
     report = as_report(outcomes, chunks, options.rounds)
     print_table(report.sections[0].items[0])
     if options.out is not None:

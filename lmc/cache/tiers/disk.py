@@ -41,6 +41,7 @@ class DiskTier:
         self._scope = scope
         self._fsync = fsync
         self._folder = path / FORMAT / scope.namespace / f"r{scope.rank}"
+        self._folder_name = str(self._folder)
         self._temporary = self._folder / "tmp"
         self._process = secrets.token_hex(8)
         self._serial = itertools.count()
@@ -62,12 +63,10 @@ class DiskTier:
             raise kind(f"disk tier: cannot store {target}: {error.strerror}") from error
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
-        source = self._file(key)
+        source = self._file_name(key)
         page = aligned_page()
         try:
-            found = read_chunk(source, page, out)
-            if self._scope.expect(key, page) != found:
-                raise Corrupt("the payload does not match its checksum")
+            self._scope.verify(key, page, read_chunk(source, page, out))
         except (FileNotFoundError, OtherVersion):
             raise KeyError(key) from None
         except Corrupt as error:
@@ -102,8 +101,11 @@ class DiskTier:
         """Nothing is held between calls."""
 
     def _file(self, key: ChunkKey) -> Path:
+        return Path(self._file_name(key))
+
+    def _file_name(self, key: ChunkKey) -> str:
         name = key.hex()
-        return self._folder / name[:2] / name
+        return f"{self._folder_name}/{name[:2]}/{name}"  # a Path would take 20 us to build
 
     def _create(self) -> tuple[int, Path]:
         """A new temporary file, locked by this process."""

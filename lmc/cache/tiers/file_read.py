@@ -4,8 +4,8 @@ A file that is in the page cache is copied from there, a piece at a time, and ha
 read with O_DIRECT straight into the slot in one call, which also leaves the page cache to others. Measured on one virtual disk with 4 MiB
 files: 8-11 GB/s from the page cache; from the disk 1.4-1.9 GB/s directly against 0.4-1.2 GB/s buffered.
 
-Whether a file is in the page cache is asked with mincore: reading with RWF_NOWAIT would tell too, but makes Linux 6 read ahead, and the
-disk then reads everything twice.
+Whether a file is in the page cache is asked with cachestat (Linux 6.5; 4 us for a 4 MiB chunk); older kernels always read buffered. Reading
+with RWF_NOWAIT would tell too, but makes Linux 6 read ahead, and the disk then reads everything twice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
-from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from lmc.cache.tiers.format import HEADER_BYTES
@@ -26,11 +24,15 @@ from lmc.errors import Corrupt
 _PIECE = 1 << 20
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # the file system or the slot's alignment does not allow it
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_CACHESTAT = 451  # the system call's number on every architecture
+
+_Area = ctypes.c_uint64 * 2  # start, length
+_Pages = ctypes.c_uint64 * 5  # cached, dirty, in writeback, evicted, recently evicted
+_libc = ctypes.CDLL(None)
+_libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
 
 
-def read_chunk(source: Path, page: memoryview, out: memoryview) -> int:
+def read_chunk(source: str, page: memoryview, out: memoryview) -> int:
     """Fill page with the header and out with the payload; returns the payload's xxh3-64. Raises OSError, and Corrupt for another size."""
     fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -52,19 +54,10 @@ def read_chunk(source: Path, page: memoryview, out: memoryview) -> int:
 
 
 def in_page_cache(fd: int, size: int) -> bool:
-    """Whether every page of the file is in memory. Raises OSError, and Corrupt when the file is not that long any more."""
-    try:
-        mapped = mmap.mmap(fd, size, prot=mmap.PROT_READ)
-    except ValueError as error:
-        raise Corrupt("the file shrank while it was read") from error
-    with mapped:
-        view = np.frombuffer(mapped, np.uint8)
-        resident = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
-        failed = _libc.mincore(view.ctypes.data, size, resident.ctypes.data)
-        del view  # it would keep the mapping from closing
-    if failed:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return bool((resident & 1).all())
+    """Whether the whole file is in memory, or the kernel does not say."""
+    pages = _Pages()
+    failed = _libc.syscall(_CACHESTAT, fd, _Area(0, size), pages, 0)
+    return failed != 0 or pages[0] * mmap.PAGESIZE >= size
 
 
 def _span(page: memoryview, out: memoryview, start: int, end: int) -> list[memoryview]:

@@ -62,18 +62,23 @@ class TierScope:
         """The header to store in front of data."""
         if len(data) != self.chunk_bytes:
             raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
-        return encode(ChunkHeader(self.namespace, self.rank, self.layout, key, len(data), checksum(data)))
+        return self._header(key, checksum(data))
 
-    def expect(self, key: ChunkKey, raw: bytes | bytearray | memoryview) -> int:
-        """The checksum that the payload behind this header must have. Raises Corrupt when the header is not of this key in this scope."""
-        header = decode(raw)
+    def verify(self, key: ChunkKey, page: bytes | memoryview, payload_checksum: int) -> None:
+        """Raises Corrupt unless page is the header of this key in this scope with a payload of that checksum."""
+        if bytes(page) == self._header(key, payload_checksum):
+            return
+        header = decode(page)
         found = (header.namespace, header.rank, header.layout, header.key, header.payload_bytes)
         wanted = (self.namespace, self.rank, self.layout, key, self.chunk_bytes)
         names = ("namespace", "rank", "layout", "key", "size")
         wrong = [name for name, have, want in zip(names, found, wanted, strict=True) if have != want]
         if wrong:
             raise Corrupt(f"stored under another {' and '.join(wrong)}")
-        return header.checksum
+        raise Corrupt("the payload does not match its checksum")
+
+    def _header(self, key: ChunkKey, payload_checksum: int) -> bytes:
+        return encode(ChunkHeader(self.namespace, self.rank, self.layout, key, self.chunk_bytes, payload_checksum))
 
 
 def checksum(data: memoryview | bytes) -> int:
@@ -92,8 +97,7 @@ def encode(header: ChunkHeader) -> bytes:
     fields = [_MAGIC, VERSION, HEADER_BYTES, 0, header.payload_bytes, header.checksum, header.rank, header.key]
     page = bytearray(HEADER_BYTES)
     _FIXED.pack_into(page, 0, *fields, len(namespace), len(layout))
-    text = namespace + layout
-    page[_FIXED.size : _FIXED.size + len(text)] = text
+    page[_FIXED.size : _FIXED.size + len(namespace) + len(layout)] = namespace + layout
     struct.pack_into("<Q", page, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(page))
     return bytes(page)
 

@@ -73,8 +73,7 @@ class RedisTier:
                 found = _get_moved(client, name, page, out)
             if found is None:
                 raise KeyError(key)
-            if self._scope.expect(key, page) != found:
-                raise Corrupt("the payload does not match its checksum")
+            self._scope.verify(key, page, found)
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         if not keys:

@@ -61,9 +61,7 @@ class S3Tier:
             if size != HEADER_BYTES + len(out):
                 raise Corrupt(f"the object has {size} bytes instead of {HEADER_BYTES + len(out)}")
             value = memoryview(answer.bytes())
-            wanted = self._scope.expect(key, value[:HEADER_BYTES])
-            if _copy(value[HEADER_BYTES:], out) != wanted:
-                raise Corrupt("the payload does not match its checksum")
+            self._scope.verify(key, value[:HEADER_BYTES], _copy(value[HEADER_BYTES:], out))
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """One HEAD request per key, many at once; all together end within the time-out."""

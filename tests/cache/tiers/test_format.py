@@ -78,13 +78,15 @@ def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         (TierScope(SCOPE.namespace, 1, SCOPE.layout, 1), "another rank and size$"),
     ],
 )
-def test_expect_says_what_differs(other: TierScope, said: str) -> None:
-    sealed = SCOPE.seal(key(1), payload(1))
-    assert SCOPE.expect(key(1), sealed) == chunk_format.checksum(payload(1))
+def test_verify_says_what_differs(other: TierScope, said: str) -> None:
+    sealed, digest = SCOPE.seal(key(1), payload(1)), chunk_format.checksum(payload(1))
+    SCOPE.verify(key(1), sealed, digest)
     with pytest.raises(Corrupt, match=said):
-        other.expect(key(1), sealed)
+        other.verify(key(1), sealed, digest)
     with pytest.raises(Corrupt, match=r"another key$"):
-        SCOPE.expect(key(2), sealed)
+        SCOPE.verify(key(2), sealed, digest)
+    with pytest.raises(Corrupt, match=r"payload does not match its checksum$"):
+        SCOPE.verify(key(1), sealed, digest ^ 1)
 
 
 @pytest.mark.parametrize(
