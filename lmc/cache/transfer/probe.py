@@ -26,7 +26,8 @@ from lmc.errors import ConfigError
 
 PIECE_SIZES = tuple(1 << power for power in range(12, 22))  # 4 KiB to 2 MiB
 TOTAL_BYTES = 64 << 20  # per copy, well above the caches
-TORCH_BYTES = 4 << 20  # the reference is slow, and nobody waits for it
+WINDOW_BYTES = 8 << 20
+TORCH_SHARE = 8  # the reference copies so much less: it is slow, and nobody waits for it
 REPETITIONS = 7
 
 
@@ -78,24 +79,31 @@ def probe_cpu(
     repetitions: int = REPETITIONS,
     threads: int | None = None,
 ) -> Probe:
-    """Host backend and torch reference between two parts of memory; threads None measures what helps."""
+    """Host backend and torch reference between two parts of memory; threads None measures what helps.
+
+    A turn copies one window of the memory, so that it is short beside the scheduler's time slice.
+    """
     threads = threads or useful_threads()
     backends: dict[str, Backend] = {"host": HostBackend(1)}
     if threads > 1:
         backends[f"host x{threads}"] = HostBackend(threads)
     backends["torch"] = TorchBackend("cpu")
     blocks, slots = _touched(total_bytes), _touched(total_bytes)
+    window = min(total_bytes, WINDOW_BYTES)
+    windows = range(0, total_bytes - window + 1, window)
     rows = []
     for direction in Direction:
         source, target = (blocks, slots) if direction is Direction.STORE else (slots, blocks)
-        limit = _timed(partial(_memcpy, source, target))
+        limit = [_timed(partial(_memcpy, source, target, start, window)) for start in windows]
         for size in sizes:
             copies = scattered(blocks.ctypes.data, slots.ctypes.data, total_bytes, size, direction)
+            count = window // size
             for label, backend in backends.items():
-                if label == "torch":
-                    copies = _first(copies, TORCH_BYTES)
-                turn = _timed(partial(backend.execute, copies))
-                rows.append(_compare(label, turn, limit, direction, size, copies.num_bytes, total_bytes, repetitions))
+                taken = count if label != "torch" else max(1, count // TORCH_SHARE)
+                parts = [_rows(copies, number * count, taken) for number in range(len(windows))]
+                turns = [_timed(partial(backend.execute, part)) for part in parts]
+                rates = (taken * size, window)
+                rows.append(_compare(label, turns, limit, direction, size, rates, repetitions))
     absent = dict.fromkeys(("dma", "kernel", "staged"), "needs a CUDA device")
     return Probe("cpu", _machine(), rows, absent)
 
@@ -134,12 +142,13 @@ def probe_cuda(
     rows = []
     for direction in Direction:
         whole = scattered(blocks.data_ptr(), slots.data_ptr(), total_bytes, total_bytes, direction)
-        limit = timed(backends["dma"], whole)
+        limit = [timed(backends["dma"], whole)]
         for size in sizes:
             copies = scattered(blocks.data_ptr(), slots.data_ptr(), total_bytes, size, direction)
             for label, backend in backends.items():
-                turn = timed(backend, copies)
-                rows.append(_compare(label, turn, limit, direction, size, copies.num_bytes, total_bytes, repetitions))
+                turns = [timed(backend, copies)]
+                rates = (copies.num_bytes, total_bytes)
+                rows.append(_compare(label, turns, limit, direction, size, rates, repetitions))
     return Probe(device, f"{torch.cuda.get_device_name(device)}, {_machine()}", rows)
 
 
@@ -155,26 +164,27 @@ def scattered(blocks: int, slots: int, total_bytes: int, size: int, direction: D
 
 def _compare(
     label: str,
-    turn: Turn,
-    limit: Turn,
+    turns: Sequence[Turn],
+    limit: Sequence[Turn],
     direction: Direction,
     size: int,
-    num_bytes: int,
-    limit_bytes: int,
+    num_bytes: tuple[int, int],
     repetitions: int,
 ) -> ProbeRow:
-    """Backend and limit by turns, so that a disturbance hits both alike."""
+    """Backend and limit by turns, so that a disturbance hits both alike; num_bytes of one turn of each."""
     rates, limits = [], []
     for _ in range(repetitions):
-        limits.append(limit_bytes / limit() / 1e9)
-        rates.append(num_bytes / turn() / 1e9)
+        for number, turn in enumerate(turns):
+            elsewhere = limit[(number + len(limit) // 2) % len(limit)]  # not what the backend leaves in the cache
+            limits.append(num_bytes[1] / elsewhere() / 1e9)
+            rates.append(num_bytes[0] / turn() / 1e9)
     share = statistics.median(rate / best for rate, best in zip(rates, limits, strict=True))
     return ProbeRow(label, str(direction), size, statistics.median(rates), statistics.median(limits), share)
 
 
-def _first(copies: Descriptors, num_bytes: int) -> Descriptors:
-    count = max(1, num_bytes // int(copies.size[0]))
-    return Descriptors(copies.src[:count], copies.dst[:count], copies.size[:count], copies.direction)
+def _rows(copies: Descriptors, start: int, count: int) -> Descriptors:
+    part = slice(start, start + count)
+    return Descriptors(copies.src[part], copies.dst[part], copies.size[part], copies.direction)
 
 
 def _timed(copy: Callable[[], None]) -> Turn:
@@ -191,8 +201,8 @@ def _touched(size: int) -> npt.NDArray[np.uint8]:
     return np.ones(size, dtype=np.uint8)
 
 
-def _memcpy(source: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8]) -> None:
-    ctypes.memmove(target.ctypes.data, source.ctypes.data, len(source))
+def _memcpy(source: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], start: int, size: int) -> None:
+    ctypes.memmove(target.ctypes.data + start, source.ctypes.data + start, size)
 
 
 def _machine() -> str:

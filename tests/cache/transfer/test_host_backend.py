@@ -5,14 +5,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmc.cache.transfer.backends.host import HostBackend, split_evenly
+from lmc.cache.transfer.planner import Descriptors, Direction
 from tests.contracts.transfer import block_tables, check_backend, engines
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.data(), st.integers(0, 2**20))
-def test_every_layout_round_trips(data: st.DataObject, seed: int) -> None:
-    engine = data.draw(engines())
-    check_backend(HostBackend(), engine, data.draw(block_tables(engine.layout.num_blocks)), seed)
+@pytest.mark.parametrize("stream_bytes", [0, 1 << 30], ids=["past the caches", "through the caches"])
+def test_every_layout_round_trips(stream_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmc.cache.transfer.backends.host.STREAM_BYTES", stream_bytes)
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.data(), st.integers(0, 2**20))
+    def check(data: st.DataObject, seed: int) -> None:
+        engine = data.draw(engines())
+        check_backend(HostBackend(), engine, data.draw(block_tables(engine.layout.num_blocks)), seed)
+
+    check()
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.integers(0, 130), st.integers(0, 130), st.integers(1, 1500)), min_size=1, max_size=5))
+def test_any_alignment_and_size_is_copied_exactly(pieces: list[tuple[int, int, int]]) -> None:
+    """The streaming loop takes aligned vectors in the middle; heads and tails of every length are around them."""
+    source = np.random.default_rng(0).integers(1, 256, 8192 + 64, dtype=np.uint8)
+    target = np.zeros_like(source)
+    expected = target.copy()
+    columns = []
+    for number, (src, dst, size) in enumerate(pieces):
+        src, dst = src + number * 1600, dst + number * 1600
+        size = min(size, 1600 - 130)
+        expected[dst : dst + size] = source[src : src + size]
+        columns.append((source.ctypes.data + src, target.ctypes.data + dst, size))
+    copies = Descriptors(*np.array(columns, dtype=np.uint64).T.copy(), Direction.LOAD)
+    HostBackend()._streaming(copies.src, copies.dst, copies.size)
+    assert np.array_equal(target, expected)
 
 
 @settings(deadline=None)

@@ -16,6 +16,9 @@ import numpy as np
 from lmc.cache.transfer.planner import Addresses, Descriptors, Direction
 
 MIN_THREAD_BYTES = 4 << 20  # below this a second thread costs more than it copies
+STREAM_BYTES = 8 << 20  # larger batches would push everything else out of the caches, and be pushed out themselves
+
+_Copy = Callable[[Addresses, Addresses, Addresses], None]
 
 
 class HostBackend:
@@ -24,7 +27,7 @@ class HostBackend:
     def __init__(self, threads: int = 1) -> None:
         """threads: how many copy at once, the caller's included; calibrate.host_threads measures what helps."""
         self.threads = threads
-        self._copy = _copy_loop()
+        self._cached, self._streaming = _loops()
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="lmc-copy") if threads > 1 else None
         self._lock = threading.Lock()  # one call at a time shares the pool out; others copy alone
 
@@ -33,14 +36,16 @@ class HostBackend:
 
     def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
         src, dst, size = descriptors.src, descriptors.dst, descriptors.size
-        parts = min(self.threads, descriptors.num_bytes // MIN_THREAD_BYTES)
+        num_bytes = descriptors.num_bytes
+        copy = self._streaming if num_bytes >= STREAM_BYTES else self._cached
+        parts = min(self.threads, num_bytes // MIN_THREAD_BYTES)
         if self._pool is None or parts < 2 or not self._lock.acquire(blocking=False):
-            self._copy(src, dst, size)
+            copy(src, dst, size)
             return
         try:
             shares = split_evenly(src, dst, size, parts)
-            waiting = [self._pool.submit(self._copy, *share) for share in shares[1:]]
-            self._copy(*shares[0])
+            waiting = [self._pool.submit(copy, *share) for share in shares[1:]]
+            copy(*shares[0])
             for future in waiting:
                 future.result()
         finally:
@@ -102,11 +107,8 @@ def _seconds(backend: HostBackend, copies: Descriptors) -> float:
 
 
 @cache
-def _copy_loop() -> Callable[[Addresses, Addresses, Addresses], None]:
-    """The loop over memmove, compiled once per machine and cached on disk by Numba."""
-    from lmc.cache.transfer.backends.copy_loop import copy_loop
+def _loops() -> tuple[_Copy, _Copy]:
+    """(through the caches, past them), compiled or read from Numba's cache on disk."""
+    from lmc.cache.transfer.backends.copy_loop import copy_loop, stream_loop
 
-    empty = np.empty(0, dtype=np.uint64)
-    copy_loop(empty, empty, empty)
-    loop: Callable[[Addresses, Addresses, Addresses], None] = copy_loop
-    return loop
+    return copy_loop, stream_loop
