@@ -15,7 +15,7 @@ def add_to(parent: typer.Typer) -> None:
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder, hub name, or smollm2-135m-instruct (embedded).")],
-    engine: Annotated[str, typer.Option(help="Engine to run: vllm.")] = "vllm",
+    engine: Annotated[str, typer.Option(help="Engine to run: vllm or sglang.")] = "vllm",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the engine's API.", min=1, max=65535)] = 8000,
     config: Annotated[Path | None, typer.Option(help="YAML file of cache settings.")] = None,

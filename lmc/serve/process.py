@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lmc.errors import ConfigError, EngineError
-from lmc.serve.engines import EngineCommand
+from lmc.serve.command import EngineCommand
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 20.0

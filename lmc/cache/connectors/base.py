@@ -1,0 +1,102 @@
+"""The adapter protocol: what an engine that keeps its scheduler and its KV cache in one process needs to use the cache.
+
+An adapter describes its KV memory once (a KVLayout and a Namespace) and then, for each request, calls lookup, load, store and finish, in
+this order, on one thread. docs/adding-an-engine.md walks through it; transformers.py is the shortest example. vLLM has its scheduler and
+its workers in different processes, so its connector carries plans and reports between them itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.engine import CacheEngine, Identity
+from lmc.cache.keys import Namespace
+from lmc.cache.layout import KVLayout
+from lmc.cache.open import open_worker
+from lmc.cache.plan import Plan, Report
+
+NOBODY = Identity()
+_POLL_SECONDS = 0.001
+
+
+class LocalCache:
+    """The cache of one rank. Where an engine has several ranks, each has its own, with an equal share of the host and disk capacity."""
+
+    def __init__(
+        self, config: CacheConfig, namespace: Namespace, layout: KVLayout, *, rank: int = 0, num_ranks: int = 1
+    ) -> None:
+        """Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
+        self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
+        self.engine = CacheEngine(_of_rank(config, rank, num_ranks), [self.worker.ready()], layout.block_tokens)
+
+    def lookup(self, request_id: str, tokens: Sequence[int], computed: int = 0, identity: Identity = NOBODY) -> int:
+        """How many tokens beyond `computed`, which the engine has in its blocks, can be loaded now.
+
+        Waits for lower tiers until the deadline; engines that have better things to do in the meantime call engine.lookup and pump instead.
+        """
+        while True:
+            gain = self.engine.lookup(request_id, tokens, computed, identity)
+            if gain is not None:
+                return gain
+            self.pump()
+            time.sleep(_POLL_SECONDS)
+
+    def load(self, request_id: str, num_tokens: int, blocks: Sequence[int]) -> bool:
+        """Copy what the last lookup found into the request's blocks, or note that nothing was found (0 tokens).
+
+        blocks: the id of the block of each block_tokens tokens, from the start of the prompt. False: compute them; the blocks hold garbage.
+        """
+        self.engine.admit(request_id, num_tokens, blocks)
+        plan = self.engine.take_plan()
+        self.worker.begin(plan)
+        failed = self.worker.take_failed_blocks()
+        self.pump()
+        return not failed
+
+    def store(self, request_id: str, tokens: Sequence[int], num_prompt: int, blocks: Sequence[int]) -> None:
+        """The blocks hold valid KV of all tokens, the first num_prompt of which are the prompt: keep a copy of the full chunks."""
+        self.engine.store(request_id, tokens, len(tokens), num_prompt, blocks)
+        plan = self.engine.take_plan()
+        self.worker.begin(Plan(tier_copies=plan.tier_copies))
+        self.worker.end(Plan(stores=plan.stores))
+        self.pump()
+
+    def finish(self, request_id: str) -> None:
+        """The request is over, in whatever way."""
+        self.engine.finish(request_id)
+
+    def pump(self) -> Report:
+        """Learn what ended in the background and start what became due; call it now and then. Returns what ended."""
+        report = self.worker.take_report()
+        self.engine.apply(report)
+        plan = self.engine.take_plan()
+        assert not plan.loads and not plan.stores  # whoever asks for copies of blocks takes the plan at once
+        if plan.tier_copies:
+            self.worker.begin(plan)
+        return report
+
+    def settle(self, timeout: float = 30.0) -> bool:
+        """Wait until nothing is under way. False: there still is."""
+        deadline = time.monotonic() + timeout
+        while self.engine.busy:
+            if time.monotonic() > deadline:
+                return False
+            self.pump()
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def close(self) -> None:
+        self.engine.close()
+        self.worker.close()
+
+
+def _of_rank(config: CacheConfig, rank: int, num_ranks: int) -> CacheConfig:
+    """One rank's directory: its share of the disk; and one metrics endpoint and one trace are enough."""
+    share = config.disk.capacity // num_ranks
+    changes: dict[str, object] = {"disk": config.disk.model_copy(update={"capacity": share})}
+    if rank > 0:
+        changes["metrics"] = config.metrics.model_copy(update={"enabled": False})
+        changes["record"] = None
+    return config.model_copy(update=changes)

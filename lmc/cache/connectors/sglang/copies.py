@@ -1,0 +1,137 @@
+"""Copies between SGLang's pages and host slots, each direction on a thread of its own.
+
+Loads go layer by layer, so that the forward pass of the first layer needn't wait for the last. Stores report in the order in which they
+were accepted, as SGLang wants it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lmc.cache.layout import KVLayout
+from lmc.cache.plan import Plan, Report, RequestCopies
+from lmc.cache.transfer.planner import Direction, plan
+from lmc.cache.worker import CacheWorker
+from lmc.errors import TransferError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Store:
+    open: set[int]  # operations under way
+    complete: bool  # False: something was left out, or failed
+
+
+class Copies:
+    """ready arguments are device events that must have happened before a page is touched."""
+
+    def __init__(self, worker: CacheWorker, layout: KVLayout, counter: Any) -> None:  # sglang's LayerWiseLoadCounter
+        self._worker = worker
+        self._layout = layout
+        self._counter = counter
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
+        self._storer = ThreadPoolExecutor(1, thread_name_prefix="lmc-store")
+        self._loads: dict[int, Future[None]] = {}
+        self._stores: deque[_Store] = deque()
+
+    def start_load(self, index: int, requests: Sequence[RequestCopies], ready: Sequence[Any]) -> None:
+        """The counter's batch `index` says layer by layer what has arrived."""
+        self._loads[index] = self._loader.submit(self._load, index, requests, ready)
+
+    def finish_load(self, index: int) -> bool:
+        """Wait until nothing writes to the pages of this batch any more. True if all of it arrived."""
+        landed = bool(self._counter.finish(index))
+        future = self._loads.pop(index, None)
+        if future is not None:
+            future.result()
+        return landed
+
+    def start_store(self, copies: RequestCopies | None, complete: bool, ready: Sequence[Any]) -> None:
+        """Accept a store; without copies it has ended already."""
+        operations = {chunk.operation for chunk in copies.chunks} if copies is not None else set()
+        self._stores.append(_Store(operations, complete))
+        if copies is not None:
+            done = self._storer.submit(self._store, copies, ready)
+            done.add_done_callback(partial(self._on_crash, sorted(operations)))
+
+    def learn(self, report: Report) -> None:
+        """What the worker reported: mark the stores that it ends."""
+        if not report.finished:
+            return
+        for store in self._stores:
+            ended = store.open & report.finished.keys()
+            store.open -= ended
+            store.complete = store.complete and not ended & report.failed.keys()
+
+    @property
+    def num_stores_ended(self) -> int:
+        """Ended stores before the first that is still under way."""
+        for index, store in enumerate(self._stores):
+            if store.open:
+                return index
+        return len(self._stores)
+
+    def pop_store(self) -> bool:
+        """The oldest store, which has ended: True if every page of it is kept."""
+        return self._stores.popleft().complete
+
+    def give_up(self) -> None:
+        """The cache is gone: what is under way counts as failed."""
+        for store in self._stores:
+            store.open.clear()
+            store.complete = False
+
+    def quiesce(self) -> None:
+        """Wait until no page is read or written, and forget the stores' results."""
+        for pool in (self._loader, self._storer):
+            pool.submit(int).result()
+        self._stores.clear()
+        self._loads.clear()
+
+    def close(self) -> None:
+        self._loader.shutdown()
+        self._storer.shutdown()
+
+    def _load(self, index: int, requests: Sequence[RequestCopies], ready: Sequence[Any]) -> None:
+        worker = self._worker
+        chunks = [chunk for request in requests for chunk in request.chunks]
+        operations = [chunk.operation for chunk in chunks]
+        blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
+        slots = np.array([worker._slab.address(chunk.slot) for chunk in chunks], dtype=np.uint64)
+        try:
+            for event in ready:
+                event.synchronize()
+            for layer in range(len(self._layout.layers)):
+                copies = plan(self._layout, blocks, slots, Direction.LOAD, layers=range(layer, layer + 1))
+                worker._backend.execute(copies)
+                self._counter.complete(index, layer)
+        except TransferError as error:
+            logger.warning("lmc: a load of %d chunks failed: %s", len(chunks), error)
+            self._counter.fail(index, error)
+            worker._finish(operations, str(error))
+        except BaseException as error:
+            self._counter.fail(index, error)  # else the forward pass would wait for ever
+            raise
+        else:
+            worker._finish(operations, None)
+
+    def _store(self, copies: RequestCopies, ready: Sequence[Any]) -> None:
+        for event in ready:
+            event.synchronize()
+        self._worker.end(Plan(stores=[copies]))
+
+    def _on_crash(self, operations: Sequence[int], future: Future[None]) -> None:
+        """A fault in lmc itself: the pages must not stay locked."""
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            logger.error("lmc: a store of %d chunks crashed", len(operations), exc_info=error)
+            self._worker._finish(operations, f"{type(error).__name__}: {error}")

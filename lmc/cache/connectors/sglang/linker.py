@@ -1,0 +1,380 @@
+"""The linker itself: SGLang's calls, in SGLang's terms, on the thread of its scheduler. A fault in lmc ends the cache, never the engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sglang.srt.mem_cache.hicache_storage import PoolName
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+from torch import distributed
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.connectors.base import LocalCache
+from lmc.cache.connectors.sglang.copies import Copies
+from lmc.cache.connectors.sglang.prompts import PageKeys, Prompt, unsupported
+from lmc.cache.connectors.sglang.waiting import agree, watch_queue
+from lmc.cache.engine import describe_tiers
+from lmc.cache.keys import Namespace
+from lmc.cache.layout import KVLayout
+from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies
+from lmc.cache.settings import load_settings
+from lmc.errors import ConfigError, LayoutError, LmcError
+from lmc.model import weights_digest
+
+logger = logging.getLogger(__name__)
+
+_PROMISE_SECONDS = (
+    10.0  # SGLang asks again before each load, so a promise needs to hold for one round of its scheduler only
+)
+_PAGES_REMEMBERED = 4  # times the pages that the engine and the host tier hold
+
+
+class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no types that mypy follows here
+    """Settings come from linker_extra_config: "settings" (dotted keys) over LMC_* variables over the file "config"."""
+
+    def __init__(
+        self,
+        server_args: Any,  # ServerArgs
+        params: Any,  # CacheInitParams
+        *,
+        components: set[Any],  # ComponentType
+        extra_config: dict[str, Any] | None,
+        forward_stream: Any,  # torch.cuda.Stream or None
+    ) -> None:
+        pool = params.token_to_kv_pool_allocator.get_kvcache()
+        self.forward_stream = forward_stream
+        self.pools = {PoolName.KV: pool}
+        self.layer_done_counter = LayerWiseLoadCounter(pool.layer_num)
+        self._page = int(params.page_size)
+        self._cache: LocalCache | None = None
+        self._prompts: dict[str, Prompt | None] = {}  # of waiting and loading requests; None: not for the cache
+        self._queued: dict[str, RequestCopies] = {}
+        self._refused = False  # a load was accepted on this rank that it cannot do
+        self._loading: dict[int, list[str]] = {}  # batch -> requests
+        self._num_offloads = 0
+        self._copies: Copies | None = None
+        self._rank, self._ranks = _rank(params)
+        config = _settings(extra_config or {})
+        self._tenant = config.tenant
+        try:
+            _check(server_args, params, components)
+            layout = _layout(pool, self._page)
+            namespace = Namespace(
+                engine="sglang",
+                model=_model_identity(server_args),
+                revision=str(server_args.revision or ""),
+                kv_dtype=f"{server_args.dtype}/{pool.dtype}",
+                layout=layout.fingerprint,
+                chunk_tokens=_chunk_tokens(config, self._page),
+                tp_size=self._ranks,
+            )
+            watch_queue(self._hold)
+            cache = LocalCache(config, namespace, layout, rank=self._rank, num_ranks=self._ranks)
+        except (LmcError, OSError) as error:
+            if config.strict:
+                raise
+            logger.error("lmc: running WITHOUT the cache: %s", error)
+            return
+        self._cache = cache
+        host_slots = cache.engine.directory.usage()["host"][1]
+        self._pages = PageKeys(_PAGES_REMEMBERED * (layout.num_blocks + host_slots))
+        self._copies = Copies(cache.worker, layout, self.layer_done_counter)
+        tiers = describe_tiers(cache.engine.directory.usage(), cache.engine.chunk_bytes)
+        url = cache.engine.metrics_url
+        logger.info("lmc: cache on, %d tokens per chunk, %s, metrics at %s", self._page, tiers, url)
+
+    # Waiting requests (see waiting.py)
+
+    def _hold(self, waiting: list[Any], tree_cache: Any) -> set[str]:
+        """Meet new requests, let go of those that left the queue, and name those that wait for a lower tier."""
+        asking: set[str] = set()
+        if self._cache is not None:
+            with self:
+                self._pump(self._cache)
+                asking = self._ask(self._cache, waiting, tree_cache)
+        if self._ranks > 1 and waiting:
+            ready = agree(tree_cache, [request.rid not in asking for request in waiting])
+            return {request.rid for request, go in zip(waiting, ready, strict=True) if not go}
+        return asking
+
+    def _ask(self, cache: LocalCache, waiting: list[Any], tree_cache: Any) -> set[str]:
+        present = {request.rid for request in waiting}
+        for rid in [rid for rid in self._prompts if rid not in present]:
+            self._leave(cache, rid)
+        for request in waiting:
+            if request.rid not in self._prompts:
+                self._prompts[request.rid] = prompt = self._meet(cache, request)
+                if prompt is not None:
+                    request.init_next_round_input(
+                        tree_cache, cow_mamba=False
+                    )  # looks up: matches the tree, then calls lookup()
+            elif (prompt := self._prompts[request.rid]) is not None and prompt.waiting:
+                gain = cache.engine.lookup(request.rid, prompt.tokens, prompt.computed, prompt.identity)
+                prompt.waiting = gain is None
+        return {rid for rid, prompt in self._prompts.items() if prompt is not None and prompt.waiting}
+
+    def _meet(self, cache: LocalCache, request: Any) -> Prompt | None:
+        if unsupported(request):
+            return None
+        prompt = Prompt(request, cache.engine.namespace, self._tenant)
+        self._pages.learn(prompt)
+        return prompt
+
+    def _leave(self, cache: LocalCache, rid: str) -> None:
+        """The request is in a batch, or gone."""
+        prompt = self._prompts[rid]
+        if prompt is not None and prompt.loading:
+            return  # finish_layer_wise_loading comes
+        if prompt is not None and prompt.looked_up:
+            cache.engine.admit(rid, 0, [])
+        self._end(cache, rid)
+
+    # UnifiedCacheLinker
+
+    def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
+        """Page counts that can be restored: any prefix, or nothing yet."""
+        prompt = self._prompts.get(rid)
+        if self._cache is None or prompt is None or len(transfers) != 1:
+            return []
+        with self:
+            hashes: list[str] = transfers[0].keys
+            start = prompt.position(hashes)
+            if start is None:
+                return []
+            gain = self._lookup(self._cache, rid, prompt, start)
+            return list(range(1, min(gain // self._page, len(hashes)) + 1))
+        return []
+
+    def load(self, rid: str, transfers: list[Any]) -> bool:
+        """False would be answered by recomputing, but only if all ranks answer alike; where there are several, a load that this rank
+        cannot do is accepted, and fails."""
+        prompt = self._prompts.get(rid)
+        if self._cache is not None and prompt is not None:
+            with self:
+                if self._queue(self._cache, rid, prompt, transfers[0]):
+                    return True
+        self._refused = self._ranks > 1
+        return self._refused
+
+    def start_layer_wise_loading(self) -> int:
+        queued, self._queued = self._queued, {}
+        refused, self._refused = self._refused, False
+        if not queued and not refused:
+            return -1
+        index = int(self.layer_done_counter.update_producer())
+        self._loading[index] = list(queued)
+        if refused or self._copies is None:
+            self.layer_done_counter.fail(index, ConfigError("this rank runs without the cache"))
+        else:
+            self._copies.start_load(index, list(queued.values()), self.record_offload_ready()[:1])
+        return index
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        rids = self._loading.pop(counter_index, [])
+        if self._copies is None:
+            return bool(self.layer_done_counter.finish(counter_index))
+        landed = self._copies.finish_load(counter_index)
+        if self._cache is not None:
+            with self:
+                self._pump(self._cache)
+                for rid in rids:
+                    self._end(self._cache, rid)
+        return landed
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        copies = self._queued.pop(rid, None)
+        if copies is None:
+            return False
+        if self._cache is not None:
+            with self:
+                self._cache.engine.apply(Report(Counter(chunk.operation for chunk in copies.chunks)))
+                self._end(self._cache, rid)
+        return True
+
+    def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
+        """SGLang keeps the pages until the result is popped. It offers them again as long as the result is False."""
+        if self._cache is None or len(transfers) != 1:
+            return False
+        with self:
+            return self._offload(self._cache, transfers[0])
+        return False
+
+    def num_completed_offloads(self) -> int:
+        """Called in every round of the scheduler, also without work: the place to keep the background going."""
+        if self._cache is not None:
+            with self:
+                self._pump(self._cache)
+        return self._copies.num_stores_ended if self._copies is not None else 0
+
+    def pop_completed_offload(self) -> bool:
+        assert self._copies is not None
+        return self._copies.pop_store()
+
+    def reset(self) -> None:
+        """SGLang flushed its own cache. lmc keeps what it stored: the tiers below are there to outlive the engine's memory."""
+        for rid in list(self._queued):
+            self.cancel_queued_load(rid)
+        if self._copies is not None:
+            self._copies.quiesce()
+        if self._cache is not None:
+            with self:
+                self._pump(self._cache)
+        self.layer_done_counter.reset()
+
+    def close(self) -> None:
+        self.reset()
+        if self._copies is not None:
+            self._copies.close()
+        if self._cache is not None:
+            cache, self._cache = self._cache, None
+            cache.close()
+
+    # Inside
+
+    def _lookup(self, cache: LocalCache, rid: str, prompt: Prompt, start: int) -> int:
+        """Tokens that can be loaded from page `start` on; they stay in host memory for a moment."""
+        prompt.computed = start * self._page
+        prompt.looked_up = True
+        gain = cache.engine.lookup(rid, prompt.tokens, prompt.computed, prompt.identity)
+        prompt.waiting = gain is None
+        if not gain:
+            return 0
+        promised = prompt.keys[start : start + gain // self._page]
+        cache.engine.directory.pin(promised, self._promise(rid), time.monotonic() + _PROMISE_SECONDS)
+        return gain
+
+    def _promise(self, rid: str) -> str:
+        """Owner of the pin; the old one goes, as pins of one owner add up."""
+        owner = f"promise {rid}"
+        assert self._cache is not None
+        self._cache.engine.directory.unpin(owner)
+        return owner
+
+    def _queue(self, cache: LocalCache, rid: str, prompt: Prompt, transfer: Any) -> bool:
+        start = prompt.position(transfer.keys)
+        tokens = len(transfer.keys) * self._page
+        if start is None or self._lookup(cache, rid, prompt, start) < tokens:
+            return False
+        pages = self._page_ids(transfer)
+        cache.engine.admit(rid, tokens, [SKIP] * start + pages)
+        self._promise(rid)
+        plan = cache.engine.take_plan()
+        (copies,) = plan.loads
+        plan.loads.clear()
+        cache.worker.begin(plan)
+        prompt.loading = True
+        self._queued[rid] = copies
+        return True
+
+    def _end(self, cache: LocalCache, rid: str) -> None:
+        """lmc's part in the request is over. Its prefix counts as used, also where SGLang held it itself."""
+        prompt = self._prompts.pop(rid, None)
+        if prompt is not None:
+            directory, now = cache.engine.directory, time.monotonic()
+            stored = directory.lookup(prompt.keys, now).num_chunks
+            directory.store(prompt.keys[:stored], now, tenant=prompt.identity.tenant)
+        cache.engine.finish(rid)
+        self._promise(rid)
+
+    def _offload(self, cache: LocalCache, transfer: Any) -> bool:
+        keys = self._pages.leading(transfer.keys)
+        if not keys:
+            return False  # generated tokens; they become known when a prompt repeats them
+        directory, now = cache.engine.directory, time.monotonic()
+        before = self._pages.before(transfer.keys[0])
+        if directory.lookup(before, now).num_chunks < len(before):
+            before = []  # lmc no longer holds them, and their pages are not on offer
+        tenant = self._pages.tenant(transfer.keys[0])
+        tickets = directory.store([*before, *keys], now, tenant=tenant, touch=False)  # _end touches
+        pages = dict(zip(keys, self._page_ids(transfer), strict=False))
+        copies = None
+        if tickets:
+            self._num_offloads += 1
+            chunks = tuple(BlockCopy(one.operation, one.key, one.slot, (pages[one.key],)) for one in tickets)
+            copies = RequestCopies(f"offload {self._num_offloads}", chunks)
+        stored = {ticket.key for ticket in tickets}
+        complete = len(keys) == len(transfer.keys) and all(key in stored or directory.tiers_of(key) for key in keys)
+        assert self._copies is not None
+        self._copies.start_store(copies, complete, self.record_offload_ready() if tickets else [])
+        return True
+
+    def _page_ids(self, transfer: Any) -> list[int]:
+        return [int(slot) // self._page for slot in transfer.device_indices[:: self._page].tolist()]
+
+    def _pump(self, cache: LocalCache) -> None:
+        report = cache.pump()
+        if self._copies is not None:
+            self._copies.learn(report)
+
+    def __enter__(self) -> None:
+        """A guarded section: an exception that leaves a call would end SGLang's scheduler, so here it ends the cache."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        logger.error("lmc: fault in the cache; the engine goes on WITHOUT it", exc_info=error)
+        if self._cache is not None:
+            cache, self._cache = self._cache, None
+            if self._copies is not None:
+                self._copies.give_up()
+            cache.engine.close()
+        return True
+
+
+def _settings(extra: dict[str, Any]) -> CacheConfig:
+    if unknown := sorted(set(extra) - {"settings", "config"}):
+        raise ConfigError(f"unknown key {unknown[0]!r} in linker_extra_config; there are settings and config")
+    file = Path(extra["config"]) if extra.get("config") else None
+    return load_settings(file, os.environ, extra.get("settings")).config
+
+
+def _check(server_args: Any, params: Any, components: set[Any]) -> None:
+    if components != {ComponentType.FULL}:
+        raise ConfigError("models with sliding-window or state-space layers are not supported on SGLang")
+    if params.pp_size > 1 or params.attn_cp_size > 1:
+        raise ConfigError("pipeline and context parallelism are not supported")
+    if params.is_eagle or params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
+        raise ConfigError("speculative decoding with a draft model's KV is not supported on SGLang")
+    if server_args.disaggregation_mode != "null":
+        raise ConfigError("prefill-decode disaggregation is not supported on SGLang")
+
+
+def _chunk_tokens(config: CacheConfig, page: int) -> int:
+    if config.chunk_tokens not in (None, page):
+        raise ConfigError(
+            f"on SGLang a chunk is a page: chunk_tokens {config.chunk_tokens} needs --page-size {config.chunk_tokens}, not {page}"
+        )
+    return page
+
+
+def _layout(pool: Any, page: int) -> KVLayout:
+    """Only the two plain pools: others keep scales, index keys or packed rows beside the KV."""
+    if type(pool) is MHATokenToKVPool and pool.k_scale_buffer is None and pool.kv_cache_layout == "nhd":
+        return KVLayout.from_sglang(pool.k_buffer, pool.v_buffer, page)
+    if type(pool) is MLATokenToKVPool:
+        return KVLayout.from_sglang(pool.kv_buffer, None, page)
+    raise LayoutError(f"SGLang's {type(pool).__name__} is not supported, only plain MHA and MLA pools")
+
+
+def _rank(params: Any) -> tuple[int, int]:
+    """Rank and number of ranks that share out the KV heads."""
+    group = params.attn_tp_cache_group or params.tp_cache_group
+    if group is None or not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(group=group), distributed.get_world_size(group=group)
+
+
+def _model_identity(server_args: Any) -> str:
+    folder = Path(server_args.model_path)
+    weights = weights_digest(folder) if folder.is_dir() else server_args.model_path
+    return f"{weights}-{server_args.json_model_override_args}-{server_args.quantization or ''}"

@@ -1,0 +1,54 @@
+"""What an engine's command is, and what the builders of the engines' commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.settings import all_settings, value_of
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)  # added to the parent's
+    health_path: str = "/health"
+
+
+def given(option: str, extra: Sequence[str]) -> bool:
+    """Whether the user's engine arguments hold this option."""
+    return any(argument == option or argument.startswith(option + "=") for argument in extra)
+
+
+def value(option: str, extra: Sequence[str]) -> str | None:
+    """The option's value among the user's engine arguments."""
+    for index, argument in enumerate(extra):
+        if argument == option and index + 1 < len(extra):
+            return extra[index + 1]
+        if argument.startswith(option + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def open_settings(config: CacheConfig) -> dict[str, object]:
+    """The connector's settings by dotted key, as JSON takes them; secrets are left out."""
+    values = {setting.key: value_of(config, setting.key) for setting in all_settings() if not setting.secret}
+    return {key: str(item) if isinstance(item, Path) else item for key, item in values.items() if item is not None}
+
+
+def secrets(config: CacheConfig | None) -> dict[str, str]:
+    """Settings that must not stand in a command line, as environment variables."""
+    if config is None:
+        return {}
+    values = {setting.variable: value_of(config, setting.key) for setting in all_settings() if setting.secret}
+    return {variable: str(item) for variable, item in values.items() if item is not None}
+
+
+def has_avx512() -> bool:
+    """Without it, 16-bit floats are several times slower than float32 on a CPU."""
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,121 @@
+"""SGLang's command line and environment. SGLang itself is not imported here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from lmc.cache.config import CacheConfig
+from lmc.errors import ConfigError, EngineError
+from lmc.serve.command import EngineCommand, given, has_avx512, open_settings, secrets, value
+
+PAGE_TOKENS = 64  # a page is a chunk of lmc; SGLang's own default of 1 would make as many chunks as tokens
+CPU_FOLDER = Path(__file__).parent / "sglang_cpu"
+_CPU_KV_SHARE = 0.15  # of free memory, for SGLang's own KV pool on CPU; left alone, it takes 72 % of all memory
+_CPU_KV_BYTES = (1 << 30, 4 << 30)
+_CPU_KV_TOKENS = 32_768  # if the model's configuration does not say what a token takes
+_OURS = (
+    "--enable-unified-cache-external-linker",
+    "--unified-cache-external-linker-backend",
+    "--unified-cache-external-linker-config",
+)
+_EXCLUDED = (
+    "--enable-hierarchical-cache",
+    "--hicache-storage-backend",
+    "--radix-cache-backend",
+    "--enable-lmcache",
+    "--disable-radix-cache",
+)
+
+
+def check_sglang(config: CacheConfig | None, extra: Sequence[str]) -> None:
+    """Raises EngineError when SGLang is not installed, ConfigError when its arguments don't go with the cache."""
+    if importlib.util.find_spec("sglang") is None:
+        raise EngineError(
+            "SGLang is not installed here; pip install 'lmc[sglang]' on a GPU machine, or run scripts/setup sglang on a CPU-only one"
+        )
+    if config is None:
+        return
+    for option in (*_OURS, *_EXCLUDED):
+        if given(option, extra):
+            reason = "is set by lmc" if option in _OURS else "excludes SGLang's external cache, which lmc uses"
+            raise ConfigError(f"{option} {reason}; use --no-cache to run SGLang with it")
+    page = value("--page-size", extra)
+    if page is not None and config.chunk_tokens is not None and page != str(config.chunk_tokens):
+        raise ConfigError(
+            f"on SGLang a chunk is a page: chunk_tokens {config.chunk_tokens} does not go with --page-size {page}"
+        )
+
+
+def sglang_command(
+    model: Path, host: str, port: int, config: CacheConfig | None, extra: Sequence[str]
+) -> EngineCommand:
+    """The command on host:port; config None runs SGLang without lmc."""
+    arguments = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    arguments += ["--host", host, "--port", str(port), "--enable-cache-report"]
+    if not given("--page-size", extra):
+        page = config.chunk_tokens if config is not None and config.chunk_tokens is not None else PAGE_TOKENS
+        arguments += ["--page-size", str(page)]
+    environment: dict[str, str] = {}
+    if on_cpu(extra):
+        arguments += _cpu_arguments(model, extra)
+        environment = cpu_environment()
+    if config is not None:
+        arguments += ["--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic"]
+        arguments += ["--unified-cache-external-linker-config", json.dumps(linker_config(config))]
+    return EngineCommand((*arguments, *extra), environment | secrets(config))
+
+
+def linker_config(config: CacheConfig) -> dict[str, object]:
+    """SGLang's --unified-cache-external-linker-config for lmc's linker with these settings, secrets left out."""
+    return {
+        "linker": "LmcLinker",
+        "linker_module_path": "lmc.cache.connectors.sglang",
+        "linker_extra_config": {"settings": open_settings(config)},
+    }
+
+
+def cpu_environment() -> dict[str, str]:
+    """What SGLang needs on a machine without a GPU: its CPU mode, and the modules of lmc/serve/sglang_cpu in every process."""
+    paths = [str(CPU_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def on_cpu(extra: Sequence[str]) -> bool:
+    device = value("--device", extra)
+    if device is not None:
+        return device == "cpu"
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _cpu_arguments(model: Path, extra: Sequence[str]) -> list[str]:
+    chosen = {"--device": "cpu", "--attention-backend": "torch_native"}  # the default needs compiled kernels with AMX
+    if not has_avx512():
+        chosen["--dtype"] = "float32"
+    if not given("--mem-fraction-static", extra):
+        chosen["--max-total-tokens"] = str(_cpu_pool_tokens(model))
+    return [part for option, choice in chosen.items() if not given(option, extra) for part in (option, choice)]
+
+
+def _cpu_pool_tokens(model: Path) -> int:
+    """Tokens of SGLang's own pool: a share of the free memory, at 4 bytes per number."""
+    try:
+        shape = json.loads((model / "config.json").read_text())
+        heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
+        size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+        token_bytes = 2 * shape["num_hidden_layers"] * heads * size * 4
+    except (OSError, KeyError, ValueError, TypeError):
+        return _CPU_KV_TOKENS
+    low, high = _CPU_KV_BYTES
+    share = int(psutil.virtual_memory().available * _CPU_KV_SHARE)
+    return max(1, int(min(max(share, low), high) // token_bytes))
