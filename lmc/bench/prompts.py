@@ -34,7 +34,7 @@ from lmc.errors import WorkloadError
 
 @dataclass(frozen=True)
 class Request:
-    """One turn of one session. `at_s` is the trace's own time, from the first request of the part."""
+    """One turn of one session. `at_s` is the data set's own time; only differences between such times mean something."""
 
     part: str
     session: int
@@ -127,9 +127,8 @@ def _build_part(
             for index, request in enumerate(last)
         ]
     if isinstance(source, TraceSource):
-        return list(
-            itertools.islice(_trace_sessions(name, part, source, workload.seed, tokenizer, base), part.pick.sessions)
-        )
+        sessions = _trace_sessions(name, part, source, workload.seed, tokenizer, base)
+        return _picked(part, (("", session) for session in sessions))
     assert isinstance(source, FileSource | PackageSource | HubSource)
     return _picked(part, _text_sessions(name, part, source, tokenizer, base))
 
@@ -187,13 +186,17 @@ def _text_sessions(
         if not part.session_by and not names.keep(rows[0], index):
             continue
         group = str(names.value(part.group_by, rows[0], index)) if part.group_by else ""
-        texts = [prompt for row in rows for prompt in _row_prompts(part.session, names, row, index, tokenizer)]
-        if texts:
+        timed = [
+            (prompt, names.seconds(part.at, row, index))
+            for row in rows
+            for prompt in _row_prompts(part.session, names, row, index, tokenizer)
+        ]
+        if timed:
             yield (
                 group,
                 [
-                    Request(name, index, turn, prompt, part.output_tokens, part.think if turn else 0.0)
-                    for turn, prompt in enumerate(texts)
+                    Request(name, index, turn, prompt, part.output_tokens, part.think if turn else 0.0, at_s)
+                    for turn, (prompt, at_s) in enumerate(timed)
                 ],
             )
 
@@ -254,6 +257,14 @@ class _Names:
             raise WorkloadError(f"expression {expression!r} fails on row {index}: {value._undefined_message}")
         return value
 
+    def seconds(self, expression: str | None, row: Row, index: int) -> float | None:
+        if expression is None:
+            return None
+        value = self.value(expression, row, index)
+        if not isinstance(value, int | float):
+            raise WorkloadError(f"at: must give seconds, got {type(value).__name__} (row {index})")
+        return float(value)
+
     def text(self, template: str, row: Row, index: int) -> str:
         try:
             if template not in self.templates:
@@ -269,16 +280,14 @@ def _trace_sessions(
     path = find_file(source.path, base)
     scale = source.tokens_per_block / source.block_tokens
     blocks: dict[int, Tokens] = {}
-    start: float | None = None
     for index, row in enumerate(read_rows(FileSource(path=str(path)), base)):
         try:
             ids, length, at_s = row["hash_ids"], int(row["input_length"]), float(row["timestamp"]) / 1000
             output = max(1, round(int(row.get("output_length", part.output_tokens)) * scale))
         except (KeyError, TypeError, ValueError) as error:
             raise WorkloadError(f"{path}:{index + 1}: needs timestamp, input_length and hash_ids: {error!r}") from error
-        start = at_s if start is None else start
         for block in ids:
             if block not in blocks:
                 blocks[block] = random_tokens(tokenizer, source.tokens_per_block, seed, int(block))
         prompt = np.concatenate([blocks[block] for block in ids])[: max(1, round(length * scale))]
-        yield [Request(name, index, 0, prompt, min(output, part.output_tokens), at_s=at_s - start)]
+        yield [Request(name, index, 0, prompt, min(output, part.output_tokens), at_s=at_s)]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lmc.bench.prompts import Conversation, Request
 from lmc.bench.workload import Closed, OpenLoop, TraceTimes, Users, Workload
+from lmc.errors import WorkloadError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def make_plan(sessions: Sequence[Conversation], workload: Workload) -> Plan:
         return _closed_plan(sessions, load, limit, rng)
     timed: list[tuple[Request, float | None]]
     if isinstance(load, TraceTimes):
-        timed = [(request, (request.at_s or 0.0) / load.speed) for session in sessions for request in session]
+        timed = _trace_times(sessions, load)
     elif isinstance(load, Users):
         timed = _user_times(sessions, load)
     else:
@@ -93,6 +94,18 @@ def _closed_plan(sessions: Sequence[Conversation], load: Closed, limit: int | No
         else:
             units[-1].append(index)
     return Plan(items, units, load.concurrency, None)
+
+
+def _trace_times(sessions: Sequence[Conversation], load: TraceTimes) -> list[tuple[Request, float | None]]:
+    """The data set's own times, from its first request on. Raises WorkloadError where a part has none."""
+    requests = [request for session in sessions for request in session]
+    for request in requests:
+        if request.at_s is None:
+            raise WorkloadError(
+                f"parts.{request.part}: load.kind trace needs times; give `at`, or a source of kind trace"
+            )
+    first = min(request.at_s or 0.0 for request in requests)
+    return [(request, ((request.at_s or 0.0) - first) / load.speed) for request in requests]
 
 
 def _user_times(sessions: Sequence[Conversation], load: Users) -> list[tuple[Request, float | None]]:

@@ -150,6 +150,7 @@ class Part(Strict):
     where: Expression | None = None
     group_by: Expression | None = None
     session_by: Expression | None = None
+    at: Expression | None = None  # seconds on the data set's own clock, for load.kind: trace
     session: Session | None = None
     pick: Pick = Pick()
     output_tokens: Count = 16
@@ -160,8 +161,12 @@ class Part(Strict):
         has_rows = isinstance(self.source, FileSource | PackageSource | HubSource)
         if has_rows and self.session is None:
             raise ValueError("session is missing: say how a row becomes a conversation")
-        if not has_rows and (self.session or self.where or self.group_by or self.session_by or self.documents):
-            raise ValueError(f"a {self.source.kind} source takes no session, where, group_by, session_by or documents")
+        if not has_rows and (
+            self.session or self.where or self.group_by or self.session_by or self.at or self.documents
+        ):
+            raise ValueError(
+                f"a {self.source.kind} source takes no session, where, group_by, session_by, at or documents"
+            )
         if self.pick.per_group and not self.group_by:
             raise ValueError("pick.per_group needs group_by")
         return self
@@ -329,9 +334,12 @@ def load_workload(path: Path, quick: bool = False) -> Workload:
 
 
 def overlay(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:  # Any: YAML trees
-    """`document` with `changes` laid over it: mappings merge, everything else is replaced."""
+    """`document` with `changes` laid over it: mappings merge, null removes a key, everything else is replaced."""
     merged = dict(document)
     for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+            continue
         old = merged.get(key)
         merged[key] = overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged

@@ -160,7 +160,7 @@ def test_a_trace_expands_equal_ids_to_equal_tokens_and_scales_lengths(
     requests = [session[0] for session in _part(tokenizer, tmp_path, part).parts["p"]]
     assert [len(r.prompt) for r in requests] == [125, 192, 64]
     assert [r.output_tokens for r in requests] == [8, 16, 1]
-    assert [r.at_s for r in requests] == [0.0, 3.0, 3.0]
+    assert [r.at_s for r in requests] == [4.0, 7.0, 7.0]
     assert requests[0].prompt.tolist() == requests[1].prompt[:125].tolist()
     assert requests[2].prompt.tolist() != requests[1].prompt[:64].tolist()
     (tmp_path / "rows.jsonl").write_text('{"timestamp": 1}\n')

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lmc.bench.prompts import Conversation, Request
 from lmc.bench.schedule import Plan, arrival_times, make_plan
 from lmc.bench.workload import OpenLoop, Workload
+from lmc.errors import WorkloadError
 from tests.bench.conftest import small_workload
 
 EMPTY = np.zeros(1, dtype=np.int32)
@@ -116,10 +117,15 @@ def test_users_send_at_their_own_pace() -> None:
 
 def test_trace_times_are_divided_by_speed_and_sorted() -> None:
     plan = _plan(_sessions(1, 1), {"kind": "trace", "speed": 2.0})
-    assert [(item.request.session, item.at_s) for item in plan.items] == [(1, 4.5), (0, 5.0)]
+    assert [(item.request.session, item.at_s) for item in plan.items] == [(1, 0.0), (0, 0.5)]
 
 
 def test_same_seed_same_plan() -> None:
     load = {"kind": "poisson", "rate": 3.0}
     first, second = (_plan(_sessions(1, 1, 1), load) for _ in range(2))
     assert [item.at_s for item in first.items] == [item.at_s for item in second.items]
+
+
+def test_trace_times_must_be_there() -> None:
+    with pytest.raises(WorkloadError, match=r"parts\.p: load\.kind trace needs times"):
+        _plan([[Request("p", 0, 0, EMPTY, 1)]], {"kind": "trace"})

@@ -91,6 +91,7 @@ def test_quick_overlay_merges_mappings_and_is_checked(tmp_path: Path) -> None:
 def test_overlay_replaces_lists_and_leaves_its_arguments_alone() -> None:
     base = {"a": {"b": [1, 2], "c": 1}}
     assert overlay(base, {"a": {"b": [3]}}) == {"a": {"b": [3], "c": 1}}
+    assert overlay(base, {"a": {"c": None, "absent": None}}) == {"a": {"b": [1, 2]}}
     assert base == {"a": {"b": [1, 2], "c": 1}}
 
 
