@@ -167,6 +167,9 @@ class _Engine:
             "free_blocks": self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
         }
 
+    def usage(self) -> Any:
+        return self.cache.directory.usage()
+
     def metric(self, name: str, labels: dict[str, str]) -> float:
         return float(self.cache.metrics.registry.get_sample_value(name, labels) or 0.0)
 
