@@ -131,6 +131,12 @@ class Slab:
                 self._ready >= wanted
             )
 
+    def degrade(self, problem: str) -> None:
+        """Remember and log why the memory is slower than it should be."""
+        if not self.problem:
+            logger.warning("lmc: host tier: %s", problem)
+        self.problem = problem
+
     def close(self) -> None:
         """Stop the background work and unregister. The memory itself goes with the last view of it."""
         self._closing.set()
@@ -151,7 +157,7 @@ class Slab:
 
     def _make_ready(self) -> None:
         if self._numa_node is not None and (failure := _bind(self._base, len(self._bytes), self._numa_node)):
-            self._degrade(f"memory is not bound to NUMA node {self._numa_node}: {failure}")
+            self.degrade(f"memory is not bound to NUMA node {self._numa_node}: {failure}")
         pinning = self._registrar is not None
         with ThreadPoolExecutor(self._threads, thread_name_prefix="lmc-touch") as pool:
             for first in range(0, self.num_slots, self._slots_per_piece):
@@ -162,7 +168,7 @@ class Slab:
                 if self._closing.is_set():
                     return
                 if failure := next(filter(None, failures), ""):
-                    self._degrade(f"pages are left to be touched by the first store: {failure}")
+                    self.degrade(f"pages are left to be touched by the first store: {failure}")
                 if pinning:
                     pinning = self._pin(first, count, address, size)
                 with self._changed:
@@ -182,15 +188,31 @@ class Slab:
         try:
             self._registrar.register(address, size)
         except TransferError as error:
-            self._degrade(f"{self.num_slots - first} of {self.num_slots} slots stay pageable: {error}")
+            self.degrade(f"{self.num_slots - first} of {self.num_slots} slots stay pageable: {error}")
             return False
         self._pinned.append((first, count))
         return True
 
-    def _degrade(self, problem: str) -> None:
-        if not self.problem:
-            logger.warning("lmc: host tier: %s", problem)
-        self.problem = problem
+
+def open_slab(device: str, num_slots: int, slot_bytes: int) -> Slab:
+    """The slab beside a device: pinned and NUMA-local for "cuda:0", ordinary memory for "cpu". Raises TierError when it cannot be mapped.
+
+    Without a usable driver the slab is ordinary memory, and says so in `problem`.
+    """
+    if not device.startswith("cuda"):
+        return Slab(num_slots, slot_bytes)
+    from lmc.cache.transfer.cuda import DeviceRegistrar, load_driver
+
+    index = int(device.partition(":")[2] or 0)
+    try:
+        driver = load_driver()
+        registrar = DeviceRegistrar(driver, index)
+        node = gpu_numa_node(driver.pci_bus_id(index))
+    except TransferError as error:
+        slab = Slab(num_slots, slot_bytes)
+        slab.degrade(f"all {num_slots} slots stay pageable: {error}")
+        return slab
+    return Slab(num_slots, slot_bytes, registrar=registrar, numa_node=node)
 
 
 def gpu_numa_node(pci_bus_id: str, sysfs: Path = Path("/sys/bus/pci/devices")) -> int | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lmc.cache.transfer import pinned
-from lmc.cache.transfer.pinned import PAGE, Slab, gpu_numa_node
+from lmc.cache.transfer.pinned import PAGE, Slab, gpu_numa_node, open_slab
 from lmc.errors import TierError, TransferError
+from tests.cache.transfer.fake_driver import fake_driver
 
 
 class FakeRegistrar:
@@ -152,3 +153,35 @@ def test_the_gpus_node_comes_from_sysfs(tmp_path: Path) -> None:
     (device / "numa_node").write_text("-1\n")
     assert gpu_numa_node("0000:3B:00.0", tmp_path) is None
     assert gpu_numa_node("0000:99:00.0", tmp_path) is None
+
+
+def test_a_cuda_devices_slab_is_pinned_in_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, library = fake_driver()
+    monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", lambda: driver)
+    slab = open_slab("cuda:1", 3, PAGE)
+    assert slab.wait(timeout=10)
+    assert slab.pinned_slots == 3
+    assert library.registered == {slab.address(0): 3 * PAGE}
+    assert set(library.contexts) == {4001}
+    slab.close()
+    assert library.registered == {}
+
+
+def test_without_a_driver_a_cuda_devices_slab_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise TransferError("no CUDA driver on this machine: libcuda.so.1")
+
+    monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", missing)
+    slab = open_slab("cuda:0", 3, PAGE)
+    assert slab.wait(timeout=10)
+    assert slab.problem == "all 3 slots stay pageable: no CUDA driver on this machine: libcuda.so.1"
+    assert slab.pinned_slots == 0
+    slab.close()
+
+
+def test_a_cpus_slab_is_ordinary_memory() -> None:
+    slab = open_slab("cpu", 3, PAGE)
+    assert slab.wait(timeout=10)
+    assert (slab.pinned_slots, slab.problem) == (0, "")
+    assert len(slab.boundaries) == 0
+    slab.close()
