@@ -166,6 +166,30 @@ def groups(
 
 @app.command()
 @reads_trace
+def replay(
+    source: TraceSource,
+    config: Annotated[Path, typer.Option(help="Settings file, the one that lmc serve --config takes.")],
+    instances: Annotated[int, typer.Option(min=1, help="Engine instances, each with its own cache.")] = 1,
+    routing: Annotated[
+        str, typer.Option(help="round-robin, or prefix: where the longest prefix was served.")
+    ] = "round-robin",
+    shared: Annotated[str, typer.Option(help="Capacity of a remote tier that all instances share; 0: none.")] = "0",
+    cost: CostFile = None,
+    token_bytes: TokenBytes = 0,
+    window: Window = "all",
+    json: Json = False,
+    csv: Csv = None,
+) -> None:
+    """Replay through the live cache's own directory: all tiers, write modes, TTL, instances, on a virtual clock."""
+    from lmc.sim import replay_show, show
+
+    result = replay_show.run(source.load(), config, instances, routing, shared, read_cost(cost), token_bytes)
+    shown = replay_show.show(result, show.parse_window(window), timed=cost is not None)
+    output(shown.table, shown.json, shown.table, result.trace.notes, json, csv)
+
+
+@app.command()
+@reads_trace
 def tune(
     source: TraceSource,
     memory: Annotated[str, typer.Option(help="Most host memory over all ranks: 64GiB.")],

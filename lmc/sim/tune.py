@@ -267,7 +267,8 @@ class _Search:
         return 0.0 if self.cost is None else self.cost.rent({name: size for name, size in sizes.items() if size}, 1.0)
 
     def tokens(self, chunk: int, blocks: Int64) -> Int64:
-        return np.minimum(blocks * chunk, self.trace.input_tokens)
+        """Hit tokens as the live cache serves them: the chunk that holds a prompt's last token is never loaded."""
+        return np.minimum(blocks, np.maximum(self.trace.input_tokens - 1, 0) // chunk) * chunk
 
     def _run(self, chunk: int, policy: str, capacity: int, ttl_s: float | None) -> Int64:
         key = chunk, policy, capacity, ttl_s

@@ -169,7 +169,8 @@ def test_tune_prints_the_front_and_writes_settings(long_trace: Path, tmp_path: P
     assert "chunk_tokens: " in out.read_text()
     result = json.loads(run("tune", long_trace, "--memory", "1MB", "--token-bytes", "100", "--policy", "lru", "--json"))
     assert result["config"]["policy"] == "lru"
-    assert result["expected_hit_rate"] == 1.0 and result["interval"] == [1.0, 1.0]
+    assert result["config"]["chunk_tokens"] == 512  # chunks of 1,024 are whole prompts, which are never loaded
+    assert result["expected_hit_rate"] == 0.5 and result["interval"] == [0.5, 0.5]
     assert result["front"]
 
 
@@ -188,3 +189,28 @@ def test_bad_tune_arguments_are_one_line(long_trace: Path, arguments: tuple[str,
     with pytest.raises(LmcError, match=message) as caught:
         run("tune", long_trace, *arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_replay_runs_the_settings_that_tune_wrote(long_trace: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "lmc.yaml"
+    run("tune", long_trace, "--memory", "1MB", "--token-bytes", "100", "--policy", "lru", "-o", settings)
+    options = (long_trace, "--config", settings, "--token-bytes", "100")
+    result = json.loads(run("replay", *options, "--json"))
+    # Ten different chunks of 512; five requests are cold, and the last chunk of a whole prompt is never loaded.
+    assert result["hit_tokens"] == {"host": 35 * 512}
+    assert result["total_tokens"] == 40 * 1024
+    two = json.loads(run("replay", *options, "--instances", "2", "--routing", "prefix", "--json"))
+    assert sum(two["requests_by_instance"]) == 40
+    assert "hits" in run("replay", *options, "--window", "last-half")
+
+
+def test_bad_replay_settings_are_one_line(long_trace: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "lmc.yaml"
+    for text, message in (
+        ("host: {capacity: 25%}\nchunk_tokens: 512\n", "64GiB"),
+        ("host: {capacity: 10GB}\nchunk_tokens: 100\n", "not a multiple"),
+        ("hosts: {}\n", "hosts"),
+    ):
+        settings.write_text(text)
+        with pytest.raises(LmcError, match=message):
+            run("replay", long_trace, "--config", settings, "--token-bytes", "100")

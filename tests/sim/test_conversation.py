@@ -6,10 +6,11 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lmc.sim import stack
 from lmc.sim.formats import read_trace
-from lmc.sim.trace import Trace, coarsen
+from lmc.sim.trace import Trace, coarsen, select_requests
 
 NAME = "mooncake_conversation_trace.jsonl.gz"
 pytestmark = pytest.mark.data
@@ -89,3 +90,13 @@ def test_block_hit_rates_at_shares_of_the_unique_blocks(conversation: Trace) -> 
     shares = (0.01, 0.05, 0.10, 0.25, 0.50, 1)
     found = [curve.at(share * conversation.num_unique)[0] / curve.total_blocks for share in shares]
     assert found == pytest.approx([0.052, 0.195, 0.278, 0.353, 0.363, 0.366], abs=0.005)
+
+
+@pytest.mark.parametrize(("instances", "rate"), [(1, 0.2878), (4, 0.1215), (16, 0.0642)])
+def test_round_robin_over_instances_splits_the_hits(conversation: Trace, instances: int, rate: float) -> None:
+    number = np.arange(conversation.num_requests) % instances
+    hits = 0
+    for instance in range(instances):
+        part = select_requests(conversation, number == instance)
+        hits += stack.hit_curve(stack.profile(part)).at(20_000 // instances)[0]
+    assert round(hits / conversation.num_blocks, 4) == rate

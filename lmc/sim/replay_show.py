@@ -1,0 +1,71 @@
+"""A full replay from a settings file, and its table and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from lmc.cache.config import chunk_tokens_for
+from lmc.cache.settings import load_settings
+from lmc.report import Cell, Column, Table
+from lmc.sim import full_replay
+from lmc.sim.cost import CostModel
+from lmc.sim.full_replay import Fleet, ReplayResult
+from lmc.sim.router import Routing
+from lmc.sim.show import WINDOWS, trace_json
+from lmc.sim.show_planes import Shown
+from lmc.sim.tier_grid import PERCENTILES
+from lmc.sim.trace import Trace, Window, coarsen, require_blocks
+from lmc.sim.tune import find_token_bytes
+from lmc.units import parse_size
+
+
+def run(
+    trace: Trace,
+    settings: Path,
+    instances: int,
+    routing: str,
+    shared: str,
+    cost: CostModel | None,
+    token_bytes: int,
+) -> ReplayResult:
+    """Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that the trace cannot show."""
+    require_blocks(trace)
+    config = load_settings(settings).config
+    chunked = coarsen(trace, chunk_tokens_for(config, trace.block_tokens))
+    chunk_bytes = find_token_bytes(trace, token_bytes, cost) * chunked.block_tokens
+    shared_chunks = 0 if shared == "0" else parse_size(shared) // chunk_bytes
+    return full_replay.replay(
+        chunked, config, chunk_bytes, Fleet(instances, cast(Routing, routing), shared_chunks, cost)
+    )
+
+
+def show(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
+    hits, total = result.hits(window), result.total_tokens(window)
+    first = result.trace.first_request(window)
+    ttft = {p: float(np.percentile(result.ttft_s[first:], p)) for p in PERCENTILES} if timed else {}
+    rows: list[list[Cell]] = [
+        [f"{tier} hits", tokens, 100 * tokens / total, "% of tokens"] for tier, tokens in hits.items()
+    ]
+    rows.append(["hits", sum(hits.values()), 100 * sum(hits.values()) / total, "% of tokens"])
+    rows += [[f"TTFT p{p}", value, None, "s"] for p, value in ttft.items()]
+    rows += [
+        [name, count, None, "chunks" if "late" not in name else "requests"] for name, count in result.counts.items()
+    ]
+    note = f"100 % is {total:,} input tokens; {WINDOWS[window]}. Chunks of {result.trace.block_tokens:,} tokens."
+    if timed:
+        note += " Prompts are computed one after the other; decoding is left out."
+    json: dict[str, Any] = {  # Any: JSON
+        "trace": trace_json(result.trace),
+        "window": window,
+        "hit_tokens": hits,
+        "total_tokens": total,
+        "ttft_s": {f"p{p}": value for p, value in ttft.items()},
+        "counts": dict(result.counts),
+        "requests_by_instance": np.bincount(result.instance[first:]).tolist(),
+        "notes": list(result.trace.notes),
+    }
+    columns = [Column("what"), Column("value"), Column("share"), Column("unit")]
+    return Shown(Table(f"Replay of {result.trace.source}", columns, rows, note), json)

@@ -1,0 +1,33 @@
+"""A remote tier that several instances share: it evicts what was used longest ago, and nobody else knows what it holds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from lmc.cache.keys import ChunkKey
+
+SHARED = "remote"
+
+
+class SharedStore:
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._held: OrderedDict[ChunkKey, None] = OrderedDict()
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        return key in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: ChunkKey) -> bool:
+        if key not in self._held:
+            return False
+        self._held.move_to_end(key)
+        return True
+
+    def put(self, key: ChunkKey) -> None:
+        self._held[key] = None
+        self._held.move_to_end(key)
+        if len(self._held) > self._capacity:
+            self._held.popitem(last=False)
