@@ -40,7 +40,7 @@ class Engine:
             allocation.copy_(torch.randint(0, 256, allocation.shape, dtype=torch.uint8, generator=generator))
 
     def bytes(self) -> list[Bytes]:
-        return [allocation.numpy().copy() for allocation in self.memory]
+        return [allocation.cpu().numpy().copy() for allocation in self.memory]
 
     def slot(self, ids: Sequence[int]) -> Bytes:
         """What the slot of a chunk of these blocks holds; skipped blocks are zero."""
@@ -71,16 +71,17 @@ def vllm_engine(
     ratio: int = 1,
     shared: bool = False,
     pad: int = 0,
+    device: str = "cpu",
 ) -> Engine:
     """An allocation of vLLM 0.32: axes L B H N C in physical order; ratio kernel blocks per block; pad elements after each page."""
     sizes = {"L": layers, "B": num_blocks * ratio, "H": heads, "N": tokens, "C": content}
     physical = [sizes[axis] for axis in order]
     if pad:  # the two outermost axes are L and B, so that a page is one run
-        flat = torch.zeros(layers * num_blocks * ratio, heads * tokens * content + pad, dtype=dtype)
+        flat = torch.zeros(layers * num_blocks * ratio, heads * tokens * content + pad, dtype=dtype, device=device)
         array = flat[:, : heads * tokens * content].unflatten(0, tuple(physical[:2])).unflatten(2, tuple(physical[2:]))
         allocation = flat
     else:
-        allocation = array = torch.zeros(physical, dtype=dtype)
+        allocation = array = torch.zeros(physical, dtype=dtype, device=device)
     logical = array.permute([order.index(axis) for axis in "LBHNC"])
     caches = {f"layer.{index}": logical[index] for index in range(layers)}
     if shared:
@@ -93,14 +94,14 @@ def vllm_engine(
 
     def blocks() -> list[Bytes]:
         """Slots follow the physical order with the blocks of a run together: one part per index of the axes before B."""
-        raw = array.contiguous().view(torch.uint8).numpy()
+        raw = array.contiguous().view(torch.uint8).cpu().numpy()
         raw = raw.reshape(*physical[:-1], content * item)
         outer = order.index("B")
         lead = int(np.prod(physical[:outer], dtype=int))
         return [part.reshape(num_blocks, -1) for part in raw.reshape(lead, num_blocks, -1)]
 
     def padded_blocks() -> list[Bytes]:
-        raw = array.contiguous().view(torch.uint8).numpy().reshape(*physical[:2], page)
+        raw = array.contiguous().view(torch.uint8).cpu().numpy().reshape(*physical[:2], page)
         rows = raw if order[0] == "L" else raw.swapaxes(0, 1)
         return [part.reshape(num_blocks, page) for part in rows]
 
@@ -127,9 +128,13 @@ def sglang_engine(
     page: int = 4,
     heads: int = 2,
     dim: int = 6,
+    device: str = "cpu",
 ) -> Engine:
     heads = 1 if mla else heads
-    buffers = [torch.zeros(num_blocks * page, heads, dim, dtype=dtype) for _ in range(layers if mla else 2 * layers)]
+    buffers = [
+        torch.zeros(num_blocks * page, heads, dim, dtype=dtype, device=device)
+        for _ in range(layers if mla else 2 * layers)
+    ]
     if mla:
         layout = KVLayout.from_sglang(buffers, None, page)
     else:
@@ -142,7 +147,7 @@ def sglang_engine(
         "sglang-mla" if mla else "sglang",
         layout,
         memory,
-        lambda: [allocation.numpy().reshape(num_blocks, size) for allocation in memory],
+        lambda: [allocation.cpu().numpy().reshape(num_blocks, size) for allocation in memory],
         owned,
     )
 
@@ -185,11 +190,12 @@ def block_tables(draw: st.DrawFn, num_blocks: int) -> list[list[int]]:
 class Slots:
     """Chunk slots in one buffer, guard bytes between them, in shuffled order."""
 
-    def __init__(self, num: int, slot_bytes: int, seed: int) -> None:
+    def __init__(self, num: int, slot_bytes: int, seed: int, *, pinned: bool = False) -> None:
         generator = np.random.default_rng(seed)
         self.stride = slot_bytes + GUARD
         self.size = slot_bytes
-        self.buffer = generator.integers(0, 256, GUARD + num * self.stride, dtype=np.uint8)
+        filling = generator.integers(0, 256, GUARD + num * self.stride, dtype=np.uint8)
+        self.buffer = torch.from_numpy(filling).pin_memory().numpy() if pinned else filling
         self.order = generator.permutation(num)
         offsets = GUARD + self.order * self.stride
         self.addresses = (self.buffer.ctypes.data + offsets).astype(np.uint64)
@@ -212,7 +218,7 @@ def check_backend(
     engine.fill(seed)
     before = engine.bytes()
     ids = np.array([block for chunk in table for block in chunk], dtype=np.int64)
-    slots = Slots(len(table), engine.layout.block_bytes * len(table[0]), seed)
+    slots = Slots(len(table), engine.layout.block_bytes * len(table[0]), seed, pinned=engine.layout.device != "cpu")
     expected = slots.buffer.copy()
     present = [np.asarray(chunk) >= 0 for chunk in table]
     for chunk, blocks in enumerate(table):

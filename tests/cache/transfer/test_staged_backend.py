@@ -9,6 +9,7 @@ from lmc.cache.transfer.backends.dma import DmaBackend
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.backends.reference import TorchBackend
 from lmc.cache.transfer.backends.staged import StagedBackend
+from lmc.cache.transfer.planner import Descriptors, Direction
 from lmc.errors import TransferError
 from tests.cache.transfer.fake_driver import fake_driver
 from tests.contracts.transfer import block_tables, check_backend, engines, vllm_engine
@@ -34,6 +35,19 @@ def test_a_slot_crosses_in_one_copy() -> None:
 def test_a_buffer_without_room_is_refused() -> None:
     with pytest.raises(TransferError, match="too small"):
         StagedBackend(HostBackend(), HostBackend(), 0, 256, None)
+
+
+def test_what_the_local_backend_refuses_is_refused_in_every_round() -> None:
+    class Picky(HostBackend):
+        def refuses(self, descriptors: Descriptors) -> str:
+            return "odd" if (descriptors.size % np.uint64(16)).any() else ""
+
+    staged = StagedBackend(Picky(), HostBackend(), 0, 1024, None)
+    addresses = np.arange(1, 5, dtype=np.uint64) * np.uint64(4096)
+    even = Descriptors(addresses, addresses * np.uint64(8), np.full(4, 256, dtype=np.uint64), Direction.STORE)
+    assert staged.refuses(even) == ""
+    last_odd = Descriptors(even.src, even.dst, np.array([256, 256, 256, 8], dtype=np.uint64), Direction.STORE)
+    assert staged.refuses(last_odd) == "odd"
 
 
 @settings(deadline=None, max_examples=100)

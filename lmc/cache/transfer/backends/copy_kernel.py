@@ -29,5 +29,8 @@ def copy_kernel(src_table, dst_table, size_table, count, BLOCK: tl.constexpr):  
 
 
 def compiled() -> Any:  # Triton has no types
-    """The kernel, or its interpreted form when TRITON_INTERPRET=1 is set now."""
-    return triton.jit(copy_kernel)
+    """The kernel, or its interpreted form when TRITON_INTERPRET=1 is set now.
+
+    No argument is specialised: a table at another alignment, or of one row, would be compiled anew in the middle of serving.
+    """
+    return triton.jit(do_not_specialize=["src_table", "dst_table", "size_table", "count"])(copy_kernel)

@@ -31,7 +31,8 @@ class StagedBackend:
         self._buffers = {Direction.STORE: buffer, Direction.LOAD: buffer + self._half}
 
     def refuses(self, descriptors: Descriptors) -> str:
-        return self._local.refuses(self._rounds(descriptors)[0][0]) if len(descriptors) else ""
+        reasons = (self._local.refuses(local) for local, _ in self._rounds(descriptors))
+        return next(filter(None, reasons), "")
 
     def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
         for local, across in self._rounds(descriptors):
