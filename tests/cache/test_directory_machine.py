@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
-
-from lmc.cache.directory import HOST, Directory, Ticket
+from lmc.cache.directory import HOST, Directory, Miss, Ticket
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.registry import POLICIES
 
@@ -86,10 +85,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.host_slots, self.ttl, self.quota = host_slots, ttl, tenant_quota
         self.world = World()
         self.foreign: set[ChunkKey] = set()  # put on the disk by another instance
-        self.now = 0.0
+        self.now = self.latest = 0.0
         self.open: dict[int, Ticket] = {}
         self.done: set[int] = set()
         self.touched: dict[ChunkKey, float] = {}
+        self.stored: set[ChunkKey] = set()
         self.known: dict[ChunkKey, Path] = {}
         self.pinned: dict[str, list[ChunkKey]] = {}
         self.disturbed = False  # a failure or a removal may leave a child without its parent
@@ -106,7 +106,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(target=tickets, path=paths, touch=st.booleans())
     def store(self, path, touch):
         self.note(path)
-        self.touched.update(dict.fromkeys(prefix(path), self.now))
+        self.touched.update(dict.fromkeys(prefix(path), self.latest))
         tickets = self.directory.store(prefix(path), self.now, tenant=str(path[0]), touch=touch)
         assert all(ticket.kind == "store" for ticket in tickets)
         return self.take(tickets)
@@ -114,20 +114,26 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(target=tickets, path=paths, first=st.integers(0, 2))
     def stage(self, path, first):
         self.note(path)
-        self.touched.update(dict.fromkeys(prefix(path), self.now))
+        self.touched.update(dict.fromkeys(prefix(path), self.latest))
         return self.take(self.directory.stage(prefix(path), self.now, first=first, tenant=str(path[0])))
 
-    @rule(path=paths)
+    @invariant()
+    def lookups_tell_the_truth(self):
+        for path in self.known.values():
+            self.lookup(path)
+
     def lookup(self, path):
         keys = prefix(path)
         found = self.directory.lookup(keys, self.now)
         assert (found.miss is None) == (found.num_chunks == len(keys))
+        if found.miss == Miss.NEVER_STORED:
+            assert keys[found.num_chunks] not in self.stored
         for key, tier in zip(keys, found.tiers, strict=False):
             assert tier in self.directory.tiers_of(key)
             if tier == DISK and DISK not in self.remote:
                 assert key in self.world.tiers[DISK]
             if self.ttl is not None and tier not in self.remote:
-                assert self.now - self.touched[key] <= self.ttl
+                assert self.latest - self.touched[key] <= self.ttl
 
     @rule(target=tickets, path=paths)
     def load(self, path):
@@ -150,8 +156,34 @@ class DirectoryMachine(RuleBasedStateMachine):
             self.world.tiers[ticket.tier].difference_update(ticket.evict)
             self.world.tiers[ticket.tier].discard(ticket.key)
         self.disturbed = self.disturbed or fails is not None
+        if opened is not None and fails is None and ticket.kind == "store":
+            self.stored.add(ticket.key)
         assert self.directory.complete(ticket.operation, fails, self.now) == opened
         return self.take([])
+
+    @rule(target=tickets, served=st.lists(paths, min_size=1, max_size=5), seconds=st.floats(0, 12))
+    def serve(self, served, seconds):
+        """Requests as an engine makes them, all of whose copies succeed if they can."""
+        fresh = []
+        for path in served:
+            self.wait(seconds / len(served))
+            found = self.directory.lookup(prefix(path), self.now).num_chunks
+            for step in (self.stage, self.load, self.store):
+                if found or step == self.store:
+                    fresh += step(path, **{self.stage: {"first": 0}, self.store: {"touch": True}}.get(step, {})).values
+                    fresh += self.settle().values
+                    self.all_is_in_order()
+                    self.lookups_tell_the_truth()
+        return multiple(*fresh)
+
+    @precondition(lambda self: self.open)
+    @rule(target=tickets)
+    def settle(self):
+        """All that is under way ends well, if it can."""
+        fresh = []
+        for operation, ticket in list(self.open.items()):
+            fresh += self.report(ticket, None).values if operation in self.open else ()
+        return multiple(*fresh)
 
     @rule(path=paths, tier=st.sampled_from([DISK, REDIS]))
     def others_store(self, path, tier):
@@ -192,6 +224,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(-5, 12))
     def wait(self, seconds):
         self.now += seconds  # the caller's clock may jump back
+        self.latest = max(self.latest, self.now)
 
     @rule(target=tickets)
     def expire(self):
@@ -220,9 +253,13 @@ class DirectoryMachine(RuleBasedStateMachine):
     def chunks_have_parents(self):
         under_way = {ticket.key for ticket in self.open.values()}
         for key, path in self.known.items():
-            if HOST in self.directory.tiers_of(key) and len(path) > 2:
+            if len(path) > 2:
+                tiers = self.directory.tiers_of(key)
                 parent = name(path[:-1])
-                assert self.directory.tiers_of(parent) or parent in under_way
+                above = self.directory.tiers_of(parent)
+                assert HOST not in tiers or above or parent in under_way
+                if DISK in tiers and DISK not in self.remote:
+                    assert DISK in above or (parent, DISK) in {(t.key, t.tier) for t in self.open.values()}
 
     @invariant()
     def all_is_in_order(self):
@@ -234,6 +271,8 @@ class DirectoryMachine(RuleBasedStateMachine):
             assert len(self.world.tiers[DISK]) <= self.below[DISK]
         own_slots = [ticket.slot for ticket in self.open.values() if ticket.kind in ("store", "stage")]
         assert len(own_slots) == len(set(own_slots))
+        in_tiers = [(t.tier, t.key) for t in self.open.values() if t.kind in ("write", "delete")]
+        assert len(in_tiers) == len(set(in_tiers))
         if self.quota is not None:
             for tenant in (0, 1):
                 mine = [key for key, path in self.known.items() if path[0] == tenant]
@@ -265,6 +304,6 @@ class DirectoryMachine(RuleBasedStateMachine):
 
 
 DirectoryMachine.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_directory_machine = DirectoryMachine.TestCase

@@ -143,7 +143,10 @@ class Below:
         self._issue("delete", node, places.nodes.key(node), residents.name)
 
     def delete_remote(self, remote: RemoteKeys, key: ChunkKey) -> None:
-        if remote.begin_delete(key):
+        """Delete what others may have stored; this instance's own chunks in a shared tier go by delete()."""
+        node = self._places.nodes.find(key)
+        own = self._places.set_of(remote.name)
+        if (own is None or node < 0 or own.state[node] == ABSENT) and remote.begin_delete(key):
             self._issue("delete", -1, key, remote.name)
 
     def complete_delete(self, done: Operation) -> None:
@@ -191,9 +194,12 @@ class Below:
         step = node
         while step >= 0 and not residents.held(step):
             key = places.nodes.key(step)
-            if residents.name in self._foreign and key in self._foreign[residents.name]:
+            foreign = self._foreign.get(residents.name)
+            if foreign is not None and key in foreign:
                 break
             if not places.host.readable(step) or residents.state[step] != ABSENT or step in self._evicting:
+                return False
+            if foreign is not None and foreign.deleting(key):
                 return False
             path.append(step)
             step = places.parents[step]

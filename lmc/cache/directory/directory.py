@@ -230,6 +230,7 @@ class Directory:
             self._below.complete_delete(done)
         elif failure is not None and places.host.readable(node):
             places.host.state[node] = SPOILED
+            places.misses.note(done.ticket.key, Miss.LOAD_FAILED)
             self._spoiled.add(node)
         if self._spoiled:
             self._drop_spoiled()
@@ -266,8 +267,10 @@ class Directory:
     def learn(self, tier: str, keys: Sequence[ChunkKey], present: Sequence[bool]) -> None:
         """A remote or shared tier was asked for keys."""
         remote = next(remote for remote in self._remotes if remote.name == tier)
+        own = self._places.set_of(tier)
         for key, there in zip(keys, present, strict=True):
-            if there:
+            node = self._places.nodes.find(key)
+            if there and (own is None or node < 0 or own.state[node] == ABSENT):
                 remote.learn(key)
             else:
                 remote.forget(key)
@@ -448,7 +451,6 @@ class Directory:
         busy = {operation.node for operation in self._operations}
         for node in [node for node in self._spoiled if node not in busy]:
             self._spoiled.remove(node)
-            self._places.misses.note(self._places.nodes.key(node), Miss.LOAD_FAILED)
             self.counts.gone(HOST, "failed")
             self._places.leave_host(node)
 

@@ -63,5 +63,8 @@ class RemoteKeys:
         self._deleting.add(key)
         return True
 
+    def deleting(self, key: ChunkKey) -> bool:
+        return key in self._deleting
+
     def end_delete(self, key: ChunkKey) -> None:
         self._deleting.discard(key)
