@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from lmc.bench.attribution import Costs
 from lmc.bench.client import Outcome
 from lmc.bench.selfcheck import SelfCheck
 from lmc.errors import RunError
@@ -42,6 +43,11 @@ class RequestRecord:
     output_tokens: int
     cached_tokens: int | None
     expected_hit_tokens: int | None
+    queue_ms: float | None
+    prefill_ms: float | None
+    load_ms: float | None
+    load_bytes: float | None
+    stage_ms: float | None
     tokens: list[int]
     gaps: list[float]
 
@@ -50,7 +56,9 @@ class RequestRecord:
         return self.status == "ok"
 
 
-def to_record(arm: str, repeat: int, outcome: Outcome, expected_hit_tokens: int | None) -> RequestRecord:
+def to_record(
+    arm: str, repeat: int, outcome: Outcome, expected_hit_tokens: int | None, costs: Costs | None = None
+) -> RequestRecord:
     request, first, last = outcome.request, outcome.first_s, outcome.last_s
     since = outcome.intended_s
     times = outcome.token_times_s
@@ -77,6 +85,7 @@ def to_record(arm: str, repeat: int, outcome: Outcome, expected_hit_tokens: int 
         output_tokens=outcome.output_tokens,
         cached_tokens=outcome.cached_tokens,
         expected_hit_tokens=expected_hit_tokens,
+        **asdict(costs or Costs()),
         tokens=outcome.tokens,
         gaps=outcome.gaps,
     )
@@ -176,6 +185,19 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """The simulator's view of an arm: hit tokens, and the time to first token by its cost model (from the real send time)."""
+
+    arm: str
+    expected_hit_tokens: int | None
+    measured_hit_tokens: int | None
+    predicted_ttft_p50_ms: float | None
+    measured_ttft_p50_ms: float | None
+    load_bytes_per_s: float | None
+    break_even_tokens: int | None
+
+
+@dataclass(frozen=True)
 class BarResult:
     text: str
     ratio: float | None
@@ -202,6 +224,7 @@ class Results:
     outputs: list[OutputCheck]
     comparisons: list[Comparison]
     bars: list[BarResult]
+    predictions: list[Prediction]
     skipped_too_long: dict[str, int]
 
 
@@ -231,6 +254,7 @@ def read_results(path: Path) -> Results:
         data["arms"] = [_read_arm(arm) for arm in data["arms"]]
         data["outputs"] = [OutputCheck(**item) for item in data["outputs"]]
         data["comparisons"] = [Comparison(**item) for item in data["comparisons"]]
+        data["predictions"] = [Prediction(**item) for item in data["predictions"]]
         data["bars"] = [BarResult(**item) for item in data["bars"]]
         return Results(**data)
     except (KeyError, TypeError) as error:

@@ -17,6 +17,7 @@ from lmc.bench.arms import SERVE, Launcher
 from lmc.bench.bars import judge_bars
 from lmc.bench.machine import command_line, describe_hardware, describe_software
 from lmc.bench.outputs import compare_outputs
+from lmc.bench.prediction import predict
 from lmc.bench.progress import Progress, Quiet
 from lmc.bench.prompts import Prompts, Request, build_prompts, random_tokens
 from lmc.bench.records import SCHEMA_VERSION, ArmResult, Comparison, OutputCheck, RequestRecord, Results, to_record
@@ -115,7 +116,8 @@ class _Runner:
         by_id = dict(zip((item.request.id for item in self.plan.items), expected or [], strict=False))
         self.exact[name] = exact and self.exact.get(name, True)
         self.records.setdefault(name, []).extend(
-            to_record(name, repeat, outcome, by_id.get(outcome.request.id)) for outcome in data.measured.outcomes
+            to_record(name, repeat, outcome, by_id.get(outcome.request.id), data.costs.get(outcome.request.id))
+            for outcome in data.measured.outcomes
         )
         if name in self.data:
             data.problems = [*self.data[name].problems, *data.problems]
@@ -172,5 +174,6 @@ class _Runner:
             outputs=outputs,
             comparisons=comparisons,
             bars=judge_bars(self.workload.bars, self.records),
+            predictions=predict(self.workload.arms, self.records),
             skipped_too_long=self.prompts.too_long,
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from lmc.bench.arms import Launcher, Server
+from lmc.bench.attribution import Costs, request_costs
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, difference, read_counters
 from lmc.bench.load import Measured, run_load
@@ -43,6 +44,7 @@ class ArmData:
     before: Counters | None = None
     after: Counters | None = None
     timeline: list[HitPoint] = field(default_factory=list)
+    costs: dict[str, Costs] = field(default_factory=dict)  # by request id
 
 
 @dataclass
@@ -103,11 +105,12 @@ class ArmRun:
         self, data: ArmData, http: aiohttp.ClientSession, server: Server, target: Target, label: str
     ) -> None:
         assert data.before is not None
-        before = data.before
+        before = last = data.before
         began = time.perf_counter()
         self.progress.load(data.name, len(self.plan.items))
 
         async def on_done(outcome: Outcome) -> bool:
+            nonlocal last
             self.progress.request(data.name, outcome)
             if outcome.status == "disconnected" and (why := await server.why_gone()):
                 data.problems.append(why)
@@ -120,6 +123,8 @@ class ArmRun:
                     data.problems.append(f"the metrics cannot be read any more: {error}")
                     return False
                 data.timeline.append(_hit_point(time.perf_counter() - began, now, before))
+                data.costs[outcome.request.id] = request_costs(now, last)
+                last = now
             return True
 
         data.measured = await run_load(self.plan, target, label, on_done, self.workload.limits.seconds)

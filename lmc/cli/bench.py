@@ -85,6 +85,30 @@ def check(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of the run to compare with.")],
+    b: Annotated[Path, typer.Argument(help="Folder of the run that is judged.")],
+    arm: Annotated[list[str] | None, typer.Option(help="Compare only this arm; may be given several times.")] = None,
+    fail_on_worse: Annotated[bool, typer.Option("--fail-on-worse", help="Exit code 1 if anything is worse.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Comparisons as JSON.")] = False,
+) -> None:
+    """Is run B better than run A? Paired by request, with intervals and verdicts."""
+    from lmc.bench.compare import compare_runs
+    from lmc.bench.tables import comparisons_table, outputs_table
+    from lmc.report import print_table, to_json
+
+    comparisons, outputs = compare_runs(a, b, arm or [])
+    differ = [difference for output in outputs for difference in output.differences]
+    if as_json:
+        typer.echo(to_json({"comparisons": comparisons, "outputs": outputs}).decode())
+    else:
+        print_table(comparisons_table(comparisons, "B against A"))
+        print_table(outputs_table(outputs))
+    if differ or (fail_on_worse and any(comparison.verdict == "worse" for comparison in comparisons)):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder with results.json and requests.parquet.")]) -> None:
     """Render the report of an earlier run again."""
     from lmc.bench.records import read_records, read_results
@@ -95,10 +119,10 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder with results.json
 
 
 def _show(results: Results, folder: Path) -> None:
-    from lmc.bench.render import bars_table, brief_table, hits_table, outputs_table
+    from lmc.bench.tables import bars_table, brief_table, hits_table, outputs_table
     from lmc.report import print_table
 
-    for table in (brief_table(results), hits_table(results), bars_table(results), outputs_table(results)):
+    for table in (brief_table(results), hits_table(results), bars_table(results), outputs_table(results.outputs)):
         if table.rows:
             print_table(table)
     for problem in results.problems:

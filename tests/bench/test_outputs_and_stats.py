@@ -18,7 +18,8 @@ def record(arm: str = "a", request: str = "p/0/0", **changes: object) -> Request
     base = RequestRecord(
         arm=arm, repeat=0, request_id=request, part=request.split("/")[0], session=request.rpartition("/")[0], turn=0,
         status="ok", cause="", intended_s=0.0, sent_s=0.0, ttft_ms=100.0, service_ttft_ms=100.0, tpot_ms=10.0, itl_ms=[],
-        e2e_ms=200.0, prompt_tokens=1000, output_tokens=3, cached_tokens=0, expected_hit_tokens=0, tokens=[5, 6, 7],
+        e2e_ms=200.0, prompt_tokens=1000, output_tokens=3, cached_tokens=0, expected_hit_tokens=0,
+        queue_ms=None, prefill_ms=None, load_ms=None, load_bytes=None, stage_ms=None, tokens=[5, 6, 7],
         gaps=[0.5, 0.5, 0.5],
     )  # fmt: skip
     return replace(base, **changes)
