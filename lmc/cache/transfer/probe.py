@@ -66,7 +66,12 @@ def probe_device(
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        return probe_cpu(sizes, total_bytes=total_bytes, repetitions=repetitions)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # the reference is compared with one thread
+        try:
+            return probe_cpu(sizes, total_bytes=total_bytes, repetitions=repetitions)
+        finally:
+            torch.set_num_threads(before)
     if not device.startswith("cuda") or not torch.cuda.is_available():
         raise ConfigError(f"there is no device {device} here; use --device cpu")
     return probe_cuda(device, sizes, total_bytes=total_bytes, repetitions=repetitions)

@@ -74,8 +74,10 @@ def test_compiles_to_16_byte_accesses(capability: int, tmp_path: Path, monkeypat
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tables = dict.fromkeys(("src_table", "dst_table", "size_table"), "*i64")
+    kernel = copy_kernel.compiled()
+    assert all(parameter.do_not_specialize for parameter in kernel.params if not parameter.is_constexpr)
     source = ASTSource(
-        fn=copy_kernel.compiled(),
+        fn=kernel,
         signature={**tables, "count": "i32", "BLOCK": "constexpr"},
         constexprs={(4,): copy_kernel.BLOCK_WORDS},
     )
