@@ -6,7 +6,9 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
+import stat
 import time
 import traceback
 from collections.abc import Callable
@@ -150,6 +152,23 @@ def test_a_failed_store_leaves_nothing_and_harms_nothing(
     assert load(tier, 2) == payload(2)
 
 
+def test_a_store_whose_folder_cannot_be_synced_is_taken_back(
+    tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fail_for_folders(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    tier.put(key(1), payload(1))
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    with pytest.raises(TierError, match="Input/output error"):
+        tier.put(key(1), payload(2))
+    assert files_under(tmp_path) == []
+
+
 @pytest.mark.parametrize("call", ["open", "fstat", "preadv"])
 def test_a_failed_load_names_file_and_cause(tier: DiskTier, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     tier.put(key(1), payload(1))
@@ -280,6 +299,17 @@ def test_several_processes_evict_and_fill_the_same_folder(tmp_path: Path) -> Non
     assert [exit_status(child) for child in children] == [0, 0, 0]
     tier = DiskTier(tmp_path, SCOPE)
     assert len(files_under(tmp_path)) == len(list(tier.scan())), "no temporary file is left"
+
+
+def test_a_folder_that_is_emptied_is_filled_again(tier: DiskTier, tmp_path: Path) -> None:
+    tier.put(key(1), payload(1))
+    shutil.rmtree(tmp_path)
+    assert load(tier, 1) is None
+    assert tier.contains([key(1)]) == [False]
+    tier.delete(key(1))
+    tier.put(key(1), payload(2))
+    assert load(tier, 1) == payload(2)
+    assert list(tier.scan()) == [(key(1), CHUNK_BYTES)]
 
 
 def test_instances_with_other_scopes_share_the_folder(tmp_path: Path) -> None:

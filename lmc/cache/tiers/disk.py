@@ -111,7 +111,11 @@ class DiskTier:
         """A new temporary file, locked by this process."""
         while True:
             path = self._temporary / f"{self._process}-{next(self._serial)}"
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+            try:
+                fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                self._temporary.mkdir(parents=True, exist_ok=True)  # somebody emptied the folder
+                continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 if os.fstat(fd).st_nlink:
@@ -139,7 +143,11 @@ class DiskTier:
             raise
         finally:
             os.close(fd)
-        self._sync_folder(target.parent)
+        try:
+            self._sync_folder(target.parent)
+        except OSError:
+            target.unlink(missing_ok=True)  # a put that fails stores nothing
+            raise
 
     def _sync_folder(self, path: Path) -> None:
         if not self._fsync:

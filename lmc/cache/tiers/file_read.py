@@ -18,7 +18,7 @@ import os
 
 import xxhash
 
-from lmc.cache.tiers.format import HEADER_BYTES
+from lmc.cache.tiers.format import HEADER_BYTES, aligned_page
 from lmc.errors import Corrupt
 
 _PIECE = 1 << 20
@@ -67,15 +67,20 @@ def _span(page: memoryview, out: memoryview, start: int, end: int) -> list[memor
 
 
 def _read_direct(fd: int, page: memoryview, out: memoryview) -> int:
-    """Read the whole pages of the file past the page cache, if that is possible; returns where it stopped."""
+    """Read the file past the page cache, if that is possible; returns where it stopped."""
     size = HEADER_BYTES + len(out)
+    tail = size % HEADER_BYTES  # direct reads are of whole pages; the kernel stops at the end of the file by itself
+    last = aligned_page()[: HEADER_BYTES if tail else 0]
     position = 0
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        position = os.preadv(fd, _span(page, out, 0, size - size % HEADER_BYTES), 0)
+        position = os.preadv(fd, [page, out[: len(out) - tail], last], 0)
     except OSError as error:
         if error.errno not in _NOT_DIRECT:
             raise
     fcntl.fcntl(fd, fcntl.F_SETFL, flags)
-    return position
+    if position < size:
+        return min(position, size - tail)
+    out[len(out) - tail :] = last[:tail]
+    return size

@@ -85,8 +85,6 @@ def open_client(config: RedisConfig, address: Address) -> Redis | RedisCluster:
     return Redis(host, port, db=address.db, **options)
 
 
-def pool_for(client: Redis | RedisCluster, name: bytes) -> ConnectionPool:
-    """Connections to the server that holds name."""
-    if isinstance(client, RedisCluster):
-        return client.get_redis_connection(client.get_node_from_key(name)).connection_pool
-    return client.connection_pool
+def node_pool(client: RedisCluster, name: bytes) -> ConnectionPool:
+    """Connections to the cluster's node that holds name."""
+    return client.get_redis_connection(client.get_node_from_key(name)).connection_pool

@@ -29,6 +29,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, seconds: float) -> None:
         self._sock = sock
+        self._encrypted = isinstance(sock, ssl.SSLSocket)  # TLS has neither sendmsg nor recvmsg_into
         self._deadline = time.monotonic() + seconds
 
     def command(self, *arguments: bytes | Sequence[bytes | memoryview]) -> None:
@@ -39,10 +40,7 @@ class Wire:
             buffers.append(memoryview(b"$%d\r\n" % sum(len(part) for part in parts)))
             buffers += [memoryview(part) for part in parts]
             buffers.append(memoryview(b"\r\n"))
-        if isinstance(self._sock, ssl.SSLSocket):
-            self._send_encrypted(buffers)
-        else:
-            self._send(buffers)
+        self._send(buffers)
 
     def line(self) -> bytes:
         """The reply to a command that is answered in one line. Raises ErrorReply."""
@@ -57,29 +55,32 @@ class Wire:
         Raises ErrorReply, and Corrupt for anything else, after which the connection is out of step.
         """
         wanted = b"$%d\r\n" % (len(head) + len(body))
-        start = bytearray(len(wanted))
-        got = 0
-        while got < len(start) and b"\r\n" not in start:
-            got += self._receive(memoryview(start)[got:])
-        if start != wanted:
-            line, rest = self._line(bytes(start[:got]))
-            if line == b"$-1" and not rest:
-                return None
-            if line[1:].isdigit():
-                raise Corrupt(f"the value has {line[1:].decode()} bytes instead of {len(head) + len(body)}")
-            raise Corrupt(f"the reply starts with {line[:40]!r}")
-        self._fill(head)
+        start, end = bytearray(len(wanted)), bytearray(2)
+        left = [memoryview(start), head, body, memoryview(end)]
+        before_body = len(start) + len(head)
+        received = hashed = 0
         hasher = xxhash.xxh3_64()
-        position = 0
-        while position < len(body):
-            count = self._receive(body[position:])
-            hasher.update(body[position : position + count])
-            position += count
-        end = bytearray(2)
-        self._fill(memoryview(end))
+        while left:
+            count = self._receive(left)
+            _advance(left, count)
+            received += count
+            if start != wanted and (received >= len(start) or b"\r\n" in start):
+                return self._no_value((start + head)[:received], len(head) + len(body))
+            ready = min(max(received - before_body, 0), len(body))
+            hasher.update(body[hashed:ready])
+            hashed = ready
         if end != b"\r\n":
             raise Corrupt(f"the value is followed by {bytes(end)!r}")
         return hasher.intdigest()
+
+    def _no_value(self, start: bytes, wanted: int) -> None:
+        """Judge a reply that does not start as a value of the wanted length does; returns when it says that there is none."""
+        line, rest = self._line(start)
+        if line == b"$-1" and not rest:
+            return
+        if line[1:].isdigit():
+            raise Corrupt(f"the value has {line[1:].decode()} bytes instead of {wanted}")
+        raise Corrupt(f"the reply starts with {line[:40]!r}")
 
     def _line(self, start: bytes) -> tuple[bytes, bytes]:
         """The first line of a reply that begins with start, and what came behind it. Raises ErrorReply."""
@@ -88,7 +89,7 @@ class Wire:
             if len(buffer) > _LONGEST_LINE:
                 raise Corrupt(f"the reply starts with {bytes(buffer[:40])!r}")
             piece = bytearray(_LONGEST_LINE)
-            buffer += piece[: self._receive(memoryview(piece))]
+            buffer += piece[: self._receive([memoryview(piece)])]
         line, _, rest = bytes(buffer).partition(b"\r\n")
         if line.startswith(b"-"):
             raise ErrorReply(line[1:].decode(errors="replace"))
@@ -100,30 +101,29 @@ class Wire:
             raise TimeoutError("timed out")
         self._sock.settimeout(left)
 
-    def _receive(self, into: memoryview) -> int:
+    def _receive(self, into: list[memoryview]) -> int:
         self._wait()
-        count = self._sock.recv_into(into)
+        if self._encrypted:
+            count = self._sock.recv_into(into[0])
+        else:
+            count, _, _, _ = self._sock.recvmsg_into(into)
         if count == 0:
             raise ConnectionResetError("the server closed the connection")
         return count
 
-    def _fill(self, into: memoryview) -> None:
-        position = 0
-        while position < len(into):
-            position += self._receive(into[position:])
-
     def _send(self, buffers: list[memoryview]) -> None:
         while buffers:
             self._wait()
-            count = self._sock.sendmsg(buffers)
-            while buffers and count >= len(buffers[0]):
-                count -= len(buffers.pop(0))
-            if count:
-                buffers[0] = buffers[0][count:]
+            if self._encrypted:
+                count = self._sock.send(buffers[0][:_TLS_PIECE])
+            else:
+                count = self._sock.sendmsg(buffers)
+            _advance(buffers, count)
 
-    def _send_encrypted(self, buffers: list[memoryview]) -> None:
-        for buffer in buffers:
-            position = 0
-            while position < len(buffer):
-                self._wait()
-                position += self._sock.send(buffer[position : position + _TLS_PIECE])
+
+def _advance(buffers: list[memoryview], count: int) -> None:
+    """Take count bytes off the front of the buffers."""
+    while buffers and count >= len(buffers[0]):
+        count -= len(buffers.pop(0))
+    if count:
+        buffers[0] = buffers[0][count:]
