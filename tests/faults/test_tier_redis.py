@@ -163,6 +163,26 @@ def test_a_read_only_replica_is_an_error(tmp_path: Path, server: RedisServer) ->
             tier.put(key(1), payload(1))
 
 
+def test_a_cluster_that_loses_a_master_serves_what_the_others_hold(tmp_path: Path) -> None:
+    with services.redis_cluster(tmp_path) as nodes:
+        config = RedisConfig(url=nodes[0].url, mode="cluster", timeout=TIMEOUT)
+        tier = RedisTier(config, SCOPE)
+        for number in range(30):
+            tier.put(key(number), payload(number))
+        nodes[2].kill()
+        outcomes = []
+        for number in range(30):
+            with ends_within(4.0):
+                try:
+                    assert load(tier, number) == payload(number)
+                    outcomes.append("chunk")
+                except TierError as error:
+                    assert "cannot load" in str(error)
+                    outcomes.append("error")
+        assert outcomes.count("chunk") > 10
+        assert outcomes.count("error") > 3
+
+
 HEADER_POSITIONS = [0, 7, 8, 9, 10, 12, 19, 20, 28, 36, 40, 71, 72, 75, 76, 91, 92, 200, HEADER_BYTES - 1]
 PAYLOAD_POSITIONS = [HEADER_BYTES + place for place in (0, 1, 4095, 4096, 20_000, CHUNK_BYTES - 2, CHUNK_BYTES - 1)]
 
