@@ -30,7 +30,7 @@ class Tier(Protocol):
         """Remove a chunk; absent is fine."""
 
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        """Each stored key and its size in bytes, oldest first where the medium knows."""
+        """Each stored key and the bytes of its payload, oldest first where the medium knows."""
 
     def close(self) -> None:
         """Release connections and files. Stored chunks stay."""
