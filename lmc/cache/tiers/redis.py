@@ -6,6 +6,7 @@ redis-py connects, authenticates, encrypts and follows the topology, and does th
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 from collections.abc import Iterator, Sequence
@@ -169,9 +170,11 @@ def _pop_usable(idle: list[AbstractConnection], pool: ConnectionPool) -> Abstrac
             break  # another thread took the last one
         poll = select.poll()
         poll.register(connection._sock, select.POLLIN)
-        if not poll.poll(0):
+        if connection.pid == os.getpid() and not poll.poll(0):
             return connection
-        _discard(connection, pool)  # the server has closed it
+        _discard(
+            connection, pool
+        )  # the server has closed it, or it belongs to the process that this one was forked from
     return None
 
 

@@ -42,8 +42,9 @@ def parse_address(url: str, mode: str) -> Address:
         return Address((), split.path, *user, 0, False)
     path = split.path.strip("/")
     if split.scheme not in ("redis", "rediss") or not places or split.query or not (path or "0").isdigit():
+        shown = url.replace(f"{credentials}@", "", 1)  # a password must not reach the log
         raise ConfigError(
-            f"redis.url: {url!r} is not an address for mode {mode}; write redis://host:port/db, or rediss:// for TLS"
+            f"redis.url: {shown!r} is not an address for mode {mode}; write redis://host:port/db, or rediss:// for TLS"
         )
     hosts = []
     for place in places.split(","):
@@ -52,7 +53,7 @@ def parse_address(url: str, mode: str) -> Address:
             host, port = place, str(_DEFAULT_PORT[mode])
         if not host or not port.isdigit():
             raise ConfigError(f"redis.url: {place!r} is not host:port")
-        hosts.append((host, int(port)))
+        hosts.append((host.strip("[]"), int(port)))
     if mode == "standalone" and len(hosts) > 1:
         raise ConfigError("redis.url: several hosts need mode cluster or sentinel")
     return Address(tuple(hosts), None, *user, int(path or 0), split.scheme == "rediss")

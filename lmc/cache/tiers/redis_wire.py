@@ -21,7 +21,7 @@ _LONGEST_LINE = 4096
 
 
 class ErrorReply(Exception):
-    """The server answered with an error; the connection is still in step."""
+    """The server answered with an error."""
 
 
 class Wire:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from lmc.cache.config import RedisConfig
 from lmc.cache.tiers.redis import RedisTier
+from lmc.cache.tiers.redis_connect import parse_address
 from lmc.errors import ConfigError, TierError
 from tests import services
 from tests.contracts.tier import SCOPE, OpenTier, TierContract, key, load, payload
@@ -28,10 +30,15 @@ def server(shared_server: RedisServer) -> RedisServer:
     return shared_server
 
 
+def redis_config(**settings: object) -> RedisConfig:
+    """Settings with a time-out that a busy machine does not run into."""
+    return RedisConfig.model_validate({"timeout": 20.0} | settings)
+
+
 class TestStandalone(TierContract):
     @pytest.fixture
     def open_tier(self, server: RedisServer) -> OpenTier:
-        return lambda scope: RedisTier(RedisConfig(url=server.url), scope)
+        return lambda scope: RedisTier(redis_config(url=server.url), scope)
 
 
 class TestUnixSocket(TierContract):
@@ -43,7 +50,7 @@ class TestUnixSocket(TierContract):
 
     @pytest.fixture
     def open_tier(self, socket_path: Path) -> OpenTier:
-        config = RedisConfig(url=f"unix://{socket_path}")
+        config = redis_config(url=f"unix://{socket_path}")
         _empty(RedisTier(config, SCOPE))
         return lambda scope: RedisTier(config, scope)
 
@@ -61,7 +68,7 @@ class TestCluster(TierContract):
         for node in nodes:
             with node.client() as client:
                 client.flushall()
-        return lambda scope: RedisTier(RedisConfig(url=nodes[0].url, mode="cluster"), scope)
+        return lambda scope: RedisTier(redis_config(url=nodes[0].url, mode="cluster"), scope)
 
     def test_chunks_are_spread_over_the_masters(self, open_tier: OpenTier, nodes: list[RedisServer]) -> None:
         tier = open_tier(SCOPE)
@@ -114,7 +121,7 @@ def _empty(tier: RedisTier) -> None:
 class TestSentinel:
     def test_chunks_are_found_after_a_failover(self, tmp_path: Path) -> None:
         with services.redis_sentinel(tmp_path) as cluster:
-            config = RedisConfig(url=cluster.url, mode="sentinel", sentinel_service=cluster.service)
+            config = redis_config(url=cluster.url, mode="sentinel", sentinel_service=cluster.service)
             tier = RedisTier(config, SCOPE)
             for number in range(4):
                 tier.put(key(number), payload(number))
@@ -148,18 +155,18 @@ class TestTls(TierContract):
 
     @pytest.fixture
     def open_tier(self, port: int, certificate: services.Certificate) -> OpenTier:
-        config = RedisConfig(url=f"rediss://{services.LOCAL}:{port}", ca_file=certificate.certificate)
+        config = redis_config(url=f"rediss://{services.LOCAL}:{port}", ca_file=certificate.certificate)
         _empty(RedisTier(config, SCOPE))
         return lambda scope: RedisTier(config, scope)
 
     def test_an_unknown_authority_is_refused(self, port: int) -> None:
-        tier = RedisTier(RedisConfig(url=f"rediss://{services.LOCAL}:{port}"), SCOPE)
+        tier = RedisTier(redis_config(url=f"rediss://{services.LOCAL}:{port}"), SCOPE)
         with pytest.raises(TierError, match="certificate verify failed"):
             tier.put(key(1), payload(1))
 
     def test_a_proxy_that_ends_tls_serves_too(self, server: RedisServer, certificate: services.Certificate) -> None:
         with services.proxy(server.port, certificate) as front:
-            config = RedisConfig(url=f"rediss://{services.LOCAL}:{front.port}", ca_file=certificate.certificate)
+            config = redis_config(url=f"rediss://{services.LOCAL}:{front.port}", ca_file=certificate.certificate)
             tier = RedisTier(config, SCOPE)
             tier.put(key(1), payload(1))
             assert load(tier, 1) == payload(1)
@@ -172,27 +179,43 @@ class TestAccess:
             rights = ["+get", "+set", "+exists", "+unlink", "+scan", "+select", "+client", "+ping"]
             admin.execute_command("ACL", "SETUSER", "chunks", "on", ">secret", "~lmc:*", "-@all", *rights)
             admin.execute_command("ACL", "SETUSER", "default", "off")
-            tier = RedisTier(RedisConfig(url=server.url, username="chunks", password="secret"), SCOPE)
+            tier = RedisTier(redis_config(url=server.url, username="chunks", password="secret"), SCOPE)
             tier.put(key(1), payload(1))
             assert load(tier, 1) == payload(1)
             assert tier.contains([key(1)]) == [True]
             assert [found for found, _ in tier.scan()] == [key(1)]
             tier.delete(key(1))
             with pytest.raises(TierError, match=r"AUTH|WRONGPASS|invalid username-password"):
-                RedisTier(RedisConfig(url=server.url, username="chunks", password="wrong"), SCOPE).contains([key(1)])
+                RedisTier(redis_config(url=server.url, username="chunks", password="wrong"), SCOPE).contains([key(1)])
             with pytest.raises(TierError, match=r"(?i)authentication required"):
-                load(RedisTier(RedisConfig(url=server.url), SCOPE), 1)
+                load(RedisTier(redis_config(url=server.url), SCOPE), 1)
 
     def test_password_in_the_address(self, tmp_path: Path) -> None:
         with services.redis_server(tmp_path, "--requirepass", "s3cr@t") as server:
-            tier = RedisTier(RedisConfig(url=f"redis://:s3cr%40t@{services.LOCAL}:{server.port}/3"), SCOPE)
+            tier = RedisTier(redis_config(url=f"redis://:s3cr%40t@{services.LOCAL}:{server.port}/3"), SCOPE)
             tier.put(key(1), payload(1))
             assert load(tier, 1) == payload(1)
 
 
+class TestFork:
+    def test_a_forked_child_uses_connections_of_its_own(self, server: RedisServer) -> None:
+        tier = RedisTier(redis_config(url=server.url), SCOPE)
+        for number in (1, 2):
+            tier.put(key(number), payload(number))
+        child = os.fork()
+        if child == 0:
+            right = False
+            try:
+                right = all(load(tier, 1) == payload(1) for _ in range(200))
+            finally:
+                os._exit(0 if right else 1)
+        assert all(load(tier, 2) == payload(2) for _ in range(200))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 class TestTimeToLive:
     def test_a_chunk_expires(self, server: RedisServer) -> None:
-        tier = RedisTier(RedisConfig(url=server.url, ttl=0.2), SCOPE)
+        tier = RedisTier(redis_config(url=server.url, ttl=0.2), SCOPE)
         tier.put(key(1), payload(1))
         assert load(tier, 1) == payload(1)
         time.sleep(0.3)
@@ -217,14 +240,35 @@ class TestAddress:
         with pytest.raises(ConfigError, match=r"redis\.url"):
             RedisTier(RedisConfig.model_validate({"url": url, "mode": mode}), SCOPE)
 
+    def test_an_error_does_not_show_the_password(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            RedisTier(redis_config(url="redis://user:hidden@host/name"), SCOPE)
+        assert "hidden" not in str(caught.value)
+        tier = RedisTier(redis_config(url=f"redis://user:hidden@{services.LOCAL}:{services.free_port()}"), SCOPE)
+        with pytest.raises(TierError) as failed:
+            load(tier, 1)
+        assert "hidden" not in str(failed.value)
+
+    @pytest.mark.parametrize(
+        ("url", "mode", "hosts"),
+        [
+            ("redis://one", "standalone", (("one", 6379),)),
+            ("redis://[::1]:7000/2", "standalone", (("::1", 7000),)),
+            ("rediss://u:p%40@one:1,two:2", "cluster", (("one", 1), ("two", 2))),
+            ("redis://one,two:3", "sentinel", (("one", 26379), ("two", 3))),
+        ],
+    )
+    def test_hosts_and_ports(self, url: str, mode: str, hosts: tuple[tuple[str, int], ...]) -> None:
+        assert parse_address(url, mode).hosts == hosts
+
     def test_an_unreachable_server_costs_an_error_per_call(self) -> None:
-        tier = RedisTier(RedisConfig(url=f"redis://{services.LOCAL}:{services.free_port()}"), SCOPE)
+        tier = RedisTier(redis_config(url=f"redis://{services.LOCAL}:{services.free_port()}"), SCOPE)
         for _ in range(2):
             with pytest.raises(TierError, match=f"{services.LOCAL}.*refused"):
                 tier.put(key(1), payload(1))
 
     def test_an_unreachable_cluster_costs_an_error_per_call(self) -> None:
-        config = RedisConfig(url=f"redis://{services.LOCAL}:{services.free_port()}", mode="cluster")
+        config = redis_config(url=f"redis://{services.LOCAL}:{services.free_port()}", mode="cluster")
         tier = RedisTier(config, SCOPE)
         for _ in range(2):
             with pytest.raises(TierError, match=services.LOCAL):
