@@ -90,13 +90,15 @@ def request_hits(stack: StackProfile, capacity: float, max_age_s: float = np.inf
 
 @compiled
 def _walk(ids: Int32, starts: Int64, num_unique: int) -> tuple[Int32, Int32, Int32, Int32, Int32]:
+    """Requests take *slots* in order of time; a slot counts the blocks that its request was the last to touch, and a Fenwick tree sums
+    them up. When all slots are taken, those of live requests are closed up."""
     num_requests = starts.size - 1
-    last = np.full(num_unique, -1, dtype=np.int32)  # the request that touched the block last
-    slot_of = np.zeros(num_requests, dtype=np.int32)  # its place in the Fenwick tree, whose order is that of time
     size = 4096
+    while 8 * size < num_unique:
+        size *= 2
+    last = np.full(num_unique, -1, dtype=np.int32)  # slot of the request that touched the block last
+    slots = np.zeros((size, 2), dtype=np.int32)  # blocks, request; side by side, so that one read gets both
     tree = np.zeros(size + 1, dtype=np.int32)
-    count = np.zeros(size, dtype=np.int32)  # blocks that the slot's request was the last to touch
-    owner = np.zeros(size, dtype=np.int32)  # the slot's request
     used = 0
     resident = 0
 
@@ -112,79 +114,90 @@ def _walk(ids: Int32, starts: Int64, num_unique: int) -> tuple[Int32, Int32, Int
         begin, end = starts[request], starts[request + 1]
         if begin == end:
             continue
-        if used == size:  # keep the slots of live requests only, so that the tree stays small
-            live = 0
-            for slot in range(used):
-                if count[slot] > 0:
-                    count[live] = count[slot]
-                    owner[live] = owner[slot]
-                    slot_of[owner[live]] = live
-                    live += 1
-            if 2 * live > size:
+        if used == size:
+            used = _close_up(slots, last)
+            while 2 * used > size:
                 size *= 2
-                grown_count = np.zeros(size, dtype=np.int32)
-                grown_count[:live] = count[:live]
-                count = grown_count
-                grown_owner = np.zeros(size, dtype=np.int32)
-                grown_owner[:live] = owner[:live]
-                owner = grown_owner
-                tree = np.zeros(size + 1, dtype=np.int32)
-            count[live:] = 0
-            tree[1:] = count
-            for node in range(1, size + 1):
-                above_node = node + (node & -node)
-                if above_node <= size:
-                    tree[above_node] += tree[node]
-            used = live
+            slots, tree = _grow_slots(slots, size), _sum_up(slots[:used, 0], size)
 
         index = begin
-        touched = 0
         while index < end and last[ids[index]] >= 0:
-            previous = last[ids[index]]
+            slot = last[ids[index]]
             run = index
-            while run < end and last[ids[run]] == previous:
-                last[ids[run]] = request
+            while run < end and last[ids[run]] == slot:
+                last[ids[run]] = used
                 run += 1
-            slot = slot_of[previous]
+            length = run - index
+            if rows == room:
+                room *= 2
+                request_of, first_of, length_of = _grow(request_of, room), _grow(first_of, room), _grow(length_of, room)
+                above_of, previous_of = _grow(above_of, room), _grow(previous_of, room)
             younger = resident
             node = slot + 1
             while node > 0:
                 younger -= tree[node]
                 node &= node - 1
-            if rows == room:
-                room *= 2
-                request_of = _grow(request_of, room)
-                first_of = _grow(first_of, room)
-                length_of = _grow(length_of, room)
-                above_of = _grow(above_of, room)
-                previous_of = _grow(previous_of, room)
             request_of[rows] = request
             first_of[rows] = index - begin
-            length_of[rows] = run - index
+            length_of[rows] = length
             above_of[rows] = younger
-            previous_of[rows] = previous
+            previous_of[rows] = slots[slot, 1]
             rows += 1
-            moved = run - index
-            count[slot] -= moved
+            slots[slot, 0] -= length
             node = slot + 1
             while node <= size:
-                tree[node] -= moved
+                tree[node] -= length
                 node += node & -node
-            touched += moved
             index = run
         for fresh in range(index, end):
-            last[ids[fresh]] = request
+            last[ids[fresh]] = used
         resident += end - index
 
-        slot_of[request] = used
-        count[used] = end - begin
-        owner[used] = request
+        slots[used, 0] = end - begin
+        slots[used, 1] = request
         node = used + 1
         while node <= size:
             tree[node] += end - begin
             node += node & -node
         used += 1
     return request_of[:rows], first_of[:rows], length_of[:rows], above_of[:rows], previous_of[:rows]
+
+
+@compiled
+def _close_up(slots: Int32, last: Int32) -> int:
+    """Move live slots together, in order, and tell the blocks. Returns how many there are."""
+    moved = np.empty(slots.shape[0], dtype=np.int32)
+    live = 0
+    for slot in range(slots.shape[0]):
+        moved[slot] = live
+        if slots[slot, 0] > 0:
+            slots[live] = slots[slot]
+            live += 1
+    for block in range(last.size):
+        if last[block] >= 0:
+            last[block] = moved[last[block]]
+    return live
+
+
+@compiled
+def _grow_slots(slots: Int32, size: int) -> Int32:
+    if size == slots.shape[0]:
+        return slots
+    grown = np.empty((size, 2), dtype=np.int32)
+    grown[: slots.shape[0]] = slots
+    return grown
+
+
+@compiled
+def _sum_up(counts: Int32, size: int) -> Int32:
+    """A Fenwick tree of `size` nodes over the counts."""
+    tree = np.zeros(size + 1, dtype=np.int32)
+    tree[1 : counts.size + 1] = counts
+    for node in range(1, size + 1):
+        above = node + (node & -node)
+        if above <= size:
+            tree[above] += tree[node]
+    return tree
 
 
 @compiled
