@@ -1,16 +1,18 @@
 # Two commands matter: `make demo` and `make test`. Both set themselves up. LMC_VENV moves the environments to another folder.
 LMC_VENV ?= .venvs
 VLLM := $(LMC_VENV)/vllm/bin
+SGLANG := $(LMC_VENV)/sglang/bin
 export LMC_VENV
 export LMC_DATA_DIR ?= $(abspath ../shared/data)
 
-.PHONY: demo test check fmt unit setup clean
+.PHONY: demo test check fmt unit setup setup-sglang clean
 
 demo: setup            ## run a real engine with and without the cache, and write reports/quickstart
 	$(VLLM)/lmc bench workloads/quickstart.yaml
 
-test: setup check      ## every test
+test: setup setup-sglang check ## every test, each engine's in its own environment
 	$(VLLM)/python -m pytest
+	$(SGLANG)/python -m pytest tests/engines -m sglang
 
 check: setup           ## format, lint, types
 	$(VLLM)/ruff format --check .
@@ -26,6 +28,9 @@ fmt: setup
 
 setup:
 	@scripts/setup vllm
+
+setup-sglang:
+	@scripts/setup sglang
 
 clean:
 	rm -rf $(LMC_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

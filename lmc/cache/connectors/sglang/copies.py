@@ -45,14 +45,17 @@ class Copies:
 
     def start_load(self, index: int, requests: Sequence[RequestCopies], ready: Sequence[Any]) -> None:
         """The counter's batch `index` says layer by layer what has arrived."""
-        self._loads[index] = self._loader.submit(self._load, index, requests, ready)
+        done = self._loader.submit(self._load, index, requests, ready)
+        operations = [chunk.operation for request in requests for chunk in request.chunks]
+        done.add_done_callback(partial(self._on_crash, operations))
+        self._loads[index] = done
 
     def finish_load(self, index: int) -> bool:
         """Wait until nothing writes to the pages of this batch any more. True if all of it arrived."""
         landed = bool(self._counter.finish(index))
         future = self._loads.pop(index, None)
         if future is not None:
-            future.result()
+            future.exception()  # waits
         return landed
 
     def start_store(self, copies: RequestCopies | None, complete: bool, ready: Sequence[Any]) -> None:
@@ -130,8 +133,8 @@ class Copies:
         self._worker.end(Plan(stores=[copies]))
 
     def _on_crash(self, operations: Sequence[int], future: Future[None]) -> None:
-        """A fault in lmc itself: the pages must not stay locked."""
+        """A fault in lmc itself: no chunk may stay busy for ever, and no page locked."""
         error = None if future.cancelled() else future.exception()
         if error is not None:
-            logger.error("lmc: a store of %d chunks crashed", len(operations), exc_info=error)
+            logger.error("lmc: a copy of %d chunks crashed", len(operations), exc_info=error)
             self._worker._finish(operations, f"{type(error).__name__}: {error}")

@@ -1,0 +1,219 @@
+"""The linker on a real SGLang server: outputs unchanged, whatever the cache does. One server for each state that needs a new process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lmc.cache.tiers.format import HEADER_BYTES, checksum, decode, encode
+
+from tests.engines.scenario import prompt
+from tests.engines.sglang_server import SglangServer
+
+pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.timeout(1800)]
+
+PAGE = 64
+TOLERANCE = 1e-5
+LONG, HALF, DAMAGED, NOISE = prompt(50, 2000), prompt(51, 900), prompt(52, 700), prompt(53, 330)
+
+
+def assert_same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert got["tokens"] == wanted["tokens"]
+    assert got["logprobs"] == pytest.approx(wanted["logprobs"], abs=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What SGLang answers without lmc, each prompt computed from its first token."""
+    prompts = {
+        "long": LONG,
+        "half": HALF,
+        "damaged": DAMAGED,
+        "noise": NOISE,
+        "shared": [*LONG[:1000], *prompt(54, 200)],
+    }
+    answers = {}
+    with SglangServer(tiny_llama, tmp_path_factory.mktemp("plain"), settings=None) as server:
+        for name, tokens in prompts.items():
+            server.flush()
+            answers[name] = server.generate(tokens)
+            assert (answers[name]["device"], answers[name]["loaded"]) == (0, 0)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def disk_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("disk")
+
+
+@pytest.fixture(scope="module")
+def first(tiny_llama: Path, disk_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
+    settings: dict[str, object] = {"host.capacity": "256MiB", "disk.path": str(disk_folder)}
+    with SglangServer(tiny_llama, tmp_path_factory.mktemp("first"), settings=settings) as server:
+        yield server
+
+
+def test_cold_device_and_host_answer_alike(first: SglangServer, reference: dict[str, dict[str, Any]]) -> None:
+    cold, device = first.generate(LONG), first.generate(LONG)
+    first.settle()
+    first.flush()
+    loaded, again = first.generate(LONG), first.generate(LONG)
+    for answer in (cold, device, loaded, again):
+        assert_same(answer, reference["long"])
+    assert [(one["device"], one["loaded"]) for one in (cold, device, loaded, again)] == [
+        (0, 0),
+        (1984, 0),
+        (0, 1984),
+        (1984, 0),
+    ]
+
+
+def test_a_shared_prefix_is_loaded_up_to_the_last_common_page(
+    first: SglangServer, reference: dict[str, dict[str, Any]]
+) -> None:
+    first.flush()
+    answer = first.generate([*LONG[:1000], *prompt(54, 200)])
+    assert (answer["device"], answer["loaded"]) == (0, 960)
+    assert_same(answer, reference["shared"])
+
+
+def test_device_and_host_add_up(first: SglangServer, reference: dict[str, dict[str, Any]]) -> None:
+    first.flush()
+    first.generate(LONG[:700])  # the device now holds 10 pages
+    answer = first.generate(LONG)
+    assert (answer["device"], answer["loaded"]) == (640, 1344)
+    assert_same(answer, reference["long"])
+
+
+def test_requests_of_one_batch_load_together(first: SglangServer, reference: dict[str, dict[str, Any]]) -> None:
+    first.generate(HALF)
+    first.settle()
+    first.flush()
+    answers: dict[str, dict[str, Any]] = {}
+
+    def ask(name: str, tokens: list[int]) -> None:
+        answers[name] = first.generate(tokens)
+
+    threads = [threading.Thread(target=ask, args=pair) for pair in (("long", LONG), ("half", HALF))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (answers["long"]["loaded"], answers["half"]["loaded"]) == (1984, 896)
+    for name, answer in answers.items():
+        assert answer["tokens"] == reference[name]["tokens"]
+        assert answer["logprobs"] == pytest.approx(
+            reference[name]["logprobs"], abs=1e-3
+        )  # a batch of two sums otherwise
+
+
+def test_different_salts_share_nothing(first: SglangServer) -> None:
+    tokens = prompt(55, 200)
+    loaded = []
+    for salt in ("a", "b", "a", None):
+        first.flush()
+        loaded.append(first.generate(tokens, **({"cache_salt": salt} if salt else {}))["loaded"])
+        first.settle()
+    assert loaded == [0, 0, 192, 0]
+
+
+def test_generated_tokens_are_stored_once_a_prompt_repeats_them(first: SglangServer) -> None:
+    tokens = prompt(56, 130)
+    output = first.generate(tokens, max_tokens=70)["tokens"]
+    conversation = [*tokens, *output, *prompt(57, 10)]
+    first.generate(conversation)
+    first.settle()
+    first.flush()
+    assert first.generate(conversation)["loaded"] == 192
+
+
+def test_nothing_is_left_over_and_everything_is_counted(first: SglangServer) -> None:
+    first.generate(LONG)
+    first.settle()
+    assert first.metric("lmc_pins") == 0
+    assert first.metric("lmc_hit_tokens_total", tier="host") > 0
+    assert first.metric("lmc_device_tokens_total") > 0
+    assert first.metric("lmc_failures_total", operation="load") == 0
+
+
+@pytest.fixture(scope="module")
+def second(
+    first: SglangServer, tiny_llama: Path, disk_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SglangServer]:
+    """A new process on the disk of the first, which was killed; some files are damaged in every way in between."""
+    for tokens in (DAMAGED, NOISE):
+        before = set(files_of(disk_folder))
+        first.generate(tokens)
+        first.settle()
+        new = sorted(set(files_of(disk_folder)) - before)
+        assert len(new) == len(tokens) // PAGE
+        if tokens is DAMAGED:
+            damage(new)
+        else:
+            for file in new:
+                fill_with_noise(file)
+    first.kill()
+    settings: dict[str, object] = {"host.capacity": "256MiB", "disk.path": str(disk_folder)}
+    with SglangServer(tiny_llama, tmp_path_factory.mktemp("second"), settings=settings) as server:
+        yield server
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size > 64 * 1024]
+
+
+def damage(files: list[Path]) -> None:
+    """One flipped bit, one short file, one file that is gone, in turn."""
+    for index, file in enumerate(files):
+        content = bytearray(file.read_bytes())
+        if index % 3 == 0:
+            content[len(content) // 2] ^= 0x10
+            file.write_bytes(content)
+        elif index % 3 == 1:
+            file.write_bytes(content[: len(content) // 2])
+        else:
+            file.unlink()
+
+
+def fill_with_noise(file: Path) -> None:
+    """Other bytes under a valid header: what no checksum can tell from the truth."""
+    content = file.read_bytes()
+    header, size = decode(content[:HEADER_BYTES]), len(content) - HEADER_BYTES
+    noise = np.random.default_rng(0).standard_normal(size // 4).astype(np.float32).tobytes()
+    file.write_bytes(encode(replace(header, checksum=checksum(noise))) + noise)
+
+
+def test_a_new_process_loads_from_disk(second: SglangServer, reference: dict[str, dict[str, Any]]) -> None:
+    answer = second.generate(LONG)
+    assert (answer["device"], answer["loaded"]) == (0, 1984)
+    assert_same(answer, reference["long"])
+    assert second.metric("lmc_hit_tokens_total", tier="disk") == 1984
+    second.settle()
+    second.flush()
+    assert_same(second.generate(LONG), reference["long"])
+    assert second.metric("lmc_hit_tokens_total", tier="host") == 1984
+
+
+def test_damaged_and_missing_chunks_are_recomputed(second: SglangServer, reference: dict[str, dict[str, Any]]) -> None:
+    answer = second.generate(DAMAGED)
+    assert answer["loaded"] < 640
+    assert_same(answer, reference["damaged"])
+    second.settle()
+    second.flush()
+    healed = second.generate(DAMAGED)
+    assert healed["loaded"] == 640
+    assert_same(healed, reference["damaged"])
+    assert second.metric("lmc_failures_total", operation="stage") > 0
+    assert second.metric("lmc_failures_total", operation="load") == 0
+
+
+def test_the_stored_bytes_are_really_used(second: SglangServer, reference: dict[str, dict[str, Any]]) -> None:
+    """Without this, all of the above could pass with a cache that never loads anything."""
+    answer = second.generate(NOISE)
+    assert answer["loaded"] == 320
+    assert answer["logprobs"] != pytest.approx(reference["noise"]["logprobs"], abs=1e-2)
