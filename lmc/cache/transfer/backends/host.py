@@ -25,7 +25,7 @@ class HostBackend:
     name = "host"
 
     def __init__(self, threads: int = 1) -> None:
-        """threads: how many copy at once, the caller's included; calibrate.host_threads measures what helps."""
+        """threads: how many copy at once, the caller's included; useful_threads() measures what helps."""
         self.threads = threads
         self._cached, self._streaming = _loops()
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="lmc-copy") if threads > 1 else None
@@ -82,7 +82,7 @@ def useful_threads(limit: int = 8, gain: float = 1.2) -> int:
     On small machines one core fills the memory bus, and a second thread only takes time from the model.
     """
     piece, count = 1 << 20, 16
-    source, target = (np.zeros(piece * count, dtype=np.uint8) for _ in range(2))
+    source, target = (np.ones(piece * count, dtype=np.uint8) for _ in range(2))
     places = np.arange(count, dtype=np.uint64) * np.uint64(piece)
     size = np.full(count, piece, dtype=np.uint64)
     copies = Descriptors(source.ctypes.data + places, target.ctypes.data + places, size, Direction.STORE)
@@ -103,7 +103,7 @@ def _seconds(backend: HostBackend, copies: Descriptors) -> float:
         started = time.perf_counter()
         backend.execute(copies)
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])  # the first one faults the memory in
+    return statistics.median(times[1:])  # the first one warms up
 
 
 @cache
