@@ -22,7 +22,11 @@ from lmc.cache.tiers.format import HEADER_BYTES, aligned_page
 from lmc.errors import Corrupt
 
 _PIECE = 1 << 20
-_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # the file system or the slot's alignment does not allow it
+_NOT_DIRECT = (
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EFAULT,
+)  # the file system, the slot's alignment or its kind of memory
 
 _CACHESTAT = 451  # the system call's number on every architecture
 

@@ -65,7 +65,8 @@ class Wire:
             _advance(left, count)
             received += count
             if start != wanted and (received >= len(start) or b"\r\n" in start):
-                return self._no_value((start + head)[:received], len(head) + len(body))
+                begun = (start + head + body[:_LONGEST_LINE])[:received]
+                return self._no_value(begun, len(head) + len(body))
             ready = min(max(received - before_body, 0), len(body))
             hasher.update(body[hashed:ready])
             hashed = ready

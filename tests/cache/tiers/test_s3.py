@@ -20,7 +20,13 @@ def endpoint() -> Iterator[str]:
 
 
 def config(endpoint: str, /, **other: object) -> S3Config:
-    settings = {"bucket": "chunks", "endpoint": endpoint, "access_key_id": "id", "secret_access_key": "secret"}
+    settings = {
+        "bucket": "chunks",
+        "endpoint": endpoint,
+        "access_key_id": "id",
+        "secret_access_key": "secret",
+        "timeout": 20,
+    }
     return S3Config.model_validate(settings | other)
 
 

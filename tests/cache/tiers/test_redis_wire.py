@@ -1,0 +1,157 @@
+"""The wire against a peer that sends in pieces of any size, without a server."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmc.cache.tiers.redis_wire import ErrorReply, Wire
+from lmc.errors import Corrupt
+
+HEAD, BODY = 16, 3_000
+VALUE = random.Random(1).randbytes(HEAD + BODY)
+REPLY = b"$%d\r\n%s\r\n" % (len(VALUE), VALUE)
+
+
+@contextmanager
+def peer(sends: list[bytes], seconds: float = 10.0) -> Iterator[tuple[Wire, socket.socket]]:
+    """A wire whose other end sends these pieces one by one."""
+    here, there = socket.socketpair()
+
+    def send() -> None:
+        for piece in sends:
+            there.sendall(piece)
+
+    with here, there:
+        sender = threading.Thread(target=send)
+        sender.start()
+        yield Wire(here, seconds), there
+        sender.join()
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    bounds = [0, *sorted({place % (len(data) + 1) for place in places}), len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+
+
+def receive(reply: bytes, places: list[int]) -> tuple[int | None, bytes, bytes]:
+    head, body = bytearray(HEAD), bytearray(BODY)
+    with peer(cut(reply, places), seconds=2.0) as (wire, _):
+        digest = wire.bulk(memoryview(head), memoryview(body))
+    return digest, bytes(head), bytes(body)
+
+
+places = st.lists(st.integers(0, 4_000), max_size=12)
+
+
+@settings(deadline=None)
+@given(places)
+def test_a_value_arrives_however_it_is_cut(places: list[int]) -> None:
+    digest, head, body = receive(REPLY, places)
+    assert head + body == VALUE
+    assert digest == xxhash.xxh3_64_intdigest(body)
+
+
+@settings(deadline=None)
+@given(places)
+def test_absence_arrives_however_it_is_cut(places: list[int]) -> None:
+    assert receive(b"$-1\r\n", places)[0] is None
+
+
+@settings(deadline=None)
+@given(places, st.text(max_size=300))
+def test_an_error_arrives_however_it_is_cut(places: list[int], text: str) -> None:
+    said = text.replace("\r", " ").replace("\n", " ")
+    with pytest.raises(ErrorReply) as caught:
+        receive(b"-ERR %s\r\n" % said.encode(), places)
+    assert str(caught.value) == f"ERR {said}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=200), places)
+def test_no_other_reply_is_a_value(reply: bytes, places: list[int]) -> None:
+    with pytest.raises((Corrupt, ErrorReply)):
+        receive(b"!" + reply + b"\r\n", places)
+
+
+def test_what_follows_a_reply_is_noticed() -> None:
+    with pytest.raises(Corrupt, match="followed by"), peer([b"+OK\r\n+OK\r\n"]) as (wire, _):
+        wire.line()
+    with pytest.raises(Corrupt):
+        receive(b"$-1\r\n+OK\r\n", [])
+
+
+def test_a_reply_without_an_end_is_given_up() -> None:
+    with pytest.raises(Corrupt, match="starts with"), peer([b"-" + b"x" * 20_000]) as (wire, _):
+        wire.line()
+
+
+def test_a_closed_connection_is_an_error() -> None:
+    here, there = socket.socketpair()
+    there.close()
+    with here, pytest.raises(OSError):
+        Wire(here, 1.0).line()
+
+
+def test_the_deadline_holds_for_the_whole_reply() -> None:
+    with pytest.raises(TimeoutError), peer([REPLY[:-10]], seconds=0.1) as (wire, _):
+        wire.bulk(memoryview(bytearray(HEAD)), memoryview(bytearray(BODY)))
+    here, there = socket.socketpair()
+    with here, there, pytest.raises(TimeoutError):
+        Wire(here, 0.1).command(b"SET", b"key", [memoryview(bytes(50_000_000))])  # nobody reads
+
+
+def parse_command(data: bytes) -> list[bytes]:
+    """An independent reading of a command."""
+    count, _, rest = data.partition(b"\r\n")
+    assert count[:1] == b"*"
+    arguments = []
+    for _ in range(int(count[1:])):
+        length, _, rest = rest.partition(b"\r\n")
+        assert length[:1] == b"$"
+        size = int(length[1:])
+        arguments.append(rest[:size])
+        assert rest[size : size + 2] == b"\r\n"
+        rest = rest[size + 2 :]
+    assert rest == b""
+    return arguments
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(st.binary(max_size=50), st.lists(st.binary(max_size=3_000), max_size=4)), min_size=1, max_size=6)
+)
+def test_a_command_says_its_arguments(arguments: list[bytes | list[bytes]]) -> None:
+    here, there = socket.socketpair()
+    with there:
+        with here:
+            Wire(here, 5.0).command(*arguments)
+        data = b"".join(iter(lambda: there.recv(65_536), b""))
+    joined = [argument if isinstance(argument, bytes) else b"".join(argument) for argument in arguments]
+    assert parse_command(data) == joined
+
+
+def test_a_large_command_is_sent_in_parts_to_a_slow_reader() -> None:
+    payload = random.Random(3).randbytes(5_000_001)
+    here, there = socket.socketpair()
+    received = bytearray()
+
+    def read_slowly() -> None:
+        while piece := there.recv(100_000):
+            received.extend(piece)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    with there:
+        with here:
+            Wire(here, 30.0).command(b"SET", b"key", [payload[:4096], memoryview(payload)[4096:]])
+        reader.join()
+    assert parse_command(bytes(received)) == [b"SET", b"key", payload]
