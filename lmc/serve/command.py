@@ -44,11 +44,3 @@ def secrets(config: CacheConfig | None) -> dict[str, str]:
         return {}
     values = {setting.variable: value_of(config, setting.key) for setting in all_settings() if setting.secret}
     return {variable: str(item) for variable, item in values.items() if item is not None}
-
-
-def has_avx512() -> bool:
-    """Without it, 16-bit floats are several times slower than float32 on a CPU."""
-    try:
-        return "avx512f" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False

@@ -14,7 +14,7 @@ import psutil
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.errors import ConfigError, EngineError
-from lmc.serve.command import EngineCommand, given, has_avx512, open_settings, secrets, value
+from lmc.serve.command import EngineCommand, given, open_settings, secrets, value
 from lmc.serve.sglang import check_sglang, sglang_command
 
 ENGINES = ("vllm", "sglang")
@@ -59,7 +59,7 @@ def _vllm(model: Path, host: str, port: int, config: CacheConfig | None, extra: 
     on_cpu = _on_cpu()
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     arguments += ["--host", host, "--port", str(port), "--enable-prompt-tokens-details"]
-    if on_cpu and not given("--dtype", extra) and not has_avx512():
+    if on_cpu and not given("--dtype", extra) and not _has_avx512():
         arguments += ["--dtype", "float32"]  # bfloat16 is about five times slower without AVX-512
     if config is not None:
         arguments += ["--kv-transfer-config", json.dumps(vllm_transfer_config(config))]
@@ -97,3 +97,10 @@ def _on_cpu() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _has_avx512() -> bool:
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

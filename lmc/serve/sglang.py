@@ -14,7 +14,7 @@ import psutil
 
 from lmc.cache.config import CacheConfig
 from lmc.errors import ConfigError, EngineError
-from lmc.serve.command import EngineCommand, given, has_avx512, open_settings, secrets, value
+from lmc.serve.command import EngineCommand, given, open_settings, secrets, value
 
 PAGE_TOKENS = 64  # a page is a chunk of lmc; SGLang's own default of 1 would make as many chunks as tokens
 CPU_FOLDER = Path(__file__).parent / "sglang_cpu"
@@ -99,9 +99,11 @@ def on_cpu(extra: Sequence[str]) -> bool:
 
 
 def _cpu_arguments(model: Path, extra: Sequence[str]) -> list[str]:
-    chosen = {"--device": "cpu", "--attention-backend": "torch_native"}  # the default needs compiled kernels with AMX
-    if not has_avx512():
-        chosen["--dtype"] = "float32"
+    chosen = {
+        "--device": "cpu",
+        "--attention-backend": "torch_native",  # the default needs compiled kernels with AMX
+        "--dtype": "float32",  # without them, 16-bit floats are slower
+    }
     if not given("--mem-fraction-static", extra):
         chosen["--max-total-tokens"] = str(_cpu_pool_tokens(model))
     return [part for option, choice in chosen.items() if not given(option, extra) for part in (option, choice)]

@@ -15,7 +15,7 @@ from lmc.cache.engine import CacheEngine, Identity
 from lmc.cache.keys import Namespace
 from lmc.cache.layout import KVLayout
 from lmc.cache.open import open_worker
-from lmc.cache.plan import Plan, Report
+from lmc.cache.plan import Report
 
 NOBODY = Identity()
 _POLL_SECONDS = 0.001
@@ -59,8 +59,8 @@ class LocalCache:
         """The blocks hold valid KV of all tokens, the first num_prompt of which are the prompt: keep a copy of the full chunks."""
         self.engine.store(request_id, tokens, len(tokens), num_prompt, blocks)
         plan = self.engine.take_plan()
-        self.worker.begin(Plan(tier_copies=plan.tier_copies))
-        self.worker.end(Plan(stores=plan.stores))
+        self.worker.begin(plan)
+        self.worker.end(plan)
         self.pump()
 
     def finish(self, request_id: str) -> None:
@@ -93,9 +93,15 @@ class LocalCache:
 
 
 def _of_rank(config: CacheConfig, rank: int, num_ranks: int) -> CacheConfig:
-    """One rank's directory: its share of the disk; and one metrics endpoint and one trace are enough."""
+    """One rank's directory: its share of the disk; and one metrics endpoint and one trace are enough.
+
+    Loads are the adapter's to put in the background, so none is marked for it.
+    """
     share = config.disk.capacity // num_ranks
-    changes: dict[str, object] = {"disk": config.disk.model_copy(update={"capacity": share})}
+    changes: dict[str, object] = {
+        "disk": config.disk.model_copy(update={"capacity": share}),
+        "background_load_tokens": 1 << 60,
+    }
     if rank > 0:
         changes["metrics"] = config.metrics.model_copy(update={"enabled": False})
         changes["record"] = None

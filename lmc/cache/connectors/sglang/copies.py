@@ -120,7 +120,7 @@ class Copies:
         except TransferError as error:
             logger.warning("lmc: a load of %d chunks failed: %s", len(chunks), error)
             self._counter.fail(index, error)
-            worker._finish(operations, str(error))
+            worker._finish(operations, "copy")
         except BaseException as error:
             self._counter.fail(index, error)  # else the forward pass would wait for ever
             raise
@@ -137,4 +137,4 @@ class Copies:
         error = None if future.cancelled() else future.exception()
         if error is not None:
             logger.error("lmc: a copy of %d chunks crashed", len(operations), exc_info=error)
-            self._worker._finish(operations, f"{type(error).__name__}: {error}")
+            self._worker._finish(operations, "crash")
