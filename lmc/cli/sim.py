@@ -226,6 +226,28 @@ def tune(
         typer.echo(f"settings: {out}; run: lmc serve MODEL --config {out}")
 
 
+@app.command()
+@reads_trace
+def report(
+    source: TraceSource,
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, pictures, CSV and JSON.")],
+    policy: Annotated[str | None, typer.Option(help="Policies to replay; default: all.")] = None,
+    sizes: Annotated[int, typer.Option(min=2, help="Number of capacities per policy.")] = 20,
+    cost: CostFile = None,
+) -> None:
+    """Everything about a trace on one page: curves, policies, chunk sizes, TTL, tiers, times."""
+    from lmc.sim.full_study import full_study
+    from lmc.sim.policies import check_policies
+    from lmc.sim.study_page import write_report
+
+    names = split_list(policy)
+    check_policies(names)
+    trace = source.load()
+    command = f"lmc sim report {source.trace.name} --sizes {sizes}" + (f" --cost {cost.name}" if cost else "")
+    page = write_report(full_study(trace, names, sizes, read_cost(cost)), out, command)
+    typer.echo(f"report: {page}")
+
+
 def output(
     table: Table,
     as_json: Mapping[str, Any],  # Any: JSON

@@ -268,7 +268,8 @@ class _Search:
 
     def tokens(self, chunk: int, blocks: Int64) -> Int64:
         """Hit tokens as the live cache serves them: the chunk that holds a prompt's last token is never loaded."""
-        return np.minimum(blocks, np.maximum(self.trace.input_tokens - 1, 0) // chunk) * chunk
+        loaded: Int64 = np.minimum(blocks, np.maximum(self.trace.input_tokens - 1, 0) // chunk)
+        return loaded * chunk
 
     def _run(self, chunk: int, policy: str, capacity: int, ttl_s: float | None) -> Int64:
         key = chunk, policy, capacity, ttl_s

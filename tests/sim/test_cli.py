@@ -214,3 +214,8 @@ def test_bad_replay_settings_are_one_line(long_trace: Path, tmp_path: Path) -> N
         settings.write_text(text)
         with pytest.raises(LmcError, match=message):
             run("replay", long_trace, "--config", settings, "--token-bytes", "100")
+
+
+def test_report_writes_its_folder(long_trace: Path, tmp_path: Path) -> None:
+    assert "report.html" in run("report", long_trace, "-o", tmp_path / "out", "--policy", "fifo", "--sizes", "3")
+    assert (tmp_path / "out" / "report.html").stat().st_size < 1_000_000

@@ -1,0 +1,153 @@
+"""The report of a full study: one HTML page, its pictures, its rows as CSV and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lmc
+from lmc import report
+from lmc.report import Cell, Column, Figure, Report, Section, Table
+from lmc.sim import study_pictures
+from lmc.sim.describe import describe, facts_table
+from lmc.sim.full_study import FullStudy
+from lmc.sim.policies import BOUND
+from lmc.sim.show import row_json, trace_json
+from lmc.sim.tier_grid import PERCENTILES
+from lmc.units import format_count, format_percent
+
+_SHARES = (0.01, 0.03, 0.10, 0.30, 1.0)
+
+
+def write_report(study: FullStudy, folder: Path, command: str) -> Path:
+    """Writes report.html, NAME.png, rows.csv and results.json. Returns the page."""
+    page, figures = _page(study, command)
+    for name, figure in figures.items():
+        report.write_file(folder / f"{name}.png", figure.png)
+    report.write_file(folder / "rows.csv", report.table_csv(_rows(study)))
+    results = {
+        "trace": trace_json(study.trace),
+        "rows": {window: [row_json(row) for row in rows] for window, rows in study.rows.items()},
+        "notes": study.trace.notes,
+    }
+    report.write_file(folder / "results.json", report.to_json(results))
+    report.write_file(folder / "report.html", report.report_html(page))
+    return folder / "report.html"
+
+
+def _page(study: FullStudy, command: str) -> tuple[Report, dict[str, Figure]]:
+    trace = study.trace
+    figures = {
+        "miss-ratio": study_pictures.miss_ratios(study),
+        "policies": study_pictures.policy_map(study),
+        "chunk-sizes": study_pictures.chunk_sizes(study),
+        "ttl": study_pictures.ttl_plane(study),
+        "tiers": study_pictures.tier_map(study),
+    }
+    if study.priced:
+        figures["ttft"] = study_pictures.times(study)
+    sections = [
+        Section(
+            "How much memory for how many hits", _memory_text(study), [_shares_table(study), figures["miss-ratio"]]
+        ),
+        Section("Which policy", _policy_text(study), [figures["policies"]]),
+        Section("Which chunk size", "", [figures["chunk-sizes"]]),
+        Section("How long to keep chunks", "", [figures["ttl"]]),
+        Section("How to split host and disk", "", [figures["tiers"]]),
+    ]
+    if study.priced:
+        sections.append(Section("What it does to time to first token", "", [figures["ttft"], _times_table(study)]))
+    sections.append(Section("The trace", "\n\n".join(trace.notes), [facts_table(trace.source, describe(trace))]))
+    metadata = {"trace": f"{trace.source} ({trace.format})", "command": command, "lmc": lmc.__version__}
+    return Report(f"Cache study of {trace.source}", _summary(study), sections, metadata), figures
+
+
+def _summary(study: FullStudy) -> str:
+    trace, curve = study.trace, study.curves["all"]
+    ceiling = curve.at(float("inf"))[1] / curve.total_tokens
+    warm = study.curves["last-half"]
+    warm_ceiling = warm.at(float("inf"))[1] / max(warm.total_tokens, 1)
+    return (
+        f"{trace.num_requests:,} requests with {format_count(trace.num_tokens)} input tokens in {trace.num_unique:,} unique blocks of "
+        f"{trace.block_tokens:,} tokens. An unlimited cache would hit {format_percent(ceiling)} of the input tokens, "
+        f"{format_percent(warm_ceiling)} in the last half of the requests."
+    )
+
+
+def _memory_text(study: FullStudy) -> str:
+    curve = study.curves["all"]
+    most = curve.at(float("inf"))[1]
+    parts = []
+    for share in (0.5, 0.8, 0.9, 0.99):
+        blocks = int((curve.hit_tokens >= share * most).argmax())
+        parts.append(f"{share:.0%} with {blocks:,} blocks ({format_count(blocks * study.trace.block_tokens)} tokens)")
+    return f"LRU reaches these shares of what an unlimited cache would hit: {', '.join(parts)}."
+
+
+def _policy_text(study: FullStudy) -> str:
+    wins: dict[str, int] = {}
+    for size in study.sizes:
+        wins[study.best("all", size).policy] = wins.get(study.best("all", size).policy, 0) + 1
+    ranked = sorted(wins.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{policy} at {count}" for policy, count in ranked)
+    return (
+        f"Most hits of all policies that know no future, by number of capacities ({len(study.sizes)} in all): {shown}."
+    )
+
+
+def _shares_table(study: FullStudy) -> Table:
+    """At the capacities of the study that are nearest to shares of the unique blocks."""
+    rows: list[list[Cell]] = []
+    for share in _SHARES:
+        size = min(study.sizes, key=lambda blocks: abs(blocks - share * study.trace.num_unique))
+        found = {row.policy: row for row in study.rows["last-half"] if row.capacity_blocks == size}
+        best = study.best("last-half", size)
+        rows.append(
+            [
+                size,
+                100 * size / study.trace.num_unique,
+                size * study.trace.block_tokens,
+                100 * found["lru"].token_hit_rate,
+                best.policy,
+                100 * best.token_hit_rate,
+                100 * found[BOUND].token_hit_rate,
+            ]
+        )
+    columns = [
+        Column("capacity", "blocks"),
+        Column("capacity", "% of unique blocks"),
+        Column("capacity", "tokens"),
+        Column("lru", "% of tokens"),
+        Column("best policy"),
+        Column("its hits", "% of tokens"),
+        Column("belady", "% of tokens"),
+    ]
+    total = study.curves["last-half"].total_tokens
+    note = f"Last half of the requests, cache warmed by the first; 100 % is {total:,} input tokens."
+    return Table("Hits by capacity", columns, rows, note)
+
+
+def _times_table(study: FullStudy) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            int(point.blocks["host"]),
+            100 * point.hit_rate,
+            *point.worth.ttft_s.values(),
+            point.worth.saved_prefill_s / 3600,
+            point.worth.dollars_per_million,
+        ]
+        for point in study.priced
+        if point.worth
+    ]
+    columns = [
+        Column("host", "blocks"),
+        Column("hits", "% of tokens"),
+        *(Column(f"TTFT p{p}", "s", 3) for p in PERCENTILES),
+        Column("saved prefill", "GPU h"),
+        Column("cost", "$/M tokens", 4),
+    ]
+    return Table("Times and money by the cost model", columns, rows, "All requests; LRU; no queueing.")
+
+
+def _rows(study: FullStudy) -> Table:
+    records = [{"window": window, **row_json(row)} for window, rows in study.rows.items() for row in rows]
+    return Table("rows", [Column(name) for name in records[0]], [list(record.values()) for record in records])

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chained_traces import naive_lru, tokens_of
+from lmc.errors import TraceError
+from lmc.sim.build import TraceBuilder
+from lmc.sim.cost import CostModel, Prefill, TierCost
+from lmc.sim.full_study import full_study
+from lmc.sim.study_page import write_report
+from lmc.sim.trace import Trace, coarsen
+
+COST = CostModel(Prefill(0.01, 0.001, 0.0), 100, {"host": TierCost("host", 1e9)}, 1.0)
+
+
+def made() -> Trace:
+    builder = TraceBuilder("made", "test", 16)
+    generator = np.random.default_rng(1)
+    for number in range(60):
+        chat = int(generator.integers(0, 8))
+        chain = [0, *(100 * chat + step for step in range(1, 2 + number // 6))]
+        builder.add(number + 1, chain, 7.0 * number, len(chain) * 16 - 3, 4)
+    return builder.finish()
+
+
+def test_numbers_of_the_study_are_those_of_a_naive_simulator() -> None:
+    trace = made()
+    study = full_study(trace, ("fifo",), 4)
+
+    def rate(some: Trace, capacity: int, ttl_s: float = float("inf"), first: int = 0) -> float:
+        hits = naive_lru(some, capacity, ttl_s)
+        tokens = [tokens_of(some, request, found) for request, found in enumerate(hits)]
+        return sum(tokens[first:]) / int(some.input_tokens[first:].sum())
+
+    for window, first in (("all", 0), ("last-half", 30)):
+        rows = study.rows[window]  # type: ignore[index]
+        assert {row.policy for row in rows} == {"lru", "fifo", "belady"}
+        for row in rows:
+            if row.policy == "lru":
+                assert row.token_hit_rate == pytest.approx(rate(trace, int(row.capacity_blocks), first=first))
+        best = {(row.policy, row.capacity_blocks): row.hit_blocks for row in study.rows["all"]}
+        assert all(best["belady", size] >= best[policy, size] for policy in ("lru", "fifo") for size in study.sizes)
+    for chunk, curve in study.chunk_curves.items():
+        assert curve.at(9)[1] / curve.total_tokens == pytest.approx(rate(coarsen(trace, chunk), 9))
+    for row_index, ttl_s in enumerate(study.ttls_s):
+        for column, size in enumerate(study.sizes):
+            assert study.ttl_rates[row_index, column] == pytest.approx(rate(trace, size, ttl_s))
+    both = study.tier_sizes[0] + study.tier_sizes[2]
+    assert study.exclusive_rates[0, 2] == pytest.approx(rate(trace, min(both, trace.num_unique)))
+    assert study.priced == []
+
+
+def test_report_is_one_page_with_pictures_rows_and_json(tmp_path: Path) -> None:
+    study = full_study(made(), ("fifo",), 3, COST)
+    page = write_report(study, tmp_path / "report", "lmc sim report made")
+    text = page.read_text()
+    assert text.count("data:image/png") == 6 and "An unlimited cache would hit" in text
+    assert {path.name for path in page.parent.iterdir()} == {
+        "report.html",
+        "rows.csv",
+        "results.json",
+        *(f"{name}.png" for name in ("miss-ratio", "policies", "chunk-sizes", "ttl", "tiers", "ttft")),
+    }
+    rows = list(csv.DictReader((page.parent / "rows.csv").open()))
+    results = json.loads((page.parent / "results.json").read_text())
+    assert len(rows) == sum(len(part) for part in results["rows"].values()) == 2 * 3 * 3
+
+
+def test_a_trace_of_lengths_has_no_study() -> None:
+    builder = TraceBuilder("lengths", "azure", 1)
+    builder.add(1, [], 0.0, 5, 5)
+    with pytest.raises(TraceError, match="hits cannot be simulated"):
+        full_study(builder.finish(lengths_only=True))
