@@ -80,12 +80,15 @@ class KVLayout:
         """The pieces of these layers (indices into self.layers), or whole regions for all of them."""
         if layers is None:
             return self._whole
-        return self._table(
-            sorted(
-                (piece for index in layers for piece in self.layers[index].pieces),
-                key=lambda piece: (piece.region, piece.offset),
-            )
-        )
+        owned = (piece for index in layers for piece in self.layers[index].pieces)
+        joined: list[Piece] = []
+        for piece in sorted(owned, key=lambda piece: (piece.region, piece.offset)):
+            last = joined[-1] if joined else None
+            if last is not None and last.region == piece.region and last.offset + last.size == piece.offset:
+                joined[-1] = Piece(last.region, last.offset, last.size + piece.size)
+            else:
+                joined.append(piece)
+        return self._table(joined)
 
     @cached_property
     def _whole(self) -> PieceTable:

@@ -132,6 +132,22 @@ def test_layers_that_share_a_part_of_their_bytes_are_refused() -> None:
         KVLayout.from_vllm(caches, vllm_config(4, 4, [["a", "b"]]), isa="vec")
 
 
+def test_a_layer_that_reaches_into_the_next_block_of_another_is_refused() -> None:
+    """Interleaved layers must fit into one block's stride."""
+    memory = torch.zeros(4 * 96 + 64)
+    strides = (96, 32, 8, 1)
+    for offset, fits in ((32, True), (64, False)):
+        caches = {
+            "a": memory.as_strided((4, 1, 4, 8), strides),
+            "b": memory.as_strided((4, 2, 4, 8), strides, storage_offset=offset),
+        }
+        if fits:
+            assert len(KVLayout.from_vllm(caches, vllm_config(4, 4, [["a", "b"]]), isa="vec").regions) == 1
+        else:
+            with pytest.raises(LayoutError, match="share bytes"):
+                KVLayout.from_vllm(caches, vllm_config(4, 4, [["a", "b"]]), isa="vec")
+
+
 def test_sglang_refuses_what_it_does_not_know() -> None:
     with pytest.raises(LayoutError, match="1 K buffers but 0 V buffers"):
         KVLayout.from_sglang([cache(8, 2, 4)], [], 4)

@@ -112,6 +112,21 @@ def test_layers_one_by_one_are_the_whole_load(data: st.DataObject, seed: int) ->
 
 
 @settings(deadline=None)
+@given(st.data())
+def test_all_layers_merge_as_the_whole_does(data: st.DataObject) -> None:
+    engine = data.draw(engines())
+    table = data.draw(block_tables(engine.layout.num_blocks))
+    slots = Slots(len(table), slot_bytes(engine.layout, len(table[0])), 0)
+    layers = range(len(engine.layout.layers))
+    whole, layered = (
+        plan(engine.layout, flat(table), slots.addresses, Direction.LOAD, layers=which) for which in (None, layers)
+    )
+    assert np.array_equal(whole.src, layered.src)
+    assert np.array_equal(whole.dst, layered.dst)
+    assert np.array_equal(whole.size, layered.size)
+
+
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 2**16))
 def test_copies_are_cut_at_boundaries(data: st.DataObject, seed: int) -> None:
     engine = data.draw(engines())
