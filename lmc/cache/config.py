@@ -52,9 +52,11 @@ class HostConfig(Section):
 
 class DiskConfig(Section):
     path: Path | None = None
-    """Folder for chunk files; no folder, no disk tier. Instances may share one."""
+    """Folder for chunk files; no folder, no disk tier."""
     capacity: Size = 100 * 1024**3
-    """Bytes of chunk files over all ranks; the oldest by policy go first."""
+    """Bytes of chunk files over all ranks; the oldest by policy go first. Of a shared folder each instance may fill so much."""
+    shared: bool = False
+    """Other instances use the folder too: look there for chunks that this one did not write."""
     fsync: bool = True
     """Sync each file before it becomes visible, so that a power cut loses no byte silently."""
 
@@ -104,6 +106,13 @@ class MetricsConfig(Section):
     """Serve Prometheus metrics over HTTP."""
 
 
+class AdminConfig(Section):
+    enabled: bool = True
+    """Accept commands (pin, unpin, clear) at the metrics endpoint. Unless that listens on this machine only, they need the token."""
+    token: str | None = Field(default=None, json_schema_extra=_SECRET)
+    """Commands must bring it as "Authorization: Bearer TOKEN"; better given as LMC_ADMIN_TOKEN than in a file."""
+
+
 class CacheConfig(Section):
     chunk_tokens: int | None = Field(default=None, gt=0, le=1_000_000)
     """Tokens per chunk, a multiple of the engine's block. Default: the engine's block, repeated up to at least 128 tokens."""
@@ -115,19 +124,28 @@ class CacheConfig(Section):
     write_touches: int = Field(default=2, ge=1, le=1000)
     """For write: around. The touch at which a chunk is written below."""
     ttl: Seconds | None = None
-    """Forget a chunk that was not touched for so long; none: never."""
+    """Forget a chunk after so long; none: never. Remote tiers keep their own time (redis.ttl)."""
+    ttl_mode: Literal["sliding", "fixed"] = "sliding"
+    """Whether ttl counts from the last touch (sliding) or from the store (fixed)."""
+    tenant_quota: ShareOrSize | None = None
+    """Most host memory for the chunks of one tenant, over all ranks: a size, or a share of host.capacity. At its quota a tenant's own
+    oldest chunks go first."""
     store_decode: bool = False
     """Store chunks that end in generated tokens too, not only the prompt's."""
     min_load_tokens: int = Field(default=1, ge=1)
     """Load a hit only if it saves at least so many tokens; below that recomputing is quicker."""
+    background_load_tokens: int = Field(default=4096, ge=1)
+    """Copy a hit of at least so many tokens in the background, while the batch goes on; a smaller one right before the forward pass."""
     load_deadline: Seconds = 5.0
     """A request waits at most so long for chunks from disk or remote tiers; then it loads what is there and computes the rest."""
     lookup_deadline: Seconds = 0.05
     """A request waits at most so long for a remote tier to say what it holds."""
     io_threads: int = Field(default=4, ge=1, le=256)
-    """Threads per rank for the tiers below the host."""
+    """Threads per rank for each tier below the host: so many for reads, and so many for writes."""
     queue_depth: int = Field(default=1024, ge=1)
-    """Writes to lower tiers that may wait, per rank; beyond that a write is dropped and counted."""
+    """Writes that may wait, per rank and tier below the host; beyond that a write is dropped and counted."""
+    close_timeout: Seconds = 10.0
+    """At the end, writes under way get at most so long; those not done by then are lost."""
     tenant: str = ""
     """Salt of every key: instances with different tenants share nothing."""
     strict: bool = False
@@ -144,6 +162,8 @@ class CacheConfig(Section):
     """An S3-compatible store."""
     metrics: MetricsConfig = MetricsConfig()
     """Prometheus endpoint."""
+    admin: AdminConfig = AdminConfig()
+    """Commands to a running cache."""
 
     @field_validator("policy")
     @classmethod
@@ -160,6 +180,7 @@ class CacheConfig(Section):
 
 
 DEFAULT_CHUNK_TOKENS = 128
+REMOTE_TIERS = ("redis", "s3")  # they have an eviction of their own, so no capacity
 
 
 def chunk_tokens_for(config: CacheConfig, block_tokens: int) -> int:

@@ -6,18 +6,25 @@ back. Any step may be late or fail; the answer to that is a shorter hit.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lmc.cache.admin import Admin, Mailbox
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Directory, Found, Ticket
+from lmc.cache.directory import HOST, Found, Miss, Ticket
+from lmc.cache.endpoint import Endpoint
 from lmc.cache.keys import ChunkKey, KeyChain, root
-from lmc.cache.metrics import CacheMetrics, MetricsServer
+from lmc.cache.metrics import CacheMetrics
+from lmc.cache.open_directory import open_directory, open_presence
 from lmc.cache.plan import SKIP, BlockCopy, Plan, Report, RequestCopies, TierCopy, WorkerReady
-from lmc.cache.policy.registry import get_policy
+from lmc.cache.presence import Question
 from lmc.cache.record import TraceRecorder
+from lmc.cache.salts import Salts
+from lmc.cache.stats import collect_stats
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -43,12 +50,17 @@ class _Request:
     found: Found | None = None  # at the first lookup: where the hit came from
     num_tokens: int = 0  # at the last lookup
     computed: int = 0  # tokens the engine holds itself, at the last lookup
+    arrived: float = 0.0
+    question: Question | None = None  # to the tiers that others write to
+    ask_until: float = 0.0
+    salt_differs: bool = False
+    cut: Miss | None = None  # why less is loaded than was found
     deadline: float | None = None  # for staging; set when it starts
     usable: int = 1 << 60  # chunks that may be offered; lowered when a load failed
     stored: int = 0  # chunks that need no store any more
     touched: bool = False
     admitted: bool = False
-    sources: dict[str, int] = field(default_factory=dict)  # tokens that admit() promised, by tier
+    sources: dict[str, int] = field(default_factory=dict)  # tokens that the first admit() promised, by tier
     loading: dict[int, int] = field(default_factory=dict)  # operation -> chunk index
 
 
@@ -72,32 +84,33 @@ class CacheEngine:
         self.chunk_bytes = first.chunk_bytes
         self._block_tokens = block_tokens
         self._blocks_per_chunk = self.chunk_tokens // block_tokens
-        self._world = len(ready)
+        self.num_ranks = len(ready)
         self._clock = clock
         self._requests: dict[str, _Request] = {}
         self._loading: dict[int, str] = {}  # operation -> request
         self._ended: dict[int, int] = {}  # operation -> ranks that reported it
         self._causes: dict[int, str] = {}
+        self._known_faults: dict[int, int] = {}  # rank -> Report.faults
         self._plan = Plan()
-        self.directory = self._open_directory(ready)
-        self.metrics = CacheMetrics([HOST, *first.stored])
-        self.metrics.follow("pending", lambda: self.directory.num_open)
-        self.metrics.follow("pins", lambda: self.directory.num_pins)
-        self.metrics.follow_usage(self.directory.usage)
-        self.metrics.chunk_bytes.set(self.chunk_bytes)
-        self._counted_drops = {"store": 0, "write": 0}
-        self._counted_evictions: dict[str, int] = {}
-        self._server = self._open_server()
+        self.directory, superfluous = open_directory(config, ready, clock())
+        self._plan.tier_copies += [
+            TierCopy(_NO_OPERATION, "delete", tier, key, -1) for tier, keys in superfluous.items() for key in keys
+        ]
+        self._presence = open_presence(config, ready, self.directory)
+        self._salts = Salts(self.chunk_tokens)
+        self.metrics = self._open_metrics()
+        self._mailbox = Mailbox()
+        self._endpoint = self._open_endpoint()
         self._recorder = self._open_recorder()
 
     @property
     def metrics_url(self) -> str | None:
-        return self._server.url if self._server else None
+        return self._endpoint.url if self._endpoint else None
 
     @property
     def busy(self) -> bool:
         """True while copies are under way, so that somebody must fetch reports."""
-        return self.directory.num_open > 0 or bool(self._plan)
+        return self.directory.num_open > 0 or bool(self._plan) or bool(self._mailbox)
 
     # A request's life
 
@@ -106,25 +119,15 @@ class CacheEngine:
 
         The last token is never offered: the engine must compute it.
         """
-        now = self._clock()
-        request = self._requests.get(request_id)
-        if request is None:
-            start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
-            request = _Request(KeyChain(start, self.chunk_tokens, identity.extra), identity.tenant)
-            self._requests[request_id] = request
-        request.num_tokens = len(tokens)
-        request.computed = computed
-        keys = request.chain.extend(tokens)
-        limit = min((len(tokens) - 1) // self.chunk_tokens, request.usable)
-        found = self.directory.lookup(keys[:limit], now)
-        if request.found is None:
-            request.found = found
-        first = computed // self.chunk_tokens
-        in_host = self._leading_in_host(found, first)
-        if in_host < found.num_chunks and self._wait_for_staging(request_id, request, keys, first, found, now):
-            return None
-        gain = in_host * self.chunk_tokens - computed
-        return gain if gain >= self.config.min_load_tokens else 0
+        started = time.perf_counter()
+        try:
+            return self._lookup(request_id, tokens, computed, identity)
+        finally:
+            self.metrics.lookup_seconds.observe(time.perf_counter() - started)
+
+    def loads_in_background(self, num_load: int) -> bool:
+        """Whether a load of so many tokens shall not hold the batch up."""
+        return num_load >= self.config.background_load_tokens
 
     def admit(self, request_id: str, num_load: int, blocks: Sequence[int]) -> None:
         """The engine took the request in and will read num_load tokens beyond `computed` from the cache, into its blocks."""
@@ -140,15 +143,18 @@ class CacheEngine:
                 copies.append(self._block_copy(ticket, index, blocks, held))
                 request.loading[ticket.operation] = index
                 self._loading[ticket.operation] = request_id
-            self._plan.loads.append(RequestCopies(request_id, tuple(copies)))
+            background = self.loads_in_background(num_load)
+            (self._plan.background_loads if background else self._plan.loads).append(
+                RequestCopies(request_id, tuple(copies))
+            )
         self.directory.unpin(request_id)
-        request.sources = self._sources(request, first, last)
         if not request.admitted:
             request.admitted = True
+            request.sources = self._sources(request, first, last)
             self._count_lookup(request_id, request)
 
     def loaded_from(self, request_id: str) -> Mapping[str, int]:
-        """Tokens by tier of what the last admit() promised."""
+        """Tokens by tier of what the first admit() promised."""
         return self._requests[request_id].sources
 
     def wants_store(self, request_id: str, num_valid: int, num_prompt: int) -> bool:
@@ -167,7 +173,7 @@ class CacheEngine:
         if full <= request.stored:
             return
         keys = request.chain.extend(tokens)[:full]
-        tickets = self.directory.store(keys, self._clock(), touch=not request.touched)
+        tickets = self.directory.store(keys, self._clock(), tenant=request.tenant, touch=not request.touched)
         request.touched = True
         request.stored = self.directory.num_settled(keys)
         if tickets:
@@ -175,10 +181,24 @@ class CacheEngine:
             copies = tuple(self._block_copy(ticket, position[ticket.key], blocks, 0) for ticket in tickets)
             self._plan.stores.append(RequestCopies(request_id, copies))
 
-    def finish(self, request_id: str) -> None:
-        """The request is gone, in whatever way."""
+    def explain(self, request_id: str) -> dict[str, object]:
+        """Where a request's tokens came from, and why its hit ended where it did; for people."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return {}
+        miss = self._why(request)
+        return {
+            "prompt_tokens": request.num_tokens,
+            "hit_tokens": {DEVICE: request.computed, **request.sources},
+            "miss": str(miss) if miss is not None else None,
+        }
+
+    def finish(self, request_id: str, pin_seconds: float = 0.0) -> None:
+        """The request is gone, in whatever way; its chunks may stay pinned for a while."""
         request = self._requests.pop(request_id, None)
         self.directory.unpin(request_id)
+        if request is not None and pin_seconds > 0:
+            self.directory.pin(request.chain.keys, f"{request_id} asked", self._clock() + pin_seconds)
         if request is not None:
             for operation in request.loading:
                 self._loading.pop(operation, None)
@@ -187,37 +207,125 @@ class CacheEngine:
 
     def take_plan(self) -> Plan:
         """The work of this step; the engine hands it to every rank."""
+        self._mailbox.run()
         self.directory.expire(self._clock())
         self._plan.tier_copies += [self._tier_copy(ticket) for ticket in self.directory.take_tickets()]
         plan, self._plan = self._plan, Plan()
+        plan.known_faults = dict(self._known_faults)
         return plan
 
     def apply(self, report: Report) -> None:
         """Believe what the ranks report."""
         now = self._clock()
         self._causes.update(report.failed)
+        self._known_faults.update(report.faults)
         for operation, ranks in report.finished.items():
             ended = self._ended.pop(operation, 0) + ranks
-            if ended < self._world:
+            if ended < self.num_ranks:
                 self._ended[operation] = ended
                 continue
             self._complete(operation, self._causes.pop(operation, None), now)
         for transfer, num_bytes, seconds in report.transfers:
             self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
             self.metrics.transfer_seconds.labels(transfer).observe(seconds)
-        self._count_losses()
+        for (rank, tier), reading in report.breakers.items():
+            self.metrics.note_breaker(rank, tier, reading)
+        self.metrics.settle(self.directory.counts)
 
     def reset(self) -> bool:
-        """Forget all chunks, in every tier. False if some are in use and stay."""
-        return self.directory.clear() == 0
+        """Forget all chunks, in every tier. False if some are in use and stay.
+
+        What others may have stored cannot be forgotten; so with tiers that others write to, all chunks get new names instead.
+        """
+        in_use = self.directory.clear()
+        if self._presence is None:
+            return in_use == 0
+        renamed = f"{self.namespace.revision} reset {secrets.token_hex(8)}"
+        self.namespace = dataclasses.replace(self.namespace, revision=renamed)
+        logger.warning("lmc: reset: from now on this instance shares no chunks with others")
+        return True
+
+    def stats(self) -> dict[str, object]:
+        """The state in numbers, for people; may be called from any thread."""
+        return collect_stats(self)
 
     def close(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
-        if self._server is not None:
-            self._server.close()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        if self._presence is not None:
+            self._presence.close()
 
     # Inside
+
+    def _lookup(self, request_id: str, tokens: Sequence[int], computed: int, identity: Identity) -> int | None:
+        self._mailbox.run()
+        now = self._clock()
+        request = self._requests.get(request_id)
+        if request is None:
+            request = self._requests[request_id] = self._new_request(tokens, identity, now)
+        request.num_tokens = len(tokens)
+        request.computed = computed
+        keys = request.chain.extend(tokens)
+        limit = min((len(tokens) - 1) // self.chunk_tokens, request.usable)
+        answered = (
+            request.question is not None and request.question.done
+        )  # then its answers are among those learned now
+        self._learn()
+        found = self.directory.lookup(keys[:limit], now)
+        request.cut = None
+        if found.num_chunks < limit and not answered and self._wait_for_presence(request, keys[:limit], found, now):
+            return None
+        if request.found is None:
+            request.found = found
+        first = computed // self.chunk_tokens
+        in_host = self._leading_in_host(found, first)
+        if in_host < found.num_chunks and self._wait_for_staging(request_id, request, keys, first, found, now):
+            return None
+        gain = in_host * self.chunk_tokens - computed
+        if 0 < gain < self.config.min_load_tokens:
+            request.cut = Miss.BELOW_MINIMUM
+            gain = 0
+        return max(gain, 0)
+
+    def _new_request(self, tokens: Sequence[int], identity: Identity, now: float) -> _Request:
+        start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
+        request = _Request(KeyChain(start, self.chunk_tokens, identity.extra), identity.tenant, arrived=now)
+        if len(tokens) > self.chunk_tokens:
+            request.salt_differs = self._salts.seen_elsewhere(tokens, start)
+        return request
+
+    def _learn(self) -> None:
+        """Believe what the tiers have answered."""
+        if self._presence is None:
+            return
+        for answer in self._presence.answers():
+            self.metrics.ask_seconds.labels(answer.tier).observe(answer.seconds)
+            if answer.failure:
+                self.metrics.ask_failures.labels(answer.tier).inc()
+            self.directory.learn(answer.tier, answer.keys, answer.present)
+
+    def _wait_for_presence(self, request: _Request, keys: Sequence[ChunkKey], found: Found, now: float) -> bool:
+        """Ask the tiers that others write to for the chunks that were not found; True until they have answered."""
+        if self._presence is None:
+            return False
+        if request.question is None:
+            request.question = self._presence.ask(keys[found.num_chunks :])
+            request.ask_until = now + self.config.lookup_deadline
+        if now < request.ask_until:
+            return True
+        request.cut = Miss.REMOTE_DEADLINE
+        return False
+
+    def _why(self, request: _Request) -> str | None:
+        """Why the hit ended before the last chunk that may be loaded."""
+        found = request.found
+        if request.cut is not None or found is None:
+            return request.cut
+        if found.miss == Miss.NEVER_STORED and found.num_chunks == 0 and request.salt_differs:
+            return Miss.SALT_DIFFERS
+        return found.miss
 
     def _leading_in_host(self, found: Found, first: int) -> int:
         """End of the run of chunks that can be loaded at once: those before `first` are the engine's own, the others must be in host."""
@@ -232,12 +340,13 @@ class CacheEngine:
         wanted = keys[first : found.num_chunks]
         if request.deadline is None:
             request.deadline = now + self.config.load_deadline
+            tickets = self.directory.stage(keys[: found.num_chunks], now, first=first, tenant=request.tenant)
             self.directory.pin(wanted, request_id, request.deadline + _PIN_GRACE_SECONDS)
-            self._plan.tier_copies += [self._tier_copy(ticket) for ticket in self.directory.stage(wanted, now)]
+            self._plan.tier_copies += [self._tier_copy(ticket, self.config.load_deadline) for ticket in tickets]
         if not self.directory.arriving(wanted):
             return False
         if now >= request.deadline:
-            self.metrics.waits.inc()
+            request.cut = Miss.LOAD_DEADLINE
             return False
         return True
 
@@ -251,9 +360,9 @@ class CacheEngine:
         )
         return BlockCopy(ticket.operation, ticket.key, ticket.slot, chosen)
 
-    def _tier_copy(self, ticket: Ticket) -> TierCopy:
+    def _tier_copy(self, ticket: Ticket, limit: float | None = None) -> TierCopy:
         assert ticket.kind in ("write", "stage", "delete")
-        return TierCopy(ticket.operation, ticket.kind, ticket.tier, ticket.key, ticket.slot, ticket.evict)
+        return TierCopy(ticket.operation, ticket.kind, ticket.tier, ticket.key, ticket.slot, ticket.evict, limit)
 
     def _complete(self, operation: int, cause: str | None, now: float) -> None:
         ticket = self.directory.complete(operation, cause, now)
@@ -261,6 +370,7 @@ class CacheEngine:
             return
         if cause is not None:
             self.metrics.failures.labels(ticket.kind).inc()
+            self.metrics.failure_causes.labels(ticket.kind, ticket.tier, cause).inc()
         elif ticket.kind == "store":
             self.metrics.stored_chunks.inc()
             self.metrics.stored_tokens.inc(self.chunk_tokens)
@@ -291,66 +401,59 @@ class CacheEngine:
         return sources
 
     def _count_lookup(self, request_id: str, request: _Request) -> None:
-        self.metrics.requests.inc()
-        self.metrics.lookup_tokens.inc(request.num_tokens)
-        self.metrics.device_tokens.inc(request.computed)
+        now = self._clock()
+        metrics = self.metrics
+        metrics.requests.inc()
+        metrics.lookup_tokens.inc(request.num_tokens)
+        metrics.device_tokens.inc(request.computed)
+        metrics.wait_seconds.observe(max(0.0, now - request.arrived))
         for tier, tokens in request.sources.items():
-            self.metrics.hit_tokens.labels(tier).inc(tokens)
-        if request.found is not None and request.found.miss is not None:
-            self.metrics.misses.labels(request.found.miss).inc()
+            metrics.hit_tokens.labels(tier).inc(tokens)
+        have = request.computed + sum(request.sources.values())
+        why = self._why(request)
+        if why is not None:
+            metrics.misses.labels(why).inc()
+            metrics.miss_tokens.labels(why).inc(request.num_tokens - have)
+        if why in (Miss.LOAD_DEADLINE, Miss.REMOTE_DEADLINE):
+            metrics.waits.inc()
+        keys = request.chain.keys
+        if request.sources:
+            idle = self.directory.idle(keys[have // self.chunk_tokens - 1], now)
+            if idle is not None:
+                metrics.reuse_age.observe(idle)
         if self._recorder is not None:
             hits = {DEVICE: request.computed, **request.sources}
-            keys = request.chain.keys
-            self._recorder.lookup(self._clock(), request_id, request.num_tokens, keys, request.tenant, hits)
+            self._recorder.lookup(now, request_id, request.num_tokens, keys, request.tenant, hits)
 
-    def _count_losses(self) -> None:
-        counts = self.directory.counts
-        for what, total in (("store", counts.stores_dropped), ("write", counts.writes_dropped)):
-            if total > self._counted_drops[what]:
-                self.metrics.dropped_chunks.labels(what).inc(total - self._counted_drops[what])
-                self._counted_drops[what] = total
-        for tier, total in counts.evicted.items():
-            before = self._counted_evictions.get(tier, 0)
-            if total > before:
-                self.metrics.evicted_chunks.labels(tier).inc(total - before)
-                self._counted_evictions[tier] = total
-
-    def _open_directory(self, ready: Sequence[WorkerReady]) -> Directory:
-        config, first = self.config, ready[0]
-        capacity = {"disk": config.disk.capacity // (self.chunk_bytes * self._world)}
-        below = {name: capacity[name] for name in first.stored if all(name in worker.stored for worker in ready)}
-        for name, chunks in below.items():
-            if chunks == 0:
-                raise ConfigError(
-                    f"{name}.capacity is smaller than one chunk of {self.chunk_bytes * self._world} bytes"
-                )
-        directory = Directory(
-            min(worker.host_slots for worker in ready),
-            below,
-            get_policy(config.policy),
-            write=config.write,
-            write_touches=config.write_touches,
-            ttl=config.ttl,
-            queue_depth=config.queue_depth,
+    def _open_metrics(self) -> CacheMetrics:
+        directory = self.directory
+        bounded, others = list(directory.usage()), list(directory.known_remote())
+        metrics = CacheMetrics(bounded, [name for name in others if name not in bounded])
+        metrics.follow("pending", lambda: directory.num_open)
+        metrics.follow("pins", lambda: directory.num_pins)
+        metrics.follow_tiers(
+            "slots_used", lambda: {tier: used for tier, (used, _) in directory.usage().items()}, bounded
         )
-        for name in below:
-            everywhere = set.intersection(*(set(worker.stored[name]) for worker in ready))
-            surplus = directory.restore(name, [key for key in first.stored[name] if key in everywhere], self._clock())
-            halves = set.union(*(set(worker.stored[name]) for worker in ready)) - everywhere
-            self._plan.tier_copies += [
-                TierCopy(_NO_OPERATION, "delete", name, key, -1) for key in (*surplus, *sorted(halves))
-            ]
-        return directory
+        metrics.follow_tiers("slots", lambda: {tier: fit for tier, (_, fit) in directory.usage().items()}, bounded)
+        metrics.follow_tiers("known_chunks", directory.known_remote, others)
+        metrics.follow_tiers("write_queue", lambda: directory.num_writing, metrics.below)
+        metrics.chunk_bytes.set(self.chunk_bytes)
+        return metrics
 
-    def _open_server(self) -> MetricsServer | None:
-        if not self.config.metrics.enabled:
+    def _open_endpoint(self) -> Endpoint | None:
+        config = self.config
+        if not config.metrics.enabled:
             return None
+        admin = Admin(self.directory, self.chunk_tokens, self._root_for_people, self._clock)
         try:
-            return MetricsServer(self.config.metrics, self.metrics.registry)
+            return Endpoint(config.metrics, config.admin, self.metrics.registry, self.stats, admin, self._mailbox)
         except OSError as error:
-            where = f"{self.config.metrics.host}:{self.config.metrics.port}"
+            where = f"{config.metrics.host}:{config.metrics.port}"
             logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
             return None
+
+    def _root_for_people(self, tenant: str | None, lora: str) -> ChunkKey:
+        return root(self.namespace, lora=lora, tenant=self.config.tenant if tenant is None else tenant)
 
     def _open_recorder(self) -> TraceRecorder | None:
         if self.config.record is None:
@@ -358,7 +461,7 @@ class CacheEngine:
         return TraceRecorder(
             self.config.record,
             chunk_tokens=self.chunk_tokens,
-            chunk_bytes=self.chunk_bytes * self._world,
+            chunk_bytes=self.chunk_bytes * self.num_ranks,
             namespace=self.namespace.label(),
             now=self._clock(),
         )

@@ -1,34 +1,33 @@
-"""Prometheus metrics of one cache: what they are called, what they count, and the endpoint that serves them."""
+"""Prometheus metrics of one cache: what they are called and what they count. docs/operations.md says how to read them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from lmc.cache.config import MetricsConfig
-
-logger = logging.getLogger(__name__)
+from lmc.cache.directory import Counts
+from lmc.cache.plan import BreakerReading
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_AGES = (1.0, 10.0, 60.0, 300.0, 1800.0, 3600.0, 4 * 3600.0, 24 * 3600.0, 7 * 24 * 3600.0)
 
 
 class CacheMetrics:
-    """All counters start at 0 for every tier, so that a rate over a restart is right."""
+    """All counters start at 0 for every tier, so that a rate over a restart is right. `remote` tiers have no capacity."""
 
-    def __init__(self, tiers: Iterable[str]) -> None:
+    def __init__(self, bounded: Sequence[str], remote: Sequence[str] = ()) -> None:
         self.registry = CollectorRegistry()
-        names = list(tiers)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"lmc_{name}", text, labels, registry=self.registry)
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"lmc_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"lmc_{name}", text, labels, buckets=buckets, registry=self.registry)
 
         self.requests = counter("requests", "Requests looked up")
         self.lookup_tokens = counter("lookup_tokens", "Prompt tokens looked up")
@@ -37,7 +36,14 @@ class CacheMetrics:
         )
         self.device_tokens = counter("device_tokens", "Prompt tokens that the engine's own prefix cache held")
         self.misses = counter("misses", "Lookups that ended before the prompt's last chunk, by reason", "reason")
+        self.miss_tokens = counter("miss_tokens", "Prompt tokens that these lookups left to compute", "reason")
+        self.lookup_seconds = histogram("lookup_seconds", "Time of one lookup on the scheduler's thread", _SECONDS)
+        self.wait_seconds = histogram("wait_seconds", "Time from a request's first lookup to its answer", _SECONDS)
         self.waits = counter("deadline_exceeded", "Lookups that did not wait for a tier any longer")
+        self.ask_seconds = histogram("ask_seconds", "Time a tier took to say what it holds", _SECONDS, "tier")
+        self.ask_failures = counter("ask_failures", "Times that a tier could not say what it holds", "tier")
+        self.reuse_age = histogram("reuse_age_seconds", "Time since the last touch of a hit's last chunk", _AGES)
+
         self.stored_chunks = counter("stored_chunks", "Chunks stored in host memory")
         self.stored_tokens = counter("stored_tokens", "Tokens of these chunks")
         self.written_chunks = counter("written_chunks", "Chunks written to a tier below the host", "tier")
@@ -46,52 +52,75 @@ class CacheMetrics:
             "dropped_chunks", "Chunks not stored (no slot free) or not written (queue full)", "what"
         )
         self.evicted_chunks = counter("evicted_chunks", "Chunks evicted to make room", "tier")
+        self.removed_chunks = counter("removed_chunks", "Chunks gone from a tier, for whatever cause", "tier", "cause")
+
         self.failures = counter("failures", "Operations that failed; each became a miss", "operation")
-        self.errors = counter("errors", "Faults inside lmc; the engine went on without the cache for that step")
-        self.transferred_bytes = counter("transferred_bytes", "Bytes copied", "transfer")
-        self.transfer_seconds = Histogram(
-            "lmc_transfer_seconds",
-            "Time of one batch of copies",
-            ("transfer",),
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.failure_causes = counter(
+            "failure_causes", "The same operations by tier and cause", "operation", "tier", "cause"
         )
+        self.errors = counter("errors", "Faults inside lmc; the engine went on without the cache for that step")
+        self.breaker_open = gauge("breaker_open", "1 while a remote tier is left alone after failures", "tier")
+        self.breaker_events = counter("breaker_events", "Failed calls, calls not made, and openings", "tier", "event")
+
+        self.transferred_bytes = counter("transferred_bytes", "Bytes copied", "transfer")
+        self.transfer_seconds = histogram("transfer_seconds", "Time of one batch of copies", _SECONDS, "transfer")
         self.pending = gauge("pending_operations", "Copies handed out and not reported back")
-        self.pins = gauge("pins", "Requests that keep chunks from eviction")
+        self.write_queue = gauge("write_queue", "Writes to a tier below the host that are under way", "tier")
+        self.pins = gauge("pins", "Owners that keep chunks from eviction: requests and people")
         self.slots = gauge("slots", "Chunks that fit", "tier")
         self.slots_used = gauge("slots_used", "Chunks held", "tier")
+        self.known_chunks = gauge("known_chunks", "Chunks of others that are known to be in a tier", "tier")
         self.chunk_bytes = gauge("chunk_bytes", "Bytes of one chunk on one rank")
-        for name in names:
+
+        self.below = [*bounded[1:], *remote]
+        for name in (*bounded, *remote):
             self.hit_tokens.labels(name)
+        for name in bounded:
             self.evicted_chunks.labels(name)
+        for name in self.below:
+            self.written_chunks.labels(name)
+            self.staged_chunks.labels(name)
+        for operation in ("store", "load", "stage", "write", "delete"):
+            self.failures.labels(operation)
+        for what in ("store", "write"):
+            self.dropped_chunks.labels(what)
+        self._counts = Counts()  # as of the last settle()
+        self._breakers: dict[tuple[int, str], BreakerReading] = {}
 
     def follow(self, name: str, read: Callable[[], float]) -> None:
         """Read a gauge when it is scraped."""
         gauge: Gauge = getattr(self, name)
         gauge.set_function(read)
 
-    def follow_usage(self, usage: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
-        """Tier to (chunks held, chunks that fit), read when it is scraped."""
-        for tier in usage():
-            for which, gauge in enumerate((self.slots_used, self.slots)):
-                gauge.labels(tier).set_function(partial(_read_usage, usage, tier, which))
+    def follow_tiers(self, name: str, read: Callable[[], Mapping[str, float]], tiers: Iterable[str]) -> None:
+        """The same for a gauge by tier."""
+        gauge: Gauge = getattr(self, name)
+        for tier in tiers:
+            gauge.labels(tier).set_function(partial(_read_tier, read, tier))
+
+    def settle(self, counts: Counts) -> None:
+        """Add what the directory has counted since the last call."""
+        before = self._counts
+        for what, now, then in (
+            ("store", counts.stores_dropped, before.stores_dropped),
+            ("write", counts.writes_dropped, before.writes_dropped),
+        ):
+            if now > then:
+                self.dropped_chunks.labels(what).inc(now - then)
+        for tier, total in counts.evicted.items():
+            self.evicted_chunks.labels(tier).inc(total - before.evicted.get(tier, 0))
+        for (tier, cause), total in counts.removed.items():
+            self.removed_chunks.labels(tier, cause).inc(total - before.removed.get((tier, cause), 0))
+        self._counts = Counts(counts.stores_dropped, counts.writes_dropped, dict(counts.evicted), dict(counts.removed))
+
+    def note_breaker(self, rank: int, tier: str, reading: BreakerReading) -> None:
+        before = self._breakers.get((rank, tier), BreakerReading(False, 0, 0, 0))
+        self._breakers[rank, tier] = reading
+        for event in ("failures", "refusals", "openings"):
+            self.breaker_events.labels(tier, event).inc(getattr(reading, event) - getattr(before, event))
+        is_open = any(known.is_open for (_, name), known in self._breakers.items() if name == tier)
+        self.breaker_open.labels(tier).set(is_open)
 
 
-def _read_usage(usage: Callable[[], Mapping[str, tuple[int, int]]], tier: str, which: int) -> float:
-    return usage()[tier][which]
-
-
-class MetricsServer:
-    """Serves a registry over HTTP until close()."""
-
-    def __init__(self, config: MetricsConfig, registry: CollectorRegistry) -> None:
-        """Raises OSError when the port is in use."""
-        self._server: WSGIServer
-        self._thread: Thread
-        self._server, self._thread = start_http_server(config.port, addr=config.host, registry=registry)
-        self.url = f"http://{config.host}:{self._server.server_port}/metrics"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+def _read_tier(read: Callable[[], Mapping[str, float]], tier: str) -> float:
+    return read().get(tier, 0.0)

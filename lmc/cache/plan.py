@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lmc.cache.keys import ChunkKey, Namespace
 
 SKIP = -1  # stands for a block that is not copied
+
+# Why an operation failed; the words of the metrics. The worker's log has the whole story.
+ABSENT = "absent"  # the tier has no such chunk
+CORRUPT = "corrupt"  # what it has isn't what was put
+FULL = "full"  # no room in the tier
+UNAVAILABLE = "unavailable"  # its circuit breaker is open
+ERROR = "error"  # the tier failed otherwise
+COPY = "copy"  # blocks could not be copied, or held garbage
+LATE = "late"  # it waited beyond its limit
+CRASH = "crash"  # a fault in lmc
+CAUSES = (ABSENT, CORRUPT, FULL, UNAVAILABLE, ERROR, COPY, LATE, CRASH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +44,10 @@ class RequestCopies:
 
 @dataclass(frozen=True, slots=True)
 class TierCopy:
-    """One chunk between a host slot and a tier below. `evict` goes from that tier before the chunk is written."""
+    """One chunk between a host slot and a tier below. `evict` goes from that tier before the chunk is written.
+
+    A copy with a limit is not begun when it had to wait longer than so many seconds: nobody waits for it any more.
+    """
 
     operation: int
     kind: Literal["write", "stage", "delete"]
@@ -41,6 +55,7 @@ class TierCopy:
     key: ChunkKey
     slot: int
     evict: tuple[ChunkKey, ...] = ()
+    limit: float | None = None
 
 
 @dataclass
@@ -48,12 +63,31 @@ class Plan:
     """The work of one engine step, the same for every rank."""
 
     loads: list[RequestCopies] = field(default_factory=list)  # host slots -> blocks, before the forward pass
+    background_loads: list[RequestCopies] = field(default_factory=list)  # the same, for requests outside the batch
     stores: list[RequestCopies] = field(default_factory=list)  # blocks -> host slots, after it
     tier_copies: list[TierCopy] = field(default_factory=list)  # in the background
     failed_blocks: list[int] = field(default_factory=list)  # promised blocks that nothing will fill
+    failed_requests: list[str] = field(default_factory=list)  # those that wait for a background load that will not come
+    known_faults: dict[int, int] = field(default_factory=dict)  # rank -> Report.fault that this plan takes into account
 
     def __bool__(self) -> bool:
-        return bool(self.loads or self.stores or self.tier_copies or self.failed_blocks)
+        return bool(
+            self.loads
+            or self.background_loads
+            or self.stores
+            or self.tier_copies
+            or self.failed_blocks
+            or self.failed_requests
+        )
+
+
+class BreakerReading(NamedTuple):
+    """A circuit breaker's state and its totals since the start."""
+
+    is_open: bool
+    failures: int
+    refusals: int
+    openings: int
 
 
 @dataclass
@@ -61,12 +95,20 @@ class Report:
     """What became of operations since the last report."""
 
     finished: Counter[int] = field(default_factory=Counter)  # operation -> ranks that ended it, well or not
-    failed: dict[int, str] = field(default_factory=dict)  # operation -> cause
+    failed: dict[int, str] = field(default_factory=dict)  # operation -> cause, one of CAUSES
     transfers: list[tuple[str, int, float]] = field(default_factory=list)  # (what, bytes, seconds) of each batch
+    breakers: dict[tuple[int, str], BreakerReading] = field(default_factory=dict)  # by rank and remote tier
+    faults: dict[int, int] = field(default_factory=dict)  # rank -> number of its last forward pass on unfilled blocks
 
     def merge(self, other: Report) -> Report:
         """Both reports as one; for reports of different ranks."""
-        return Report(self.finished + other.finished, {**other.failed, **self.failed}, self.transfers + other.transfers)
+        return Report(
+            self.finished + other.finished,
+            {**other.failed, **self.failed},
+            self.transfers + other.transfers,
+            {**other.breakers, **self.breakers},
+            {**other.faults, **self.faults},
+        )
 
     def __bool__(self) -> bool:
         return bool(self.finished)
@@ -80,6 +122,7 @@ class WorkerReady:
     rank: int
     chunk_bytes: int
     host_slots: int
-    stored: dict[str, list[ChunkKey]]  # tier -> what a scan found, oldest first
+    stored: dict[str, list[ChunkKey]]  # bounded tier -> what a scan found, oldest first
+    remote: tuple[str, ...] = ()  # tiers with an eviction of their own
     warnings: tuple[str, ...] = ()
     failure: str = ""  # why this worker runs without a cache

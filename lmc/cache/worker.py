@@ -1,7 +1,7 @@
 """The worker: one rank's memory and tiers. It does what a plan says and reports; it decides nothing.
 
-Copies between blocks and slots run on the engine's own thread, so an aborted request can never be written to later. Copies between slots
-and the tiers below run on I/O threads, which touch nothing but slots.
+Copies between blocks and slots run on the engine's own thread, or, for requests that wait outside the batch and keep their blocks until
+then, on a loader thread. Copies between slots and the tiers below run on I/O threads, which touch nothing but slots.
 """
 
 from __future__ import annotations
@@ -10,20 +10,38 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
 import numpy as np
 
+from lmc.cache.config import REMOTE_TIERS
 from lmc.cache.keys import Namespace
 from lmc.cache.layout import KVLayout
-from lmc.cache.plan import Plan, Report, RequestCopies, TierCopy, WorkerReady
+from lmc.cache.plan import (
+    ABSENT,
+    CAUSES,
+    COPY,
+    CORRUPT,
+    CRASH,
+    ERROR,
+    FULL,
+    LATE,
+    UNAVAILABLE,
+    BreakerReading,
+    Plan,
+    Report,
+    RequestCopies,
+    TierCopy,
+    WorkerReady,
+)
 from lmc.cache.tiers.base import Tier
+from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.tiers.host import HostSlab
 from lmc.cache.transfer.backends import Backend
 from lmc.cache.transfer.planner import Direction, plan
-from lmc.errors import TierError, TransferError
+from lmc.errors import Corrupt, TierError, TierFull
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +59,7 @@ class CacheWorker:
         backend: Backend,
         *,
         io_threads: int,
+        close_timeout: float = 10.0,
         warnings: Sequence[str] = (),
     ) -> None:
         self._namespace = namespace
@@ -50,69 +69,126 @@ class CacheWorker:
         self._tiers = dict(tiers)
         self._backend = backend
         self._warnings = tuple(warnings)
-        self._pool = ThreadPoolExecutor(io_threads, thread_name_prefix="lmc-io")
-        self._lock = threading.Lock()  # guards the report, which I/O threads write to
+        self._close_timeout = close_timeout
+        # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
+        self._readers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-read") for name in tiers}
+        self._writers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-write") for name in tiers}
+        self._under_way: set[Future[None]] = set()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
+        self._lock = threading.Lock()  # guards the report and what is above _fault, which other threads write to
         self._report = Report()
-        self._failed_requests: dict[str, str] = {}  # of the plan under way
         self._failed_blocks: set[int] = set()
+        self._loaded: set[str] = set()
+        self._fault = 0  # forward passes that ran on unfilled blocks
 
     def ready(self) -> WorkerReady:
         """What this rank holds. Scans the tiers below."""
         warnings = list(self._warnings)
         stored = {}
         for name, tier in self._tiers.items():
+            if name in REMOTE_TIERS:
+                continue
             try:
                 stored[name] = [key for key, _ in tier.scan()]
             except TierError as error:
                 warnings.append(str(error))
         return WorkerReady(
-            self._namespace, self._rank, self._slab.slot_bytes, self._slab.num_slots, stored, tuple(warnings)
+            self._namespace,
+            self._rank,
+            self._slab.slot_bytes,
+            self._slab.num_slots,
+            stored,
+            tuple(name for name in self._tiers if name in REMOTE_TIERS),
+            tuple(warnings),
         )
 
     def begin(self, work: Plan) -> None:
         """Before the forward pass: start what runs in the background and fill the blocks that the pass reads."""
-        self._failed_requests = {}
-        self._failed_blocks.update(work.failed_blocks)
+        self._fail_blocks(work.failed_blocks)
+        with self._lock:
+            self._loaded.update(work.failed_requests)
         for copy in work.tier_copies:
-            self._pool.submit(self._copy_tier, copy).add_done_callback(partial(self._on_crash, copy))
-        for request in work.loads:
-            self._copy_blocks(request, Direction.LOAD)
+            self._submit(copy)
+        for request in work.background_loads:
+            self._loader.submit(self._load_in_background, request)
+        loaded = [self._copy_blocks(request, Direction.LOAD) for request in work.loads]
+        if work.failed_blocks or not all(loaded):
+            with self._lock:
+                self._fault += 1
+                self._report.faults[self._rank] = self._fault
 
     def end(self, work: Plan) -> None:
-        """After the forward pass: copy the blocks that it filled. Requests whose load failed in this step are left out:
-        they computed garbage."""
+        """After the forward pass: copy the blocks that it filled.
+
+        Once a pass ran on blocks that were not filled, whatever it computed is garbage, in other requests that share the blocks too, and
+        so is what the passes compute that were planned before the scheduler knew. Nothing of them is stored.
+        """
+        poisoned = work.known_faults.get(self._rank, 0) < self._fault
         for request in work.stores:
-            cause = self._failed_requests.get(request.request_id)
-            if cause is None:
-                self._copy_blocks(request, Direction.STORE)
+            if poisoned:
+                self._finish([chunk.operation for chunk in request.chunks], COPY)
             else:
-                self._finish([chunk.operation for chunk in request.chunks], f"the load before it failed: {cause}")
+                self._copy_blocks(request, Direction.STORE)
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that were promised and not filled, since the last call."""
-        failed, self._failed_blocks = self._failed_blocks, set()
+        with self._lock:
+            failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def take_loaded(self) -> set[str]:
+        """Requests whose background load ended, well or not, since the last call. Ask for failed blocks afterwards, not before."""
+        with self._lock:
+            loaded, self._loaded = self._loaded, set()
+        return loaded
 
     def take_report(self) -> Report:
         """What ended since the last call."""
         with self._lock:
             report, self._report = self._report, Report()
+        for name, tier in self._tiers.items():
+            if isinstance(tier, Breaker):
+                counters = tier.counters
+                report.breakers[self._rank, name] = BreakerReading(
+                    tier.state != "closed", counters.failures, counters.refusals, counters.openings
+                )
         return report
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Drain the I/O threads within timeout seconds, then release memory and connections."""
-        deadline = time.monotonic() + timeout
-        self._pool.shutdown(wait=False)
-        for thread in list(self._pool._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._pool._threads):
-            logger.warning("lmc: closing with unfinished writes after %s s; those chunks are lost", timeout)
-            return
+    def close(self, timeout: float | None = None) -> None:
+        """Let the writes under way end within timeout seconds (default: as configured), then release memory and connections."""
+        timeout = self._close_timeout if timeout is None else timeout
+        with self._lock:
+            under_way = set(self._under_way)
+        _, late = wait(under_way, timeout)
+        for pool in (self._loader, *self._readers.values(), *self._writers.values()):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if late:
+            logger.warning(
+                "lmc: closing with %d copies not done within %g s; those chunks are lost", len(late), timeout
+            )
+        if any(not copy.done() for copy in late):
+            return  # a thread still uses the memory; its tier's own time-out ends it
         for tier in self._tiers.values():
             tier.close()
         self._slab.close()
 
-    def _copy_blocks(self, request: RequestCopies, direction: Direction) -> None:
+    def _submit(self, copy: TierCopy) -> None:
+        pools = self._readers if copy.kind == "stage" else self._writers
+        submitted = pools[copy.tier].submit(self._copy_tier, copy, time.monotonic())
+        with self._lock:
+            self._under_way.add(submitted)
+        submitted.add_done_callback(partial(self._on_end, copy))
+
+    def _load_in_background(self, request: RequestCopies) -> None:
+        self._copy_blocks(request, Direction.LOAD)
+        with self._lock:
+            self._loaded.add(request.request_id)
+
+    def _fail_blocks(self, blocks: Iterable[int]) -> None:
+        with self._lock:
+            self._failed_blocks.update(blocks)
+
+    def _copy_blocks(self, request: RequestCopies, direction: Direction) -> bool:
         blocks = np.array([block for chunk in request.chunks for block in chunk.blocks], dtype=np.int64)
         slots = np.array([self._slab.address(chunk.slot) for chunk in request.chunks], dtype=np.uint64)
         operations = [chunk.operation for chunk in request.chunks]
@@ -120,17 +196,20 @@ class CacheWorker:
         try:
             descriptors = plan(self._layout, blocks, slots, direction)
             self._backend.execute(descriptors)
-        except TransferError as error:
-            logger.warning("lmc: %s of request %s failed: %s", direction, request.request_id, error)
-            self._finish(operations, str(error))
+        except Exception:  # whatever goes wrong here, the answer is recomputation
+            logger.exception("lmc: %s of request %s failed", direction, request.request_id)
+            self._finish(operations, COPY)
             if direction is Direction.LOAD:
-                self._failed_requests[request.request_id] = str(error)
-                self._failed_blocks.update(int(block) for block in blocks if block >= 0)
-            return
+                self._fail_blocks(int(block) for block in blocks if block >= 0)
+            return False
         self._finish(operations, None)
         self._measure(str(direction), descriptors.num_bytes, time.perf_counter() - started)
+        return True
 
-    def _copy_tier(self, copy: TierCopy) -> None:
+    def _copy_tier(self, copy: TierCopy, submitted: float) -> None:
+        if copy.limit is not None and time.monotonic() - submitted > copy.limit:
+            self._finish([copy.operation], LATE)
+            return
         tier = self._tiers[copy.tier]
         view = self._slab.view(copy.slot) if copy.kind != "delete" else memoryview(b"")
         started = time.perf_counter()
@@ -145,27 +224,39 @@ class CacheWorker:
                 else:
                     tier.delete(copy.key)
         except KeyError:
-            self._finish([copy.operation], f"{copy.tier} tier: absent")
+            self._finish([copy.operation], ABSENT)
+        except TierOpen:
+            self._finish([copy.operation], UNAVAILABLE)  # the breaker has said so when it opened
         except TierError as error:
             logger.warning("lmc: %s of chunk %s failed: %s", copy.kind, copy.key.hex()[:16], error)
-            self._finish([copy.operation], str(error))
+            self._finish([copy.operation], _cause(error))
         else:
             self._finish([copy.operation], None)
             self._measure(f"{copy.tier} {copy.kind}", len(view), time.perf_counter() - started)
 
-    def _on_crash(self, copy: TierCopy, future: Future[None]) -> None:
-        """A fault in lmc itself: say so, and let the operation end, so that its slot is free again."""
+    def _on_end(self, copy: TierCopy, future: Future[None]) -> None:
+        """After a fault in lmc itself: say so, and let the operation end, so that its slot is free again."""
+        with self._lock:
+            self._under_way.discard(future)
         error = None if future.cancelled() else future.exception()
         if error is not None:
             logger.error("lmc: %s of chunk %s crashed", copy.kind, copy.key.hex()[:16], exc_info=error)
-            self._finish([copy.operation], f"{type(error).__name__}: {error}")
+            self._finish([copy.operation], CRASH)
 
     def _finish(self, operations: Sequence[int], failure: str | None) -> None:
+        """Failure is one of CAUSES; anything else counts as COPY."""
         with self._lock:
             self._report.finished.update(Counter(operations))
             if failure is not None:
-                self._report.failed.update(dict.fromkeys(operations, failure))
+                cause = failure if failure in CAUSES else COPY
+                self._report.failed.update(dict.fromkeys(operations, cause))
 
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
             self._report.transfers.append((what, num_bytes, seconds))
+
+
+def _cause(error: TierError) -> str:
+    if isinstance(error, Corrupt):
+        return CORRUPT
+    return FULL if isinstance(error, TierFull) else ERROR

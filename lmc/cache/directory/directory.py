@@ -24,7 +24,8 @@ from lmc.cache.directory.resident import ABSENT, INCOMING, RESIDENT, SPOILED
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
 
-CORRUPT = "corrupt"  # the one cause of a failure that makes the directory delete a chunk which others may be using
+CORRUPT = "corrupt"  # the one cause that makes the directory delete a chunk of others
+_CHUNK_IS_FINE = ("late", "unavailable")  # causes that say nothing about the chunk
 _REMOTE_KEYS = 65_536
 
 
@@ -434,7 +435,8 @@ class Directory:
         if ticket.kind == "stage":
             residents = places.set_of(ticket.tier)
             if residents is not None and residents.readable(node):
-                self._below.delete(residents, node)
+                if failure not in _CHUNK_IS_FINE:
+                    self._below.delete(residents, node)
             else:
                 self._forget_remote(ticket, failure)
         places.leave_host(node)

@@ -20,6 +20,11 @@ class Miss(StrEnum):
     NO_ROOM = "no room to store"
     IN_FLIGHT = "store in flight"
     CLEARED = "cleared"
+    # These are found out by the engine, not by the directory:
+    SALT_DIFFERS = "salt differs"  # the first chunk is there for another tenant or adapter
+    BELOW_MINIMUM = "below minimum"
+    LOAD_DEADLINE = "load deadline"
+    REMOTE_DEADLINE = "remote deadline"
 
 
 def evicted_from(tier: str) -> str:

@@ -1,0 +1,41 @@
+"""The state of a running cache in numbers, as /stats gives it and `lmc cache stats` shows it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmc.cache.engine import CacheEngine
+
+
+def collect_stats(engine: CacheEngine) -> dict[str, object]:
+    """Everything that is read here is one number or one copied table, so no lock is needed."""
+    directory, registry = engine.directory, engine.metrics.registry
+    chunk_bytes = engine.chunk_bytes * engine.num_ranks
+    totals: dict[str, float] = {}
+    by_label: dict[str, dict[str, float]] = {}
+    for family in registry.collect():
+        for sample in family.samples:
+            if family.type != "counter" or not sample.name.endswith("_total"):
+                continue
+            name = sample.name.removeprefix("lmc_").removesuffix("_total")
+            if not sample.labels:
+                totals[name] = sample.value
+            else:
+                by_label.setdefault(name, {})["/".join(sample.labels.values())] = sample.value
+    return {
+        "namespace": engine.namespace.label(),
+        "model": engine.namespace.model,
+        "chunk_tokens": engine.chunk_tokens,
+        "chunk_bytes": chunk_bytes,
+        "tiers": {
+            tier: {"chunks": used, "capacity": slots, "bytes": used * chunk_bytes}
+            for tier, (used, slots) in directory.usage().items()
+        },
+        "known_chunks": directory.known_remote(),
+        "write_queue": directory.num_writing,
+        "pending_operations": directory.num_open,
+        "pins": directory.num_pins,
+        "totals": totals,
+        "by_label": by_label,
+    }

@@ -1,0 +1,167 @@
+"""An engine that only moves bytes: a CacheEngine, its workers and KV blocks whose right content is known for every token."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.engine import CacheEngine, Identity
+from lmc.cache.keys import Namespace
+from lmc.cache.layout import KVLayout, Layer, Piece, Region
+from lmc.cache.open import open_worker
+from lmc.cache.plan import Plan, Report
+from lmc.cache.settings import load_settings
+
+BLOCK_TOKENS = 4
+CHUNK_TOKENS = 8
+BLOCK_BYTES = 96
+NUM_BLOCKS = 64
+NUM_LAYERS = 2
+CHUNK_BYTES = NUM_LAYERS * BLOCK_BYTES * CHUNK_TOKENS // BLOCK_TOKENS
+NOBODY = Identity()
+
+
+def settings(**values: object) -> CacheConfig:
+    """host_capacity="..." stands for host.capacity."""
+    flags = {"chunk_tokens": CHUNK_TOKENS, "host.capacity": 64 * 4096, "metrics.enabled": False, "disk.fsync": False}
+    flags["disk.capacity"] = "1MiB"
+    sections = ("host", "disk", "redis", "s3", "metrics", "admin")
+    for name, value in values.items():
+        section, _, rest = name.partition("_")
+        flags[f"{section}.{rest}" if section in sections and rest else name] = value
+    return load_settings(None, {}, flags).config
+
+
+def right_bytes(rank: int, tokens: Sequence[int], block: int, salt: str = "") -> np.ndarray:
+    """What a block must hold: it depends on the rank and on every token up to its end. (layers, bytes)"""
+    seed = f"{rank}/{salt}/{list(tokens[: (block + 1) * BLOCK_TOKENS])}".encode()
+    raw = hashlib.shake_128(seed).digest(NUM_LAYERS * BLOCK_BYTES)
+    return np.frombuffer(raw, dtype=np.uint8).reshape(NUM_LAYERS, BLOCK_BYTES)
+
+
+@dataclass
+class Served:
+    loaded: int  # tokens
+    sources: dict[str, int]
+    miss: object
+    polls: int
+
+
+@dataclass
+class Instance:
+    config: CacheConfig
+    num_ranks: int = 1
+    clock: Callable[[], float] = time.monotonic
+    model: str = "test"
+    serial: int = 0
+    reports: list[Report] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kv = [np.zeros((NUM_LAYERS, NUM_BLOCKS, BLOCK_BYTES), dtype=np.uint8) for _ in range(self.num_ranks)]
+        self.workers = []
+        for rank, blocks in enumerate(self.kv):
+            layout = _layout(blocks)
+            namespace = Namespace("test", self.model, "", "u8", layout.fingerprint, CHUNK_TOKENS, self.num_ranks)
+            self.workers.append(open_worker(self.config, namespace, layout, rank=rank, num_ranks=self.num_ranks))
+        self.engine = CacheEngine(
+            self.config, [worker.ready() for worker in self.workers], BLOCK_TOKENS, clock=self.clock
+        )
+
+    def serve(self, tokens: Sequence[int], identity: Identity = NOBODY, *, settle: bool = True) -> Served:
+        """A request from its arrival to its end; checks every loaded byte and fills in what was not loaded."""
+        self.serial += 1
+        name = f"r{self.serial}"
+        polls = 0
+        until = time.monotonic() + 20
+        while (gain := self.engine.lookup(name, tokens, 0, identity)) is None:
+            polls += 1
+            self.pump()
+            time.sleep(0.001)
+            assert time.monotonic() < until, "the lookup never ended"
+        num_blocks = -(-len(tokens) // BLOCK_TOKENS)
+        blocks = [(self.serial * 7 + 3 * index) % NUM_BLOCKS for index in range(num_blocks)]
+        for kv in self.kv:
+            kv[:, blocks] = 0xEE
+        self.engine.admit(name, gain, blocks)
+        plan = self.engine.take_plan()
+        failed: set[int] = set()
+        for worker in self.workers:
+            worker.begin(plan)
+            failed |= worker.take_failed_blocks()
+        loaded = 0 if failed else gain
+        salt = f"{identity.tenant}/{identity.lora}"
+        for rank, kv in enumerate(self.kv):
+            for index in range(loaded // BLOCK_TOKENS):
+                assert (kv[:, blocks[index]] == right_bytes(rank, tokens, index, salt)).all(), "wrong bytes were loaded"
+            for index in range(loaded // BLOCK_TOKENS, len(tokens) // BLOCK_TOKENS):
+                kv[:, blocks[index]] = right_bytes(rank, tokens, index, salt)
+        for worker in self.workers:
+            worker.end(plan)
+        self.pump()
+        self.engine.store(name, tokens, len(tokens), len(tokens), blocks)
+        plan = self.engine.take_plan()
+        for worker in self.workers:
+            worker.begin(plan)
+            worker.end(plan)
+        sources, miss = dict(self.engine.loaded_from(name)), self.engine.explain(name)["miss"]
+        self.engine.finish(name)
+        self.pump()
+        if settle:
+            self.settle()
+        return Served(loaded, sources, miss, polls)
+
+    def pump(self) -> None:
+        """An engine step without requests."""
+        report = Report()
+        for worker in self.workers:
+            report = report.merge(worker.take_report())
+        self.reports.append(report)
+        self.engine.apply(report)
+        plan = self.engine.take_plan()
+        for worker in self.workers:
+            worker.begin(Plan(tier_copies=plan.tier_copies))
+
+    def settle(self) -> None:
+        until = time.monotonic() + 20
+        while self.engine.busy:
+            self.pump()
+            time.sleep(0.001)
+            assert time.monotonic() < until, "copies never ended"
+        self.engine.directory.check()
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.engine.metrics.registry.get_sample_value(f"lmc_{name}", labels) or 0.0
+
+    def close(self) -> None:
+        self.engine.close()
+        for worker in self.workers:
+            worker.close()
+
+
+def prompt(seed: int, num_tokens: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 1000, num_tokens)]
+
+
+def chunk_files(folder: Path, rank: int = 0) -> list[Path]:
+    return sorted(path for path in folder.glob(f"v1/*/r{rank}/??/*") if path.is_file())
+
+
+def _layout(blocks: np.ndarray) -> KVLayout:
+    """One region per layer, as in a layer-outermost cache."""
+    base = blocks.ctypes.data
+    layer_bytes = NUM_BLOCKS * BLOCK_BYTES
+    return KVLayout(
+        "test",
+        "cpu",
+        BLOCK_TOKENS,
+        NUM_BLOCKS,
+        tuple(Region(base + layer * layer_bytes, BLOCK_BYTES, BLOCK_BYTES) for layer in range(NUM_LAYERS)),
+        tuple(Layer((f"layer{layer}",), (Piece(layer, 0, BLOCK_BYTES),)) for layer in range(NUM_LAYERS)),
+        f"test blocks of {BLOCK_BYTES} bytes",
+    )
