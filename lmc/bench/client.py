@@ -42,6 +42,14 @@ class Outcome:
     def ok(self) -> bool:
         return self.status == "ok"
 
+    def shift(self, by_s: float) -> None:
+        """Move all times."""
+        self.intended_s += by_s
+        self.sent_s += by_s
+        self.token_times_s = [moment + by_s for moment in self.token_times_s]
+        if self.first_s is not None and self.last_s is not None:
+            self.first_s, self.last_s = self.first_s + by_s, self.last_s + by_s
+
 
 @dataclass(frozen=True)
 class Target:

@@ -5,27 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.schedule import Plan
-from lmc.bench.selfcheck import LoopMonitor, SelfCheck
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Outcomes in planned order, only those that were sent; all times count from the start of the load."""
-
-    outcomes: list[Outcome]
-    wall_s: float
-    check: SelfCheck
-
+from lmc.bench.selfcheck import LoopMonitor, Measured
 
 OnDone = Callable[[Outcome], Awaitable[bool]]  # False: send nothing more
 
 
-async def run_load(plan: Plan, target: Target, label: str, on_done: OnDone, seconds: float | None = None) -> Measured:
-    """Send the plan to the target; after `seconds`, or once on_done says False, nothing new is sent. `label` begins every request id."""
+async def run_load(
+    plan: Plan, target: Target, label: str, on_done: OnDone, seconds: float | None = None, offset_s: float = 0.0
+) -> Measured:
+    """Send the plan to the target; after `seconds`, or once on_done says False, nothing new is sent. `label` begins every request id.
+
+    Times of the outcomes count from the start of the load, plus `offset_s`.
+    """
     outcomes: list[Outcome | None] = [None] * len(plan.items)
     done = [asyncio.Event() for _ in plan.items]
     start = time.perf_counter()
@@ -77,14 +71,8 @@ async def run_load(plan: Plan, target: Target, label: str, on_done: OnDone, seco
                 for index in range(len(plan.items)):
                     group.create_task(arrive(index, slots))
         wall = time.perf_counter() - start
-        sent = [_counted_from(start, outcome) for outcome in outcomes if outcome is not None]
-        return Measured(sent, wall, monitor.check(sent, wall, plan.requested_rate))
-
-
-def _counted_from(start: float, outcome: Outcome) -> Outcome:
-    outcome.intended_s -= start
-    outcome.sent_s -= start
-    outcome.token_times_s = [moment - start for moment in outcome.token_times_s]
-    if outcome.first_s is not None and outcome.last_s is not None:
-        outcome.first_s, outcome.last_s = outcome.first_s - start, outcome.last_s - start
-    return outcome
+        sent = [outcome for outcome in outcomes if outcome is not None]
+        sending = max((outcome.sent_s - start for outcome in sent), default=0.0)
+        for outcome in sent:
+            outcome.shift(offset_s - start)
+        return Measured(sent, wall, sending, monitor.cpu_s, monitor.lags_s, plan.requested_rate)

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +22,8 @@ from lmc.bench.prediction import predict
 from lmc.bench.progress import Progress, Quiet
 from lmc.bench.prompts import Prompts, Request, build_prompts, random_tokens
 from lmc.bench.records import SCHEMA_VERSION, ArmResult, Comparison, OutputCheck, RequestRecord, Results, to_record
-from lmc.bench.schedule import Plan, make_plan
-from lmc.bench.stages import ArmData, ArmRun
+from lmc.bench.schedule import Plan, make_plan, split
+from lmc.bench.stages import ArmData, ArmRun, opened
 from lmc.bench.stats import compare, pairs
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.verdict import arm_expectation, arm_result
@@ -80,7 +81,7 @@ class _Runner:
     plan: Plan = field(init=False)
     records: dict[str, list[RequestRecord]] = field(default_factory=dict)
     exact: dict[str, bool] = field(default_factory=dict)
-    data: dict[str, ArmData] = field(default_factory=dict)
+    data: dict[str, list[ArmData]] = field(default_factory=dict)  # one per repeat
 
     async def run(self) -> tuple[Results, list[RequestRecord]]:
         started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
@@ -88,40 +89,58 @@ class _Runner:
         self.plan = make_plan(self.prompts.sessions, self.workload)
         problems: list[str] = []
         for repeat in range(self.options.repeat):
-            for name in self.arms:
+            for group in self._groups():
                 try:
-                    await self._run_arm(name, repeat)
+                    await self._run_together(group, repeat)
                 except (EngineError, RunError, aiohttp.ClientError, TimeoutError) as error:
                     if not self.data:
                         raise
-                    problems.append(f"arm {name}: {error}")
+                    problems.append(f"arm {', '.join(group)}: {error}")
                     break
             if problems:
                 break
         results = self._judge(started, time.perf_counter() - began, hardware, problems)
         return results, [record for name in self.records for record in self.records[name]]
 
-    async def _run_arm(self, name: str, repeat: int) -> None:
-        arm = self.workload.arms[name]
-        scratch = self.scratch / str(repeat)
-        launcher = Launcher(self.options.model, self.workload.engine, scratch, self.options.serve)
-        warm_up = self._warm_up(name)
-        run = ArmRun(self.workload, launcher, self.plan, warm_up, self._prime(), self.options.progress)
-        data = await run.run(name, arm, repeat)
-        if data.measured is None:
-            raise RunError("nothing was measured")
+    def _groups(self) -> list[list[str]]:
+        """Arms that run at the same time; a restarted arm needs its base to be gone."""
+        if self.workload.interleave is None:
+            return [[name] for name in self.arms]
+        fresh = [name for name in self.arms if self.workload.arms[name].restart_of is None]
+        return [fresh, *([name] for name in self.arms if name not in fresh)]
+
+    async def _run_together(self, names: Sequence[str], repeat: int) -> None:
+        """Start these arms, send each block of the load to all of them in ABBA order, stop them."""
+        options, workload = self.options, self.workload
+        launcher = Launcher(options.model, workload.engine, self.scratch / str(repeat), options.serve)
+        block = workload.interleave or len(self.plan.items)
+        async with AsyncExitStack() as stack:
+            runs: list[ArmRun] = []
+            for name in names:
+                arm = opened(name, workload.arms[name], repeat, launcher, workload.limits.timeout, options.progress)
+                runs.append(await stack.enter_async_context(arm))
+                await runs[-1].prepare(self._warm_up(name), self._prime())
+                options.progress.load(name, len(self.plan.items))
+            for index, part in enumerate(split(self.plan, block)):
+                for run in runs if index % 2 == 0 else runs[::-1]:
+                    await run.measure(part, workload.limits.seconds)
+            for run in runs:
+                await run.finish()
+        for run in runs:
+            self._keep(run.data)
+
+    def _keep(self, data: ArmData) -> None:
+        name, arm = data.name, data.arm
         seen = [item.request for item in self.plan.items] if arm.restart_of else []
-        before = [*warm_up, *self._prime()]
+        before = [*self._warm_up(name), *self._prime()]
         expected, exact = arm_expectation(arm, self.plan, data.before, seen, before)
         by_id = dict(zip((item.request.id for item in self.plan.items), expected or [], strict=False))
         self.exact[name] = exact and self.exact.get(name, True)
         self.records.setdefault(name, []).extend(
-            to_record(name, repeat, outcome, by_id.get(outcome.request.id), data.costs.get(outcome.request.id))
-            for outcome in data.measured.outcomes
+            to_record(name, data.repeat, outcome, by_id.get(outcome.request.id), data.costs.get(outcome.request.id))
+            for outcome in data.outcomes
         )
-        if name in self.data:
-            data.problems = [*self.data[name].problems, *data.problems]
-        self.data[name] = data
+        self.data.setdefault(name, []).append(data)
 
     def _warm_up(self, arm: str) -> list[Request]:
         """Random prompts that are in no part; each twice, so that the path of a hit is warm as well."""

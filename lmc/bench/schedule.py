@@ -7,7 +7,7 @@ take one after another. A later turn of a session always waits for the turn befo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,29 @@ def make_plan(sessions: Sequence[Conversation], workload: Workload) -> Plan:
     items = _chained(timed)[:limit]
     span = max(known, default=0.0)
     return Plan(items, None, workload.limits.concurrency, (len(known) - 1) / span if span > 0 else None)
+
+
+def split(plan: Plan, size: int) -> list[Plan]:
+    """A closed loop in blocks of at least `size` requests, whole units each; an open loop stays whole, because its times are one plan."""
+    if plan.units is None:
+        return [plan]
+    blocks: list[list[list[int]]] = [[]]
+    for unit in plan.units:
+        if sum(map(len, blocks[-1])) >= size:
+            blocks.append([])
+        blocks[-1].append(unit)
+    return [_sub_plan(plan, units) for units in blocks]
+
+
+def _sub_plan(plan: Plan, units: list[list[int]]) -> Plan:
+    chosen = [index for unit in units for index in unit]
+    place = {index: position for position, index in enumerate(chosen)}
+    # A turn whose predecessor is in an earlier block has nothing to wait for.
+    items = [
+        replace(plan.items[index], after=None if (after := plan.items[index].after) is None else place.get(after))
+        for index in chosen
+    ]
+    return Plan(items, [[place[index] for index in unit] for unit in units], plan.concurrency, None)
 
 
 def arrival_times(load: OpenLoop, count: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -28,16 +28,32 @@ class SelfCheck:
     client_cpu: float
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One stretch of load: outcomes in planned order, only those that were sent. sending_s is the time until the last was sent."""
+
+    outcomes: list[Outcome]
+    wall_s: float
+    sending_s: float
+    cpu_s: float
+    loop_lags_s: list[float]
+    requested_rate: float | None
+
+
 class LoopMonitor:
     """Measures how late the event loop wakes up, and the CPU time of this process, while a load runs."""
 
     def __init__(self) -> None:
-        self._lags: list[float] = []
+        self.lags_s: list[float] = []
         self._task: asyncio.Task[None] | None = None
-        self._cpu_s = 0.0
+        self._began_cpu_s = 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        return time.process_time() - self._began_cpu_s
 
     async def __aenter__(self) -> LoopMonitor:
-        self._cpu_s = time.process_time()
+        self._began_cpu_s = time.process_time()
         self._task = asyncio.create_task(self._tick())
         return self
 
@@ -52,18 +68,22 @@ class LoopMonitor:
         while True:
             due = time.perf_counter() + TICK_S
             await asyncio.sleep(TICK_S)
-            self._lags.append(time.perf_counter() - due)
+            self.lags_s.append(time.perf_counter() - due)
 
-    def check(self, outcomes: Sequence[Outcome], wall_s: float, requested_rate: float | None = None) -> SelfCheck:
-        send = np.array([outcome.sent_s - outcome.intended_s for outcome in outcomes] or [0.0]) * 1e3
-        loop = np.array(self._lags or [0.0]) * 1e3
-        sent_for = max((outcome.sent_s for outcome in outcomes), default=0.0)
-        return SelfCheck(
-            send_lag_p50_ms=float(np.percentile(send, 50)),
-            send_lag_p99_ms=float(np.percentile(send, 99)),
-            send_lag_max_ms=float(send.max()),
-            loop_lag_p99_ms=float(np.percentile(loop, 99)),
-            requested_rate=requested_rate,
-            achieved_rate=len(outcomes) / sent_for if sent_for > 0 else 0.0,
-            client_cpu=(time.process_time() - self._cpu_s) / wall_s if wall_s > 0 else 0.0,
-        )
+
+def check_client(stretches: Sequence[Measured]) -> SelfCheck:
+    """Over all stretches of load of one arm."""
+    outcomes = [outcome for stretch in stretches for outcome in stretch.outcomes]
+    send = np.array([outcome.sent_s - outcome.intended_s for outcome in outcomes] or [0.0]) * 1e3
+    loop = np.array([lag for stretch in stretches for lag in stretch.loop_lags_s] or [0.0]) * 1e3
+    rates = [stretch.requested_rate for stretch in stretches if stretch.requested_rate is not None]
+    sending, wall = sum(stretch.sending_s for stretch in stretches), sum(stretch.wall_s for stretch in stretches)
+    return SelfCheck(
+        send_lag_p50_ms=float(np.percentile(send, 50)),
+        send_lag_p99_ms=float(np.percentile(send, 99)),
+        send_lag_max_ms=float(send.max()),
+        loop_lag_p99_ms=float(np.percentile(loop, 99)),
+        requested_rate=sum(rates) / len(rates) if rates else None,
+        achieved_rate=len(outcomes) / sending if sending > 0 else 0.0,
+        client_cpu=sum(stretch.cpu_s for stretch in stretches) / wall if wall > 0 else 0.0,
+    )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -17,12 +17,13 @@ from lmc.bench.arms import Launcher, Server
 from lmc.bench.attribution import Costs, request_costs
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, difference, read_counters
-from lmc.bench.load import Measured, run_load
+from lmc.bench.load import run_load
 from lmc.bench.progress import Progress
 from lmc.bench.prompts import Request
 from lmc.bench.records import HitPoint, Phase
 from lmc.bench.schedule import Plan
-from lmc.bench.workload import Arm, Workload
+from lmc.bench.selfcheck import Measured
+from lmc.bench.workload import Arm
 from lmc.errors import RunError
 
 DRAIN_S = 120.0
@@ -33,109 +34,134 @@ ENGINE_HITS, ENGINE_QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache
 
 @dataclass
 class ArmData:
-    """What one arm gave. `before` and `after` are the counters around the measured load."""
+    """What one arm gave in one repeat. `before` and `after` are the counters around the measured load."""
 
     name: str
     arm: Arm
+    repeat: int = 0
     phases: list[Phase] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     command: str = ""
-    measured: Measured | None = None
+    measured: list[Measured] = field(default_factory=list)
     before: Counters | None = None
     after: Counters | None = None
     timeline: list[HitPoint] = field(default_factory=list)
     costs: dict[str, Costs] = field(default_factory=dict)  # by request id
 
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return [outcome for stretch in self.measured for outcome in stretch.outcomes]
+
+    @property
+    def wall_s(self) -> float:
+        return sum(stretch.wall_s for stretch in self.measured)
+
 
 @dataclass
 class ArmRun:
-    """Runs the stages of one arm. `warm_up` must share no chunk with the plan."""
+    """The stages of one arm on a ready server: prepare, measure (once or block by block), finish."""
 
-    workload: Workload
-    launcher: Launcher
-    plan: Plan
-    warm_up: Sequence[Request]
-    prime: Sequence[Request]
+    data: ArmData
+    server: Server
+    http: aiohttp.ClientSession
+    timeout_s: float
     progress: Progress
+    last: Counters | None = None  # the newest reading of the counters during the load
+    stopped: bool = False
+    began_s: float = field(default_factory=time.perf_counter)
 
-    async def run(self, name: str, arm: Arm, repeat: int) -> ArmData:
-        data = ArmData(name, arm)
-        began = time.perf_counter()
-        self.progress.phase(name, "start")
-        async with self.launcher.started(name, arm) as server, aiohttp.ClientSession() as http:
-            data.command = server.command
-            data.phases.append(Phase("start", time.perf_counter() - began, server.base_url))
-            target = Target(server.base_url, server.model, self.workload.limits.timeout)
-            with self._phase(data, "verify empty") as said:
-                said.append(await _verify_empty(http, server, data))
-            with self._phase(data, "warm up") as said:
-                said.append(f"{await self._send_all(target, self.warm_up)} requests")
-            if self.prime:
-                with self._phase(data, "prime") as said:
-                    said.append(f"{await self._send_all(target, self.prime)} requests")
-            with self._phase(data, "drain") as said:
-                said.append(await _drain(http, server))
-            data.before = await read_counters(http, server.metrics)
-            with self._phase(data, "measure") as said:
-                await self._measure(data, http, server, target, f"{name}/{repeat}")
-                said.append(f"{len(data.measured.outcomes) if data.measured else 0} requests")
+    @property
+    def target(self) -> Target:
+        return Target(self.server.base_url, self.server.model, self.timeout_s)
+
+    async def prepare(self, warm_up: Sequence[Request], prime: Sequence[Request]) -> None:
+        """`warm_up` must share no chunk with the load. Raises RunError when the server does not answer it."""
+        with self._phase("verify empty") as said:
+            said.append(await _verify_empty(self.http, self.server, self.data))
+        with self._phase("warm up") as said:
+            said.append(f"{await self._send_all(warm_up)} requests")
+        if prime:
+            with self._phase("prime") as said:
+                said.append(f"{await self._send_all(prime)} requests")
+        with self._phase("drain") as said:
+            said.append(await _drain(self.http, self.server))
+        self.data.before = self.last = await read_counters(self.http, self.server.metrics)
+
+    async def measure(self, plan: Plan, seconds: float | None) -> None:
+        """One stretch of load; a later one goes on where this one ended."""
+        if self.stopped:
+            return
+        with self._phase("measure") as said:
+            label = f"{self.data.name}/{self.data.repeat}"
+            stretch = await run_load(
+                plan, self.target, label, lambda outcome: self._on_done(plan, outcome), seconds, self.data.wall_s
+            )
+            said.append(f"{len(stretch.outcomes)} requests")
+        self.data.measured.append(stretch)
+
+    async def finish(self) -> None:
+        """Let stores end and read the counters; what was measured stays, and is marked if that fails."""
+        try:
+            with self._phase("drain") as said:
+                said.append(await _drain(self.http, self.server))
+            self.data.after = await read_counters(self.http, self.server.metrics)
+        except (aiohttp.ClientError, RunError) as error:
+            self.data.problems.append(await self.server.why_gone() or f"after the load: {error}")
+        self.progress.phase(self.data.name, "stop")
+
+    async def _on_done(self, plan: Plan, outcome: Outcome) -> bool:
+        data, before = self.data, self.data.before
+        self.progress.request(data.name, outcome)
+        if outcome.status == "disconnected" and (why := await self.server.why_gone()):
+            data.problems.append(why)
+            self.stopped = True
+        # Between two requests, never beside one: reading counters takes the engine's own time.
+        elif plan.is_ordered and outcome.ok and before is not None and self.last is not None:
             try:
-                with self._phase(data, "drain") as said:
-                    said.append(await _drain(http, server))
-                data.after = await read_counters(http, server.metrics)
-            except (aiohttp.ClientError, RunError) as error:
-                # What was measured stays, and is marked.
-                data.problems.append(await server.why_gone() or f"after the load: {error}")
-            self.progress.phase(name, "stop")
-        self.progress.phase(name, "done")
-        return data
+                now = await read_counters(self.http, self.server.metrics)
+            except aiohttp.ClientError as error:
+                data.problems.append(f"the metrics cannot be read any more: {error}")
+                self.stopped = True
+                return False
+            data.timeline.append(_hit_point(time.perf_counter() - self.began_s, now, before))
+            data.costs[outcome.request.id] = request_costs(now, self.last)
+            self.last = now
+        return not self.stopped
 
     @contextmanager
-    def _phase(self, data: ArmData, name: str) -> Iterator[list[str]]:
+    def _phase(self, name: str) -> Iterator[list[str]]:
         """Times a stage; the body appends what it saw to the list."""
-        self.progress.phase(data.name, name)
+        self.progress.phase(self.data.name, name)
         began = time.perf_counter()
         said: list[str] = []
         try:
             yield said
         finally:
-            data.phases.append(Phase(name, time.perf_counter() - began, "; ".join(said)))
+            self.data.phases.append(Phase(name, time.perf_counter() - began, "; ".join(said)))
 
-    async def _measure(
-        self, data: ArmData, http: aiohttp.ClientSession, server: Server, target: Target, label: str
-    ) -> None:
-        assert data.before is not None
-        before = last = data.before
-        began = time.perf_counter()
-        self.progress.load(data.name, len(self.plan.items))
-
-        async def on_done(outcome: Outcome) -> bool:
-            nonlocal last
-            self.progress.request(data.name, outcome)
-            if outcome.status == "disconnected" and (why := await server.why_gone()):
-                data.problems.append(why)
-                return False
-            # Between two requests, never beside one: reading counters takes the engine's own time.
-            if self.plan.is_ordered and outcome.ok:
-                try:
-                    now = await read_counters(http, server.metrics)
-                except aiohttp.ClientError as error:
-                    data.problems.append(f"the metrics cannot be read any more: {error}")
-                    return False
-                data.timeline.append(_hit_point(time.perf_counter() - began, now, before))
-                data.costs[outcome.request.id] = request_costs(now, last)
-                last = now
-            return True
-
-        data.measured = await run_load(self.plan, target, label, on_done, self.workload.limits.seconds)
-
-    async def _send_all(self, target: Target, requests: Sequence[Request]) -> int:
+    async def _send_all(self, requests: Sequence[Request]) -> int:
+        target = self.target
         async with new_session(target) as http:
             for index, request in enumerate(requests):
                 outcome = await complete(http, target, request, f"before/{index}", time.perf_counter())
                 if not outcome.ok:
                     raise RunError(f"the request before the load failed: {outcome.status}: {outcome.cause}")
         return len(requests)
+
+
+@asynccontextmanager
+async def opened(
+    name: str, arm: Arm, repeat: int, launcher: Launcher, timeout_s: float, progress: Progress
+) -> AsyncIterator[ArmRun]:
+    """A started arm; leaving the context stops it. Raises EngineError when it does not start."""
+    data = ArmData(name, arm, repeat)
+    progress.phase(name, "start")
+    began = time.perf_counter()
+    async with launcher.started(name, arm) as server, aiohttp.ClientSession() as http:
+        data.command = server.command
+        data.phases.append(Phase("start", time.perf_counter() - began, server.base_url))
+        yield ArmRun(data, server, http, timeout_s, progress)
+    progress.phase(name, "done")
 
 
 def hits_by_tier(now: Counters, before: Counters) -> dict[str, float]:

@@ -7,7 +7,7 @@ empty at the start, or its greedy outputs differ from the reference arm's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lmc.bench.expected import expected_hits
 from lmc.bench.prompts import Request
 from lmc.bench.records import ArmResult, OutputCheck, PartFigures, RequestRecord
 from lmc.bench.schedule import Plan
+from lmc.bench.selfcheck import check_client
 from lmc.bench.stages import ArmData, hits_by_tier
 from lmc.bench.workload import Arm, Slo, Workload
 from lmc.cache.config import CacheConfig, chunk_tokens_for
@@ -74,38 +75,40 @@ def hit_problems(records: Sequence[RequestRecord], exact: bool) -> list[str]:
 
 
 def arm_result(
-    data: ArmData,
+    runs: Sequence[ArmData],
     records: Sequence[RequestRecord],
     workload: Workload,
     plan: Plan,
     exact: bool,
     outputs: OutputCheck | None,
 ) -> ArmResult:
-    """All figures of one arm over its requests."""
-    problems = list(dict.fromkeys(data.problems))
+    """All figures of one arm over its requests; `runs` are its repeats."""
+    first = runs[0]
+    problems = list(dict.fromkeys(problem for data in runs for problem in data.problems))
     answered = [record for record in records if record.ok]
     failures = Counter(f"{r.status}: {r.cause}" for r in records if not r.ok)
     problems += [f"{count} requests failed: {why}" for why, count in failures.most_common()]
-    if data.measured is not None and len(records) < len(plan.items) and workload.limits.seconds is None:
-        problems.append(f"only {len(records)} of {len(plan.items)} requests were sent")
+    planned = len(plan.items) * len(runs)
+    if len(records) < planned and workload.limits.seconds is None:
+        problems.append(f"only {len(records)} of {planned} requests were sent")
     problems += hit_problems(records, exact)
     ttft = percentiles([r.ttft_ms for r in answered])
-    check = data.measured.check if data.measured else None
-    if check is not None and check.send_lag_p99_ms > max(LAG_MS, LAG_SHARE * ttft.get("p50", 0.0)):
+    check = check_client([stretch for data in runs for stretch in data.measured])
+    if check.send_lag_p99_ms > max(LAG_MS, LAG_SHARE * ttft.get("p50", 0.0)):
         problems.append(f"the client lagged: send lag p99 is {check.send_lag_p99_ms:.1f} ms")
     if outputs is not None and outputs.differences:
         problems.append(f"outputs differ from {outputs.reference}: {outputs.differences[0]}")
-    wall = data.measured.wall_s if data.measured else 0.0
+    wall = sum(data.wall_s for data in runs)
     hits = [r.cached_tokens for r in answered]
-    tiers = hits_by_tier(data.after, data.before) if data.after and data.before else {}
+    tiers = _added(hits_by_tier(data.after, data.before) for data in runs if data.after and data.before)
     expected = [r.expected_hit_tokens for r in answered]
     prompt_tokens, output_tokens = sum(r.prompt_tokens for r in answered), sum(r.output_tokens for r in answered)
     return ArmResult(
-        name=data.name,
+        name=first.name,
         valid=not problems,
         problems=problems,
-        about=data.arm.about,
-        command=data.command,
+        about=first.arm.about,
+        command=first.command,
         requests=len(records),
         ok=len(answered),
         failures=dict(failures),
@@ -123,11 +126,11 @@ def arm_result(
         total_tokens_per_s=(prompt_tokens + output_tokens) / wall if wall else 0.0,
         goodput_share=goodput(records, workload.slo),
         parts=[part_figures(part, records, plan.is_ordered) for part in workload.parts],
-        phases=data.phases,
-        timeline=data.timeline,
-        counters=_own_counters(data),
+        phases=[phase for data in runs for phase in data.phases],
+        timeline=first.timeline,
+        counters=_added(map(_own_counters, runs)),
         self_check=check,
-        settings=data.arm.model_dump(),
+        settings=first.arm.model_dump(),
     )
 
 
@@ -135,8 +138,9 @@ def part_figures(part: str, records: Sequence[RequestRecord], is_ordered: bool) 
     mine = [r for r in records if r.part == part]
     ok = [r for r in mine if r.ok]
     hits = [r.cached_tokens for r in ok]
-    busy = sum((r.e2e_ms or 0.0) / 1e3 for r in ok)
-    ends = [r.intended_s + (r.e2e_ms or 0.0) / 1e3 for r in ok]
+    wall = sum((r.e2e_ms or 0.0) / 1e3 for r in ok)
+    if not is_ordered:
+        wall = sum(_span([r for r in ok if r.repeat == repeat]) for repeat in {r.repeat for r in ok})
     return PartFigures(
         part=part,
         requests=len(mine),
@@ -144,9 +148,13 @@ def part_figures(part: str, records: Sequence[RequestRecord], is_ordered: bool) 
         prompt_tokens=sum(r.prompt_tokens for r in ok),
         hit_tokens=None if any(h is None for h in hits) else sum(h or 0 for h in hits),
         output_tokens=sum(r.output_tokens for r in ok),
-        wall_s=busy if is_ordered or not ok else max(ends) - min(r.intended_s for r in ok),
+        wall_s=wall,
         ttft_p50_ms=percentiles([r.ttft_ms for r in ok]).get("p50"),
     )
+
+
+def _span(records: Sequence[RequestRecord]) -> float:
+    return max(r.intended_s + (r.e2e_ms or 0.0) / 1e3 for r in records) - min(r.intended_s for r in records)
 
 
 def percentiles(values: Sequence[float | None]) -> dict[str, float]:
@@ -165,6 +173,14 @@ def goodput(records: Sequence[RequestRecord], slo: Slo) -> float | None:
         if r.ok and all((value := getattr(r, name)) is None or value <= bound for name, bound in bounds)
     ]
     return len(good) / len(records)
+
+
+def _added(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _own_counters(data: ArmData) -> dict[str, float]:

@@ -281,6 +281,7 @@ class Workload(Strict):
     prime: list[str] = []  # parts that are sent once before the measured load
     engine: Engine = Engine()
     arms: dict[str, Arm] = Field(min_length=1)
+    interleave: Count | None = None  # all arms run at once and take turns (ABBA) after so many requests
     bars: list[Bar] = []
     quick: dict[str, Any] = {}  # Any: an overlay on this document, checked once it is laid over
 
@@ -298,6 +299,8 @@ class Workload(Strict):
         for name, part in self.parts.items():
             if isinstance(part.source, RepeatSource) and part.source.part not in parts[: parts.index(name)]:
                 raise ValueError(f"parts.{name}.source.part: {part.source.part!r} is not a part before it")
+        if self.interleave and not isinstance(self.load, Closed):
+            raise ValueError("interleave: only a closed loop can be cut into blocks")
         for part_name in self.prime:
             if part_name not in parts:
                 raise ValueError(f"prime: no part {part_name!r}; {nearest(part_name, parts)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -122,6 +123,28 @@ def test_an_arm_that_does_not_start(run_small: RunSmall) -> None:
     assert [arm.name for arm in results.arms] == ["none"]
     assert not results.valid
     assert "no room for weights" in results.problems[0]
+
+
+def test_arms_that_run_at_once_take_turns(run_small: RunSmall) -> None:
+    results, records = run_small(interleave=3)
+    assert results.problems == []
+    sequential, _ = run_small()
+    assert [arm.hit_tokens for arm in results.arms] == [arm.hit_tokens for arm in sequential.arms]
+    for arm in results.arms[:3]:
+        assert [phase.detail for phase in arm.phases if phase.name == "measure"] == ["3 requests"] * 3 + ["2 requests"]
+        mine = [record for record in records if record.arm == arm.name]
+        assert [a.intended_s < b.intended_s for a, b in itertools.pairwise(mine)] == [True] * 10
+    assert [phase.detail for phase in results.arms[3].phases if phase.name == "measure"] == ["3 requests"] * 3 + [
+        "2 requests"
+    ]
+
+
+def test_repeats_add_up(run_small: RunSmall) -> None:
+    one, _ = run_small(bars=[], arms={"engine": {"reuse": "engine", "args": ["--enable-prefix-caching"]}})
+    two, _ = run_small(repeat=2, bars=[], arms={"engine": {"reuse": "engine", "args": ["--enable-prefix-caching"]}})
+    assert two.arms[0].requests == 2 * one.arms[0].requests
+    assert two.arms[0].hit_tokens_by_tier == {"device": 2 * one.arms[0].hit_tokens_by_tier["device"]}
+    assert two.arms[0].counters == {name: 2 * value for name, value in one.arms[0].counters.items()}
 
 
 def test_every_repeat_starts_from_nothing(run_small: RunSmall) -> None:

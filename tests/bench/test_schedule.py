@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmc.bench.prompts import Conversation, Request
-from lmc.bench.schedule import Plan, arrival_times, make_plan
+from lmc.bench.schedule import Plan, arrival_times, make_plan, split
 from lmc.bench.workload import OpenLoop, Workload
 from lmc.errors import WorkloadError
 from tests.bench.conftest import small_workload
@@ -124,6 +124,31 @@ def test_same_seed_same_plan() -> None:
     load = {"kind": "poisson", "rate": 3.0}
     first, second = (_plan(_sessions(1, 1, 1), load) for _ in range(2))
     assert [item.at_s for item in first.items] == [item.at_s for item in second.items]
+
+
+@settings(deadline=None)
+@given(
+    turns=st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    size=st.integers(1, 9),
+    order=st.sampled_from(["turns", "sessions"]),
+)
+def test_blocks_hold_the_plan_in_order(turns: list[int], size: int, order: str) -> None:
+    plan = _plan(_sessions(*turns), {"kind": "closed", "order": order})
+    blocks = split(plan, size)
+    assert [i.request.id for block in blocks for i in block.items] == [i.request.id for i in plan.items]
+    assert all(len(block.items) >= size for block in blocks[:-1])
+    for block in blocks:
+        assert block.units is not None and block.is_ordered
+        assert [index for unit in block.units for index in unit] == list(range(len(block.items)))
+        for index, item in enumerate(block.items):
+            if item.after is not None:
+                assert item.after < index
+                assert block.items[item.after].request.turn == item.request.turn - 1
+
+
+def test_an_open_loop_is_one_block() -> None:
+    plan = _plan(_sessions(1, 1), {"kind": "constant", "rate": 1})
+    assert split(plan, 1) == [plan]
 
 
 def test_trace_times_must_be_there() -> None:
