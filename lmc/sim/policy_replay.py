@@ -89,7 +89,7 @@ def replay(
     wanted = [int(capacity) for capacity in capacities]
     if any(capacity < 1 for capacity in wanted):
         raise ConfigError(f"a capacity must be at least one block, not {min(wanted)}")
-    kernel = compiled_kernel(spec) if compiled else make_kernel(spec, "")
+    kernel = compiled_kernel(spec) if compiled else make_kernel(spec)
     if not compiled:
         return [_replay_one(trace, spec, kernel, capacity, options, log_victims) for capacity in wanted]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -143,11 +143,15 @@ def compiled_kernel(spec: PolicySpec) -> Kernel:
         for function in vars(module).values():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 register_jitable(_nrt=False)(function)
-    # Numba's cache looks at the kernel's own file only; the digest in the closure makes an edited policy another entry.
-    digest = hashlib.blake2b(digest_size=16)
+    source = make_kernel(spec)
+    # Numba keeps one index file a function name and looks at that function's own file only. A name with the policy and a digest of its source
+    # makes an edited policy another entry, and keeps the index of one policy from needing the modules of another.
+    digest = hashlib.blake2b(digest_size=8)
     for module in modules:
         digest.update(Path(inspect.getfile(module)).read_bytes())
-    kernel: Kernel = njit(cache=True, nogil=True, _nrt=False)(make_kernel(spec, digest.hexdigest()))
+    source.__qualname__ = f"kernel_{spec.name}_{digest.hexdigest()}"
+    # Without reference counting of arrays: they all come from outside, and counting costs more than the policies.
+    kernel: Kernel = njit(cache=True, nogil=True, _nrt=False)(source)
     return kernel
 
 
@@ -165,7 +169,7 @@ def _modules(spec: PolicySpec) -> list[Any]:  # Any: module objects
     return found
 
 
-def make_kernel(spec: PolicySpec, digest: str) -> Kernel:
+def make_kernel(spec: PolicySpec) -> Kernel:
     on_hit, on_insert, victim = spec.on_hit, spec.on_insert, spec.victim
     on_evict, release = spec.on_evict, spec.release
 
@@ -192,7 +196,6 @@ def make_kernel(spec: PolicySpec, digest: str) -> Kernel:
         aging_older: Int32,
         aging_younger: Int32,
     ) -> tuple[int, int]:
-        _ = digest
         count = 0
         evictions = 0
         expires = ttl_s < np.inf

@@ -314,10 +314,11 @@ class NaiveArc(Queues):
         self.trim("B1", max(0, self.capacity - self.size("T1")))
         self.trim("B2", max(0, 2 * self.capacity - self.size("T1") - self.size("T2") - self.size("B1")))
 
+    def from_once(self) -> bool:
+        return self.size("T1") > self.target or self.size("T2") == 0
+
     def victim(self, blocked: IsBlocked) -> Key | None:
-        places = ["T2", "T1"]
-        if self.size("T1") > self.target or self.size("T2") == 0:
-            places.reverse()
+        places = ["T1", "T2"] if self.from_once() else ["T2", "T1"]
         return self.oldest(places[0], blocked) or self.oldest(places[1], blocked)
 
     def evict(self, key: Key) -> None:
