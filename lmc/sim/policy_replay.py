@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -144,8 +144,8 @@ def compiled_kernel(spec: PolicySpec) -> Kernel:
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 register_jitable(_nrt=False)(function)
     source = make_kernel(spec)
-    # Numba keeps one index file a function name and looks at that function's own file only. A name with the policy and a digest of its source
-    # makes an edited policy another entry, and keeps the index of one policy from needing the modules of another.
+    # Numba keeps one index file a function name and watches that function's own file only. A name with the policy and a digest of its source
+    # makes an edited policy another entry, and the index of one policy never needs the modules of another.
     digest = hashlib.blake2b(digest_size=8)
     for module in modules:
         digest.update(Path(inspect.getfile(module)).read_bytes())
@@ -305,8 +305,3 @@ def make_kernel(spec: PolicySpec) -> Kernel:
         return evictions, count
 
     return kernel
-
-
-def capacities_from(shares: Sequence[float], trace: Trace) -> list[int]:
-    """Capacities in blocks from shares of the trace's unique blocks."""
-    return [max(1, round(share * trace.num_unique)) for share in shares]
