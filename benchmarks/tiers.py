@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -110,7 +111,8 @@ def run(contest: Contest, chunks: Chunks, rounds: int) -> Outcome:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     count = len(chunks.keys)
     for turn in range((rounds + 1) * count):
-        for place, name in enumerate(names):
+        order = random.sample(names, len(names))  # one way may leave the caches, or the processor, to others
+        for place, name in enumerate(order):
             number = (
                 turn + place * count // len(names)
             ) % count  # not what another way has just brought into the CPU's cache
