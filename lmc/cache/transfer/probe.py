@@ -22,7 +22,9 @@ import numpy.typing as npt
 from lmc.cache.transfer.backends.base import Backend
 from lmc.cache.transfer.backends.host import HostBackend, useful_threads
 from lmc.cache.transfer.backends.reference import TorchBackend
+from lmc.cache.transfer.cuda import Driver
 from lmc.cache.transfer.planner import Descriptors, Direction
+from lmc.cache.transfer.streams import Runtime
 from lmc.errors import ConfigError
 
 PIECE_SIZES = tuple(1 << power for power in range(12, 22))  # 4 KiB to 2 MiB
@@ -124,38 +126,42 @@ def probe_cuda(
     """Every device backend between pinned host memory and the device. Raises TransferError without a usable driver."""
     import torch
 
-    from lmc.cache.transfer.backends.device import device_backends
+    from lmc.cache.transfer.cuda import load_driver
     from lmc.cache.transfer.runtimes import CudaRuntime
 
-    runtime = CudaRuntime(device)
-    backends = {**device_backends(device, lambda addresses: True), "torch": TorchBackend(device)}
+    machine = f"{torch.cuda.get_device_name(device)}, {_machine()}"
+    rows = measure_device(device, CudaRuntime(device), load_driver(), sizes, total_bytes, repetitions)
+    return Probe(device, machine, rows)
+
+
+def measure_device(
+    device: str, runtime: Runtime, driver: Driver, sizes: Sequence[int], total_bytes: int, repetitions: int
+) -> list[ProbeRow]:
+    import torch
+
+    from lmc.cache.transfer.backends.device import device_backends, seconds_on
+
+    backends = {**device_backends(device, lambda addresses: True, driver), "torch": TorchBackend(device)}
     blocks = torch.zeros(total_bytes, dtype=torch.uint8, device=device)
-    slots = torch.zeros(total_bytes, dtype=torch.uint8, pin_memory=True)
+    slots = torch.zeros(total_bytes, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
     stream = runtime.new_stream()
 
-    def timed(backend: Backend, copies: Descriptors) -> Turn:
-        def turn() -> float:
-            torch.cuda.synchronize(device)
-            started = stream.record()
-            stream.run(partial(backend.execute, copies))
-            ended = stream.record()
-            ended.synchronize()
-            return ended.seconds_since(started)
-
-        turn()  # compile, load, allocate
+    def warm(backend: Backend, copies: Descriptors) -> Turn:
+        turn = partial(seconds_on, stream, runtime, backend, copies)
+        turn()
         return turn
 
     rows = []
     for direction in Direction:
         whole = scattered(blocks.data_ptr(), slots.data_ptr(), total_bytes, total_bytes, direction)
-        limit = [timed(backends["dma"], whole)]
+        limit = [warm(backends["dma"], whole)]
         for size in sizes:
             copies = scattered(blocks.data_ptr(), slots.data_ptr(), total_bytes, size, direction)
             for label, backend in backends.items():
-                turns = [timed(backend, copies)]
+                turns = [warm(backend, copies)]
                 rates = (copies.num_bytes, total_bytes)
                 rows.append(_compare(label, turns, limit, direction, size, rates, repetitions))
-    return Probe(device, f"{torch.cuda.get_device_name(device)}, {_machine()}", rows)
+    return rows
 
 
 def scattered(blocks: int, slots: int, total_bytes: int, size: int, direction: Direction) -> Descriptors:

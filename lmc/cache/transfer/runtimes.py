@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lmc.cache.transfer.streams import Event, Stream
+from lmc.cache.transfer.streams import Event, Runtime, Stream
 
 # torch leaves its stream and event classes untyped, hence Any for them below.
 
@@ -142,7 +142,7 @@ class ThreadRuntime:
             stream.close()
 
 
-def run_now(runtime: CudaRuntime, queue_copies: Callable[[int], None]) -> None:
+def run_now(runtime: Runtime, queue_copies: Callable[[int], None]) -> None:
     """Run on a fresh stream behind the compute stream, and wait for it. Raises what queue_copies raises."""
     stream = runtime.new_stream()
     stream.wait_for(runtime.compute_stream().record())

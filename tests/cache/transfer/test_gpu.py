@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from lmc.cache.transfer.backends.base import Backend
+from lmc.cache.transfer.backends.device import device_backends
+from lmc.cache.transfer.backends.reference import TorchBackend
+from lmc.cache.transfer.cuda import load_driver
 from lmc.cache.transfer.pinned import Slab, open_slab
 from lmc.cache.transfer.planner import Descriptors, Direction
+from lmc.cache.transfer.probe import probe_cuda
 from lmc.cache.transfer.runtimes import CudaRuntime, run_now
 from lmc.cache.transfer.streams import TransferStreams
+from lmc.errors import TransferError
 from tests.contracts.transfer import DTYPES, ORDERS, check_backend, sglang_engine, vllm_engine
 
 pytestmark = [
@@ -43,10 +48,7 @@ class Now:
 
 @pytest.fixture(scope="module")
 def backends() -> dict[str, Backend]:
-    from lmc.cache.transfer.backends.device import device_backends
-    from lmc.cache.transfer.backends.reference import TorchBackend
-
-    return {**device_backends(DEVICE, lambda addresses: True), "torch": TorchBackend(DEVICE)}
+    return {**device_backends(DEVICE, lambda addresses: True, load_driver()), "torch": TorchBackend(DEVICE)}
 
 
 @pytest.fixture
@@ -123,8 +125,6 @@ def test_a_load_waits_for_the_step_that_reads(backends: dict[str, Backend], slab
 
 
 def test_a_copy_is_refused_while_a_graph_is_captured(backends: dict[str, Backend], slab: Slab) -> None:
-    from lmc.errors import TransferError
-
     blocks = torch.zeros(1 << 20, dtype=torch.uint8, device=DEVICE)
     stream = torch.cuda.Stream(DEVICE)
     graph = torch.cuda.CUDAGraph()
@@ -137,8 +137,6 @@ def test_a_copy_is_refused_while_a_graph_is_captured(backends: dict[str, Backend
 @pytest.mark.parametrize("direction", ["store", "load"])
 def test_the_chosen_backend_reaches_the_copy_engines_rate(direction: str) -> None:
     """Bars of the project: 0.9 of the bare copy engine from 32 KiB on, 0.7 at 8 KiB from host to device."""
-    from lmc.cache.transfer.probe import probe_cuda
-
     rows = probe_cuda(DEVICE, (8 << 10, 32 << 10, 128 << 10, 1 << 20)).rows
     for size in (8 << 10, 32 << 10, 128 << 10, 1 << 20):
         best = max(row.share for row in rows if row.direction == direction and row.piece_bytes == size)

@@ -23,7 +23,7 @@ class FakeRegistrar:
 
     def register(self, address: int, size: int) -> None:
         if self._gate is not None:
-            self._gate.acquire()
+            self._gate.acquire(timeout=5)
         self.calls += 1
         if len(self.pieces) >= self._limit:
             raise TransferError("the driver has no memory to register with")

@@ -35,8 +35,11 @@ def choose_backend(
             f"the transfer backend {name!r} does not copy to {layout.device}; use one of {DEVICE_BACKENDS}"
         )
     from lmc.cache.transfer.backends.device import device_backend
+    from lmc.cache.transfer.cuda import load_driver
+    from lmc.cache.transfer.runtimes import CudaRuntime
 
-    return device_backend(layout.device, "" if name == "auto" else name, is_pinned)
+    forced = "" if name == "auto" else name
+    return device_backend(layout.device, forced, is_pinned, load_driver(), CudaRuntime(layout.device))
 
 
 def _host_side(name: str, threads: int) -> Backend:
