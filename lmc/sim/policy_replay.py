@@ -144,7 +144,7 @@ def compiled_kernel(spec: PolicySpec) -> Kernel:
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 register_jitable(_nrt=False)(function)
     source = make_kernel(spec)
-    # Numba keeps one index file a function name and watches that function's own file only. A name with the policy and a digest of its source
+    # Numba keeps one index file a function name and watches only that function's file. A name with the policy and a digest of its source
     # makes an edited policy another entry, and the index of one policy never needs the modules of another.
     digest = hashlib.blake2b(digest_size=8)
     for module in modules:
