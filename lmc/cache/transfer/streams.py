@@ -117,7 +117,11 @@ class TransferStreams:
         stream.wait_for(self._runtime.compute_stream().record())
         other = Direction.LOAD if whole.direction is Direction.STORE else Direction.STORE
         for pending in self._pending[other]:
-            if not pending.ended.query() and _conflict(whole, pending.descriptors):
+            if pending.ended.query() or not _conflict(whole, pending.descriptors):
+                continue
+            if whole.direction is Direction.LOAD and _reads(whole, pending.descriptors):
+                pending.ended.synchronize()  # the copy engine may read slots before the stream's waits are over
+            else:
                 stream.wait_for(pending.ended)
         transfer = Transfer(whole, tag, started=stream.record())
         for part in parts:
@@ -146,11 +150,12 @@ def _joined(parts: Sequence[Descriptors]) -> Descriptors:
 
 def _conflict(one: Descriptors, other: Descriptors) -> bool:
     """Whether one of them writes what the other reads or writes."""
-    return (
-        _overlap(one.dst, one.size, other.src, other.size)
-        or _overlap(one.src, one.size, other.dst, other.size)
-        or _overlap(one.dst, one.size, other.dst, other.size)
-    )
+    return _reads(one, other) or _reads(other, one) or _overlap(one.dst, one.size, other.dst, other.size)
+
+
+def _reads(one: Descriptors, other: Descriptors) -> bool:
+    """Whether the first reads what the second writes."""
+    return _overlap(one.src, one.size, other.dst, other.size)
 
 
 def _overlap(starts: Addresses, sizes: Addresses, other_starts: Addresses, other_sizes: Addresses) -> bool:

@@ -203,6 +203,20 @@ def test_what_a_pending_transfer_reads_is_not_overwritten(first: Direction) -> N
     assert (source[0] == 2).all()
 
 
+def test_a_load_of_a_slot_that_is_being_stored_is_submitted_only_when_it_is_whole() -> None:
+    """A wait on the stream is not enough: the copy engine is told that it may read slots out of the stream's order."""
+    release = threading.Event()
+    pauses = iter([lambda: release.wait(5), lambda: True])
+    world = World(pause=lambda: next(pauses)() * 0.0)
+    world.blocks[0].fill(1)
+    store = world.streams.submit(world.copies(Direction.STORE, 0, 0))
+    threading.Timer(0.05, release.set).start()
+    world.streams.submit(world.copies(Direction.LOAD, 1, 0))
+    assert store.ended.query()
+    world.close()
+    assert (world.blocks[1] == 1).all()
+
+
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["write", "read", "store", "load"]), st.integers(0, 2), st.integers(0, 1)), max_size=14
 )
