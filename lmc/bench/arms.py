@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import aiohttp
+import psutil
 import yaml
 
 from lmc.bench.workload import Arm, Engine
 from lmc.errors import EngineError, RunError
+from lmc.units import parse_size
 
 SERVE = (sys.executable, "-m", "lmc", "serve")
 STOP_S = 30.0
 GONE_S = 2.0
+ENGINE_BYTES = 3 << 29  # an engine's processes without weights and KV, on a CPU
 _FIELD = re.compile(r"(\w+)=(\S+)")
 
 
@@ -123,6 +126,23 @@ class Launcher:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(cache_yaml(arm, disk))
         return path
+
+
+def fit_together(arms: Sequence[Arm], engine: Engine, model_folder: Path) -> bool:
+    """Whether all these engines may be up at once: servers that run already, or CPU engines that leave a quarter of free memory."""
+    started = [arm for arm in arms if arm.url is None]
+    if not started:
+        return True
+    if Path("/dev/nvidiactl").exists():
+        return False  # an engine takes most of a GPU's memory
+    weights = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
+    need = 0
+    for arm in started:
+        space = {**os.environ, **engine.env, **arm.env}.get("VLLM_CPU_KVCACHE_SPACE", "4")
+        host = (arm.cache or {}).get("host") or {}
+        size = str(host.get("capacity", "1GiB"))
+        need += weights + ENGINE_BYTES + (int(space) << 30) + (parse_size(size) if not size.endswith("%") else 1 << 32)
+    return need < psutil.virtual_memory().available * 0.75
 
 
 def cache_yaml(arm: Arm, disk: Path) -> str:

@@ -215,6 +215,7 @@ class Results:
     problems: list[str]
     started: str
     seconds: float
+    interleaved: bool
     command: str
     lmc: dict[str, str]
     hardware: dict[str, str]

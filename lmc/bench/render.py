@@ -105,6 +105,7 @@ def _metadata(results: Results) -> dict[str, str]:
         "command": results.command,
         "started": results.started,
         "took": format_seconds(results.seconds),
+        "order": "arms took turns, block by block (ABBA)" if results.interleaved else "one arm after the other",
         "model": results.model,
         **results.hardware,
         **results.lmc,

@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import uvloop
 
-from lmc.bench.arms import SERVE, Launcher
+from lmc.bench.arms import SERVE, Launcher, fit_together
 from lmc.bench.bars import judge_bars
 from lmc.bench.machine import command_line, describe_hardware, describe_software
 from lmc.bench.outputs import compare_outputs
@@ -79,6 +79,7 @@ class _Runner:
     arms: list[str]
     scratch: Path
     plan: Plan = field(init=False)
+    interleaved: bool = False
     records: dict[str, list[RequestRecord]] = field(default_factory=dict)
     exact: dict[str, bool] = field(default_factory=dict)
     data: dict[str, list[ArmData]] = field(default_factory=dict)  # one per repeat
@@ -104,16 +105,20 @@ class _Runner:
 
     def _groups(self) -> list[list[str]]:
         """Arms that run at the same time; a restarted arm needs its base to be gone."""
-        if self.workload.interleave is None:
-            return [[name] for name in self.arms]
         fresh = [name for name in self.arms if self.workload.arms[name].restart_of is None]
+        chosen = [self.workload.arms[name] for name in fresh]
+        if self.workload.interleave is None or not fit_together(
+            chosen, self.workload.engine, self.options.model_folder
+        ):
+            return [[name] for name in self.arms]
+        self.interleaved = len(fresh) > 1
         return [fresh, *([name] for name in self.arms if name not in fresh)]
 
     async def _run_together(self, names: Sequence[str], repeat: int) -> None:
         """Start these arms, send each block of the load to all of them in ABBA order, stop them."""
         options, workload = self.options, self.workload
         launcher = Launcher(options.model, workload.engine, self.scratch / str(repeat), options.serve)
-        block = workload.interleave or len(self.plan.items)
+        block = (workload.interleave or 0) if len(names) > 1 else 0
         async with AsyncExitStack() as stack:
             runs: list[ArmRun] = []
             for name in names:
@@ -121,7 +126,7 @@ class _Runner:
                 runs.append(await stack.enter_async_context(arm))
                 await runs[-1].prepare(self._warm_up(name), self._prime())
                 options.progress.load(name, len(self.plan.items))
-            for index, part in enumerate(split(self.plan, block)):
+            for index, part in enumerate(split(self.plan, block or len(self.plan.items))):
                 for run in runs if index % 2 == 0 else runs[::-1]:
                     await run.measure(part, workload.limits.seconds)
             for run in runs:
@@ -184,6 +189,7 @@ class _Runner:
             problems=problems,
             started=started,
             seconds=seconds,
+            interleaved=self.interleaved,
             command=command_line(),
             lmc=describe_software(),
             hardware=hardware,

@@ -125,18 +125,26 @@ def test_an_arm_that_does_not_start(run_small: RunSmall) -> None:
     assert "no room for weights" in results.problems[0]
 
 
-def test_arms_that_run_at_once_take_turns(run_small: RunSmall) -> None:
+def test_arms_that_run_at_once_take_turns(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmc.bench.run.fit_together", lambda *_: True)
     results, records = run_small(interleave=3)
     assert results.problems == []
+    assert results.interleaved
+    monkeypatch.undo()
     sequential, _ = run_small()
     assert [arm.hit_tokens for arm in results.arms] == [arm.hit_tokens for arm in sequential.arms]
     for arm in results.arms[:3]:
         assert [phase.detail for phase in arm.phases if phase.name == "measure"] == ["3 requests"] * 3 + ["2 requests"]
         mine = [record for record in records if record.arm == arm.name]
         assert [a.intended_s < b.intended_s for a, b in itertools.pairwise(mine)] == [True] * 10
-    assert [phase.detail for phase in results.arms[3].phases if phase.name == "measure"] == ["3 requests"] * 3 + [
-        "2 requests"
-    ]
+    assert [phase.detail for phase in results.arms[3].phases if phase.name == "measure"] == ["11 requests"]
+
+
+def test_arms_that_do_not_fit_run_one_after_the_other(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1000000")
+    results, _ = run_small(interleave=3, bars=[], arms={"none": NONE, "lmc": CACHED})
+    assert results.valid
+    assert not results.interleaved
 
 
 def test_repeats_add_up(run_small: RunSmall) -> None:
