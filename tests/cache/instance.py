@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-
 from lmc.cache.config import CacheConfig
 from lmc.cache.engine import CacheEngine, Identity
 from lmc.cache.keys import Namespace

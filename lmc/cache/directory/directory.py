@@ -154,7 +154,7 @@ class Directory:
                 if node >= 0:
                     places.forget_unused(node)
             places.forget_ghosts()
-            self._below.demote_ahead()
+        self._below.demote_ahead()
         return tickets
 
     def stage(self, keys: Sequence[ChunkKey], now: float, *, first: int = 0, tenant: str = "") -> list[Ticket]:
@@ -195,6 +195,7 @@ class Directory:
             if node >= 0:
                 places.forget_unused(node)
         places.forget_ghosts()
+        self._below.demote_ahead()
         return tickets
 
     def arriving(self, keys: Sequence[ChunkKey]) -> bool:
