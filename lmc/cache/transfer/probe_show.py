@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmc.cache.transfer.probe import Probe
+from lmc.cache.transfer.probe import WINDOW_BYTES, Probe
 from lmc.report import Column, Figure, Table, new_axes, to_figure
 from lmc.units import format_size
 
@@ -20,10 +20,15 @@ def transfer_table(probe: Probe) -> Table:
         (row.direction, format_size(row.piece_bytes), row.backend, row.gb_per_s, row.limit_gb_per_s, row.share * 100)
         for row in sorted(probe.rows, key=lambda row: (row.direction != "store", row.piece_bytes))
     ]
-    limit = "memcpy of all bytes by one thread" if probe.device == "cpu" else "one copy by the bare copy engine"
+    limit = (
+        f"memcpy of {format_size(WINDOW_BYTES)} by one thread"
+        if probe.device == "cpu"
+        else "one copy by the bare copy engine"
+    )
     note = f"limit: {limit}, measured by turns with the backend; share: median of the turns."
-    missing = "".join(f" Not measured: {name} ({reason})." for name, reason in probe.absent.items())
-    return Table(f"Transfers on {probe.device} ({probe.machine})", columns, rows, note + missing)
+    missing = "; ".join(f"{name} ({reason})" for name, reason in probe.absent.items())
+    note += f" Not measured: {missing}." if missing else ""
+    return Table(f"Transfers on {probe.device} ({probe.machine})", columns, rows, note)
 
 
 def transfer_figure(probe: Probe) -> Figure:

@@ -69,6 +69,16 @@ def test_pageable_slots_are_left_to_the_copy_engine() -> None:
     assert backend.refused == {"kernel: the slots are not pinned": 2}
 
 
+def test_without_triton_the_copy_engine_does_everything(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    backend = device_backend("cpu", "", lambda addresses: True, fake_driver()[0], NumberedRuntime())
+    check_backend(backend, ENGINE, TABLE, 1)
+    assert set(backend.chosen) == {("dma", "store"), ("dma", "load")}
+    assert "triton is not installed" in caplog.text
+
+
 def test_it_works_behind_streams() -> None:
     backend = device_backend("cpu", "", lambda addresses: True, fake_driver()[0], NumberedRuntime())
     streams = TransferStreams(NumberedRuntime(), backend)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -70,3 +73,17 @@ def test_threads_copy_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     check_backend(backend, vllm_engine("LHBNC", torch.bfloat16), [[3, 1], [0, 6]], 1)
     backend.close()
+
+
+def test_it_works_where_compiled_code_cannot_be_kept() -> None:
+    """A read-only installation without a home: Numba finds no place for its cache."""
+    code = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+import numpy as np
+from lmc.cache.transfer.backends.copy_loop import stream_loop
+source, target = np.arange(100, dtype=np.uint8), np.zeros(100, dtype=np.uint8)
+stream_loop(*(np.array([value], dtype=np.uint64) for value in (source.ctypes.data, target.ctypes.data, 100)))
+assert (source == target).all()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)

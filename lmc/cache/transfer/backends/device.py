@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -46,10 +47,13 @@ def device_backend(
 
 
 def device_backends(device: str, is_pinned: Callable[[Addresses], bool], driver: Driver) -> dict[str, Backend]:
-    """The copy engine takes anything; the others have conditions."""
+    """The copy engine takes anything; the others have conditions, the first of them Triton."""
     import torch
 
     dma = DmaBackend(driver)
+    if find_spec("triton") is None:
+        logger.warning("lmc: transfer: triton is not installed; every copy goes to the copy engine, small ones slowly")
+        return {"dma": dma}
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device=device)
     staged = StagedBackend(KernelBackend(device), dma, staging.data_ptr(), STAGING_BYTES, staging)
     return {"dma": dma, "kernel": KernelBackend(device, is_pinned=is_pinned), "staged": staged}
