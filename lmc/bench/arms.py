@@ -128,6 +128,28 @@ class Launcher:
         return path
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A text and its tokens by the workload's tokenizer."""
+
+    text: str
+    tokens: list[int]
+
+
+async def check_tokenizer(http: aiohttp.ClientSession, server: Server, probe: Probe) -> None:
+    """Raises RunError when the server turns the text into other tokens; a server without /tokenize is not checked."""
+    body = {"model": server.model, "prompt": probe.text, "add_special_tokens": False}
+    async with http.post(f"{server.root_url}/tokenize", json=body) as response:
+        if response.status != 200:
+            return
+        answer = await response.json(content_type=None)
+    tokens = answer.get("tokens") if isinstance(answer, dict) else None
+    if tokens is not None and tokens != probe.tokens:
+        raise RunError(
+            f"{server.base_url} has another tokenizer than the model of this workload; give the served model with --model"
+        )
+
+
 def fit_together(arms: Sequence[Arm], engine: Engine, model_folder: Path) -> bool:
     """Whether all these engines may be up at once: servers that run already, or CPU engines that leave a quarter of free memory."""
     started = [arm for arm in arms if arm.url is None]

@@ -13,7 +13,7 @@ Sample = tuple[str, frozenset[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Counters:
-    """One reading of every metrics page of an arm; `samples` adds up pages that show the same sample."""
+    """One reading of every metrics page of an arm."""
 
     samples: dict[Sample, float]
 
@@ -36,12 +36,16 @@ class Counters:
 
 
 def parse(pages: Sequence[str]) -> Counters:
+    """A name that several pages show counts once, as the last of them shows it: an engine may republish lmc's own metrics."""
     samples: dict[Sample, float] = {}
     for page in pages:
+        found: dict[Sample, float] = {}
         for family in text_string_to_metric_families(page):
             for sample in family.samples:
                 key = (sample.name, frozenset(sample.labels.items()))
-                samples[key] = samples.get(key, 0.0) + float(sample.value)
+                found[key] = found.get(key, 0.0) + float(sample.value)
+        names = {name for name, _ in found}
+        samples = {key: value for key, value in samples.items() if key[0] not in names} | found
     return Counters(samples)
 
 

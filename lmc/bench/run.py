@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import uvloop
 
-from lmc.bench.arms import SERVE, Launcher, fit_together
+from lmc.bench.arms import SERVE, Launcher, Probe, fit_together
 from lmc.bench.bars import judge_bars
 from lmc.bench.machine import command_line, describe_hardware, describe_software
 from lmc.bench.outputs import compare_outputs
@@ -31,6 +31,7 @@ from lmc.bench.workload import Workload, nearest
 from lmc.errors import EngineError, RunError, WorkloadError
 
 WARM_UP_OUTPUT = 4
+PROBE_TEXT = 'The KV cache of 2 engines: naïve façade, 100 % {"json": [1, 2.5]}\n\tdéjà vu'
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class _Runner:
             for name in names:
                 arm = opened(name, workload.arms[name], repeat, launcher, workload.limits.timeout, options.progress)
                 runs.append(await stack.enter_async_context(arm))
-                await runs[-1].prepare(self._warm_up(name), self._prime())
+                await runs[-1].prepare(self._warm_up(name), self._prime(), self._probe())
                 options.progress.load(name, len(self.plan.items))
             for index, part in enumerate(split(self.plan, block or len(self.plan.items))):
                 for run in runs if index % 2 == 0 else runs[::-1]:
@@ -146,6 +147,9 @@ class _Runner:
             for outcome in data.outcomes
         )
         self.data.setdefault(name, []).append(data)
+
+    def _probe(self) -> Probe:
+        return Probe(PROBE_TEXT, self.tokenizer.encode(PROBE_TEXT, add_special=False).tolist())
 
     def _warm_up(self, arm: str) -> list[Request]:
         """Random prompts that are in no part; each twice, so that the path of a hit is warm as well."""

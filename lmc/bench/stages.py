@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from lmc.bench.arms import Launcher, Server
+from lmc.bench.arms import Launcher, Probe, Server, check_tokenizer
 from lmc.bench.attribution import Costs, request_costs
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, difference, read_counters
@@ -74,8 +74,9 @@ class ArmRun:
     def target(self) -> Target:
         return Target(self.server.base_url, self.server.model, self.timeout_s)
 
-    async def prepare(self, warm_up: Sequence[Request], prime: Sequence[Request]) -> None:
-        """`warm_up` must share no chunk with the load. Raises RunError when the server does not answer it."""
+    async def prepare(self, warm_up: Sequence[Request], prime: Sequence[Request], probe: Probe) -> None:
+        """`warm_up` must share no chunk with the load. Raises RunError when the server does not answer it, or has another tokenizer."""
+        await check_tokenizer(self.http, self.server, probe)
         with self._phase("verify empty") as said:
             said.append(await _verify_empty(self.http, self.server, self.data))
         with self._phase("warm up") as said:

@@ -7,7 +7,7 @@ empty at the start, or its greedy outputs differ from the reference arm's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -74,6 +74,17 @@ def hit_problems(records: Sequence[RequestRecord], exact: bool) -> list[str]:
     return []
 
 
+def counter_problems(records: Sequence[RequestRecord], tiers: Mapping[str, float]) -> list[str]:
+    """What responses report and what engine and cache count must agree; not judged where a request failed or a part is not counted."""
+    hits = [r.cached_tokens for r in records]
+    if "device" not in tiers or not all(r.ok for r in records) or any(h is None for h in hits):
+        return []
+    reported, counted = sum(h or 0 for h in hits), round(sum(tiers.values()))
+    if reported == counted:
+        return []
+    return [f"responses report {reported:,} hit tokens, the counters of engine and cache {counted:,}"]
+
+
 def arm_result(
     runs: Sequence[ArmData],
     records: Sequence[RequestRecord],
@@ -101,6 +112,7 @@ def arm_result(
     wall = sum(data.wall_s for data in runs)
     hits = [r.cached_tokens for r in answered]
     tiers = _added(hits_by_tier(data.after, data.before) for data in runs if data.after and data.before)
+    problems += counter_problems(records, tiers)
     expected = [r.expected_hit_tokens for r in answered]
     prompt_tokens, output_tokens = sum(r.prompt_tokens for r in answered), sum(r.output_tokens for r in answered)
     return ArmResult(

@@ -1,7 +1,8 @@
 """An OpenAI-compatible server that only pretends: exact prefix caching by 128-token blocks, metrics, a stream per request.
 
 Takes the arguments of `lmc serve`. Faults and speed come from arguments after `--`: --us-per-token N, --fault NAME.
-Faults: wrong-token, tie, wrong-hits, http-500, die, stall, no-usage, warm (starts with a warm counter), bad-tokenizer.
+Faults: wrong-token, tie, wrong-hits, http-500, die, stall, no-usage, warm (starts with a warm counter),
+bad-tokenizer (counts a token more), other-vocabulary, no-start.
 """
 
 from __future__ import annotations
@@ -90,6 +91,11 @@ class Mock:
             ]
         return web.Response(text="\n".join(lines) + "\n")
 
+    async def tokenize(self, request: web.Request) -> web.Response:
+        if self.args.fault != "other-vocabulary":
+            return web.Response(status=404)
+        return web.json_response({"tokens": [1, 2, 3]})
+
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         prompt: list[int] = body["prompt"]
@@ -169,6 +175,7 @@ async def serve(args: argparse.Namespace) -> None:
     app = web.Application(client_max_size=1 << 26)
     app.router.add_get("/v1/models", mock.models)
     app.router.add_get("/metrics", mock.metrics)
+    app.router.add_post("/tokenize", mock.tokenize)
     app.router.add_post("/v1/completions", mock.complete)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()

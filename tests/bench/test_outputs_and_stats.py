@@ -10,7 +10,7 @@ from lmc.bench.bars import judge_bars
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.records import RequestRecord
 from lmc.bench.stats import compare, judge, pairs, weighted_percentile
-from lmc.bench.verdict import goodput, hit_problems
+from lmc.bench.verdict import counter_problems, goodput, hit_problems
 from lmc.bench.workload import Bar, Slo
 
 
@@ -148,6 +148,17 @@ def test_hits_must_be_exact_where_the_order_is_fixed() -> None:
     near = [record(cached_tokens=120, expected_hit_tokens=128)]
     assert hit_problems(near, False) == []
     assert hit_problems([record(cached_tokens=None, expected_hit_tokens=128)], False) == []
+
+
+def test_responses_and_counters_must_agree() -> None:
+    records = [record(cached_tokens=128), record(cached_tokens=256)]
+    assert counter_problems(records, {"device": 128.0, "host": 256.0}) == []
+    assert (
+        "report 384 hit tokens, the counters of engine and cache 512" in counter_problems(records, {"device": 512.0})[0]
+    )
+    assert counter_problems(records, {"host": 0.0}) == []
+    assert counter_problems([record(status="timeout")], {"device": 1.0}) == []
+    assert counter_problems([record(cached_tokens=None)], {"device": 1.0}) == []
 
 
 def test_goodput_counts_every_sent_request() -> None:

@@ -109,6 +109,11 @@ def test_another_tokenizer_is_noticed(run_small: RunSmall) -> None:
     assert "another tokenizer?" in results.problems[0]
 
 
+def test_another_vocabulary_stops_the_arm_before_the_load(run_small: RunSmall) -> None:
+    with pytest.raises(RunError, match="has another tokenizer than the model of this workload"):
+        run_small(bars=[], arms={"x": {**NONE, "args": ["--fault", "other-vocabulary"]}})
+
+
 def test_missing_cached_tokens_are_not_zero(run_small: RunSmall) -> None:
     results, records = run_small(**_faulty("no-usage"))
     assert results.arms[1].hit_tokens is None
