@@ -200,14 +200,17 @@ def test_a_new_process_loads_from_disk(second: SglangServer, reference: dict[str
 
 
 def test_damaged_and_missing_chunks_are_recomputed(second: SglangServer, reference: dict[str, dict[str, Any]]) -> None:
-    answer = second.generate(DAMAGED)
-    assert answer["loaded"] < 640
-    assert_same(answer, reference["damaged"])
-    second.settle()
-    second.flush()
-    healed = second.generate(DAMAGED)
-    assert healed["loaded"] == 640
-    assert_same(healed, reference["damaged"])
+    loaded = []
+    for _ in range(
+        5
+    ):  # what is on disk counts as good until it is read, so each request may find one more damaged file
+        second.flush()
+        answer = second.generate(DAMAGED)
+        assert_same(answer, reference["damaged"])
+        loaded.append(answer["loaded"])
+        second.settle()
+    assert loaded == sorted(loaded)
+    assert loaded[0] < loaded[-1] == 640
     assert second.metric("lmc_failures_total", operation="stage") > 0
     assert second.metric("lmc_failures_total", operation="load") == 0
 

@@ -15,6 +15,7 @@ import pytest
 from lmc.errors import ConfigError, TierError, TransferError
 
 from tests.engines.scenario import prompt
+from tests.engines.test_sglang import damage
 from tests.services import redis_server, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang]
@@ -78,6 +79,8 @@ class Engine:
     def __init__(self, settings: dict[str, object], model: str = "one", **params: object) -> None:
         import torch
         from lmc.cache.connectors.sglang import LmcLinker
+
+        defaults = {"host.capacity": "16MiB", "disk.capacity": "64MiB", "metrics.enabled": False, "strict": True}
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
@@ -85,6 +88,7 @@ class Engine:
         self.linker = LmcLinker(
             SimpleNamespace(
                 disaggregation_mode="null",
+                dcp_size=1,
                 revision=None,
                 dtype="float32",
                 model_path=model,
@@ -106,7 +110,7 @@ class Engine:
                 },
             ),
             components={ComponentType.FULL},
-            extra_config={"settings": {"host.capacity": "16MiB", "metrics.enabled": False, "strict": True, **settings}},
+            extra_config={"settings": {**defaults, **settings}},
             forward_stream=None,
         )
 
@@ -394,6 +398,31 @@ def test_a_damaged_file_is_never_promised(start: Start, disk: Path) -> None:
     second.wait(again)
     assert again.hits == [1]
     assert second.load(again, [20])
+
+
+def test_damaged_files_are_replaced_as_they_are_found(start: Start, disk: Path) -> None:
+    """What is on disk counts as good until it is read; the requests that run into it put good copies in its place."""
+    first = start(disk__path=str(disk))
+    pages = list(range(3, 13))
+    request = first.serve(prompt(24, 10 * PAGE + 5), pages)
+    first.settle()
+    from lmc.cache.connectors.sglang.prompts import Prompt
+
+    keys = Prompt(request, first.cache.engine.namespace, "").keys
+    files = {file.name: file for file in disk.rglob("*")}
+    damage([files[key.hex()] for key in keys[2:]])
+    second = start(disk__path=str(disk))
+    found = []
+    for number in range(4):
+        again = second.arrive(prompt(24, 10 * PAGE + 5), rid=f"try {number}")
+        second.wait(again)
+        found.append(len(again.hits))
+        assert second.load(again, pages[: found[-1]])
+        assert second.offload(again, pages)  # SGLang inserts what was loaded and what was computed
+        second.settle()
+    assert found[:2] == [2, 5]  # pages 2, 5 and 8 have flipped bits; a scan sees the short and the missing files
+    assert found == sorted(found)
+    assert found[-1] == 10
 
 
 def test_a_tier_that_hangs_holds_a_request_no_longer_than_the_deadline(start: Start, disk: Path) -> None:

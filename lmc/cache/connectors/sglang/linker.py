@@ -98,7 +98,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         asking: set[str] = set()
         if self._cache is not None:
             with self:
-                self._pump(self._cache)
                 asking = self._ask(self._cache, waiting, tree_cache)
         if self._ranks > 1 and waiting:
             ready = agree(tree_cache, [request.rid not in asking for request in waiting])
@@ -106,6 +105,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         return asking
 
     def _ask(self, cache: LocalCache, waiting: list[Any], tree_cache: Any) -> set[str]:
+        if any(prompt is not None and prompt.waiting for prompt in self._prompts.values()):
+            self._pump(cache)
         present = {request.rid for request in waiting}
         for rid in [rid for rid in self._prompts if rid not in present]:
             self._leave(cache, rid)
@@ -113,9 +114,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             if request.rid not in self._prompts:
                 self._prompts[request.rid] = prompt = self._meet(cache, request)
                 if prompt is not None:
-                    request.init_next_round_input(
-                        tree_cache, cow_mamba=False
-                    )  # looks up: matches the tree, then calls lookup()
+                    request.init_next_round_input(tree_cache, cow_mamba=False)  # calls lookup()
             elif (prompt := self._prompts[request.rid]) is not None and prompt.waiting:
                 gain = cache.engine.lookup(request.rid, prompt.tokens, prompt.computed, prompt.identity)
                 prompt.waiting = gain is None
@@ -133,7 +132,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         prompt = self._prompts[rid]
         if prompt is not None and prompt.loading:
             return  # finish_layer_wise_loading comes
-        if prompt is not None and prompt.looked_up:
+        if prompt is not None and prompt.looked_up and not prompt.waiting:
             cache.engine.admit(rid, 0, [])
         self._end(cache, rid)
 
@@ -248,15 +247,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if not gain:
             return 0
         promised = prompt.keys[start : start + gain // self._page]
-        cache.engine.directory.pin(promised, self._promise(rid), time.monotonic() + _PROMISE_SECONDS)
+        cache.engine.directory.unpin(_promise(rid))  # pins of one owner add up
+        cache.engine.directory.pin(promised, _promise(rid), time.monotonic() + _PROMISE_SECONDS)
         return gain
-
-    def _promise(self, rid: str) -> str:
-        """Owner of the pin; the old one goes, as pins of one owner add up."""
-        owner = f"promise {rid}"
-        assert self._cache is not None
-        self._cache.engine.directory.unpin(owner)
-        return owner
 
     def _queue(self, cache: LocalCache, rid: str, prompt: Prompt, transfer: Any) -> bool:
         start = prompt.position(transfer.keys)
@@ -265,7 +258,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             return False
         pages = self._page_ids(transfer)
         cache.engine.admit(rid, tokens, [SKIP] * start + pages)
-        self._promise(rid)
+        cache.engine.directory.unpin(_promise(rid))
         plan = cache.engine.take_plan()
         (copies,) = plan.loads
         plan.loads.clear()
@@ -282,7 +275,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             stored = directory.lookup(prompt.keys, now).num_chunks
             directory.store(prompt.keys[:stored], now, tenant=prompt.identity.tenant)
         cache.engine.finish(rid)
-        self._promise(rid)
+        cache.engine.directory.unpin(_promise(rid))
 
     def _offload(self, cache: LocalCache, transfer: Any) -> bool:
         keys = self._pages.leading(transfer.keys)
@@ -331,6 +324,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         return True
 
 
+def _promise(rid: str) -> str:
+    """Owner of the pin on what a request was promised."""
+    return f"promise {rid}"
+
+
 def _settings(extra: dict[str, Any]) -> CacheConfig:
     if unknown := sorted(set(extra) - {"settings", "config"}):
         raise ConfigError(f"unknown key {unknown[0]!r} in linker_extra_config; there are settings and config")
@@ -341,7 +339,7 @@ def _settings(extra: dict[str, Any]) -> CacheConfig:
 def _check(server_args: Any, params: Any, components: set[Any]) -> None:
     if components != {ComponentType.FULL}:
         raise ConfigError("models with sliding-window or state-space layers are not supported on SGLang")
-    if params.pp_size > 1 or params.attn_cp_size > 1:
+    if params.pp_size > 1 or params.attn_cp_size > 1 or server_args.dcp_size > 1:
         raise ConfigError("pipeline and context parallelism are not supported")
     if params.is_eagle or params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
         raise ConfigError("speculative decoding with a draft model's KV is not supported on SGLang")
