@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.engines.scenario import assert_same, driver, prompt
+from tests.engines.tiny_model import make_tiny_mistral
 from tests.engines.vllm_driver import VllmDriver
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def cached(tiny_llama: Path) -> Iterator[VllmDriver]:
-    with driver(tiny_llama) as engine:
+@pytest.fixture(scope="module", params=[1_000_000, 1], ids=["before the pass", "in the background"])
+def cached(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[VllmDriver]:
+    with driver(tiny_llama, background_load_tokens=request.param) as engine:
         engine.call("watch_bytes")
         yield engine
 
@@ -96,6 +97,36 @@ def test_a_reset_forgets_everything(cached: VllmDriver) -> None:
     assert cached.generate([text])[0]["cached"] == 0
 
 
+def test_a_request_may_bypass_the_cache(cached: VllmDriver) -> None:
+    text = prompt(13, 200)
+    cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"store": False}}})
+    assert cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"bypass": True}}})[0]["cached"] == 0
+    cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"tenant": "a"}}})
+    assert cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"tenant": "b"}}})[0]["cached"] == 0
+    assert cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"tenant": "a"}}})[0]["cached"] == 192
+    unclear = {"kv_transfer_params": {"lmc": {"tenants": "a"}}}
+    assert cached.generate([text], extra_args=unclear)[0]["cached"] == 0
+
+
+def test_a_request_may_ask_why(cached: VllmDriver) -> None:
+    text = prompt(14, 200)
+    ask = {"kv_transfer_params": {"lmc": {"explain": True}}}
+    cold = cached.generate([text], extra_args=ask)[0]["explanation"]["lmc"]
+    assert cold == {"prompt_tokens": 200, "hit_tokens": {"device": 0}, "miss": "never stored"}
+    warm = cached.generate([text], extra_args=ask)[0]["explanation"]["lmc"]
+    assert warm == {"prompt_tokens": 200, "hit_tokens": {"device": 0, "host": 192}, "miss": None}
+
+
+def test_a_request_aborted_while_loading_leaves_nothing(plain: VllmDriver, cached: VllmDriver) -> None:
+    text = prompt(15, 700)
+    cached.generate([text])
+    free = cached.call("state")["free_blocks"]
+    cached.call("abort_while_loading", prompt=text)
+    state = cached.call("state")
+    assert (state["open"], state["pins"], state["requests"], state["free_blocks"]) == (0, 0, 0, free)
+    assert_same(cached.generate([text]), plain.generate([text]))
+
+
 def test_nothing_is_left_over(cached: VllmDriver) -> None:
     state = cached.call("state")
     assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
@@ -164,3 +195,34 @@ def test_chunked_prefill_prefix_caching_and_preemption_together(tiny_llama: Path
         state = engine.call("state")
         assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
         assert state["free_blocks"] == 59
+
+
+def test_two_ranks_store_and_load_their_own_halves(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
+    text = prompt(40, 500)
+    reference = plain.generate([text])
+    options = {"tensor_parallel_size": 2}
+    with driver(tiny_llama, **{"disk.path": str(disk), "options": options}) as first:
+        assert_same(first.generate([text]), reference)
+        warm = first.generate([text])
+        assert warm[0]["cached"] == 448
+        assert_same(warm, reference)
+        first.call("settle")
+    files = {rank: sorted(disk.glob(f"v*/*/r{rank}/??/*")) for rank in (0, 1)}
+    assert [len(files[rank]) for rank in (0, 1)] == [7, 7]
+    files[1][0].unlink()  # one half of some chunk
+    with driver(tiny_llama, **{"disk.path": str(disk), "options": options}) as second:
+        got = second.generate([text])
+        assert got[0]["cached"] < 448
+        assert_same(got, reference)
+
+
+def test_a_sliding_window_is_refused_and_the_engine_runs(tmp_path: Path) -> None:
+    model = make_tiny_mistral(tmp_path / "mistral", window=64)
+    text = prompt(50, 300)
+    with VllmDriver(model, settings=None) as engine:
+        reference = engine.generate([text])
+    with driver(model, strict=False) as engine:
+        for _ in range(2):
+            got = engine.generate([text])
+            assert got[0]["cached"] == 0
+            assert_same(got, reference)

@@ -28,12 +28,14 @@ class VllmDriver:
 
     def __init__(self, model: Path, *, settings: dict[str, Any] | None, **options: Any) -> None:
         """settings None: no connector at all."""
+        ranks = options.get("tensor_parallel_size", 1)
+        cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks))} if ranks > 1 else {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.engines.vllm_driver"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **cores},
             cwd=Path(__file__).parents[2],
         )
         try:
@@ -143,6 +145,7 @@ class _Engine:
                     for values in [sorted((entry.logprob for entry in step.values()), reverse=True)]
                 ],
                 "cached": output.num_cached_tokens,
+                "explanation": output.kv_transfer_params,
             }
             for output in outputs
         ]
@@ -196,6 +199,30 @@ class _Engine:
 
         backend.execute = broken
 
+    def abort_while_loading(self, prompt: list[int]) -> None:
+        """Abort a request whose chunks are being loaded slowly."""
+        import time
+
+        from lmc.cache.transfer.planner import Direction
+        from vllm import SamplingParams
+
+        backend = self.worker._backend
+        copy = backend.execute
+
+        def slow(descriptors: Any, *arguments: Any) -> None:
+            if descriptors.direction is Direction.LOAD:
+                time.sleep(0.5)
+            copy(descriptors, *arguments)
+
+        backend.execute = slow
+        engine = self.llm.llm_engine
+        internal = engine.add_request("abandoned", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=50))
+        engine.step()
+        engine.abort_request([internal], internal=True)
+        while engine.has_unfinished_requests() or self.core.scheduler.has_requests():
+            engine.step()
+        backend.execute = copy
+
     def crash_cache(self) -> None:
         """The next lookup hits a fault in lmc itself."""
 
@@ -221,8 +248,8 @@ class _Engine:
         def read(block: int) -> bytes:
             return b"".join(ctypes.string_at(address, size) for address, size in worker._layout.ranges(block))
 
-        def watched(request: Any, direction: Any) -> None:
-            copy_blocks(request, direction)
+        def watched(request: Any, direction: Any) -> bool:
+            copied = bool(copy_blocks(request, direction))
             for chunk in request.chunks:
                 for index, block in enumerate(chunk.blocks):
                     if block < 0:
@@ -233,6 +260,7 @@ class _Engine:
                         now = read(block)
                         self.compared += len(now)
                         self.different += now != kept[chunk.key, index]
+            return copied
 
         worker._copy_blocks = watched
 

@@ -1,0 +1,41 @@
+"""What a client may ask of the cache for one request, in the field "lmc" of its kv_transfer_params."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+logger = logging.getLogger(__name__)
+
+
+class RequestControl(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    bypass: bool = False
+    """Neither load nor store."""
+    store: bool = True
+    """Store what is computed."""
+    tenant: str = ""
+    """Share with this tenant's requests only; none: the instance's tenant."""
+    pin_seconds: float = 0.0
+    """Keep the prompt's chunks from eviction for so long after the request."""
+    explain: bool = False
+    """Answer with where the hit came from and why it ended there."""
+
+
+def parse_control(parameters: Mapping[str, object] | None, request_id: str) -> RequestControl:
+    """A request cannot be refused here; one whose wishes are unclear bypasses the cache, with a warning."""
+    wishes = (parameters or {}).get("lmc")
+    if wishes is None:
+        return RequestControl()
+    try:
+        return RequestControl.model_validate(wishes)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "lmc"
+        logger.warning(
+            "lmc: request %s bypasses the cache: kv_transfer_params lmc.%s: %s", request_id, where, first["msg"]
+        )
+        return RequestControl(bypass=True)

@@ -1,0 +1,181 @@
+"""The class that vLLM calls. Each hook is one call of the scheduler's or the worker's side."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from lmc.cache.config import CacheConfig, chunk_tokens_for
+from lmc.cache.connectors.vllm.messages import StepPlan, StepReport
+from lmc.cache.connectors.vllm.scheduler import SchedulerSide
+from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
+from lmc.cache.connectors.vllm.worker import WorkerSide
+from lmc.cache.plan import Plan
+from lmc.cache.settings import load_settings
+from lmc.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM ships no types that mypy follows here
+    """Settings come from kv_connector_extra_config: "settings" (dotted keys) over LMC_* variables over the file "config"."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _log_like_vllm()
+        self._config = _settings(vllm_config)
+        self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._side: SchedulerSide | WorkerSide
+        if role is KVConnectorRole.SCHEDULER:
+            chunk_tokens_for(self._config, self._block_tokens)
+            self._side = SchedulerSide(self._config, self._block_tokens)
+        else:
+            self._side = WorkerSide(self._config, vllm_config, kv_cache_config)
+
+    @property
+    def _scheduler(self) -> SchedulerSide:
+        assert isinstance(self._side, SchedulerSide)
+        return self._side
+
+    @property
+    def _worker(self) -> WorkerSide:
+        assert isinstance(self._side, WorkerSide)
+        return self._side
+
+    # Scheduler
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        self._scheduler.meet([metadata[rank] for rank in sorted(metadata)])
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._scheduler.lookup(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self._scheduler.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        return self._scheduler.sources(request, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return StepPlan(self._scheduler.plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, StepReport):
+            self._scheduler.apply(report.report)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finish(request)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finish(request)
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler.busy
+
+    def reset_cache(self) -> bool | None:
+        return self._scheduler.reset()
+
+    # API server
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return LmcStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> KVConnectorPromMetrics | None:
+        return LmcPromMetrics(*arguments)
+
+    # Worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker.open(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._worker.introduce()
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        self._worker.begin(self._step_plan())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are complete when start_load_kv returns."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Stores copy whole chunks in wait_for_save."""
+
+    def wait_for_save(self) -> None:
+        self._worker.end(self._step_plan())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        loaded = self._worker.loaded()
+        return KVConnectorTransferResults(finished_recving=loaded)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.failed_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        report = self._worker.report()
+        return StepReport(report) if report else None
+
+    # Both
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        return self._side.stats()
+
+    def shutdown(self) -> None:
+        self._side.close()
+
+    def _step_plan(self) -> Plan:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepPlan)
+        return metadata.plan
+
+
+def _settings(vllm_config: VllmConfig) -> CacheConfig:
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+    if unknown := sorted(set(extra) - {"settings", "config"}):
+        raise ConfigError(f"unknown key {unknown[0]!r} in kv_connector_extra_config; there are settings and config")
+    file = Path(extra["config"]) if extra.get("config") else None
+    return load_settings(file, os.environ, extra.get("settings")).config
+
+
+def _log_like_vllm() -> None:
+    """vLLM gives handlers to its own loggers only."""
+    ours = logging.getLogger("lmc")
+    if not ours.handlers:
+        ours.handlers = list(logging.getLogger("vllm").handlers)
+        ours.setLevel(logging.INFO)
+        ours.propagate = not ours.handlers

@@ -1,0 +1,191 @@
+"""The connector in the scheduler's process: turns vLLM's requests and steps into calls of the CacheEngine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.connectors.control import RequestControl, parse_control
+from lmc.cache.connectors.vllm.identity import request_identity
+from lmc.cache.connectors.vllm.messages import Introduction
+from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
+from lmc.cache.directory import HOST
+from lmc.cache.engine import CacheEngine, Identity, describe_tiers
+from lmc.cache.plan import Plan, Report, WorkerReady
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_NULL_BLOCK = 0  # stands for blocks that a request does not hold
+
+
+@dataclass
+class _Tracked:
+    """A request between its first lookup and its end."""
+
+    request: Request
+    num_prompt: int
+    identity: Identity
+    control: RequestControl
+    computed: int = 0  # tokens the engine held itself at the last lookup
+
+
+@dataclass
+class SchedulerSide:
+    """The scheduler's half. A fault in lmc ends the cache, never the engine: promises not yet planned are then recomputed."""
+
+    config: CacheConfig
+    block_tokens: int
+    engine: CacheEngine | None = None
+    tracked: dict[str, _Tracked] = field(default_factory=dict)
+    promised: list[int] = field(default_factory=list)  # blocks that this step's plan must fill
+    growth: CounterGrowth | None = None
+    waiting: list[str] = field(default_factory=list)  # requests whose background load this step's plan must start
+
+    def meet(self, introductions: list[KVConnectorHandshakeMetadata]) -> None:
+        ready: list[WorkerReady] = []
+        failures: list[str] = []
+        for introduction in introductions:
+            assert isinstance(introduction, Introduction)
+            if introduction.ready is not None:
+                ready.append(introduction.ready)
+                failures += introduction.ready.warnings
+            else:
+                failures.append(introduction.failure)
+        if len(ready) < len(introductions):
+            logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
+            return
+        self.engine = CacheEngine(self.config, ready, self.block_tokens)
+        self.growth = CounterGrowth(self.engine.metrics.registry)
+        tiers = describe_tiers(self.engine.directory.usage(), self.engine.chunk_bytes * len(ready))
+        logger.info(
+            "lmc: cache on, %d tokens per chunk, %s, metrics at %s",
+            self.engine.chunk_tokens,
+            tiers,
+            self.engine.metrics_url,
+        )
+
+    def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        if self.engine is None or request.skip_reading_prefix_cache:
+            return 0, False
+        with self:
+            tracked = self._track(request)
+            tracked.computed = computed
+            if tracked.control.bypass:
+                return 0, False
+            found = self.engine.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
+            return found, found is not None and found > 0 and self.engine.loads_in_background(found)
+        return 0, False
+
+    def admit(self, request: Request, blocks: list[int], num_external: int) -> None:
+        tracked = self.tracked.get(request.request_id)
+        if tracked is None:
+            return
+        if num_external:
+            first = tracked.computed // self.block_tokens
+            self.promised += blocks[first : first + num_external // self.block_tokens]
+            if self.engine is None or self.engine.loads_in_background(num_external):
+                self.waiting.append(request.request_id)
+        if self.engine is not None and not tracked.control.bypass:
+            with self:
+                self.engine.admit(request.request_id, num_external, blocks)
+
+    def sources(self, request: Request, num_external: int) -> dict[CacheHitSource, int]:
+        if self.engine is None or not num_external:
+            return {}
+        names = {HOST: CacheHitSource.HOST, "disk": CacheHitSource.DISK}
+        sources: dict[CacheHitSource, int] = {}
+        for tier, tokens in self.engine.loaded_from(request.request_id).items():
+            source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
+            sources[source] = sources.get(source, 0) + tokens
+        return sources
+
+    def plan(self, output: SchedulerOutput) -> Plan:
+        promised, self.promised = self.promised, []
+        waiting, self.waiting = self.waiting, []
+        if self.engine is not None:
+            with self:
+                for request_id, num_scheduled in output.num_scheduled_tokens.items():
+                    self._plan_store(output, request_id, num_scheduled)
+                return self.engine.take_plan()
+        return Plan(failed_blocks=promised, failed_requests=waiting)
+
+    def _plan_store(self, output: SchedulerOutput, request_id: str, num_scheduled: int) -> None:
+        tracked = self.tracked.get(request_id)
+        if tracked is None or self.engine is None or not tracked.control.store:
+            return
+        request = tracked.request
+        num_valid = min(request.num_computed_tokens + num_scheduled, request.num_tokens)
+        if self.engine.wants_store(request_id, num_valid, request.num_prompt_tokens):
+            tables = output.kv_connector_block_state.get_block_ids(request_id)
+            if tables is not None:
+                blocks = tables[0]
+                if _NULL_BLOCK in blocks:  # not this request's bytes: dropped by the engine, or never filled
+                    num_valid = min(num_valid, blocks.index(_NULL_BLOCK) * self.block_tokens)
+                self.engine.store(request_id, request.all_token_ids, num_valid, request.num_prompt_tokens, blocks)
+
+    def _track(self, request: Request) -> _Tracked:
+        """The request's record; a session whose prompt was replaced by a continuation starts anew."""
+        tracked = self.tracked.get(request.request_id)
+        if tracked is not None and tracked.num_prompt != request.num_prompt_tokens:
+            assert self.engine is not None
+            self.engine.finish(request.request_id)
+            tracked = None
+        if tracked is None:
+            control = parse_control(request.kv_transfer_params, request.request_id)
+            identity = request_identity(request, control.tenant or self.config.tenant)
+            tracked = _Tracked(request, request.num_prompt_tokens, identity, control)
+            self.tracked[request.request_id] = tracked
+        return tracked
+
+    def apply(self, report: Report) -> None:
+        if self.engine is not None:
+            with self:
+                self.engine.apply(report)
+
+    def finish(self, request: Request) -> dict[str, Any] | None:
+        """What the client gets as kv_transfer_params, if it asked for an explanation."""
+        tracked = self.tracked.pop(request.request_id, None)
+        answer = None
+        if self.engine is not None:
+            with self:
+                if tracked is not None and tracked.control.explain:
+                    answer = {"lmc": self.engine.explain(request.request_id)}
+                self.engine.finish(request.request_id, tracked.control.pin_seconds if tracked is not None else 0.0)
+        return answer
+
+    def stats(self) -> LmcStats | None:
+        return self.growth.take() if self.growth is not None and self.engine is not None else None
+
+    @property
+    def busy(self) -> bool:
+        return self.engine is not None and self.engine.busy
+
+    def reset(self) -> bool:
+        return self.engine is None or self.engine.reset()
+
+    def __enter__(self) -> None:
+        """A guarded section: an exception that leaves a hook would end vLLM, so here it ends the cache."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        logger.error("lmc: fault in the cache; the engine goes on WITHOUT it", exc_info=error)
+        self.close()
+        return True
+
+    def close(self) -> None:
+        if self.engine is not None:
+            engine, self.engine = self.engine, None
+            engine.close()
