@@ -21,6 +21,7 @@ def ttft_distribution(by_arm: ByArm) -> Figure:
             values, share, where="post", label=f"{arm} (n={values.size})", color=COLORS[index % len(COLORS)], lw=1.8
         )
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(_plain)
     axis.set_xlabel("time to first token (ms)")
     axis.set_ylabel("requests at or below (%)")
     axis.set_ylim(0, 102)
@@ -46,6 +47,7 @@ def ttft_against_hits(by_arm: ByArm) -> Figure:
             edgecolors="none",
         )
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(_plain)
     axis.set_xlim(-2, 102)
     axis.set_xlabel("prompt tokens from a cache (%)")
     axis.set_ylabel("time to first token (ms)")
@@ -79,7 +81,12 @@ def hits_per_tier(tiers_by_arm: Mapping[str, Mapping[str, int]], tiers: Sequence
         axis.barh(arms, tokens, left=left, label=tier, color=COLORS[(index + 1) % len(COLORS)], height=0.6)
         left += tokens
     axis.invert_yaxis()
+    axis.xaxis.set_major_formatter(_plain)
     axis.set_xlabel("hit tokens over the measured load")
     if tiers:
         axis.legend(frameon=False, fontsize=9)
     return to_figure(picture, "Hits per tier", "Counted by the engine (device) and by lmc (other tiers).")
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
