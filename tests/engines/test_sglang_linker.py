@@ -6,12 +6,15 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lmc.cache.keys import KeyChain, root
+from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import ConfigError, TierError, TransferError
 
 from tests.engines.scenario import prompt
@@ -501,3 +504,28 @@ def test_instances_share_through_redis_and_a_dead_redis_breaks_no_promise(start:
         later = two.arrive(prompt(23, 3 * PAGE + 5))
         two.wait(later)
         assert later.hits == []
+
+
+@pytest.mark.service
+def test_vllm_on_the_same_redis_is_another_world(start: Start, tmp_path: Path) -> None:
+    """Same model, dtype, page and tokens: the engines' pages differ inside, so their chunks must never meet."""
+    with redis_server(tmp_path) as server, server.client() as client:
+        engine = start(redis__url=server.url)
+        tokens = prompt(25, 3 * PAGE + 5)
+        ours = engine.cache.engine.namespace
+        theirs = replace(ours, engine="vllm")
+        config = engine.cache.engine.config
+        tier = RedisTier(config.redis, TierScope(theirs.label(), 0, ours.layout, CHUNK_BYTES))
+        for key in KeyChain(root(theirs), PAGE).extend(tokens):
+            tier.put(key, memoryview(bytes(CHUNK_BYTES)))
+        tier.close()
+        before = set(client.keys())
+        assert len(before) == 3
+        request = engine.arrive(tokens)
+        engine.wait(request)
+        assert request.hits == []
+        engine.leave()
+        assert engine.offload(request, [3, 9, 4])
+        engine.settle()
+        after = set(client.keys())
+        assert before < after and len(after) == 6
