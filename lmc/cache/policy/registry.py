@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmc.cache.policy import arc, fifo, gdsf, lfu, lirs, lru, s3fifo, sieve, ttl, twoq
+from lmc.cache.policy import arc, fifo, gdsf, lfu, lirs, lru, predictive, s3fifo, sieve, ttl, twoq
 from lmc.cache.policy.base import PolicySpec
 from lmc.errors import ConfigError
 
@@ -19,6 +19,7 @@ POLICIES: dict[str, PolicySpec] = {
         twoq.SPEC,
         gdsf.SPEC,
         ttl.SPEC,
+        predictive.SPEC,
     )
 }
 
