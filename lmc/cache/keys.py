@@ -11,7 +11,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NewType
+from typing import NewType, cast
 
 from blake3 import blake3
 
@@ -67,24 +67,25 @@ class KeyChain:
     def extend(self, tokens: Sequence[int]) -> list[ChunkKey]:
         """Hash the full chunks of tokens (the whole sequence so far) that are not hashed yet; returns all keys."""
         size = self._chunk_tokens
-        parent = self.keys[-1] if self.keys else self._start
+        parent: bytes = self.keys[-1] if self.keys else self._start
         first = len(self.keys) * size
         num_new = (len(tokens) - first) // size
         if num_new <= 0:
             return self.keys
-        fresh = array("I", tokens[first : first + num_new * size])
+        whole = first == 0 and isinstance(tokens, list)  # saves a copy; what is beyond the last full chunk does no harm
+        fresh = array("I", tokens if whole else tokens[first : first + num_new * size])
         if sys.byteorder != "little":
             fresh.byteswap()
         raw = memoryview(fresh).cast("B")
         width = size * fresh.itemsize
-        for index in range(num_new):
-            extra = b"" if self._identity is None else self._identity(first + index * size, first + (index + 1) * size)
-            hasher = blake3(parent)
-            if extra:
-                hasher.update(struct.pack("<I", len(extra)) + extra)
-            hasher.update(raw[index * width : (index + 1) * width])
-            parent = ChunkKey(hasher.digest())
-            self.keys.append(parent)
+        keys = cast("list[bytes]", self.keys)  # NewType costs a call
+        for start in range(0, num_new * width, width):
+            hasher = blake3(raw[start : start + width], key=parent)
+            if self._identity is not None:
+                position = first + start // fresh.itemsize
+                hasher.update(self._identity(position, position + size))  # behind tokens of a fixed length
+            parent = hasher.digest()
+            keys.append(parent)
         return self.keys
 
 

@@ -88,6 +88,31 @@ def explain(key: str) -> str:
     return f"{key}\n  {setting.meaning}\n  default: {show(setting.field.default)}\n  environment: {setting.variable}"
 
 
+def markdown() -> str:
+    """All settings as a page; docs/configuration.md is this."""
+    lines = [
+        "# Settings",
+        "",
+        "A value comes from a flag of `lmc serve`, else the environment, else the YAML file, else the default.",
+        "An unknown key or a bad value is an error. `lmc config check FILE` says what a file would do,",
+        "`lmc serve --print-config` what is in force and where it came from.",
+        "",
+        "Sizes are written as 8GiB or 512 MB, durations as 10ms, 1.5s or 2h. This page is written by `lmc config explain --markdown`.",
+    ]
+    section = None
+    for setting in all_settings():
+        head = setting.key.rpartition(".")[0]
+        if head != section:
+            section = head
+            lines += ["", f"## {head or 'The cache'}", ""]
+            if head:
+                lines += [f"{CacheConfig.model_fields[head].description}", ""]
+            lines += ["| setting | default | meaning | environment |", "| --- | --- | --- | --- |"]
+        default = show(setting.field.default).replace("|", "\\|")
+        lines.append(f"| `{setting.key}` | {default} | {setting.meaning} | `{setting.variable}` |")
+    return "\n".join(lines) + "\n"
+
+
 def show(value: object) -> str:
     """A value as it would stand in a YAML file."""
     if value is None:

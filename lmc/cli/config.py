@@ -20,11 +20,15 @@ def add_to(parent: typer.Typer) -> None:
 @app.command()
 def explain(
     key: Annotated[str | None, typer.Argument(help="A setting such as host.capacity; none lists all.")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="All settings as a page.")] = False,
 ) -> None:
     """Say what a setting means, its default and its environment variable."""
-    from lmc.cache.settings import all_settings
+    from lmc.cache.settings import all_settings, markdown
     from lmc.cache.settings import explain as text
 
+    if as_markdown:
+        typer.echo(markdown(), nl=False)
+        return
     for name in [key] if key else [setting.key for setting in all_settings()]:
         typer.echo(text(name))
 

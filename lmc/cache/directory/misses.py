@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from enum import StrEnum
+from sys import intern
 
 from lmc.cache.keys import ChunkKey
 
-_REMEMBERED = 16_384
+_GENERATION = 4_096
 
 
 class Miss(StrEnum):
@@ -28,20 +28,20 @@ class Miss(StrEnum):
 
 
 def evicted_from(tier: str) -> str:
-    return f"evicted from {tier}"
+    return intern(f"evicted from {tier}")
 
 
 class MissLog:
-    """The last reasons, by key; the oldest are forgotten."""
+    """The last reasons, by key, in two generations: when the young one is full, the old one is forgotten."""
 
     def __init__(self) -> None:
-        self._reasons: OrderedDict[ChunkKey, str] = OrderedDict()
+        self._young: dict[ChunkKey, str] = {}
+        self._old: dict[ChunkKey, str] = {}
 
     def note(self, key: ChunkKey, why: str) -> None:
-        self._reasons[key] = why
-        self._reasons.move_to_end(key)
-        if len(self._reasons) > _REMEMBERED:
-            self._reasons.popitem(last=False)
+        self._young[key] = why
+        if len(self._young) >= _GENERATION:
+            self._old, self._young = self._young, {}
 
     def reason(self, key: ChunkKey) -> str:
-        return self._reasons.get(key, Miss.NEVER_STORED)
+        return self._young.get(key) or self._old.get(key) or Miss.NEVER_STORED
