@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.cache.tiers.file_read import read_chunk
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope, aligned_page
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope
 from lmc.errors import Corrupt, TierError, TierFull
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -64,9 +64,9 @@ class DiskTier:
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
         source = self._file_name(key)
-        page = aligned_page()
         try:
-            self._scope.verify(key, page, read_chunk(source, page, out))
+            header, found = read_chunk(source, out)
+            self._scope.verify(key, header, found)
         except (FileNotFoundError, OtherVersion):
             raise KeyError(key) from None
         except Corrupt as error:

@@ -15,71 +15,87 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 
 import xxhash
 
 from lmc.cache.tiers.format import HEADER_BYTES, aligned_page
 from lmc.errors import Corrupt
 
-_PIECE = 1 << 20
+_PIECE = 2 << 20
 _NOT_DIRECT = (
     errno.EINVAL,
     errno.EOPNOTSUPP,
     errno.EFAULT,
 )  # the file system, the slot's alignment or its kind of memory
-
 _CACHESTAT = 451  # the system call's number on every architecture
 
-_Area = ctypes.c_uint64 * 2  # start, length
-_Pages = ctypes.c_uint64 * 5  # cached, dirty, in writeback, evicted, recently evicted
 _libc = ctypes.CDLL(None)
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
 
 
-def read_chunk(source: str, page: memoryview, out: memoryview) -> int:
-    """Fill page with the header and out with the payload; returns the payload's xxh3-64. Raises OSError, and Corrupt for another size."""
+class _Scratch(threading.local):
+    """What each thread needs for every read; making it anew would cost a tenth of a read from the page cache."""
+
+    def __init__(self) -> None:
+        self.header = aligned_page()
+        self.last_page = aligned_page()
+        self.area = (ctypes.c_uint64 * 2)()  # start, length
+        self.pages = (ctypes.c_uint64 * 5)()  # cached, dirty, in writeback, evicted, recently evicted
+
+
+_scratch = _Scratch()
+
+
+def read_chunk(source: str, out: memoryview) -> tuple[memoryview, int]:
+    """Fill out with the payload; returns the header, valid until this thread reads again, and the payload's xxh3-64.
+
+    Raises OSError, and Corrupt for another size.
+    """
     fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size, wanted = os.fstat(fd).st_size, HEADER_BYTES + len(out)
         if size != wanted:
             raise Corrupt(f"the file has {size} bytes instead of {wanted}")
-        position = 0 if in_page_cache(fd, size) else _read_direct(fd, page, out)
+        header = _scratch.header
+        position = 0 if in_page_cache(fd, size) else _read_direct(fd, header, out)
         hasher = xxhash.xxh3_64(out[: max(position - HEADER_BYTES, 0)])
         while position < wanted:
-            end = min(position + _PIECE, wanted)
-            count = os.preadv(fd, _span(page, out, position, end), position)
+            end = min(max(position, HEADER_BYTES) + _PIECE, wanted)
+            count = os.preadv(fd, _span(header, out, position, end), position)
             if count == 0:
                 raise Corrupt(f"the file ended at byte {position} while it was read")
             hasher.update(out[max(position - HEADER_BYTES, 0) : max(position + count - HEADER_BYTES, 0)])
             position += count
-        return hasher.intdigest()
+        return header, hasher.intdigest()
     finally:
         os.close(fd)
 
 
 def in_page_cache(fd: int, size: int) -> bool:
     """Whether the whole file is in memory, or the kernel does not say."""
-    pages = _Pages()
-    failed = _libc.syscall(_CACHESTAT, fd, _Area(0, size), pages, 0)
+    area, pages = _scratch.area, _scratch.pages
+    area[1] = size
+    failed = _libc.syscall(_CACHESTAT, fd, area, pages, 0)
     return failed != 0 or pages[0] * mmap.PAGESIZE >= size
 
 
-def _span(page: memoryview, out: memoryview, start: int, end: int) -> list[memoryview]:
+def _span(header: memoryview, out: memoryview, start: int, end: int) -> list[memoryview]:
     """Where the bytes [start, end) of the file go."""
-    parts = [page[start:end]] if start < HEADER_BYTES else []
+    parts = [header[start:end]] if start < HEADER_BYTES else []
     return [*parts, out[max(start - HEADER_BYTES, 0) : max(end - HEADER_BYTES, 0)]]
 
 
-def _read_direct(fd: int, page: memoryview, out: memoryview) -> int:
+def _read_direct(fd: int, header: memoryview, out: memoryview) -> int:
     """Read the file past the page cache, if that is possible; returns where it stopped."""
     size = HEADER_BYTES + len(out)
     tail = size % HEADER_BYTES  # direct reads are of whole pages; the kernel stops at the end of the file by itself
-    last = aligned_page()[: HEADER_BYTES if tail else 0]
+    last = _scratch.last_page[: HEADER_BYTES if tail else 0]
     position = 0
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        position = os.preadv(fd, [page, out[: len(out) - tail], last], 0)
+        position = os.preadv(fd, [header, out[: len(out) - tail], last], 0)
     except OSError as error:
         if error.errno not in _NOT_DIRECT:
             raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 
 import xxhash
 
@@ -24,7 +25,11 @@ _MAGIC = b"LMCCHUNK"
 # magic, version, header bytes, header checksum, payload bytes, payload checksum, rank, key, namespace length, layout length
 _FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}sHH")
 _CHECKSUM_AT = struct.calcsize("<8sHH")
+_PAYLOAD_CHECKSUM_AT = struct.calcsize("<8sHHQQ")
+_KEY_AT = struct.calcsize("<8sHHQQQI")
+_CHECKSUM = struct.Struct("<Q")
 _TEXT_BYTES = HEADER_BYTES - _FIXED.size
+_NO_KEY = ChunkKey(bytes(KEY_BYTES))
 
 
 class OtherVersion(Corrupt):
@@ -78,7 +83,14 @@ class TierScope:
         raise Corrupt("the payload does not match its checksum")
 
     def _header(self, key: ChunkKey, payload_checksum: int) -> bytes:
-        return encode(ChunkHeader(self.namespace, self.rank, self.layout, key, self.chunk_bytes, payload_checksum))
+        page = bytearray(self._blank)
+        page[_KEY_AT : _KEY_AT + KEY_BYTES] = key
+        _CHECKSUM.pack_into(page, _PAYLOAD_CHECKSUM_AT, payload_checksum)
+        return _seal_page(page)
+
+    @cached_property
+    def _blank(self) -> bytes:
+        return bytes(_unsealed(ChunkHeader(self.namespace, self.rank, self.layout, _NO_KEY, self.chunk_bytes, 0)))
 
 
 def checksum(data: memoryview | bytes) -> int:
@@ -93,12 +105,20 @@ def aligned_page() -> memoryview:
 
 
 def encode(header: ChunkHeader) -> bytes:
+    return _seal_page(_unsealed(header))
+
+
+def _unsealed(header: ChunkHeader) -> bytearray:
     namespace, layout = header.namespace.encode(), header.layout.encode()
     fields = [_MAGIC, VERSION, HEADER_BYTES, 0, header.payload_bytes, header.checksum, header.rank, header.key]
     page = bytearray(HEADER_BYTES)
     _FIXED.pack_into(page, 0, *fields, len(namespace), len(layout))
     page[_FIXED.size : _FIXED.size + len(namespace) + len(layout)] = namespace + layout
-    struct.pack_into("<Q", page, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(page))
+    return page
+
+
+def _seal_page(page: bytearray) -> bytes:
+    _CHECKSUM.pack_into(page, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(page))
     return bytes(page)
 
 
@@ -112,7 +132,7 @@ def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:
         raise Corrupt("this is not a chunk of lmc")
     if version != VERSION:
         raise OtherVersion(f"the header is of version {version}; this lmc reads version {VERSION}")
-    struct.pack_into("<Q", page, _CHECKSUM_AT, 0)
+    _CHECKSUM.pack_into(page, _CHECKSUM_AT, 0)
     if xxhash.xxh3_64_intdigest(page) != own:
         raise Corrupt("the header does not match its checksum")
     text = bytes(page[_FIXED.size :])

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,10 +153,10 @@ def test_scan_ignores_what_is_no_chunk(tmp_path: Path) -> None:
 
 
 def test_a_header_of_another_version_is_absent_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tier = DiskTier(tmp_path, SCOPE)
     with monkeypatch.context() as patch:
         patch.setattr(chunk_format, "VERSION", 0)
-        tier.put(key(1), payload(1))
+        DiskTier(tmp_path, replace(SCOPE)).put(key(1), payload(1))  # a new scope: a used one remembers its header
+    tier = DiskTier(tmp_path, SCOPE)
     assert load(tier, 1) is None
     tier.put(key(1), payload(2))
     assert load(tier, 1) == payload(2)
