@@ -106,7 +106,8 @@ def _cpu_arguments(model: Path, extra: Sequence[str]) -> list[str]:
     }
     if not given("--mem-fraction-static", extra):
         chosen["--max-total-tokens"] = str(_cpu_pool_tokens(model))
-    return [part for option, choice in chosen.items() if not given(option, extra) for part in (option, choice)]
+    idle = ["--sleep-on-idle"]  # else its scheduler takes a core from the model even when there is nothing to do
+    return idle + [part for option, choice in chosen.items() if not given(option, extra) for part in (option, choice)]
 
 
 def _cpu_pool_tokens(model: Path) -> int:

@@ -78,8 +78,17 @@ class SglangServer:
         }
 
     def flush(self) -> None:
-        """Empty SGLang's own cache."""
-        self.post("/flush_cache", {})
+        """Empty SGLang's own cache. It refuses while the last request is not quite over."""
+        end = time.monotonic() + 30
+        while True:
+            try:
+                self.post("/flush_cache", {})
+            except urllib.error.HTTPError as error:
+                if error.code != 400 or time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
     def post(self, path: str, body: dict[str, Any]) -> bytes:
         request = urllib.request.Request(

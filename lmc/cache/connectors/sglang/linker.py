@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _PROMISE_SECONDS = (
     10.0  # SGLang asks again before each load, so a promise needs to hold for one round of its scheduler only
 )
+_YIELD_SECONDS = 0.0002  # SGLang's loop spins; where all requests wait for our threads, these need the interpreter more
 _PAGES_REMEMBERED = 4  # times the pages that the engine and the host tier hold
 
 
@@ -99,6 +100,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if self._cache is not None:
             with self:
                 asking = self._ask(self._cache, waiting, tree_cache)
+                if asking and len(asking) == len(waiting):
+                    time.sleep(_YIELD_SECONDS)
         if self._ranks > 1 and waiting:
             ready = agree(tree_cache, [request.rid not in asking for request in waiting])
             return {request.rid for request, go in zip(waiting, ready, strict=True) if not go}
