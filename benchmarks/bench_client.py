@@ -113,7 +113,7 @@ async def run(load: Plan, port: int) -> tuple[Measured, float]:
 
     target = Target(f"http://127.0.0.1:{port}/v1", "mock", 60.0, logprobs=False)
     began = time.process_time()
-    measured = await run_load(load, target, "bench", on_done)
+    measured = await run_load(load, [target], "bench", on_done)
     return measured, time.process_time() - began
 
 

@@ -15,7 +15,7 @@ import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +24,7 @@ import aiohttp
 import psutil
 import yaml
 
+from lmc.bench.redis_server import started_redis
 from lmc.bench.workload import Arm, Engine
 from lmc.errors import EngineError, RunError
 from lmc.units import parse_size
@@ -72,15 +73,27 @@ class Launcher:
     serve: Sequence[str] = SERVE
 
     @asynccontextmanager
-    async def started(self, name: str, arm: Arm) -> AsyncIterator[Server]:
-        """A ready server for the body of the `async with`. Raises EngineError when it does not start."""
+    async def started(self, name: str, arm: Arm) -> AsyncIterator[list[Server]]:
+        """Ready servers, one per instance, for the body of the `async with`. Raises EngineError when one does not start."""
         if arm.url:
-            yield await _reach(name, arm, self.model)
+            yield [await _reach(name, arm, self.model)]
             return
+        async with AsyncExitStack() as stack:
+            config = None
+            if arm.cache is not None:
+                redis = await stack.enter_async_context(started_redis(self.scratch / name)) if wants_redis(arm) else ""
+                config = self._write_config(name, arm, redis)
+            yield [
+                await stack.enter_async_context(self._instance(name, arm, config, number))
+                for number in range(arm.instances)
+            ]
+
+    @asynccontextmanager
+    async def _instance(self, name: str, arm: Arm, config: Path | None, number: int) -> AsyncIterator[Server]:
         folder = self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "engine.log"
-        command = self.command(name, arm, _free_port())
+        log = folder / ("engine.log" if number == 0 else f"engine-{number}.log")
+        command = self.command(arm, config, _free_port())
         with log.open("wb") as sink:
             process = await asyncio.create_subprocess_exec(
                 *command, stdout=PIPE, stderr=sink, env=self.environment(arm), start_new_session=True
@@ -106,10 +119,10 @@ class Launcher:
                 if drain is not None:
                     await drain
 
-    def command(self, name: str, arm: Arm, port: int) -> list[str]:
+    def command(self, arm: Arm, config: Path | None, port: int) -> list[str]:
         engine_args = [*_COMMON_ARGS[self.engine.kind](self.engine.context), *self.engine.args, *arm.args]
         flags = ["--engine", self.engine.kind, "--port", str(port)]
-        flags += ["--no-cache"] if arm.cache is None else ["--config", str(self._write_config(name, arm))]
+        flags += ["--no-cache"] if config is None else ["--config", str(config)]
         return [*self.serve, self.model, *flags, "--", *engine_args]
 
     def environment(self, arm: Arm) -> dict[str, str]:
@@ -118,13 +131,13 @@ class Launcher:
     def disk_folder(self, name: str, arm: Arm) -> Path:
         return self.scratch / (arm.restart_of or name) / "disk"
 
-    def _write_config(self, name: str, arm: Arm) -> Path:
+    def _write_config(self, name: str, arm: Arm, redis: str) -> Path:
         disk = self.disk_folder(name, arm)
         if arm.restart_of is None:
             shutil.rmtree(disk, ignore_errors=True)
         path = self.scratch / name / "cache.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(cache_yaml(arm, disk))
+        path.write_text(cache_yaml(arm, disk, redis))
         return path
 
 
@@ -163,13 +176,19 @@ def fit_together(arms: Sequence[Arm], engine: Engine, model_folder: Path) -> boo
         space = {**os.environ, **engine.env, **arm.env}.get("VLLM_CPU_KVCACHE_SPACE", "4")
         host = (arm.cache or {}).get("host") or {}
         size = str(host.get("capacity", "1GiB"))
-        need += weights + ENGINE_BYTES + (int(space) << 30) + (parse_size(size) if not size.endswith("%") else 1 << 32)
+        held = parse_size(size) if not size.endswith("%") else 1 << 32
+        need += arm.instances * (weights + ENGINE_BYTES + (int(space) << 30) + held)
     return need < psutil.virtual_memory().available * 0.75
 
 
-def cache_yaml(arm: Arm, disk: Path) -> str:
-    """The arm's cache configuration as `lmc serve` reads it; "{disk}" becomes the folder."""
-    return yaml.safe_dump(arm.cache or {}, sort_keys=False).replace("{disk}", str(disk))
+def cache_yaml(arm: Arm, disk: Path, redis: str) -> str:
+    """The arm's cache configuration as `lmc serve` reads it, with the folder and the address filled in."""
+    text: str = yaml.safe_dump(arm.cache or {}, sort_keys=False)
+    return text.replace("{disk}", str(disk)).replace("{redis}", redis)
+
+
+def wants_redis(arm: Arm) -> bool:
+    return "{redis}" in yaml.safe_dump(arm.cache or {})
 
 
 _COMMON_ARGS = {

@@ -34,7 +34,7 @@ def check_caches(workload: Workload) -> None:
         for name, arm in workload.arms.items():
             if arm.cache is not None:
                 file = Path(folder) / "cache.yaml"
-                file.write_text(cache_yaml(arm, Path(folder) / "disk"))
+                file.write_text(cache_yaml(arm, Path(folder) / "disk", "unix:///redis.sock"))
                 try:
                     load_settings(file)
                 except ConfigError as error:

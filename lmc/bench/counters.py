@@ -59,6 +59,15 @@ async def read_counters(http: aiohttp.ClientSession, urls: Sequence[str]) -> Cou
     return parse(pages)
 
 
+def add_up(readings: Sequence[Counters]) -> Counters:
+    """The counters of several instances together."""
+    samples: dict[Sample, float] = {}
+    for reading in readings:
+        for key, value in reading.samples.items():
+            samples[key] = samples.get(key, 0.0) + value
+    return Counters(samples)
+
+
 def difference(after: Counters, before: Counters, name: str, **labels: str) -> float | None:
     """How much a counter grew; a counter that appears later began at 0."""
     end = after.total(name, **labels)

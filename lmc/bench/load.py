@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.schedule import Plan
@@ -14,18 +14,23 @@ OnDone = Callable[[Outcome], Awaitable[bool]]  # False: send nothing more
 
 
 async def run_load(
-    plan: Plan, target: Target, label: str, on_done: OnDone, seconds: float | None = None, offset_s: float = 0.0
+    plan: Plan,
+    targets: Sequence[Target],
+    label: str,
+    on_done: OnDone,
+    seconds: float | None = None,
+    offset_s: float = 0.0,
 ) -> Measured:
-    """Send the plan to the target; after `seconds`, or once on_done says False, nothing new is sent. `label` begins every request id.
+    """Send the plan, to the targets in turn. After `seconds`, or once on_done says False, nothing new is sent.
 
-    Times of the outcomes count from the start of the load, plus `offset_s`.
+    `label` begins every request id; times of the outcomes count from the start of the load, plus `offset_s`.
     """
     outcomes: list[Outcome | None] = [None] * len(plan.items)
     done = [asyncio.Event() for _ in plan.items]
     start = time.perf_counter()
     stopped = False
 
-    async with new_session(target) as http, LoopMonitor() as monitor:
+    async with new_session(targets[0]) as http, LoopMonitor() as monitor:
 
         async def due(index: int) -> float:
             """Wait until a request may be sent; its intended time."""
@@ -45,6 +50,7 @@ async def run_load(
             request = plan.items[index].request
             try:
                 if not stopped and (seconds is None or time.perf_counter() - start <= seconds):
+                    target = targets[(request.session + request.turn) % len(targets)]
                     outcome = await complete(http, target, request, f"{label}/{request.id}", intended_s)
                     outcomes[index] = outcome
                     stopped |= not await on_done(outcome)

@@ -6,6 +6,7 @@ It gathers; lmc.bench.verdict judges. Every stage leaves its time and what it sa
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -16,7 +17,7 @@ import aiohttp
 from lmc.bench.arms import Launcher, Probe, Server, check_tokenizer
 from lmc.bench.attribution import Costs, request_costs
 from lmc.bench.client import Outcome, Target, complete, new_session
-from lmc.bench.counters import Counters, difference, read_counters
+from lmc.bench.counters import Counters, add_up, difference, read_counters
 from lmc.bench.load import run_load
 from lmc.bench.progress import Progress
 from lmc.bench.prompts import Request
@@ -62,7 +63,7 @@ class ArmRun:
     """The stages of one arm on a ready server: prepare, measure (once or block by block), finish."""
 
     data: ArmData
-    server: Server
+    servers: list[Server]
     http: aiohttp.ClientSession
     timeout_s: float
     progress: Progress
@@ -71,22 +72,23 @@ class ArmRun:
     began_s: float = field(default_factory=time.perf_counter)
 
     @property
-    def target(self) -> Target:
-        return Target(self.server.base_url, self.server.model, self.timeout_s)
+    def targets(self) -> list[Target]:
+        return [Target(server.base_url, server.model, self.timeout_s) for server in self.servers]
 
     async def prepare(self, warm_up: Sequence[Request], prime: Sequence[Request], probe: Probe) -> None:
         """`warm_up` must share no chunk with the load. Raises RunError when the server does not answer it, or has another tokenizer."""
-        await check_tokenizer(self.http, self.server, probe)
+        for server in self.servers:
+            await check_tokenizer(self.http, server, probe)
         with self._phase("verify empty") as said:
-            said.append(await _verify_empty(self.http, self.server, self.data))
+            said.extend([await _verify_empty(self.http, server, self.data) for server in self.servers])
         with self._phase("warm up") as said:
             said.append(f"{await self._send_all(warm_up)} requests")
         if prime:
             with self._phase("prime") as said:
                 said.append(f"{await self._send_all(prime)} requests")
         with self._phase("drain") as said:
-            said.append(await _drain(self.http, self.server))
-        self.data.before = self.last = await read_counters(self.http, self.server.metrics)
+            said.append(await _drain(self.http, self.servers))
+        self.data.before = self.last = await _read_all(self.http, self.servers)
 
     async def measure(self, plan: Plan, seconds: float | None) -> None:
         """One stretch of load; a later one goes on where this one ended."""
@@ -95,7 +97,7 @@ class ArmRun:
         with self._phase("measure") as said:
             label = f"{self.data.name}/{self.data.repeat}"
             stretch = await run_load(
-                plan, self.target, label, lambda outcome: self._on_done(plan, outcome), seconds, self.data.wall_s
+                plan, self.targets, label, lambda outcome: self._on_done(plan, outcome), seconds, self.data.wall_s
             )
             said.append(f"{len(stretch.outcomes)} requests")
         self.data.measured.append(stretch)
@@ -104,22 +106,22 @@ class ArmRun:
         """Let stores end and read the counters; what was measured stays, and is marked if that fails."""
         try:
             with self._phase("drain") as said:
-                said.append(await _drain(self.http, self.server))
-            self.data.after = await read_counters(self.http, self.server.metrics)
+                said.append(await _drain(self.http, self.servers))
+            self.data.after = await _read_all(self.http, self.servers)
         except (aiohttp.ClientError, RunError) as error:
-            self.data.problems.append(await self.server.why_gone() or f"after the load: {error}")
+            self.data.problems.append(await self._why_gone() or f"after the load: {error}")
         self.progress.phase(self.data.name, "stop")
 
     async def _on_done(self, plan: Plan, outcome: Outcome) -> bool:
         data, before = self.data, self.data.before
         self.progress.request(data.name, outcome)
-        if outcome.status == "disconnected" and (why := await self.server.why_gone()):
+        if outcome.status == "disconnected" and (why := await self._why_gone()):
             data.problems.append(why)
             self.stopped = True
         # Between two requests, never beside one: reading counters takes the engine's own time.
         elif plan.is_ordered and outcome.ok and before is not None and self.last is not None:
             try:
-                now = await read_counters(self.http, self.server.metrics)
+                now = await _read_all(self.http, self.servers)
             except aiohttp.ClientError as error:
                 data.problems.append(f"the metrics cannot be read any more: {error}")
                 self.stopped = True
@@ -140,10 +142,15 @@ class ArmRun:
         finally:
             self.data.phases.append(Phase(name, time.perf_counter() - began, "; ".join(said)))
 
+    async def _why_gone(self) -> str | None:
+        for server in self.servers:
+            if why := await server.why_gone():
+                return why
+        return None
+
     async def _send_all(self, requests: Sequence[Request]) -> int:
-        target = self.target
-        async with new_session(target) as http:
-            for index, request in enumerate(requests):
+        async with new_session(self.targets[0]) as http:
+            for index, (request, target) in enumerate(itertools.product(requests, self.targets)):
                 outcome = await complete(http, target, request, f"before/{index}", time.perf_counter())
                 if not outcome.ok:
                     raise RunError(f"the request before the load failed: {outcome.status}: {outcome.cause}")
@@ -158,10 +165,11 @@ async def opened(
     data = ArmData(name, arm, repeat)
     progress.phase(name, "start")
     began = time.perf_counter()
-    async with launcher.started(name, arm) as server, aiohttp.ClientSession() as http:
-        data.command = server.command
-        data.phases.append(Phase("start", time.perf_counter() - began, server.base_url))
-        yield ArmRun(data, server, http, timeout_s, progress)
+    async with launcher.started(name, arm) as servers, aiohttp.ClientSession() as http:
+        data.command = servers[0].command
+        urls = ", ".join(server.base_url for server in servers)
+        data.phases.append(Phase("start", time.perf_counter() - began, urls))
+        yield ArmRun(data, servers, http, timeout_s, progress)
     progress.phase(name, "done")
 
 
@@ -213,11 +221,15 @@ async def _reset(http: aiohttp.ClientSession, server: Server, data: ArmData) -> 
     return "reset by request"
 
 
-async def _drain(http: aiohttp.ClientSession, server: Server) -> str:
+async def _read_all(http: aiohttp.ClientSession, servers: Sequence[Server]) -> Counters:
+    return add_up([await read_counters(http, server.metrics) for server in servers])
+
+
+async def _drain(http: aiohttp.ClientSession, servers: Sequence[Server]) -> str:
     """Wait until lmc has no pending work. Raises RunError after DRAIN_S."""
     began = time.perf_counter()
     while True:
-        pending = (await read_counters(http, server.metrics)).total("lmc_pending_operations")
+        pending = (await _read_all(http, servers)).total("lmc_pending_operations")
         if not pending:
             return "no lmc" if pending is None else "nothing pending"
         if time.perf_counter() - began > DRAIN_S:

@@ -242,9 +242,10 @@ class Arm(Strict):
     args: list[str] = []
     env: dict[str, str] = {}
     cache: dict[str, Any] | None = (
-        None  # Any: lmc's own configuration, checked by lmc serve; "{disk}" is the arm's folder
+        None  # Any: lmc's own configuration, checked by lmc serve; "{disk}" is the arm's folder, "{redis}" its own Redis
     )
     restart_of: str | None = None
+    instances: Count = 1  # engines with these settings; requests go to them in turn
     reuse: Literal["none", "engine", "cache", "unknown"] = "unknown"
     url: str | None = None
     metrics: list[str] = []
@@ -253,6 +254,8 @@ class Arm(Strict):
     def _started_or_reached(self) -> Arm:
         if self.url and (self.args or self.env or self.cache is not None or self.restart_of):
             raise ValueError("an arm with a url takes no args, env, cache or restart_of")
+        if self.url and self.instances > 1:
+            raise ValueError("an arm with a url has one instance; put a router before several servers")
         return self
 
 

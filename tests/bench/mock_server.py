@@ -34,6 +34,8 @@ class Cache:
     def lookup(self, tokens: list[int]) -> tuple[int, int]:
         """(host tokens, disk tokens) of the prefix hit; the last token is always computed. Stores the prompt."""
         host = disk = 0
+        if self.file is not None and self.file.is_file():
+            self.disk |= set(json.loads(self.file.read_text()))  # another instance may have written
         chain = hashlib.sha256()
         hitting = True
         for index in range(len(tokens) // BLOCK):

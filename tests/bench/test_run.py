@@ -14,8 +14,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+from lmc.bench.arms import cache_yaml, wants_redis
 from lmc.bench.records import read_records, read_results, write_results
+from lmc.bench.redis_server import started_redis
 from lmc.bench.render import build_report, write_report
+from lmc.bench.workload import Arm
 from lmc.cli import app
 from lmc.errors import EngineError, RunError, WorkloadError
 from lmc.report import report_html
@@ -150,6 +153,33 @@ def test_arms_that_do_not_fit_run_one_after_the_other(run_small: RunSmall, monke
     results, _ = run_small(interleave=3, bars=[], arms={"none": NONE, "lmc": CACHED})
     assert results.valid
     assert not results.interleaved
+
+
+def test_instances_share_what_one_of_them_stored(run_small: RunSmall) -> None:
+    shared = {"reuse": "cache", "instances": 2, "cache": {"disk": {"path": "{disk}"}}}
+    results, _ = run_small(bars=[], arms={"none": NONE, "pair": shared})
+    assert results.problems == []
+    pair = results.arms[1]
+    assert pair.hit_tokens == pair.expected_hit_tokens
+    assert pair.hit_tokens_by_tier["disk"] > 0
+    assert pair.phases[0].detail.count("http://") == 2
+    alone, _ = run_small(bars=[], arms={"none": NONE, "pair": {**shared, "cache": {}}})
+    assert "hit rate is off" in alone.problems[0]
+
+
+@pytest.mark.service
+async def test_an_arm_gets_a_redis_of_its_own(tmp_path: Path) -> None:
+    import redis
+
+    async with started_redis(tmp_path) as address:
+        client = redis.Redis.from_url(address)
+        assert client.dbsize() == 0
+        client.close()
+    with pytest.raises(redis.ConnectionError):
+        redis.Redis.from_url(address).ping()
+    arm = Arm(cache={"redis": {"url": "{redis}"}})
+    assert wants_redis(arm)
+    assert address in cache_yaml(arm, tmp_path, address)
 
 
 def test_repeats_add_up(run_small: RunSmall) -> None:
