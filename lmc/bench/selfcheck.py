@@ -13,19 +13,30 @@ import numpy as np
 from lmc.bench.client import Outcome
 
 TICK_S = 0.02
+LAG_MS = 5.0  # a client this late spoils no figure
+LAG_SHARE = 0.02  # nor does one that is late by this share of the median TTFT
 
 
 @dataclass(frozen=True)
 class SelfCheck:
     """Lags in ms; `requested_rate` and `achieved_rate` in requests/s (requested None: closed loop); cpu is a share of one core."""
 
+    requests: int
     send_lag_p50_ms: float
+    send_lag_p90_ms: float
     send_lag_p99_ms: float
     send_lag_max_ms: float
     loop_lag_p99_ms: float
     requested_rate: float | None
     achieved_rate: float
     client_cpu: float
+
+    def lag_problem(self, ttft_p50_ms: float) -> str | None:
+        """What is wrong with the client, if anything. Below 100 requests the p99 is one hiccup of the machine, so the p90 is judged."""
+        name, lag_ms = ("p99", self.send_lag_p99_ms) if self.requests >= 100 else ("p90", self.send_lag_p90_ms)
+        if lag_ms <= max(LAG_MS, LAG_SHARE * ttft_p50_ms):
+            return None
+        return f"the client lagged: send lag {name} is {lag_ms:.1f} ms"
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ def check_client(stretches: Sequence[Measured]) -> SelfCheck:
     rates = [stretch.requested_rate for stretch in stretches if stretch.requested_rate is not None]
     sending, wall = sum(stretch.sending_s for stretch in stretches), sum(stretch.wall_s for stretch in stretches)
     return SelfCheck(
+        requests=len(outcomes),
+        send_lag_p90_ms=float(np.percentile(send, 90)),
         send_lag_p50_ms=float(np.percentile(send, 50)),
         send_lag_p99_ms=float(np.percentile(send, 99)),
         send_lag_max_ms=float(send.max()),

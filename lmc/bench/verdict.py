@@ -22,8 +22,6 @@ from lmc.bench.workload import Arm, Slo, Workload
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 
 PERCENTILES = (50, 90, 99)
-LAG_MS = 5.0  # a client this late spoils no figure
-LAG_SHARE = 0.02  # nor does one that is late by this share of the median TTFT
 HIT_SLACK = 0.02  # of prompt tokens, where the order of requests is not fixed
 
 
@@ -107,8 +105,8 @@ def arm_result(
     problems += hit_problems(records, exact)
     ttft = percentiles([r.ttft_ms for r in answered])
     check = check_client([stretch for data in runs for stretch in data.measured])
-    if check.send_lag_p99_ms > max(LAG_MS, LAG_SHARE * ttft.get("p50", 0.0)):
-        problems.append(f"the client lagged: send lag p99 is {check.send_lag_p99_ms:.1f} ms")
+    if (lagged := check.lag_problem(ttft.get("p50", 0.0))) is not None:
+        problems.append(lagged)
     if outputs is not None and outputs.differences:
         problems.append(f"outputs differ from {outputs.reference}: {outputs.differences[0]}")
     wall = sum(data.wall_s for data in runs)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lmc.bench.bars import judge_bars
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.records import RequestRecord
+from lmc.bench.selfcheck import SelfCheck
 from lmc.bench.stats import compare, judge, pairs, weighted_percentile
 from lmc.bench.verdict import counter_problems, goodput, hit_problems
 from lmc.bench.workload import Bar, Slo
@@ -159,6 +160,21 @@ def test_responses_and_counters_must_agree() -> None:
     assert counter_problems(records, {"host": 0.0}) == []
     assert counter_problems([record(status="timeout")], {"device": 1.0}) == []
     assert counter_problems([record(cached_tokens=None)], {"device": 1.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("requests", "p90", "p99", "ttft", "problem"),
+    [
+        (12, 1.0, 30.0, 200.0, None),
+        (12, 6.0, 30.0, 200.0, "send lag p90 is 6.0 ms"),
+        (100, 1.0, 6.0, 200.0, "send lag p99 is 6.0 ms"),
+        (100, 1.0, 6.0, 400.0, None),
+    ],
+)
+def test_a_lagging_client_is_a_problem(requests: int, p90: float, p99: float, ttft: float, problem: str | None) -> None:
+    check = SelfCheck(requests, 0.1, p90, p99, p99, 0.0, None, 1.0, 0.1)
+    found = check.lag_problem(ttft)
+    assert found == problem or (problem is not None and problem in (found or ""))
 
 
 def test_goodput_counts_every_sent_request() -> None:
