@@ -146,10 +146,17 @@ class SentinelSet:
         """Kill the master and wait until Sentinel has made the replica master."""
         self.master.kill()
         with self.sentinel.client() as client, self.replica.client() as replica:
-            wait_until(lambda: replica.info("replication")["role"] == "master", "the promotion")
-            wait_until(
-                lambda: int(client.sentinel_master(self.service)["port"]) == self.replica.port, "Sentinel's new master"
-            )
+            wait_until(lambda: _holds(lambda: replica.info("replication")["role"] == "master"), "the promotion")
+            new_port = self.replica.port
+            wait_until(lambda: int(client.sentinel_master(self.service)["port"]) == new_port, "Sentinel's new master")
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    """False while the connection is broken: Sentinel drops the clients of a server that it promotes."""
+    try:
+        return condition()
+    except redis.ConnectionError:
+        return False
 
 
 @contextmanager
