@@ -65,8 +65,9 @@ class Wire:
             _advance(left, count)
             received += count
             if start != wanted and (received >= len(start) or b"\r\n" in start):
-                begun = (start + head + body[:_LONGEST_LINE])[:received]
-                return self._no_value(begun, len(head) + len(body))
+                begun = bytes(start + head + body[:_LONGEST_LINE])[:received]
+                self._no_value(begun, len(head) + len(body))
+                return None
             ready = min(max(received - before_body, 0), len(body))
             hasher.update(body[hashed:ready])
             hashed = ready
