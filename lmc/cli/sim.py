@@ -54,6 +54,7 @@ def run(
     write_delay: Annotated[str, typer.Option(help="A stored block is readable only so much later.")] = "0s",
     ttl: Annotated[str | None, typer.Option(help="Drop a block that was not touched for so long.")] = None,
     fixed_ttl: Annotated[bool, typer.Option("--fixed-ttl", help="The TTL counts from the store.")] = False,
+    cost: CostFile = None,
     json: Json = False,
     csv: Csv = None,
     png: Annotated[Path | None, typer.Option(help="Write the miss-ratio curve to this picture.")] = None,
@@ -81,7 +82,7 @@ def run(
             float("inf") if ttl is None else parse_seconds(ttl),
             not fixed_ttl,
         )
-        study = run_study(trace, split_list(policy), capacities, measured, chunks, options)
+        study = run_study(trace, split_list(policy), capacities, measured, chunks, options, read_cost(cost))
     if png is not None:
         report.write_file(png, show.miss_ratio_figure(study).png)
     output(show.study_table(study), show.study_json(study), show.study_rows(study), study.notes, json, csv)
@@ -270,7 +271,7 @@ def output(
 
 
 def read_cost(path: Path | None) -> CostModel | None:
-    from lmc.sim.cost import read_cost_model
+    from lmc.sim.cost_file import read_cost_model
 
     return None if path is None else read_cost_model(path)
 

@@ -10,15 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
 from lmc.errors import ConfigError
 from lmc.sim.trace import Float64, Int64
-from lmc.units import parse_seconds, parse_size
 
 _GIB = 1024**3
 
@@ -116,69 +112,3 @@ def fit_prefill(position: Sequence[int], new: Sequence[int], seconds: Sequence[f
                 best, best_error = np.zeros(3), error
                 best[list(chosen)] = found
     return Prefill(*(float(value) for value in best))
-
-
-def read_cost_model(path: Path) -> CostModel:
-    """A YAML file as docs/simulating.md shows it. Raises ConfigError that names the key."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give a cost model file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); repair it") from None
-    top = _section(path, "the file", raw, {"prefill", "token_bytes", "tiers", "gpu_dollars_per_hour"})
-    prefill = _section(path, "prefill", top.get("prefill"), {"fixed", "token", "pair", "bench"})
-    tiers = {}
-    for name, value in _section(path, "tiers", top.get("tiers") or {}, None).items():
-        entry = _section(path, f"tiers.{name}", value, {"bandwidth", "latency", "dollars_per_gib_hour"})
-        rate = parse_size(str(entry.get("bandwidth", "")).removesuffix("/s"))
-        if rate == 0:
-            raise ConfigError(f"{path}: tiers.{name}.bandwidth is 0; write 20GB/s or the like")
-        price = _amount(path, f"tiers.{name}.dollars_per_gib_hour", entry.get("dollars_per_gib_hour", 0))
-        tiers[str(name)] = TierCost(str(name), rate, parse_seconds(entry.get("latency", 0)), price)
-    return CostModel(
-        _prefill(path, prefill),
-        parse_size(top.get("token_bytes", 0)),
-        tiers,
-        _amount(path, "gpu_dollars_per_hour", top.get("gpu_dollars_per_hour", 0)),
-    )
-
-
-def _prefill(path: Path, section: Mapping[str, Any]) -> Prefill:  # Any: parsed YAML
-    if "bench" in section:
-        if len(section) > 1:
-            raise ConfigError(f"{path}: prefill.bench is a measurement; leave fixed, token and pair out beside it")
-        return fit_from_bench(path.parent / str(section["bench"]))
-    if not section:
-        raise ConfigError(f"{path}: prefill needs token (seconds per token), or bench (a folder that lmc bench wrote)")
-    return Prefill(*(parse_seconds(section.get(name, 0)) for name in ("fixed", "token", "pair")))
-
-
-def fit_from_bench(folder: Path) -> Prefill:
-    """From the requests of a bench report whose hits, if any, came from the engine's own cache. Raises ConfigError."""
-    file = folder / "requests.parquet"
-    if not file.is_file():
-        raise ConfigError(f"{file} is not there; give the folder of a report that lmc bench wrote")
-    import pandas
-
-    frame = pandas.read_parquet(file, columns=["arm", "status", "service_ttft_ms", "prompt_tokens", "cached_tokens"])
-    frame = frame[(frame["status"] == "ok") & frame["arm"].isin(["none", "engine"]) & (frame["service_ttft_ms"] > 0)]
-    cached = frame["cached_tokens"].where(frame["arm"] == "engine", 0).fillna(0)
-    return fit_prefill(
-        cached.tolist(), (frame["prompt_tokens"] - cached).tolist(), (frame["service_ttft_ms"] / 1e3).tolist()
-    )
-
-
-def _section(path: Path, name: str, value: Any, known: set[str] | None) -> dict[str, Any]:  # Any: parsed YAML
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: {name} is missing or no mapping; see docs/simulating.md for a whole example")
-    for key in value:
-        if known is not None and key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r} in {name}; there are {', '.join(sorted(known))}")
-    return value
-
-
-def _amount(path: Path, name: str, value: Any) -> float:  # Any: parsed YAML
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ConfigError(f"{path}: {name} is {value!r}; it must be a number of dollars, 0 or more")
-    return float(value)

@@ -29,6 +29,8 @@ def describe(trace: Trace) -> dict[str, list[Fact]]:
     sections = {"Size": _size(trace), "Lengths": _lengths(trace), "Arrivals": _arrivals(trace)}
     if trace.num_blocks:
         profile = stack.profile(trace)
+        if trace.recorded_hits:
+            sections["Hits of the recorded cache"] = _recorded(trace)
         sections["Hits of an unlimited cache"] = _ceiling(profile)
         sections["Reuse of the hit blocks"] = _reuse(profile)
         sections["Sharing"] = _sharing(profile)
@@ -101,6 +103,14 @@ def _arrivals(trace: Trace) -> list[Fact]:
             Fact("step_s", "median step between distinct timestamps", "s", float(np.median(np.diff(distinct)))),
         ]
     return facts
+
+
+def _recorded(trace: Trace) -> list[Fact]:
+    percent = 100 / max(trace.num_tokens, 1)
+    return [
+        Fact(f"recorded_{tier}_hit_percent", f"{tier} hits", "% of all input tokens", percent * tokens)
+        for tier, tokens in trace.recorded_hits.items()
+    ]
 
 
 def _ceiling(profile: stack.StackProfile) -> list[Fact]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from lmc.cache.policy import POLICIES, get_policy
 from lmc.errors import ConfigError
 from lmc.sim import belady, policy_replay
 from lmc.sim.policy_replay import PLAIN, PolicyHits, ReplayOptions
-from lmc.sim.stack import HitCurve
+from lmc.sim.projections import hit_squares
+from lmc.sim.stack import HitCurve, StackProfile
 from lmc.sim.trace import Trace, Window
 
 BOUND = "belady"
@@ -21,19 +25,31 @@ def check_policies(names: Sequence[str]) -> None:
             raise ConfigError(f"unknown eviction policy {name!r}; there are {', '.join([*sorted(POLICIES), BOUND])}")
 
 
+class Hits(NamedTuple):
+    blocks: int
+    tokens: int
+    squares: int  # sum of squared hit tokens of the requests: the attention work that they save
+
+
 def hits_at(
-    trace: Trace,
+    stack: StackProfile,
     policy: str,
     capacities: Sequence[float],
     window: Window,
     curve: HitCurve,
     options: ReplayOptions = PLAIN,
-) -> list[tuple[int, int]]:
-    """Hit blocks and hit tokens of the window at each capacity in blocks; curve is plain LRU's."""
+) -> list[Hits]:
+    """Hits of the window at each capacity in blocks; curve is plain LRU's."""
+    trace = stack.trace
     if policy == "lru" and options == PLAIN:
-        return [curve.at(capacity) for capacity in capacities]
-    results = replay(trace, policy, capacities, options)
-    return [(result.hit_blocks(trace, window), result.hit_tokens(trace, window)) for result in results]
+        squares = hit_squares(stack, window)
+        return [Hits(*curve.at(size), int(squares[int(min(size, trace.num_unique))])) for size in capacities]
+    first = trace.first_request(window)
+    found = []
+    for result in replay(trace, policy, capacities, options):
+        tokens = np.minimum(result.request_hits[first:] * np.int64(trace.block_tokens), trace.input_tokens[first:])
+        found.append(Hits(result.hit_blocks(trace, window), int(tokens.sum()), int((tokens**2).sum())))
+    return found
 
 
 def replay(trace: Trace, policy: str, capacities: Sequence[float], options: ReplayOptions = PLAIN) -> list[PolicyHits]:

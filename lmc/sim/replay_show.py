@@ -50,6 +50,9 @@ def show(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
         [f"{tier} hits", tokens, 100 * tokens / total, "% of tokens"] for tier, tokens in hits.items()
     ]
     rows.append(["hits", sum(hits.values()), 100 * sum(hits.values()) / total, "% of tokens"])
+    if window == "all":
+        recorded = result.trace.recorded_hits.items()
+        rows += [[f"recorded {tier} hits", tokens, 100 * tokens / total, "% of tokens"] for tier, tokens in recorded]
     rows += [[f"TTFT p{p}", value, None, "s"] for p, value in ttft.items()]
     rows += [
         [name, count, None, "chunks" if "late" not in name else "requests"] for name, count in result.counts.items()
@@ -61,6 +64,7 @@ def show(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
         "trace": trace_json(result.trace),
         "window": window,
         "hit_tokens": hits,
+        "recorded_hit_tokens": result.trace.recorded_hits,
         "total_tokens": total,
         "ttft_s": {f"p{p}": value for p, value in ttft.items()},
         "counts": dict(result.counts),

@@ -54,6 +54,8 @@ def row_json(row: Row) -> dict[str, Any]:
         "block_hit_rate": row.block_hit_rate,
         "token_hit_rate": row.token_hit_rate,
         **({} if row.error is None else {"token_hit_rate_error": row.error}),
+        **({} if row.hit_bytes is None else {"hit_bytes": row.hit_bytes}),
+        **({} if row.saved_prefill_s is None else {"saved_prefill_s": row.saved_prefill_s}),
     }
 
 
@@ -70,6 +72,7 @@ def study_json(study: Study) -> dict[str, Any]:
 def study_table(study: Study) -> Table:
     several = len(study.totals) > 1  # a second chunk size takes the place of the share of blocks on a narrow screen
     sampled = any(row.error is not None for row in study.rows)
+    priced = any(row.saved_prefill_s is not None for row in study.rows)
     columns = [
         Column("policy"),
         *([Column("chunk", "tokens")] if several else []),
@@ -79,6 +82,7 @@ def study_table(study: Study) -> Table:
         Column("hits", "tokens"),
         Column("hits", "% of tokens"),
         *([Column("error", "points")] if sampled else []),
+        *([Column("saved prefill", "GPU h")] if priced else []),
     ]
     rows = [
         [
@@ -90,6 +94,7 @@ def study_table(study: Study) -> Table:
             row.hit_tokens,
             100 * row.token_hit_rate,
             *([] if row.error is None else [100 * row.error]),
+            *([] if row.saved_prefill_s is None else [row.saved_prefill_s / 3600]),
         ]
         for row in study.rows
     ]

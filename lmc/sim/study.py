@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lmc.errors import ConfigError
 from lmc.sim import capacity, shards, stack
+from lmc.sim.cost import CostModel
 from lmc.sim.policies import check_policies, hits_at
 from lmc.sim.policy_replay import PLAIN, ReplayOptions
 from lmc.sim.trace import Trace, Window, coarsen, require_blocks
@@ -23,6 +24,8 @@ class Row:
     hit_tokens: int
     total_tokens: int
     error: float | None = None  # standard error of the token hit rate, where it is an estimate
+    hit_bytes: int | None = None  # where the bytes of a token are known
+    saved_prefill_s: float | None = None  # GPU seconds that the hits save, with a cost model
 
     @property
     def token_hit_rate(self) -> float:
@@ -54,6 +57,7 @@ def run_study(
     window: Window = "all",
     chunk_sizes: Sequence[int] = (),
     options: ReplayOptions = PLAIN,
+    cost: CostModel | None = None,
 ) -> Study:
     """Rows in the order chunk size, policy, capacity. Without chunk sizes the blocks are taken as recorded, partial last ones too."""
     require_blocks(trace)
@@ -63,7 +67,8 @@ def run_study(
     notes = list(trace.notes)
     for chunked in [coarsen(trace, size) for size in chunk_sizes] or [trace]:
         sizes = capacity.resolve(capacities, chunked)
-        curve = stack.hit_curve(stack.profile(chunked), window)
+        profile = stack.profile(chunked)
+        curve = stack.hit_curve(profile, window)
         curves[chunked.block_tokens] = curve
         small = min(sizes, default=math.inf)
         if small < chunked.longest:
@@ -71,12 +76,24 @@ def run_study(
                 f"capacity {small:,.0f} is below the longest request of {trace.source} ({chunked.longest:,} blocks): "
                 "such a request keeps its first blocks only; raise the capacity to hold whole requests"
             )
+        token_bytes = (
+            capacities.token_bytes or chunked.block_bytes // chunked.block_tokens or (cost.token_bytes if cost else 0)
+        )
         for policy in policies:
-            hits = hits_at(chunked, policy, sizes, window, curve, options)
-            rows += [
-                Row(policy, chunked.block_tokens, size, blocks, curve.total_blocks, tokens, curve.total_tokens)
-                for size, (blocks, tokens) in zip(sizes, hits, strict=True)
-            ]
+            for size, hits in zip(sizes, hits_at(profile, policy, sizes, window, curve, options), strict=True):
+                rows.append(
+                    Row(
+                        policy,
+                        chunked.block_tokens,
+                        size,
+                        hits.blocks,
+                        curve.total_blocks,
+                        hits.tokens,
+                        curve.total_tokens,
+                        hit_bytes=hits.tokens * token_bytes or None,
+                        saved_prefill_s=cost.prefill.saved(hits.tokens, hits.squares) if cost else None,
+                    )
+                )
     return Study(trace, window, rows, curves, tuple(notes))
 
 

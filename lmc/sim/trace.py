@@ -7,7 +7,7 @@ smaller than its child's. This module knows no file format; lmc.sim.build checks
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ class Trace:
     tenant_names: tuple[str, ...]
     sessions: Int32  # (num_requests,) session number, -1 where the trace names none
     block_bytes: int = 0  # KV bytes of one block over all ranks, 0 where the trace does not say it
+    recorded_hits: dict[str, int] = field(default_factory=dict)  # tokens by tier that the recorded cache itself hit
     notes: tuple[str, ...] = ()  # choices that the reader made and a reader of the result must know
 
     @property

@@ -219,3 +219,14 @@ def test_bad_replay_settings_are_one_line(long_trace: Path, tmp_path: Path) -> N
 def test_report_writes_its_folder(long_trace: Path, tmp_path: Path) -> None:
     assert "report.html" in run("report", long_trace, "-o", tmp_path / "out", "--policy", "fifo", "--sizes", "3")
     assert (tmp_path / "out" / "report.html").stat().st_size < 1_000_000
+
+
+def test_run_with_a_cost_model_counts_bytes_and_saved_seconds(trace: Path, tmp_path: Path) -> None:
+    cost = tmp_path / "cost.yaml"
+    cost.write_text("prefill: {token: 1ms, pair: 1us}\ntoken_bytes: 1000\n")
+    options = ("--capacity-blocks", "inf", "--policy", "lru,fifo", "--cost", cost)
+    hits = [1024, 1500]  # of the second and the third request
+    for row in json.loads(run(trace, *options, "--json"))["rows"]:
+        assert row["hit_tokens"] == sum(hits) and row["hit_bytes"] == 1000 * sum(hits)
+        assert row["saved_prefill_s"] == pytest.approx(1e-3 * sum(hits) + 1e-6 * sum(hit**2 for hit in hits) / 2)
+    assert "saved prefill" in run(trace, *options)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmc.errors import ConfigError
-from lmc.sim import cost
+from lmc.sim import cost, cost_file
 from lmc.sim.cost import CostModel, Prefill, TierCost
 
 FAST = TierCost("host", 1e6, 0.001, 0.5)
@@ -103,7 +104,7 @@ tiers:
 def test_a_cost_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "cost.yaml"
     path.write_text(TEXT)
-    model = cost.read_cost_model(path)
+    model = cost_file.read_cost_model(path)
     assert (model.prefill.fixed_s, model.prefill.token_s, model.prefill.pair_s) == pytest.approx((0.01, 30e-6, 0))
     assert model.token_bytes == 131072
     assert model.tiers["disk"] == TierCost("disk", 3e9, 0, 0.0001)
@@ -127,10 +128,10 @@ def test_a_bad_cost_file_is_one_line(tmp_path: Path, change: tuple[str, str], me
     path = tmp_path / "cost.yaml"
     path.write_text(TEXT.replace(*change))
     with pytest.raises(ConfigError, match=message) as caught:
-        cost.read_cost_model(path)
+        cost_file.read_cost_model(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="cost model file"):
-        cost.read_cost_model(tmp_path / "absent.yaml")
+        cost_file.read_cost_model(tmp_path / "absent.yaml")
 
 
 def test_prefill_is_fitted_from_a_bench_report(tmp_path: Path) -> None:
@@ -146,5 +147,23 @@ def test_prefill_is_fitted_from_a_bench_report(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     pandas.DataFrame(rows, columns=names).to_parquet(tmp_path / "run" / "requests.parquet")
     (tmp_path / "cost.yaml").write_text("prefill: {bench: run}\ntoken_bytes: 1\n")
-    found = cost.read_cost_model(tmp_path / "cost.yaml").prefill
+    found = cost_file.read_cost_model(tmp_path / "cost.yaml").prefill
     assert (found.fixed_s, found.token_s) == (pytest.approx(0.02), pytest.approx(0.001))
+
+
+def test_bandwidth_comes_from_a_probe(tmp_path: Path) -> None:
+    rows = [
+        {"direction": "load", "gb_per_s": 3.0},
+        {"direction": "load", "gb_per_s": 7.5},
+        {"direction": "store", "gb_per_s": 99.0},
+    ]
+    (tmp_path / "probe.json").write_text(json.dumps({"rows": rows}))
+    path = tmp_path / "cost.yaml"
+    path.write_text("prefill: {token: 1us}\ntoken_bytes: 1\ntiers: {host: {probe: probe.json}}\n")
+    assert cost_file.read_cost_model(path).tier("host").bytes_per_s == 7.5e9
+    (tmp_path / "probe.json").write_text("{}")
+    with pytest.raises(ConfigError, match="make it anew"):
+        cost_file.read_cost_model(path)
+    (tmp_path / "probe.json").unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        cost_file.read_cost_model(path)

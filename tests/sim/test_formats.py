@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from lmc.errors import TraceError
 from lmc.sim import stack
+from lmc.sim.describe import describe, facts_json
 from lmc.sim.formats import find_format, read_trace
 from lmc.sim.formats.base import ReadOptions
 from lmc.sim.trace import require_blocks
@@ -133,7 +134,7 @@ HEADER = {"format": "lmc-trace", "version": 1, "chunk_tokens": 128, "chunk_bytes
 
 
 def lookup(t: float, chunks: list[str], tokens: int = 300, tenant: str = "") -> dict[str, Any]:
-    hits = {"device": 0, "host": 0, "disk": 0}
+    hits = {"device": 0, "host": 128, "disk": 1}
     return {"t": t, "request": "r", "tokens": tokens, "chunks": chunks, "tenant": tenant, "hit_tokens": hits}
 
 
@@ -145,6 +146,8 @@ def test_own_record_is_read(write: Write) -> None:
     assert trace.ids.tolist() == [0, 1, 0, 2]
     assert (trace.block_tokens, trace.block_bytes, trace.num_tokens) == (128, 5898240, 609)
     assert (trace.tenant_names, trace.tenants.tolist()) == (("", "x"), [0, 1, 0])
+    assert trace.recorded_hits == {"device": 0, "host": 384, "disk": 3}
+    assert facts_json(describe(trace))["recorded_host_hit_percent"] == pytest.approx(100 * 384 / 609)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +157,8 @@ def test_own_record_is_read(write: Write) -> None:
         [{**HEADER, "chunk_tokens": 0}, lookup(0, [])],
         [HEADER, lookup(0, ["xyz"])],
         [HEADER, lookup(0, ["00"])],
+        [HEADER, {**lookup(0, []), "hit_tokens": [1]}],
+        [HEADER, {**lookup(0, []), "hit_tokens": {"host": "many"}}],
         [HEADER, '{"t": 1, "request"'],
     ],
 )

@@ -35,7 +35,10 @@ def read(path: Path, options: ReadOptions) -> Trace:
     if options.block_tokens not in (None, chunk_tokens):
         raise TraceError(f"{path}: its chunks have {chunk_tokens} tokens; leave --block-tokens out")
     builder = TraceBuilder(path.name, FORMAT.name, chunk_tokens, sort=options.sort, rechain=options.rechain)
+    hits: dict[str, int] = {}
     for number, record in records:
+        for tier, tokens in _hits(path, number, record).items():
+            hits[tier] = hits.get(tier, 0) + tokens
         builder.add(
             number,
             _hashes(path, number, record),
@@ -45,7 +48,14 @@ def read(path: Path, options: ReadOptions) -> Trace:
             tenant=str(record.get("tenant", "")),
         )
     trace = builder.finish()
-    return replace(trace, block_bytes=get_count(path, first, header, "chunk_bytes"))
+    return replace(trace, block_bytes=get_count(path, first, header, "chunk_bytes"), recorded_hits=hits)
+
+
+def _hits(path: Path, number: int, record: Record) -> dict[str, int]:
+    hits = record.get("hit_tokens", {})
+    if not isinstance(hits, dict) or not all(isinstance(tokens, int) for tokens in hits.values()):
+        raise bad_line(path, number, "'hit_tokens' is no mapping of tiers to tokens", "repair or delete the line")
+    return hits
 
 
 def _hashes(path: Path, number: int, record: Record) -> Int64:
