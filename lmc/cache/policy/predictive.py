@@ -1,7 +1,7 @@
 """Predictive: evict the chunk that is expected to bring the fewest hits, as learned from what happened to chunks like it.
 
 At each touch a chunk falls into a class: how often it was touched before, how far from the end of the request it stands, and how many new
-chunks the request brings. reuse.py learns what becomes of a class by age; ghosts, two for each place, tell it of mistakes. Chunks of one
+chunks the request brings. reuse.py learns what becomes of a class by age; ghosts, four for each place, tell it of mistakes. Chunks of one
 class and age bin share a list, oldest first; a tournament tree holds the value of each list, and the victim is the oldest chunk of the list
 with the least. Nothing is set per workload, and before anything is learned the order is that of LRU.
 
@@ -43,7 +43,7 @@ from lmc.cache.policy.reuse import (
 )
 
 NOWHERE, RESIDENT, GHOST = range(3)
-GHOSTS = 2  # for each place
+GHOSTS = 4  # for each place
 STEPS = 4  # each feature of a class has so many values
 NUM_CLASSES = STEPS**3
 NUM_LISTS = NUM_CLASSES * NUM_BINS
@@ -63,10 +63,10 @@ class State(NamedTuple):
     recency: Lists  # one list of all resident nodes
     edges: Int32  # (NUM_BINS,) the oldest node of bin k or a lower one: the next to leave bin k. The head where there is none
     where: Marks  # (num_nodes,)
-    last: Int64  # (num_nodes,) the request of the last touch
-    uses: Int32  # (num_nodes,) touches before the last one, as far as is remembered
-    kind: Int32  # (num_nodes,) class
-    bins: Int32  # (num_nodes,) age bin
+    last: Int32  # (num_nodes,) the request of the last touch
+    uses: Marks  # (num_nodes,) touches before the last one, as far as is remembered, below STEPS
+    kind: Marks  # (num_nodes,) class
+    bins: Marks  # (num_nodes,) age bin
     life: Life
     tree: Float64  # (2 * LEAVES,) the least value below each inner node; leaves are the lists' values, or EMPTY
     held: Int32  # (NUM_LISTS,) lists that a search left out because all their nodes are pinned
@@ -83,10 +83,10 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
         recency=make_lists(num_nodes, 1),
         edges=np.full(NUM_BINS, num_nodes, dtype=np.int32),
         where=np.zeros(num_nodes, dtype=np.uint8),
-        last=np.zeros(num_nodes, dtype=np.int64),
-        uses=np.zeros(num_nodes, dtype=np.int32),
-        kind=np.zeros(num_nodes, dtype=np.int32),
-        bins=np.zeros(num_nodes, dtype=np.int32),
+        last=np.zeros(num_nodes, dtype=np.int32),
+        uses=np.zeros(num_nodes, dtype=np.uint8),
+        kind=np.zeros(num_nodes, dtype=np.uint8),
+        bins=np.zeros(num_nodes, dtype=np.uint8),
         life=make_life(NUM_CLASSES),
         tree=np.full(2 * LEAVES, EMPTY, dtype=np.float64),
         held=np.zeros(NUM_LISTS, dtype=np.int32),
@@ -185,8 +185,7 @@ def step(count: int, base: int) -> int:
 def start_life(state: State, node: int) -> None:
     """A touch: into a class, youngest of its first bin and of all."""
     counter = state.counter
-    uses = min(int(state.uses[node]), STEPS - 1)
-    kind = (uses * STEPS + step(counter[POSITION] + 1, 2)) * STEPS + step(counter[NEW], 4)
+    kind = (int(state.uses[node]) * STEPS + step(counter[POSITION] + 1, 2)) * STEPS + step(counter[NEW], 4)
     counter[POSITION] += 1
     if state.life.reached[kind, 0] == 0.0:
         learn(state, kind)
@@ -214,7 +213,7 @@ def start_life(state: State, node: int) -> None:
 
 
 def out_of_recency(state: State, node: int) -> None:
-    k = state.bins[node]
+    k = int(state.bins[node])
     while k < NUM_BINS and state.edges[k] == node:
         state.edges[k] = state.recency.younger[node]
         k += 1
@@ -236,7 +235,7 @@ def on_hit(state: State, node: int, now: int) -> None:
     delist(state, node)
     out_of_recency(state, node)
     count_reused(state.life, state.kind[node], state.bins[node])
-    state.uses[node] += 1
+    state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
     start_life(state, node)
 
 
@@ -248,7 +247,7 @@ def on_insert(state: State, node: int, now: int) -> None:
         state.counter[NUM_GHOSTS] -= 1
         catch_up(state, node)
         count_reused(state.life, state.kind[node], state.bins[node])
-        state.uses[node] += 1
+        state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
     else:
         state.uses[node] = 0
     state.where[node] = RESIDENT
@@ -310,5 +309,5 @@ SPEC = PolicySpec(
     victim,
     on_evict,
     release,
-    ghosts=2.0,
+    ghosts=float(GHOSTS),
 )
