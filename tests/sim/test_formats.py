@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import zstandard
+from lmc.cache.keys import KeyChain, Namespace, root
+from lmc.cache.record import TraceRecorder
 from lmc.errors import TraceError
 from lmc.sim import stack
 from lmc.sim.describe import describe, facts_json
@@ -357,3 +359,18 @@ def test_delivered_traces_have_their_known_sizes() -> None:
     assert (components.num_requests, components.sessions.max() + 1) == (7_106, 3_990)
     arrivals = read_trace(folder / "AzureLLMInferenceTrace_conv.csv.gz")
     assert (arrivals.num_requests, arrivals.num_tokens) == (19_366, 22_361_870)
+
+
+def test_what_the_cache_records_is_what_sim_reads(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    chain = KeyChain(root(Namespace("vllm", "m", "r", "float16", "l", 4)), 4)
+    recorder = TraceRecorder(path, chunk_tokens=4, chunk_bytes=640, namespace="n", now=100.0)
+    first = list(chain.extend(range(9)))
+    recorder.lookup(100.5, "a", 9, first, "t", {"host": 0})
+    recorder.lookup(103.0, "b", 14, chain.extend(range(14)), "t", {"host": 8})
+    recorder.close()
+    trace = read_trace(path)
+    assert trace.ids.tolist() == [0, 1, 0, 1, 2]
+    assert trace.timestamps_s.tolist() == [0.5, 3.0]
+    assert (trace.block_tokens, trace.block_bytes, trace.recorded_hits) == (4, 640, {"host": 8})
+    assert stack.hit_curve(stack.profile(trace)).at(math.inf) == (2, 8)
