@@ -139,3 +139,9 @@ def test_no_copies_choose_nothing(model: CostModel) -> None:
     backend = auto(Recorder("dma"), Recorder("kernel"), model)
     backend.execute(copies(Direction.LOAD))
     assert not backend.chosen
+
+
+def test_a_rate_is_interpolated_inside_and_proportional_beyond() -> None:
+    rate = Rate(0.5, (1000, 2000), (1.0, 3.0))
+    seconds = {size: rate.seconds(copies(Direction.LOAD, size)) for size in (100, 1000, 1500, 2000, 8000)}
+    assert seconds == {100: 1.5, 1000: 1.5, 1500: 2.5, 2000: 3.5, 8000: 12.5}
