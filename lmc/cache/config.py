@@ -136,6 +136,8 @@ class CacheConfig(Section):
     """Load a hit only if it saves at least so many tokens; below that recomputing is quicker."""
     background_load_tokens: int = Field(default=4096, ge=1)
     """Copy a hit of at least so many tokens in the background, while the batch goes on; a smaller one right before the forward pass."""
+    transfer_backend: Literal["auto", "host", "dma", "kernel", "staged", "torch"] = "auto"
+    """What copies between engine blocks and host memory; auto measures at start which is fastest for which size."""
     load_deadline: Seconds = 5.0
     """A request waits at most so long for chunks from disk or remote tiers; then it loads what is there and computes the rest."""
     lookup_deadline: Seconds = 0.05

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import psutil
 
+from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
 from lmc.cache.layout import KVLayout
 from lmc.cache.tiers.format import TierScope
-from lmc.cache.tiers.host import HostSlab
 from lmc.cache.tiers.open import open_tiers
-from lmc.cache.transfer.backends import choose_backend
+from lmc.cache.transfer.backends import Backend, choose_backend
+from lmc.cache.transfer.pinned import open_slab
 from lmc.cache.transfer.planner import slot_bytes
+from lmc.cache.transfer.streams import TransferStreams
 from lmc.cache.worker import CacheWorker
 from lmc.errors import ConfigError
 from lmc.units import format_size
@@ -35,17 +37,27 @@ def open_worker(
         )
     scope = TierScope(namespace.label(), rank, layout.fingerprint, chunk_bytes)
     tiers, warnings = open_tiers(config, scope)
+    slab = open_slab(layout.device, num_slots, chunk_bytes)
+    backend = choose_backend(layout, name=config.transfer_backend, is_pinned=slab.is_pinned)
     return CacheWorker(
         namespace,
         rank,
-        layout,
-        HostSlab(num_slots, chunk_bytes),
+        slab,
+        BlockCopier(layout, slab, backend, open_streams(layout.device, backend)),
         tiers,
-        choose_backend(layout),
         io_threads=config.io_threads,
         close_timeout=config.close_timeout,
-        warnings=warnings,
+        warnings=[*warnings, *([slab.problem] if slab.problem else [])],
     )
+
+
+def open_streams(device: str, backend: Backend) -> TransferStreams | None:
+    """The store and load streams beside a device's compute stream; none on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    from lmc.cache.transfer.runtimes import CudaRuntime
+
+    return TransferStreams(CudaRuntime(device), backend)
 
 
 def host_bytes(config: CacheConfig) -> int:

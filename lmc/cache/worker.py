@@ -1,7 +1,7 @@
 """The worker: one rank's memory and tiers. It does what a plan says and reports; it decides nothing.
 
-Copies between blocks and slots run on the engine's own thread, or, for requests that wait outside the batch and keep their blocks until
-then, on a loader thread. Copies between slots and the tiers below run on I/O threads, which touch nothing but slots.
+Copies between blocks and slots are the BlockCopier's; their outcomes are noted on the engine's thread. Copies between slots and the tiers
+below run on I/O threads, which touch nothing but slots.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
-import numpy as np
-
+from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import REMOTE_TIERS
 from lmc.cache.keys import Namespace
-from lmc.cache.layout import KVLayout
 from lmc.cache.plan import (
     ABSENT,
     CAUSES,
@@ -32,31 +30,28 @@ from lmc.cache.plan import (
     BreakerReading,
     Plan,
     Report,
-    RequestCopies,
     TierCopy,
     WorkerReady,
 )
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.breaker import Breaker, TierOpen
-from lmc.cache.tiers.host import HostSlab
-from lmc.cache.transfer.backends import Backend
-from lmc.cache.transfer.planner import Direction, plan
+from lmc.cache.transfer.pinned import Slab
+from lmc.cache.transfer.planner import Direction
 from lmc.errors import Corrupt, TierError, TierFull
 
 logger = logging.getLogger(__name__)
 
 
 class CacheWorker:
-    """Chunks of `blocks_per_chunk` blocks of `layout` between an engine's KV cache, a slab of host slots and tiers by name."""
+    """Chunks between an engine's KV cache (the copier's), a slab of host slots and tiers by name."""
 
     def __init__(
         self,
         namespace: Namespace,
         rank: int,
-        layout: KVLayout,
-        slab: HostSlab,
+        slab: Slab,
+        copier: BlockCopier,
         tiers: Mapping[str, Tier],
-        backend: Backend,
         *,
         io_threads: int,
         close_timeout: float = 10.0,
@@ -64,18 +59,16 @@ class CacheWorker:
     ) -> None:
         self._namespace = namespace
         self._rank = rank
-        self._layout = layout
         self._slab = slab
+        self.copier = copier
         self._tiers = dict(tiers)
-        self._backend = backend
         self._warnings = tuple(warnings)
         self._close_timeout = close_timeout
         # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
         self._readers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-read") for name in tiers}
         self._writers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-write") for name in tiers}
         self._under_way: set[Future[None]] = set()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
-        self._lock = threading.Lock()  # guards the report and what is above _fault, which other threads write to
+        self._lock = threading.Lock()  # guards _under_way and the report, which other threads write to
         self._report = Report()
         self._failed_blocks: set[int] = set()
         self._loaded: set[str] = set()
@@ -104,14 +97,13 @@ class CacheWorker:
 
     def begin(self, work: Plan) -> None:
         """Before the forward pass: start what runs in the background and fill the blocks that the pass reads."""
-        self._fail_blocks(work.failed_blocks)
-        with self._lock:
-            self._loaded.update(work.failed_requests)
+        self._failed_blocks.update(work.failed_blocks)
+        self._loaded.update(work.failed_requests)
         for copy in work.tier_copies:
             self._submit(copy)
         for request in work.background_loads:
-            self._loader.submit(self._load_in_background, request)
-        loaded = [self._copy_blocks(request, Direction.LOAD) for request in work.loads]
+            self.copier.load_in_background(request)
+        loaded = [self.copier.load(request) for request in work.loads]
         if work.failed_blocks or not all(loaded):
             with self._lock:
                 self._fault += 1
@@ -128,22 +120,27 @@ class CacheWorker:
             if poisoned:
                 self._finish([chunk.operation for chunk in request.chunks], COPY)
             else:
-                self._copy_blocks(request, Direction.STORE)
+                self.copier.store(request)
+
+    def fence(self) -> None:
+        """Before the engine launches anything that may overwrite blocks of earlier steps."""
+        self.copier.fence()
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that were promised and not filled, since the last call."""
-        with self._lock:
-            failed, self._failed_blocks = self._failed_blocks, set()
+        self._settle()
+        failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
     def take_loaded(self) -> set[str]:
         """Requests whose background load ended, well or not, since the last call. Ask for failed blocks afterwards, not before."""
-        with self._lock:
-            loaded, self._loaded = self._loaded, set()
+        self._settle()
+        loaded, self._loaded = self._loaded, set()
         return loaded
 
     def take_report(self) -> Report:
         """What ended since the last call."""
+        self._settle()
         with self._lock:
             report, self._report = self._report, Report()
         for name, tier in self._tiers.items():
@@ -157,10 +154,11 @@ class CacheWorker:
     def close(self, timeout: float | None = None) -> None:
         """Let the writes under way end within timeout seconds (default: as configured), then release memory and connections."""
         timeout = self._close_timeout if timeout is None else timeout
+        self.copier.close()
         with self._lock:
             under_way = set(self._under_way)
         _, late = wait(under_way, timeout)
-        for pool in (self._loader, *self._readers.values(), *self._writers.values()):
+        for pool in (*self._readers.values(), *self._writers.values()):
             pool.shutdown(wait=False, cancel_futures=True)
         if late:
             logger.warning(
@@ -179,32 +177,16 @@ class CacheWorker:
             self._under_way.add(submitted)
         submitted.add_done_callback(partial(self._on_end, copy))
 
-    def _load_in_background(self, request: RequestCopies) -> None:
-        self._copy_blocks(request, Direction.LOAD)
-        with self._lock:
-            self._loaded.add(request.request_id)
-
-    def _fail_blocks(self, blocks: Iterable[int]) -> None:
-        with self._lock:
-            self._failed_blocks.update(blocks)
-
-    def _copy_blocks(self, request: RequestCopies, direction: Direction) -> bool:
-        blocks = np.array([block for chunk in request.chunks for block in chunk.blocks], dtype=np.int64)
-        slots = np.array([self._slab.address(chunk.slot) for chunk in request.chunks], dtype=np.uint64)
-        operations = [chunk.operation for chunk in request.chunks]
-        started = time.perf_counter()
-        try:
-            descriptors = plan(self._layout, blocks, slots, direction)
-            self._backend.execute(descriptors)
-        except Exception:  # whatever goes wrong here, the answer is recomputation
-            logger.exception("lmc: %s of request %s failed", direction, request.request_id)
-            self._finish(operations, COPY)
-            if direction is Direction.LOAD:
-                self._fail_blocks(int(block) for block in blocks if block >= 0)
-            return False
-        self._finish(operations, None)
-        self._measure(str(direction), descriptors.num_bytes, time.perf_counter() - started)
-        return True
+    def _settle(self) -> None:
+        """Note how copies of blocks ended."""
+        for batch in self.copier.ended():
+            self._finish(batch.operations, COPY if batch.failed else None)
+            if batch.failed and batch.direction is Direction.LOAD:
+                self._failed_blocks.update(batch.blocks)
+            if batch.background:
+                self._loaded.add(batch.request_id)
+            if not batch.failed:
+                self._measure(str(batch.direction), batch.num_bytes, batch.seconds)
 
     def _copy_tier(self, copy: TierCopy, submitted: float) -> None:
         if copy.limit is not None and time.monotonic() - submitted > copy.limit:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import CacheConfig
 from lmc.cache.engine import CacheEngine, Identity
 from lmc.cache.keys import Namespace
@@ -16,6 +17,10 @@ from lmc.cache.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.open import open_worker
 from lmc.cache.plan import Plan, Report
 from lmc.cache.settings import load_settings
+from lmc.cache.transfer.backends import Backend
+from lmc.cache.transfer.planner import Descriptors
+from lmc.cache.transfer.runtimes import ThreadRuntime
+from lmc.cache.transfer.streams import TransferStreams
 
 BLOCK_TOKENS = 4
 CHUNK_TOKENS = 8
@@ -58,6 +63,7 @@ class Instance:
     num_ranks: int = 1
     clock: Callable[[], float] = time.monotonic
     model: str = "test"
+    streams: bool = False  # copies on threads that stand for a device's streams
     serial: int = 0
     reports: list[Report] = field(default_factory=list)
 
@@ -67,7 +73,12 @@ class Instance:
         for rank, blocks in enumerate(self.kv):
             layout = _layout(blocks)
             namespace = Namespace("test", self.model, "", "u8", layout.fingerprint, CHUNK_TOKENS, self.num_ranks)
-            self.workers.append(open_worker(self.config, namespace, layout, rank=rank, num_ranks=self.num_ranks))
+            worker = open_worker(self.config, namespace, layout, rank=rank, num_ranks=self.num_ranks)
+            if self.streams:
+                copier = worker.copier
+                slow = Slow(copier.backend)
+                worker.copier = BlockCopier(layout, copier._slab, slow, TransferStreams(ThreadRuntime(), slow))
+            self.workers.append(worker)
         self.engine = CacheEngine(
             self.config, [worker.ready() for worker in self.workers], BLOCK_TOKENS, clock=self.clock
         )
@@ -85,6 +96,8 @@ class Instance:
             assert time.monotonic() < until, "the lookup never ended"
         num_blocks = -(-len(tokens) // BLOCK_TOKENS)
         blocks = [(self.serial * 7 + 3 * index) % NUM_BLOCKS for index in range(num_blocks)]
+        for worker in self.workers:
+            worker.fence()
         for kv in self.kv:
             kv[:, blocks] = 0xEE
         self.engine.admit(name, gain, blocks)
@@ -141,6 +154,18 @@ class Instance:
         self.engine.close()
         for worker in self.workers:
             worker.close()
+
+
+@dataclass
+class Slow:
+    """A backend whose copies come late, so that a missing wait shows."""
+
+    backend: Backend
+    name: str = "slow"
+
+    def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
+        time.sleep(0.003)
+        self.backend.execute(descriptors, stream)
 
 
 def prompt(seed: int, num_tokens: int) -> list[int]:

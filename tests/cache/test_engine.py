@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def test_a_chunk_that_one_rank_failed_to_store_is_a_miss_on_all(instances, monke
     instance = start(instances, 2)
     tokens = prompt(1, 50)
     with monkeypatch.context() as patch:
-        patch.setattr(instance.workers[1]._backend, "execute", _raise(TransferError("injected")))
+        patch.setattr(instance.workers[1].copier.backend, "execute", _raise(TransferError("injected")))
         instance.serve(tokens)
     assert instance.engine.directory.usage()["host"][0] == 0
     assert instance.metric("failure_causes_total", operation="store", tier="host", cause="copy") == 6
@@ -112,7 +113,8 @@ def test_a_failed_load_is_recomputed_and_not_offered_again(instances, monkeypatc
     instance = start(instances, 2)
     tokens = prompt(1, 50)
     instance.serve(tokens)
-    monkeypatch.setattr(instance.workers[0], "_backend", FailsOnce(instance.workers[0]._backend))
+    copier = instance.workers[0].copier
+    monkeypatch.setattr(copier, "backend", FailsOnce(copier.backend))
     assert instance.serve(tokens).loaded == 0
     assert instance.metric("failure_causes_total", operation="load", tier="host", cause="copy") == 6
     assert instance.metric("removed_chunks_total", tier="host", cause="failed") == 6
@@ -145,6 +147,19 @@ def test_a_damaged_file_of_one_rank_is_a_miss_and_is_replaced(instances, tmp_pat
     instances.clear()
     third = start(instances, 2, disk_path=tmp_path)
     assert third.serve(tokens).sources == {"disk": 48}
+
+
+def test_copies_on_streams_are_ordered_with_the_engines_own_work():
+    """Copies come late; whatever reads a block or a slot too early, or overwrites it too soon, gives wrong bytes in serve()."""
+    instance = Instance(settings(host_capacity=2 * 16 * CHUNK_BYTES), 2, streams=True)
+    chooser = random.Random(3)
+    for _ in range(120):
+        length = chooser.randrange(9, 90)
+        instance.serve(prompt(chooser.randrange(4), length), settle=chooser.random() < 0.3)
+    instance.settle()
+    assert instance.metric("hit_tokens_total", tier="host") > 0
+    assert instance.metric("evicted_chunks_total", tier="host") > 0
+    instance.close()
 
 
 # Deadlines

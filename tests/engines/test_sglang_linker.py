@@ -276,8 +276,8 @@ def test_results_come_in_the_order_of_acceptance(start: Start) -> None:
     engine = start()
     one, two = engine.arrive(prompt(7, PAGE + 1)), engine.arrive(prompt(8, PAGE + 1))
     blocked: list[Callable[[], None]] = []
-    execute = engine.cache.worker._backend.execute
-    engine.cache.worker._backend.execute = lambda *a: (wait_until(lambda: bool(blocked), "go"), execute(*a))
+    execute = engine.cache.worker.copier.backend.execute
+    engine.cache.worker.copier.backend.execute = lambda *a: (wait_until(lambda: bool(blocked), "go"), execute(*a))
     assert engine.linker.offload([transfer(one.hashes, [3])])
     assert engine.linker.offload([transfer(two.hashes, [4])])
     assert engine.linker.num_completed_offloads() == 0
@@ -311,7 +311,7 @@ def test_a_failed_copy_fails_the_load_and_the_chunk(start: Start) -> None:
     def broken(*_: object) -> None:
         raise TransferError("injected")
 
-    engine.cache.worker._backend.execute = broken
+    engine.cache.worker.copier.backend.execute = broken
     assert not engine.load(request, [20, 21, 22])
     assert engine.arrive(prompt(10, 3 * PAGE + 5), rid="third").hits == []
     engine.check_idle()
@@ -325,7 +325,7 @@ def test_a_crash_while_loading_never_blocks_the_forward_pass(start: Start) -> No
     def broken(*_: object) -> None:
         raise ZeroDivisionError("injected")
 
-    engine.cache.worker._backend.execute = broken
+    engine.cache.worker.copier.backend.execute = broken
     assert not engine.load(request, [20, 21, 22])
     engine.check_idle()
 

@@ -186,7 +186,7 @@ class _Engine:
         from lmc.cache.transfer.planner import Direction
         from lmc.errors import TransferError
 
-        backend = self.worker._backend
+        backend = self.worker.copier.backend
         copy = backend.execute
         left = [count]
 
@@ -206,7 +206,7 @@ class _Engine:
         from lmc.cache.transfer.planner import Direction
         from vllm import SamplingParams
 
-        backend = self.worker._backend
+        backend = self.worker.copier.backend
         copy = backend.execute
 
         def slow(descriptors: Any, *arguments: Any) -> None:
@@ -241,28 +241,27 @@ class _Engine:
 
         from lmc.cache.transfer.planner import Direction
 
-        worker, kept = self.worker, {}
-        copy_blocks = worker._copy_blocks
+        copier, kept = self.worker.copier, {}
+        copy = copier._copy
         self.compared, self.different = 0, 0
 
         def read(block: int) -> bytes:
-            return b"".join(ctypes.string_at(address, size) for address, size in worker._layout.ranges(block))
+            return b"".join(ctypes.string_at(address, size) for address, size in copier.layout.ranges(block))
 
-        def watched(request: Any, direction: Any) -> bool:
-            copied = bool(copy_blocks(request, direction))
+        def watched(batch: Any, request: Any) -> None:
+            copy(batch, request)
             for chunk in request.chunks:
                 for index, block in enumerate(chunk.blocks):
                     if block < 0:
                         continue
-                    if direction is Direction.STORE:
+                    if batch.direction is Direction.STORE:
                         kept[chunk.key, index] = read(block)
                     elif (chunk.key, index) in kept:
                         now = read(block)
                         self.compared += len(now)
                         self.different += now != kept[chunk.key, index]
-            return copied
 
-        worker._copy_blocks = watched
+        copier._copy = watched
 
     def watched(self) -> dict[str, int]:
         return {"compared_bytes": self.compared, "different_blocks": self.different}

@@ -97,6 +97,11 @@ class TransferStreams:
         """What the engine launches from now on runs after the transfer. The host does not wait."""
         self._runtime.compute_stream().wait_for(transfer.ended)
 
+    def fence(self, direction: Direction) -> None:
+        """What the engine launches from now on runs after every pending transfer of this direction. The host does not wait."""
+        if self._pending[direction]:
+            self._runtime.compute_stream().wait_for(self._pending[direction][-1].ended)
+
     def finished(self) -> list[Transfer]:
         """Transfers that ended since the last call: their blocks and slots may be released, their `error` is final."""
         done: list[Transfer] = []

@@ -115,7 +115,7 @@ class Copies:
                 event.synchronize()
             for layer in range(len(self._layout.layers)):
                 copies = plan(self._layout, blocks, slots, Direction.LOAD, layers=range(layer, layer + 1))
-                worker._backend.execute(copies)
+                worker.copier.backend.execute(copies)
                 self._counter.complete(index, layer)
         except TransferError as error:
             logger.warning("lmc: a load of %d chunks failed: %s", len(chunks), error)

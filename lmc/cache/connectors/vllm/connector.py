@@ -125,6 +125,9 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.introduce()
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        self._worker.fence()
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._worker.begin(self._step_plan())
 

@@ -61,6 +61,10 @@ class WorkerSide:
     def introduce(self) -> Introduction:
         return Introduction(self.worker.ready() if self.worker is not None else None, self.failure)
 
+    def fence(self) -> None:
+        if self.worker is not None:
+            self.worker.fence()
+
     def begin(self, plan: Plan) -> None:
         if self.worker is not None:
             self.worker.begin(plan)
