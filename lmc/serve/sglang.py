@@ -59,7 +59,7 @@ def sglang_command(
 ) -> EngineCommand:
     """The command on host:port; config None runs SGLang without lmc."""
     arguments = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    arguments += ["--host", host, "--port", str(port), "--enable-cache-report"]
+    arguments += ["--host", host, "--port", str(port), "--enable-cache-report", "--enable-metrics"]
     if not given("--page-size", extra):
         page = config.chunk_tokens if config is not None and config.chunk_tokens is not None else PAGE_TOKENS
         arguments += ["--page-size", str(page)]
