@@ -58,7 +58,6 @@ class CacheMetrics:
         self.failure_causes = counter(
             "failure_causes", "The same operations by tier and cause", "operation", "tier", "cause"
         )
-        self.errors = counter("errors", "Faults inside lmc; the engine went on without the cache for that step")
         self.breaker_open = gauge("breaker_open", "1 while a remote tier is left alone after failures", "tier")
         self.breaker_events = counter("breaker_events", "Failed calls, calls not made, and openings", "tier", "event")
 

@@ -1,4 +1,4 @@
-"""lmc cache: look at what a cache has stored."""
+"""lmc cache: look at what a cache has stored, and at a running one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ import typer
 if TYPE_CHECKING:
     from lmc.cache.tiers.inspect import Inspection
 
-app = typer.Typer(help="Look at what a cache has stored.", no_args_is_help=True)
+app = typer.Typer(help="Look at what a cache has stored, and at a running one.", no_args_is_help=True)
 
 
 def add_to(parent: typer.Typer) -> None:
     parent.add_typer(app, name="cache")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `inspect` a sub-command while it is the only one."""
 
 
 @app.command()
@@ -41,6 +36,24 @@ def inspect(
         typer.echo(f"{count} files, {damaged} damaged")
     if damaged:
         raise typer.Exit(1)
+
+
+@app.command()
+def stats(
+    url: Annotated[str, typer.Argument(help="The metrics address that lmc serve printed, such as 127.0.0.1:9400.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, once.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of the live table.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once.")] = False,
+) -> None:
+    """Watch a running cache: tiers, hit rates, transfers, misses by reason. Ctrl-C ends it."""
+    import orjson
+
+    from lmc.cache.watch import read_stats, watch
+
+    if as_json:
+        typer.echo(orjson.dumps(read_stats(url), option=orjson.OPT_INDENT_2).decode())
+        return
+    watch(url, interval, once)
 
 
 def _as_text(found: Inspection) -> str:

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from lmc.cache.watch import read_stats, render, watch
+from lmc.cli import app
+from lmc.errors import RunError
+from rich.console import Console
+from tests.cache.instance import Instance, prompt, settings
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def instance(tmp_path) -> Iterator[Instance]:
+    opened = Instance(settings(metrics_enabled=True, disk_path=tmp_path))
+    yield opened
+    opened.close()
+
+
+def text(renderable: object) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(renderable)
+    return out.getvalue()
+
+
+def test_the_table_shows_totals_and_what_happened_since(instance):
+    url = instance.engine.metrics_url
+    tokens = prompt(1, 50)
+    instance.serve(tokens)
+    before = read_stats(url)
+    instance.serve(tokens)
+    shown = text(render(read_stats(url), before, 2.0))
+    overview = [line.split() for line in shown.splitlines() if "since the start" in line or " now " in line]
+    assert "48.0" in overview[0]
+    assert "96.0" in overview[1], "the second request was a hit but for two tokens"
+    assert "never stored" in shown and "disk write" in shown
+    assert "1.2 kB/s" in shown, "2,304 bytes were loaded in 2 s"
+
+
+def test_the_command_prints_json_or_a_table(instance):
+    instance.serve(prompt(1, 50))
+    address = instance.engine.metrics_url.removeprefix("http://").removesuffix("/metrics")
+    runner = CliRunner()
+    assert '"lookup_tokens": 50.0' in runner.invoke(app, ["cache", "stats", address, "--json"]).output
+    assert "never stored" in runner.invoke(app, ["cache", "stats", address, "--once"]).output
+
+
+def test_a_cache_that_does_not_answer_is_one_line():
+    with pytest.raises(RunError, match=r"no cache answers at http://127\.0\.0\.1:9/stats"):
+        watch("127.0.0.1:9", 1.0, True)
