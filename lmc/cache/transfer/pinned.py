@@ -81,7 +81,7 @@ class Slab:
         self._threads = max(1, min(threads, os.cpu_count() or 1))
         self._slots_per_piece = max(1, piece_bytes // self.slot_stride)
         self._ready = 0
-        self._pinned: list[tuple[int, int]] = []  # (first slot, slots) of each registered piece
+        self._pinned_slots = 0
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._worker = threading.Thread(target=self._make_ready, name="lmc-slab", daemon=True)
@@ -106,14 +106,13 @@ class Slab:
 
     @property
     def pinned_slots(self) -> int:
-        return sum(count for _, count in self._pinned)
+        """Slots below this number are registered."""
+        return self._pinned_slots
 
     def is_pinned(self, addresses: npt.NDArray[np.uint64]) -> bool:
-        """Whether every one of these slot addresses lies in registered memory."""
-        for first, count in list(self._pinned):
-            start = np.uint64(self._base + first * self.slot_stride)
-            addresses = addresses[(addresses < start) | (addresses >= start + np.uint64(count * self.slot_stride))]
-        return len(addresses) == 0
+        """Whether every one of these addresses in slots lies in registered memory."""
+        end = self._base + self._pinned_slots * self.slot_stride
+        return bool((addresses < end).all())
 
     @property
     def boundaries(self) -> npt.NDArray[np.uint64]:
@@ -143,13 +142,13 @@ class Slab:
         with self._changed:
             self._changed.notify_all()
         self._worker.join()
-        for first, _ in self._pinned:
+        for first in range(0, self._pinned_slots, self._slots_per_piece):
             assert self._registrar is not None
             try:
                 self._registrar.unregister(self.address(first))
             except TransferError as error:
                 logger.warning("lmc: host tier: %s", error)
-        self._pinned.clear()
+        self._pinned_slots = 0
 
     def _check(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
@@ -190,7 +189,7 @@ class Slab:
         except TransferError as error:
             self.degrade(f"{self.num_slots - first} of {self.num_slots} slots stay pageable: {error}")
             return False
-        self._pinned.append((first, count))
+        self._pinned_slots = first + count
         return True
 
 

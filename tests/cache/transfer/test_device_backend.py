@@ -79,6 +79,20 @@ def test_without_triton_the_copy_engine_does_everything(
     assert "triton is not installed" in caplog.text
 
 
+def test_a_kernel_that_does_not_start_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("lmc.cache.transfer.backends.kernel.on_stream", broken)
+    backend = device_backend("cpu", "", lambda addresses: True, fake_driver()[0], NumberedRuntime())
+    check_backend(backend, ENGINE, TABLE, 1)
+    assert set(backend.chosen) == {("dma", "store"), ("dma", "load")}
+    assert "the kernel backend is left out: the copy kernel cannot be launched: out of memory" in caplog.text
+    assert "the staged backend is left out" in caplog.text
+
+
 def test_it_works_behind_streams() -> None:
     backend = device_backend("cpu", "", lambda addresses: True, fake_driver()[0], NumberedRuntime())
     streams = TransferStreams(NumberedRuntime(), backend)

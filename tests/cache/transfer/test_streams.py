@@ -125,6 +125,19 @@ def test_compute_waits_for_the_load_it_was_told_of() -> None:
     assert seen == [5]
 
 
+def test_a_fence_lets_compute_overwrite_what_stores_have_read() -> None:
+    """Blocks are freed and written again while stores of two steps are under way."""
+    world = World(pause=lambda: 0.02)
+    for block in (0, 1):
+        world.compute(lambda block=block: world.blocks[block].fill(block + 1))
+        world.streams.submit(world.copies(Direction.STORE, block, block))
+    world.streams.fence(Direction.LOAD)
+    world.streams.fence(Direction.STORE)
+    world.compute(lambda: world.blocks.fill(9))
+    world.close()
+    assert world.slots[:2, 0].tolist() == [1, 2]
+
+
 def test_layers_are_released_one_by_one() -> None:
     world = World()
     turns = [threading.Event(), threading.Event()]

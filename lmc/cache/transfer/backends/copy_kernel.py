@@ -11,6 +11,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.errors import TritonError
+
+__all__ = ["ALIGNMENT", "BLOCK_WORDS", "NUM_WARPS", "TritonError", "compiled", "copy_kernel"]
 
 BLOCK_WORDS = 1024  # 64-bit words per step: 8 KiB, two 16-byte loads for each of 256 threads
 NUM_WARPS = 8

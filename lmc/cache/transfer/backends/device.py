@@ -20,6 +20,7 @@ from lmc.cache.transfer.cuda import Driver
 from lmc.cache.transfer.planner import Addresses, Descriptors, Direction
 from lmc.cache.transfer.runtimes import run_now
 from lmc.cache.transfer.streams import Runtime, Stream
+from lmc.errors import TransferError
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,15 @@ def device_backend(
         # The scratch memory is pinned, whatever the slab is; so it has backends of its own.
         measured = device_backends(device, lambda addresses: True, driver)
         measure = device_measure(device, runtime, measured)
-        for name in measured:
-            for direction in Direction:
-                measure(name, direction, 4096, 2)  # compile and load
+        for name in list(measured):
+            try:
+                for direction in Direction:
+                    measure(name, direction, 4096, 2)  # compile and load
+            except TransferError as error:
+                if name == "dma":
+                    raise
+                logger.warning("lmc: transfer: the %s backend is left out: %s", name, error)
+                del measured[name], backends[name]
         model = cost.calibrate(measured, measure)
         logger.info("lmc: transfer calibration on %s in %.0f ms: %s", device, model.seconds * 1e3, model.describe())
     return AutoBackend(backends, model, partial(run_now, runtime), forced=forced)

@@ -8,6 +8,7 @@ import numpy as np
 
 from lmc.cache.transfer.backends.base import on_stream
 from lmc.cache.transfer.planner import Addresses, Descriptors, fragment
+from lmc.errors import TransferError
 
 FRAGMENT_BYTES = 64 << 10  # so that a few large descriptors keep all programs busy
 DEFAULT_PROGRAMS = 8
@@ -51,8 +52,17 @@ class KernelBackend:
     def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
         if len(descriptors) == 0:
             return
-        torch = self._torch
         parts = fragment(descriptors, FRAGMENT_BYTES)
+        try:
+            self._launch(parts, stream)
+        except (
+            RuntimeError,
+            self._code.TritonError,
+        ) as error:  # no memory for the table, or the kernel does not compile
+            raise TransferError(f"the copy kernel cannot be launched: {error}") from error
+
+    def _launch(self, parts: Descriptors, stream: int) -> None:
+        torch = self._torch
         table = torch.from_numpy(np.stack((parts.src, parts.dst, parts.size)).view(np.int64))
         with on_stream(self._device, stream):
             if self._device.type == "cuda":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmc.cache.transfer.backends.base import on_stream
 from lmc.cache.transfer.planner import Descriptors, Direction
+from lmc.errors import TransferError
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,11 @@ class TorchBackend:
         return ""
 
     def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
-        with on_stream(self._device, stream):
-            self._copy(descriptors)
+        try:
+            with on_stream(self._device, stream):
+                self._copy(descriptors)
+        except RuntimeError as error:
+            raise TransferError(f"torch cannot copy: {error}") from error
 
     def _copy(self, descriptors: Descriptors) -> None:
         storing = descriptors.direction is Direction.STORE
