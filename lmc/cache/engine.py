@@ -11,25 +11,23 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from lmc.cache.accounting import DEVICE, Accounting
 from lmc.cache.admin import Admin, Mailbox
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import HOST, Found, Miss, Ticket
 from lmc.cache.endpoint import Endpoint
 from lmc.cache.keys import ChunkKey, KeyChain, root
-from lmc.cache.metrics import CacheMetrics
 from lmc.cache.open_directory import open_directory, open_presence
 from lmc.cache.plan import SKIP, BlockCopy, Plan, Report, RequestCopies, TierCopy, WorkerReady
-from lmc.cache.presence import Question
-from lmc.cache.record import TraceRecorder
+from lmc.cache.request import CachedRequest
 from lmc.cache.salts import Salts
 from lmc.cache.stats import collect_stats
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-DEVICE = "device"
 _PIN_GRACE_SECONDS = 60.0  # a staged request may wait so long for a place in the batch
 _NO_OPERATION = 0  # of deletions that nobody waits for
 
@@ -41,27 +39,6 @@ class Identity:
     lora: str = ""
     tenant: str = ""
     extra: Callable[[int, int], bytes] | None = None  # see KeyChain
-
-
-@dataclass(slots=True)
-class _Request:
-    chain: KeyChain
-    tenant: str
-    found: Found | None = None  # at the first lookup: where the hit came from
-    num_tokens: int = 0  # at the last lookup
-    computed: int = 0  # tokens the engine holds itself, at the last lookup
-    arrived: float = 0.0
-    question: Question | None = None  # to the tiers that others write to
-    ask_until: float = 0.0
-    salt_differs: bool = False
-    cut: Miss | None = None  # why less is loaded than was found
-    deadline: float | None = None  # for staging; set when it starts
-    usable: int = 1 << 60  # chunks that may be offered; lowered when a load failed
-    stored: int = 0  # chunks that need no store any more
-    touched: bool = False
-    admitted: bool = False
-    sources: dict[str, int] = field(default_factory=dict)  # tokens that the first admit() promised, by tier
-    loading: dict[int, int] = field(default_factory=dict)  # operation -> chunk index
 
 
 class CacheEngine:
@@ -86,7 +63,7 @@ class CacheEngine:
         self._blocks_per_chunk = self.chunk_tokens // block_tokens
         self.num_ranks = len(ready)
         self._clock = clock
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, CachedRequest] = {}
         self._loading: dict[int, str] = {}  # operation -> request
         self._ended: dict[int, int] = {}  # operation -> ranks that reported it
         self._causes: dict[int, str] = {}
@@ -98,10 +75,10 @@ class CacheEngine:
         ]
         self._presence = open_presence(config, ready, self.directory)
         self._salts = Salts(self.chunk_tokens)
-        self.metrics = self._open_metrics()
+        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock())
+        self.metrics = self._accounting.metrics
         self._mailbox = Mailbox()
         self._endpoint = self._open_endpoint()
-        self._recorder = self._open_recorder()
 
     @property
     def metrics_url(self) -> str | None:
@@ -150,8 +127,8 @@ class CacheEngine:
         self.directory.unpin(request_id)
         if not request.admitted:
             request.admitted = True
-            request.sources = self._sources(request, first, last)
-            self._count_lookup(request_id, request)
+            request.sources = request.sources_of(first, last, self.chunk_tokens)
+            self._accounting.admitted(request_id, request, self._clock())
 
     def loaded_from(self, request_id: str) -> Mapping[str, int]:
         """Tokens by tier of what the first admit() promised."""
@@ -186,7 +163,7 @@ class CacheEngine:
         request = self._requests.get(request_id)
         if request is None:
             return {}
-        miss = self._why(request)
+        miss = request.miss()
         return {
             "prompt_tokens": request.num_tokens,
             "hit_tokens": {DEVICE: request.computed, **request.sources},
@@ -225,12 +202,7 @@ class CacheEngine:
                 self._ended[operation] = ended
                 continue
             self._complete(operation, self._causes.pop(operation, None), now)
-        for transfer, num_bytes, seconds in report.transfers:
-            self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
-            self.metrics.transfer_seconds.labels(transfer).observe(seconds)
-        for (rank, tier), reading in report.breakers.items():
-            self.metrics.note_breaker(rank, tier, reading)
-        self.metrics.settle(self.directory.counts)
+        self._accounting.reported(report)
 
     def reset(self) -> bool:
         """Forget all chunks, in every tier. False if some are in use and stay.
@@ -250,8 +222,7 @@ class CacheEngine:
         return collect_stats(self)
 
     def close(self) -> None:
-        if self._recorder is not None:
-            self._recorder.close()
+        self._accounting.close()
         if self._endpoint is not None:
             self._endpoint.close()
         if self._presence is not None:
@@ -289,9 +260,9 @@ class CacheEngine:
             gain = 0
         return max(gain, 0)
 
-    def _new_request(self, tokens: Sequence[int], identity: Identity, now: float) -> _Request:
+    def _new_request(self, tokens: Sequence[int], identity: Identity, now: float) -> CachedRequest:
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
-        request = _Request(KeyChain(start, self.chunk_tokens, identity.extra), identity.tenant, arrived=now)
+        request = CachedRequest(KeyChain(start, self.chunk_tokens, identity.extra), identity.tenant, now)
         if len(tokens) > self.chunk_tokens:
             request.salt_differs = self._salts.seen_elsewhere(tokens, start)
         return request
@@ -301,12 +272,10 @@ class CacheEngine:
         if self._presence is None:
             return
         for answer in self._presence.answers():
-            self.metrics.ask_seconds.labels(answer.tier).observe(answer.seconds)
-            if answer.failure:
-                self.metrics.ask_failures.labels(answer.tier).inc()
+            self._accounting.answered(answer)
             self.directory.learn(answer.tier, answer.keys, answer.present)
 
-    def _wait_for_presence(self, request: _Request, keys: Sequence[ChunkKey], found: Found, now: float) -> bool:
+    def _wait_for_presence(self, request: CachedRequest, keys: Sequence[ChunkKey], found: Found, now: float) -> bool:
         """Ask the tiers that others write to for the chunks that were not found; True until they have answered."""
         if self._presence is None:
             return False
@@ -318,15 +287,6 @@ class CacheEngine:
         request.cut = Miss.REMOTE_DEADLINE
         return False
 
-    def _why(self, request: _Request) -> str | None:
-        """Why the hit ended before the last chunk that may be loaded."""
-        found = request.found
-        if request.cut is not None or found is None:
-            return request.cut
-        if found.miss == Miss.NEVER_STORED and found.num_chunks == 0 and request.salt_differs:
-            return Miss.SALT_DIFFERS
-        return found.miss
-
     def _leading_in_host(self, found: Found, first: int) -> int:
         """End of the run of chunks that can be loaded at once: those before `first` are the engine's own, the others must be in host."""
         end = min(first, found.num_chunks)
@@ -335,17 +295,17 @@ class CacheEngine:
         return end
 
     def _wait_for_staging(
-        self, request_id: str, request: _Request, keys: Sequence[ChunkKey], first: int, found: Found, now: float
+        self, request_id: str, request: CachedRequest, keys: Sequence[ChunkKey], first: int, found: Found, now: float
     ) -> bool:
         wanted = keys[first : found.num_chunks]
-        if request.deadline is None:
-            request.deadline = now + self.config.load_deadline
+        if request.stage_until is None:
+            request.stage_until = now + self.config.load_deadline
             tickets = self.directory.stage(keys[: found.num_chunks], now, first=first, tenant=request.tenant)
-            self.directory.pin(wanted, request_id, request.deadline + _PIN_GRACE_SECONDS)
+            self.directory.pin(wanted, request_id, request.stage_until + _PIN_GRACE_SECONDS)
             self._plan.tier_copies += [self._tier_copy(ticket, self.config.load_deadline) for ticket in tickets]
         if not self.directory.arriving(wanted):
             return False
-        if now >= request.deadline:
+        if now >= request.stage_until:
             request.cut = Miss.LOAD_DEADLINE
             return False
         return True
@@ -368,16 +328,7 @@ class CacheEngine:
         ticket = self.directory.complete(operation, cause, now)
         if ticket is None:
             return
-        if cause is not None:
-            self.metrics.failures.labels(ticket.kind).inc()
-            self.metrics.failure_causes.labels(ticket.kind, ticket.tier, cause).inc()
-        elif ticket.kind == "store":
-            self.metrics.stored_chunks.inc()
-            self.metrics.stored_tokens.inc(self.chunk_tokens)
-        elif ticket.kind == "write":
-            self.metrics.written_chunks.labels(ticket.tier).inc()
-        elif ticket.kind == "stage":
-            self.metrics.staged_chunks.labels(ticket.tier).inc()
+        self._accounting.ended(ticket, cause)
         if ticket.kind == "load":
             request = self._requests.get(self._loading.pop(operation, ""))
             if request is not None:
@@ -386,59 +337,6 @@ class CacheEngine:
                     # The engine recomputes from here: store again from here, and do not offer the chunk to this request again.
                     request.stored = min(request.stored, index)
                     request.usable = min(request.usable, index)
-
-    def _sources(self, request: _Request, first: int, last: int) -> dict[str, int]:
-        """Tokens of chunks first..last, less what the engine holds, by the tier that held them when the request came."""
-        assert request.found is not None
-        tiers = request.found.tiers
-        sources: dict[str, int] = {}
-        covered = request.computed
-        for index in range(first, last):
-            end = (index + 1) * self.chunk_tokens
-            tier = tiers[index] if index < len(tiers) else HOST
-            sources[tier] = sources.get(tier, 0) + end - covered
-            covered = end
-        return sources
-
-    def _count_lookup(self, request_id: str, request: _Request) -> None:
-        now = self._clock()
-        metrics = self.metrics
-        metrics.requests.inc()
-        metrics.lookup_tokens.inc(request.num_tokens)
-        metrics.device_tokens.inc(request.computed)
-        metrics.wait_seconds.observe(max(0.0, now - request.arrived))
-        for tier, tokens in request.sources.items():
-            metrics.hit_tokens.labels(tier).inc(tokens)
-        have = request.computed + sum(request.sources.values())
-        why = self._why(request)
-        if why is not None:
-            metrics.misses.labels(why).inc()
-            metrics.miss_tokens.labels(why).inc(request.num_tokens - have)
-        if why in (Miss.LOAD_DEADLINE, Miss.REMOTE_DEADLINE):
-            metrics.waits.inc()
-        keys = request.chain.keys
-        if request.sources:
-            idle = self.directory.idle(keys[have // self.chunk_tokens - 1], now)
-            if idle is not None:
-                metrics.reuse_age.observe(idle)
-        if self._recorder is not None:
-            hits = {DEVICE: request.computed, **request.sources}
-            self._recorder.lookup(now, request_id, request.num_tokens, keys, request.tenant, hits)
-
-    def _open_metrics(self) -> CacheMetrics:
-        directory = self.directory
-        bounded, others = list(directory.usage()), list(directory.known_remote())
-        metrics = CacheMetrics(bounded, [name for name in others if name not in bounded])
-        metrics.follow("pending", lambda: directory.num_open)
-        metrics.follow("pins", lambda: directory.num_pins)
-        metrics.follow_tiers(
-            "slots_used", lambda: {tier: used for tier, (used, _) in directory.usage().items()}, bounded
-        )
-        metrics.follow_tiers("slots", lambda: {tier: fit for tier, (_, fit) in directory.usage().items()}, bounded)
-        metrics.follow_tiers("known_chunks", directory.known_remote, others)
-        metrics.follow_tiers("write_queue", lambda: directory.num_writing, metrics.below)
-        metrics.chunk_bytes.set(self.chunk_bytes)
-        return metrics
 
     def _open_endpoint(self) -> Endpoint | None:
         config = self.config
@@ -454,17 +352,6 @@ class CacheEngine:
 
     def _root_for_people(self, tenant: str | None, lora: str) -> ChunkKey:
         return root(self.namespace, lora=lora, tenant=self.config.tenant if tenant is None else tenant)
-
-    def _open_recorder(self) -> TraceRecorder | None:
-        if self.config.record is None:
-            return None
-        return TraceRecorder(
-            self.config.record,
-            chunk_tokens=self.chunk_tokens,
-            chunk_bytes=self.chunk_bytes * self.num_ranks,
-            namespace=self.namespace.label(),
-            now=self._clock(),
-        )
 
 
 def describe_tiers(usage: Mapping[str, tuple[int, int]], chunk_bytes: int) -> str:
