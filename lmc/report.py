@@ -11,6 +11,7 @@ import csv
 import html
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,11 @@ class Figure:
     title: str
     png: bytes
     caption: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """Where write_pictures puts it: "TTFT per arm" is ttft-per-arm.png."""
+        return "-".join(re.findall(r"[a-z0-9]+", self.title.lower())) + ".png"
 
 
 @dataclass(frozen=True)
@@ -132,16 +138,24 @@ def table_records(table: Table) -> list[dict[str, Cell]]:
 
 
 def report_markdown(report: Report) -> str:
-    """Text and tables; pictures are named, and live in the HTML page."""
+    """Text and tables, with links to the files of write_pictures."""
     parts = [f"# {report.title}", report.summary]
     for section in report.sections:
         parts += [f"## {section.title}", section.text]
         parts += [
-            table_markdown(item) if isinstance(item, Table) else f"*{item.title}: {item.caption}* (see report.html)"
+            table_markdown(item) if isinstance(item, Table) else f"![{item.title}]({item.file_name})\n\n{item.caption}"
             for item in section.items
         ]
     parts += [f"- {name}: {value}" for name, value in report.metadata.items()]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def write_pictures(folder: Path, report: Report) -> None:
+    """Each picture of the report as a file of its own."""
+    for section in report.sections:
+        for item in section.items:
+            if isinstance(item, Figure):
+                write_file(folder / item.file_name, item.png)
 
 
 def report_html(report: Report) -> str:

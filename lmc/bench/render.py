@@ -26,10 +26,11 @@ from lmc.units import format_seconds
 
 
 def write_report(folder: Path, results: Results, records: Sequence[RequestRecord]) -> None:
-    """report.html, report.md and arms.csv beside results.json."""
+    """report.html, report.md, the pictures and arms.csv beside results.json."""
     page = build_report(results, records)
     report.write_file(folder / "report.html", report.report_html(page))
     report.write_file(folder / "report.md", report.report_markdown(page))
+    report.write_pictures(folder, page)
     report.write_file(folder / "arms.csv", report.table_csv(arms_table(results)))
 
 
