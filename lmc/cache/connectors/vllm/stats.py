@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 _EVERY_SECONDS = 1.0
 _SUFFIX = "_total"
+_PREFIX = "vllm:"  # apart from lmc's own endpoint, so that whoever scrapes both counts nothing twice
 
 
 @dataclass
@@ -80,7 +81,7 @@ class LmcPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             counter = self._counters.get(name)
             if counter is None:
                 counter = self._counters[name] = self._counter_cls(
-                    name=name.removesuffix(_SUFFIX),
+                    name=_PREFIX + name.removesuffix(_SUFFIX),
                     documentation="Of lmc; explained on its own metrics endpoint",
                     labelnames=[*self._labelnames, *(label for label, _ in pairs)],
                 )
