@@ -6,6 +6,7 @@ to be copied) and believes only what complete() reports. The simulator runs this
     directory.py    what requests, reports and people ask for
     places.py       nodes, slots, states, parents, blocks
     below.py        what is written to the tiers below the host
+    removal.py      what is taken out of all tiers
     the others      one table each
 """
 
@@ -15,11 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lmc.cache.directory.ages import TtlMode
-from lmc.cache.directory.below import Below, Cause, Counts, WriteMode
+from lmc.cache.directory.below import Below, Counts, WriteMode
 from lmc.cache.directory.misses import Miss
 from lmc.cache.directory.operations import Kind, Operations, Ticket
+from lmc.cache.directory.pins import Pins
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
+from lmc.cache.directory.removal import Removal
 from lmc.cache.directory.resident import ABSENT, INCOMING, RESIDENT, SPOILED
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
@@ -75,7 +78,8 @@ class Directory:
             write_touches=write_touches,
             queue_depth=queue_depth,
         )
-        self._pins: dict[str, tuple[list[int], float]] = {}
+        self._removal = Removal(self._places, self._below, self.counts)
+        self._pins = Pins(self._places)
         self._staging: set[int] = set()
         self._spoiled: set[int] = set()
         self._now = float("-inf")
@@ -284,36 +288,17 @@ class Directory:
 
         Returns how many of them remain.
         """
-        places = self._places
-        nodes = [node for node in places.nodes if tenant is None or places.tenants.owns(tenant, node)]
-        keys = [places.nodes.key(node) for node in nodes]
-        self._remove(nodes, Miss.CLEARED, "cleared")
-        for remote in self._remotes:
-            for key in list(remote.keys()) if tenant is None else keys:
-                if key in remote:
-                    self._below.delete_remote(remote, key)
-        return sum(node >= 0 and places.held(node) for node in places.nodes.chain(keys))
+        return self._removal.all_of(tenant)
 
     def clear_from(self, keys: Sequence[ChunkKey]) -> int:
         """Forget the last chunk of a prefix and all chunks that continue it, as clear() does. Costs a pass over all chunks."""
-        places = self._places
-        root = places.nodes.find(keys[-1])
-        nodes = places.subtree(root) if root >= 0 else []
-        affected = list(dict.fromkeys([keys[-1], *(places.nodes.key(node) for node in nodes)]))
-        self._remove(nodes, Miss.CLEARED, "cleared")
-        for remote in self._remotes:
-            for key in affected:
-                self._below.delete_remote(remote, key)
-        return sum(node >= 0 and places.held(node) for node in places.nodes.chain(affected))
+        return self._removal.from_chunk(keys[-1])
 
     def expire(self, now: float) -> None:
         """Drop pins whose time is over, and chunks whose time to live is. Remote tiers keep their own time."""
         now = self._advance(now)
-        for owner in [owner for owner, (_, expires) in self._pins.items() if expires <= now]:
-            self.unpin(owner)
-        old = self._places.ages.all_expired(now)
-        if old:
-            self._remove(old, Miss.EXPIRED, "expired")
+        self._pins.drop_expired(now)
+        self._removal.expired(now)
 
     # Pins
 
@@ -322,26 +307,15 @@ class Directory:
 
         Returns how many of keys it covers: those in a bounded tier.
         """
-        places = self._places
-        nodes, _ = self._pins.get(owner, ([], 0.0))
-        added = [node for node in places.nodes.chain(keys) if node >= 0 and places.held(node)]
-        places.block(added, 1)
-        self._pins[owner] = (nodes + added, expires)
-        return len(added)
+        return self._pins.add(keys, owner, expires)
 
     def unpin(self, owner: str) -> bool:
         """Give up an owner's pin; False if it has none."""
-        pin = self._pins.pop(owner, None)
-        if pin is None:
-            return False
-        self._places.block(pin[0], -1)
-        for node in pin[0]:
-            self._places.forget_unused(node)
-        return True
+        return self._pins.drop(owner)
 
     def pins(self) -> dict[str, tuple[int, float]]:
         """Owner to (chunks, time of expiry)."""
-        return {owner: (len(nodes), expires) for owner, (nodes, expires) in self._pins.items()}
+        return self._pins.listed()
 
     # For metrics, tests and the live view
 
@@ -456,24 +430,3 @@ class Directory:
             self._spoiled.remove(node)
             self.counts.gone(HOST, "failed")
             self._places.leave_host(node)
-
-    def _remove(self, nodes: Sequence[int], why: Miss, cause: Cause) -> None:
-        """Take chunks out of every bounded tier, children before parents, as far as nothing holds them."""
-        places = self._places
-        wanted = set(nodes)
-        for start in nodes:
-            node = start
-            while node in wanted and places.held(node) and not places.blocked(node):
-                wanted.discard(node)
-                parent = places.parents[node]
-                places.misses.note(places.nodes.key(node), why)
-                for residents in places.below:
-                    if residents.readable(node):
-                        self.counts.gone(residents.name, cause)
-                        self._below.delete(residents, node)
-                if places.host.readable(node):
-                    self.counts.gone(HOST, cause)
-                    places.leave_host(node)
-                node = parent
-            if start in wanted and not places.held(start):
-                places.ages.gone(start)
