@@ -124,10 +124,13 @@ def _take(chunk: Any, outcome: Outcome, now: float) -> None:  # Any: one parsed 
         logprobs = choice.get("logprobs")
         if logprobs:
             count = len(logprobs["tokens"])
-            outcome.tokens += [int(token.removeprefix(TOKEN_ID_PREFIX)) for token in logprobs["tokens"]]
+            ids = choice.get("token_ids")  # SGLang's way; vLLM writes them in place of the texts as well
+            if ids is None:
+                ids = [int(token.removeprefix(TOKEN_ID_PREFIX)) for token in logprobs["tokens"]]
+            outcome.tokens += ids
             for best in logprobs["top_logprobs"]:
-                first, second = sorted(best.values(), reverse=True)[:2]
-                outcome.gaps.append(first - second)
+                first, *others = sorted(best.values(), reverse=True)
+                outcome.gaps.append(first - others[0] if others else 0.0)  # two tokens of one text count as a tie
         else:
             count = 1 if choice.get("text") else 0
         if count:
@@ -167,7 +170,7 @@ def _payload(target: Target, request: Request) -> dict[str, object]:
         "stream_options": {"include_usage": True},
     }
     if target.logprobs:
-        payload |= {"logprobs": 2, "return_tokens_as_token_ids": True}
+        payload |= {"logprobs": 2, "return_tokens_as_token_ids": True, "return_token_ids": True}
     return payload
 
 
