@@ -83,48 +83,37 @@ def on_insert(state: State, node: int, now: int) -> None:
 
 
 def victim(state: State, blocked: Blocked) -> int:
-    first = MAIN if state.size[MAIN] > state.limit[MAIN] or state.size[SMALL] == 0 else SMALL
-    node = search_small(state, blocked) if first == SMALL else search_main(state, blocked)
-    if node < 0:
-        node = search_main(state, blocked) if first == SMALL else search_small(state, blocked)
-    return node
+    """The oldest node of one queue that may go, else of the other. On the way, nodes that were hit go to main, or buy a round there.
 
-
-def search_small(state: State, blocked: Blocked) -> int:
-    """The oldest node of small that may go; nodes that were hit enough move to main on the way."""
-    head = head_of(state, SMALL)
-    node = state.queues.younger[head]
-    while node != head:
-        following = state.queues.younger[node]
-        if state.hits[node] >= HITS_TO_MAIN:
-            unlink(state.queues, node)
+    One loop for both queues, because compiled code that searches in two places runs at half the speed.
+    """
+    queues, hits = state.queues, state.hits
+    place = MAIN if state.size[MAIN] > state.limit[MAIN] or state.size[SMALL] == 0 else SMALL
+    head = head_of(state, place)
+    node = queues.younger[head]
+    ends = 0
+    while ends < 2:
+        following = queues.younger[node]
+        if node == head:
+            ends += 1
+            place = SMALL + MAIN - place
+            head = head_of(state, place)
+            following = queues.younger[head]
+        elif place == SMALL and hits[node] >= HITS_TO_MAIN:
+            unlink(queues, node)
             state.size[SMALL] -= 1
-            state.hits[node] = 0
+            hits[node] = 0
             put(state, MAIN, node)
-        elif blocked[node] == 0:
-            return int(node)
-        elif state.chains.children[node] > 0:
-            set_aside(state.queues, state.chains, node)
-        node = following
-    return -1
-
-
-def search_main(state: State, blocked: Blocked) -> int:
-    """The oldest node of main that may go and was not hit; each hit buys one more round."""
-    head = head_of(state, MAIN)
-    node = state.queues.younger[head]
-    while node != head:
-        following = state.queues.younger[node]
-        if state.hits[node] > 0:
-            state.hits[node] -= 1
-            unlink(state.queues, node)
-            put_before(state.queues, head, node)
+        elif place == MAIN and hits[node] > 0:
+            hits[node] -= 1
+            unlink(queues, node)
+            put_before(queues, head, node)
             if following == head:
-                following = state.queues.younger[head]
+                following = queues.younger[head]
         elif blocked[node] == 0:
             return int(node)
         elif state.chains.children[node] > 0:
-            set_aside(state.queues, state.chains, node)
+            set_aside(queues, state.chains, node)
         node = following
     return -1
 
