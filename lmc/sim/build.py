@@ -91,6 +91,10 @@ class TraceBuilder:
             self.notes.append("requests were sorted by time")
         lines = lines[order]
         input_tokens = np.frombuffer(self._input_tokens, dtype=np.int64)[order]
+        if not input_tokens.any():
+            raise TraceError(
+                f"{self.source}: every prompt has 0 tokens, so no share of tokens can be given; repair the lengths"
+            )
         ids, parents = self._number(raw, starts, lines)
         self._check_lengths(starts, input_tokens, lines)
         return Trace(

@@ -43,7 +43,7 @@ def run(
 
 
 def show(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
-    hits, total = result.hits(window), result.total_tokens(window)
+    hits, total = result.hits(window), max(result.total_tokens(window), 1)
     first = result.trace.first_request(window)
     ttft = {p: float(np.percentile(result.ttft_s[first:], p)) for p in PERCENTILES} if timed else {}
     rows: list[list[Cell]] = [

@@ -121,7 +121,7 @@ def miss_ratio_figure(study: Study) -> Figure:
     for chunk_tokens, curve in study.curves.items():
         largest = curve.hit_tokens.size - 1
         shown = np.unique(np.geomspace(1, largest, min(largest, 1000)).astype(np.int64))
-        misses = 100 * (1 - curve.hit_tokens[shown] / curve.total_tokens)
+        misses = 100 * (1 - curve.hit_tokens[shown] / max(curve.total_tokens, 1))
         axis.plot(
             shown * chunk_tokens, misses, linewidth=1.6, label=f"lru, chunks of {chunk_tokens}" if several else "lru"
         )

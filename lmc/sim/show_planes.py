@@ -28,7 +28,7 @@ def ttl_plane(trace: Trace, ttls: Sequence[str], capacities: Sequence[float], wi
     require_blocks(trace)
     seconds = [float("inf") if text == "inf" else parse_seconds(text) for text in ttls]
     stack = profile(trace)
-    total = hit_curve(stack, window).total_tokens
+    total = max(hit_curve(stack, window).total_tokens, 1)
     plane = projections.ttl_plane(stack, seconds, capacities, window)
     records = [
         {
@@ -151,7 +151,7 @@ def _point_json(point: TierPoint) -> dict[str, Any]:  # Any: JSON
 
 def _point_cells(point: TierPoint) -> list[Cell]:
     cells: list[Cell] = [show_capacity(size) for size in point.blocks.values()]
-    cells += [100 * tokens / point.total_tokens for tokens in point.hit_tokens.values()]
+    cells += [100 * tokens / max(point.total_tokens, 1) for tokens in point.hit_tokens.values()]
     cells.append(100 * point.hit_rate)
     if point.worth:
         cells += [*point.worth.ttft_s.values(), point.worth.saved_prefill_s / 3600, point.worth.dollars_per_million]

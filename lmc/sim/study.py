@@ -29,11 +29,11 @@ class Row:
 
     @property
     def token_hit_rate(self) -> float:
-        return self.hit_tokens / self.total_tokens
+        return self.hit_tokens / max(self.total_tokens, 1)
 
     @property
     def block_hit_rate(self) -> float:
-        return self.hit_blocks / self.total_blocks
+        return self.hit_blocks / max(self.total_blocks, 1)
 
 
 @dataclass(frozen=True)

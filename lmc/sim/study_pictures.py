@@ -45,7 +45,7 @@ def miss_ratios(study: FullStudy) -> Figure:
             if policy != "lru":
                 axis.plot(_tokens(study, sizes), misses, **style)
         axis.plot([], [], color="#c9c9c9", label="other policies")
-        floor = 100 * (1 - curve.at(np.inf)[1] / curve.total_tokens)
+        floor = 100 * (1 - curve.at(np.inf)[1] / max(curve.total_tokens, 1))
         axis.axhline(floor, color="#555", linewidth=0.8, linestyle=":", label=f"unlimited cache: {floor:.1f} %")
         axis.set_title(WINDOW_TEXT[window], fontsize=9)
         axis.set_xscale("log")

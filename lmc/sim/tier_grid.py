@@ -34,7 +34,7 @@ class TierPoint:
     @property
     def hit_rate(self) -> float:
         """Of all input tokens."""
-        return sum(self.hit_tokens.values()) / self.total_tokens
+        return sum(self.hit_tokens.values()) / max(self.total_tokens, 1)
 
 
 def tier_grid(

@@ -121,15 +121,27 @@ def test_remedies_for_disorder_and_unchained_hashes_work(write: Write) -> None:
 def test_empty_and_unknown_files_are_refused(write: Write, tmp_path: Path) -> None:
     assert "empty" in refused(write())
     assert "no request with a block" in refused(write(line(hashes=[])))
+    assert "0 tokens" in refused(write(line(length=0)))
     assert "no known trace format" in refused(write({"hello": 1}))
     assert "No such file" in refused(tmp_path / "absent.jsonl")
     assert "Is a directory" in refused(tmp_path)
 
 
-def test_a_cut_compressed_file_is_refused(write: Write) -> None:
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_damaged_compressed_file_is_refused(write: Write, compress: Callable[[bytes], bytes]) -> None:
     path = write(*[line(hashes=range(index * 9, index * 9 + 9)) for index in range(500)])
-    path.write_bytes(gzip.compress(path.read_bytes())[:-400])
-    assert "damaged" in refused(path)
+    whole = compress(path.read_bytes())
+    for damaged in (whole[:-400], whole[:200], whole[:40] + bytes(40) + whole[80:]):
+        path.write_bytes(damaged)
+        assert "damaged" in refused(path)
+
+
+def test_zstd_files_of_several_frames_are_read_whole(write: Write) -> None:
+    path = write(line(), line(1))
+    text = path.read_bytes()
+    cut = len(text) // 3
+    path.write_bytes(zstandard.compress(text[:cut]) + zstandard.compress(text[cut:]))
+    assert read_trace(path).timestamps_s.tolist() == [0.0, 0.001]
 
 
 HEADER = {"format": "lmc-trace", "version": 1, "chunk_tokens": 128, "chunk_bytes": 5898240, "namespace": "abc"}

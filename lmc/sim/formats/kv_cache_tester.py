@@ -19,6 +19,9 @@ from lmc.sim.trace import Int64, Trace
 
 Runs = npt.NDArray[np.int64]
 
+_SURPLUS_BLOCKS = 1024  # blocks beyond the prompt's length that are let pass; more would be a broken count
+_LARGEST_ID = 2**40
+
 
 class _Request(NamedTuple):
     timestamp_s: float
@@ -49,7 +52,8 @@ def read(path: Path, options: ReadOptions) -> Trace:
         start_s = num_sessions * options.session_gap_s
         base = next_id
         for t, record in _flatten(path, number, session):
-            runs = _runs(path, number, record)
+            input_tokens = get_count(path, number, record, "in")
+            runs = _runs(path, number, record, input_tokens // size + _SURPLUS_BLOCKS)
             if runs.size:
                 next_id = max(next_id, base + int(runs.sum(axis=1).max()))
                 runs[:, 0] += base
@@ -60,7 +64,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
                     number,
                     get_text(path, number, session, "id"),
                     runs,
-                    get_count(path, number, record, "in"),
+                    input_tokens,
                     get_count(path, number, record, "out"),
                 )
             )
@@ -96,13 +100,15 @@ def _flatten(path: Path, number: int, session: Record) -> Iterator[tuple[float, 
             yield start, record
 
 
-def _runs(path: Path, number: int, record: Record) -> Runs:
+def _runs(path: Path, number: int, record: Record, most: int) -> Runs:
     try:
         runs = np.array(get_list(path, number, record, "hash_runs"), dtype=np.int64).reshape(-1, 2)
     except (ValueError, TypeError, OverflowError):
         runs = np.full((1, 2), -1)
-    if (runs < 0).any():
+    if (runs < 0).any() or (runs >= _LARGEST_ID).any():
         raise bad_line(path, number, "'hash_runs' is no list of [first id, count]", "repair or delete the line")
+    if runs[:, 1].sum() > most:
+        raise bad_line(path, number, f"{runs[:, 1].sum()} blocks in a prompt that fills {most}", "repair the line")
     return runs
 
 

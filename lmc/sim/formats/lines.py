@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import orjson
+import zstandard
 
 from lmc.errors import TraceError
 
 Record = dict[str, Any]  # Any: a parsed JSON object; readers take fields with the functions below
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_PIECE = 1 << 20
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank. Compression is found by content. Raises TraceError."""
     number = 0
     try:
-        with path.open("rb") as raw, _decompress(raw) as stream:
-            for number, line in enumerate(stream, start=1):
+        with path.open("rb") as raw:
+            for number, line in enumerate(_decompress(raw), start=1):
                 stripped = line.strip()
                 if stripped:
                     yield number, stripped
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise TraceError(
             f"{path}, after line {number}: the compressed file is damaged ({error}); get a whole copy"
         ) from None
@@ -57,10 +58,10 @@ def bad_line(path: Path, number: int, wrong: str, remedy: str) -> TraceError:
 
 
 def get_count(path: Path, number: int, record: Record, key: str) -> int:
-    """A whole number that is not negative."""
+    """A whole number that is not negative, and small enough to be summed up and squared."""
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value >= 2**62:
-        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a whole number, 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a whole number from 0 to 2**40")
     return value
 
 
@@ -97,15 +98,35 @@ def _show(record: Record, key: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _decompress(raw: BinaryIO) -> BinaryIO:
+def _decompress(raw: BinaryIO) -> Iterable[bytes]:
+    """The lines of the file."""
     magic = raw.read(4)
     raw.seek(0)
     if magic.startswith(_GZIP):
-        return cast(BinaryIO, gzip.open(raw, "rb"))
-    if magic == _ZSTD:
-        import zstandard
+        return gzip.open(raw, "rb")
+    return _split(_unzstd(raw)) if magic == _ZSTD else raw
 
-        return cast(
-            BinaryIO, io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-        )
-    return raw
+
+def _unzstd(raw: BinaryIO) -> Iterator[bytes]:
+    """Pieces of all frames. Raises EOFError when the last one is cut short, which zstandard's own reader does not tell."""
+    decompressor = zstandard.ZstdDecompressor()
+    frame = decompressor.decompressobj()
+    begun = False
+    while piece := raw.read(_PIECE):
+        while piece:
+            begun = True
+            yield frame.decompress(piece)
+            piece = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = decompressor.decompressobj()
+                begun = False
+    if begun:
+        raise EOFError("the last frame is cut short")
+
+
+def _split(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    yield rest

@@ -63,9 +63,11 @@ def _chunk_bytes(record: Record) -> int:
     shapes, dtypes = record.get("shapes"), record.get("dtypes")
     if not isinstance(shapes, list) or not isinstance(dtypes, list) or len(shapes) != len(dtypes):
         return 0
-    if not all(isinstance(shape, list) and all(isinstance(side, int) for side in shape) for shape in shapes):
+    if not all(
+        isinstance(shape, list) and all(isinstance(side, int) and side > 0 for side in shape) for shape in shapes
+    ):
         return 0
-    if not all(dtype in _ITEM_BYTES for dtype in dtypes):
+    if not all(isinstance(dtype, str) and dtype in _ITEM_BYTES for dtype in dtypes):
         return 0
     return sum(math.prod(shape) * _ITEM_BYTES[dtype] for shape, dtype in zip(shapes, dtypes, strict=True))
 

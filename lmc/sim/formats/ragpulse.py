@@ -12,7 +12,7 @@ from pathlib import Path
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, get_count, get_number, get_text, read_records
+from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, get_text, read_records
 from lmc.sim.formats.tokens import hash_tokens
 from lmc.sim.trace import Trace
 
@@ -44,8 +44,8 @@ def read(path: Path, options: ReadOptions) -> Trace:
     for number, record in read_records(path):
         tokens = array("I")
         for name, _, _ in _COMPONENTS:
-            for component in record["hash_ids"].get(name, []):
-                if (name, component) not in places:
+            for component in get_list(path, number, {name: [], **_components(path, number, record)}, name):
+                if not isinstance(component, int) or (name, component) not in places:
                     raise bad_line(
                         path, number, f"{name} {component!r} has no length", "get the companion files of this trace"
                     )
@@ -62,6 +62,13 @@ def read(path: Path, options: ReadOptions) -> Trace:
         f"components were cut into blocks of {builder.block_tokens} tokens, system prompt, passages, history, search, user input"
     )
     return builder.finish()
+
+
+def _components(path: Path, number: int, record: Record) -> Record:
+    components = record.get("hash_ids")
+    if not isinstance(components, dict):
+        raise bad_line(path, number, "'hash_ids' is no mapping of components", "repair or delete the line")
+    return components
 
 
 def inputs(path: Path, options: ReadOptions) -> list[Path]:

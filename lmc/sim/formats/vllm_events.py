@@ -94,7 +94,7 @@ def _stored(path: Path) -> Iterator[tuple[int, float, Record]]:
     """BlockStored events of the device and of the first KV cache group, with line and seconds."""
     for number, record in read_records(path):
         now = get_number(path, number, record, "ts")
-        for event in record.get("events", [record]):
+        for event in get_list(path, number, record, "events") if "events" in record else [record]:
             named = _named(event)
             if named.get("type") != "BlockStored":
                 continue
