@@ -1,0 +1,258 @@
+"""The directory by example; test_directory_machine.py tries everything else."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+from blake3 import blake3
+from lmc.cache.directory import HOST, Directory, Miss, evicted_from
+from lmc.cache.directory.nodes import Nodes
+from lmc.cache.directory.remote import RemoteKeys
+from lmc.cache.keys import ChunkKey
+from lmc.cache.policy.registry import get_policy
+
+
+def keys(name: str, count: int) -> list[ChunkKey]:
+    return [ChunkKey(blake3(f"{name}{index}".encode()).digest()) for index in range(count)]
+
+
+def make(host_slots: int = 4, disk: int = 0, **options) -> Directory:
+    return Directory(host_slots, {"disk": disk} if disk else {}, get_policy(options.pop("policy", "lru")), **options)
+
+
+def settle(directory: Directory, tickets=(), failure: str | None = None) -> list:
+    """Everything under way ends; returns what was done."""
+    done = list(tickets)
+    for ticket in done:
+        directory.complete(ticket.operation, failure, 0.0)
+    while more := directory.take_tickets():
+        done += more
+        for ticket in more:
+            directory.complete(ticket.operation, None, 0.0)
+    directory.check()
+    return done
+
+
+def put(directory: Directory, chain: list[ChunkKey], now: float = 0.0, **options) -> list:
+    return settle(directory, directory.store(chain, now, **options))
+
+
+def test_a_chunk_is_visible_when_its_store_is_done():
+    directory = make()
+    chain = keys("a", 3)
+    assert directory.lookup(chain, 0.0).miss == Miss.NEVER_STORED
+    tickets = directory.store(chain, 0.0)
+    assert [ticket.key for ticket in tickets] == chain and len({ticket.slot for ticket in tickets}) == 3
+    assert directory.lookup(chain, 0.0).miss == Miss.IN_FLIGHT
+    directory.complete(tickets[1].operation, None, 0.0)
+    assert directory.lookup(chain, 0.0).num_chunks == 0
+    directory.complete(tickets[0].operation, None, 0.0)
+    assert directory.lookup(chain, 0.0).tiers == (HOST, HOST)
+    directory.complete(tickets[2].operation, "copy", 0.0)
+    assert directory.lookup(chain, 0.0).miss == Miss.STORE_FAILED
+
+
+def test_only_what_is_missing_is_stored():
+    directory = make(8)
+    put(directory, keys("a", 3))
+    assert [ticket.key for ticket in directory.store(keys("a", 5), 0.0)] == keys("a", 5)[3:]
+
+
+def test_children_go_before_parents_and_the_reason_says_where_from():
+    directory = make(4)
+    put(directory, keys("a", 3))
+    put(directory, keys("b", 2))
+    found = directory.lookup(keys("a", 3), 0.0)
+    assert found.tiers == (HOST, HOST) and found.miss == evicted_from(HOST) == "evicted from host"
+
+
+def test_a_prompt_longer_than_the_host_keeps_its_head():
+    directory = make(4)
+    tickets = put(directory, keys("a", 6))
+    assert [ticket.key for ticket in tickets] == keys("a", 4)
+    found = directory.lookup(keys("a", 6), 0.0)
+    assert found.num_chunks == 4 and found.miss == Miss.NO_ROOM
+    assert directory.counts.stores_dropped == 2
+
+
+def test_slots_of_a_load_are_not_given_away():
+    directory = make(2)
+    put(directory, keys("a", 2))
+    loads = directory.load(keys("a", 2))
+    assert directory.store(keys("b", 1), 0.0) == []
+    settle(directory, loads)
+    assert len(directory.store(keys("b", 1), 0.0)) == 1
+    with pytest.raises(KeyError):
+        directory.load(keys("a", 2))
+
+
+def test_a_failed_load_takes_the_chunk_out_when_nobody_reads_it_any_more():
+    directory = make(2)
+    put(directory, keys("a", 1))
+    first, second = directory.load(keys("a", 1))[0], directory.load(keys("a", 1))[0]
+    directory.complete(first.operation, "copy", 0.0)
+    assert directory.lookup(keys("a", 1), 0.0).miss == Miss.LOAD_FAILED
+    assert directory.usage()[HOST][0] == 1, "the slot is still being read"
+    directory.complete(second.operation, None, 0.0)
+    assert directory.usage()[HOST][0] == 0
+    assert len(directory.store(keys("a", 1), 0.0)) == 1
+
+
+def test_write_through_writes_parents_first_and_evicts_with_the_write():
+    directory = make(4, disk=2)
+    done = put(directory, keys("a", 2))
+    assert [(ticket.kind, ticket.key) for ticket in done[2:]] == [("write", key) for key in keys("a", 2)]
+    done = put(directory, keys("b", 1))
+    write = next(ticket for ticket in done if ticket.kind == "write")
+    assert write.evict == () or write.evict == (keys("a", 2)[1],)
+
+
+def test_a_chunk_of_the_disk_is_staged_with_its_parents():
+    directory = make(2, disk=8)
+    put(directory, keys("a", 2))
+    put(directory, keys("b", 2))
+    assert directory.lookup(keys("a", 2), 0.0).tiers == ("disk", "disk")
+    tickets = directory.stage(keys("a", 2), 0.0)
+    assert [(ticket.kind, ticket.tier) for ticket in tickets] == [("stage", "disk")] * 2
+    assert directory.arriving(keys("a", 2)) and directory.num_settled(keys("a", 2)) == 0
+    settle(directory, tickets)
+    assert directory.lookup(keys("a", 2), 0.0).tiers == (HOST, HOST)
+    assert not directory.arriving(keys("a", 2)) and directory.num_settled(keys("a", 2)) == 2
+
+
+@pytest.mark.parametrize(("cause", "deleted"), [("corrupt", True), ("error", True), ("late", False)])
+def test_a_failed_stage_deletes_what_cannot_be_read(cause, deleted):
+    directory = make(2, disk=8)
+    put(directory, keys("a", 2))
+    put(directory, keys("b", 2))
+    done = settle(directory, directory.stage(keys("a", 1), 0.0), cause)
+    assert [ticket.kind for ticket in done] == (["stage", "delete"] if deleted else ["stage"])
+    assert directory.lookup(keys("a", 2), 0.0).num_chunks == (0 if deleted else 2)
+
+
+@pytest.mark.parametrize(("cause", "deleted"), [("corrupt", True), ("error", False), ("absent", False)])
+def test_chunks_of_others_are_deleted_only_when_they_are_corrupt(cause, deleted):
+    directory = make(4, remote=("redis",))
+    directory.learn("redis", keys("a", 3), [True, True, False])
+    assert directory.lookup(keys("a", 3), 0.0).tiers == ("redis", "redis")
+    done = settle(directory, directory.stage(keys("a", 2), 0.0), cause)
+    assert [ticket.kind for ticket in done] == ["stage", "stage", *(["delete", "delete"] if deleted else [])]
+    assert directory.lookup(keys("a", 3), 0.0).miss == Miss.LOAD_FAILED
+    assert directory.known_remote() == {"redis": 0}
+
+
+def test_remote_tiers_get_each_chunk_once():
+    directory = make(4, disk=4, remote=("redis", "s3"))
+    done = put(directory, keys("a", 1))
+    assert [(ticket.kind, ticket.tier) for ticket in done[1:]] == [("write", tier) for tier in ("disk", "redis", "s3")]
+    assert put(directory, keys("a", 1)) == []
+    directory.learn("redis", keys("a", 1), [False])
+    assert [(ticket.kind, ticket.tier) for ticket in put(directory, keys("a", 1))] == [("write", "redis")]
+
+
+def test_a_queue_of_one_tier_does_not_hold_up_another():
+    directory = make(8, disk=8, remote=("redis",), queue_depth=2)
+    settle_all = [directory.complete(ticket.operation, None, 0.0) for ticket in directory.store(keys("a", 4), 0.0)]
+    assert len(settle_all) == 4
+    assert directory.num_writing == {"disk": 2, "redis": 2}
+    for ticket in directory.take_tickets():
+        if ticket.tier == "disk":
+            directory.complete(ticket.operation, None, 0.0)
+    directory.store(keys("a", 4), 0.0)
+    assert directory.num_writing == {"disk": 2, "redis": 2}
+    assert directory.counts.writes_dropped > 0
+
+
+def test_restoring_keeps_the_youngest_and_names_the_rest():
+    directory = make(2, disk=3)
+    assert directory.restore("disk", keys("a", 5), 0.0) == keys("a", 2)
+    assert directory.usage()["disk"] == (3, 3)
+    assert directory.tiers_of(keys("a", 5)[2]) == ["disk"]
+
+
+def test_pins_hold_until_they_are_given_up_or_expire():
+    directory = make(2)
+    put(directory, keys("a", 2))
+    assert directory.pin(keys("a", 3), "me", 10.0) == 2
+    assert directory.pins() == {"me": (2, 10.0)}
+    assert directory.store(keys("b", 1), 0.0) == []
+    directory.expire(9.0)
+    assert directory.store(keys("b", 1), 9.0) == []
+    directory.expire(10.0)
+    assert directory.num_pins == 0
+    assert len(directory.store(keys("b", 1), 10.0)) == 1
+
+
+def test_clearing_a_prefix_leaves_its_siblings():
+    directory = make(8)
+    root, one, other = keys("root", 1), keys("one", 2), keys("other", 2)
+    put(directory, root + one)
+    put(directory, root + other)
+    assert directory.clear_from([*root, one[0]]) == 0
+    assert directory.lookup(root + one, 0.0).num_chunks == 1
+    assert directory.lookup(root + one, 0.0).miss == Miss.CLEARED
+    assert directory.lookup(root + other, 0.0).num_chunks == 3
+
+
+def test_clearing_a_tenant_reaches_every_tier():
+    directory = make(4, disk=4, remote=("redis",))
+    put(directory, keys("a", 2), tenant="a")
+    put(directory, keys("b", 2), tenant="b")
+    assert directory.clear("a") == 0
+    done = settle(directory)
+    assert sorted((ticket.kind, ticket.tier) for ticket in done) == [("delete", "disk")] * 2 + [("delete", "redis")] * 2
+    assert directory.lookup(keys("b", 2), 0.0).num_chunks == 2
+
+
+def test_what_is_in_use_is_not_cleared():
+    directory = make(4)
+    put(directory, keys("a", 2))
+    loads = directory.load(keys("a", 1))
+    assert directory.clear() == 1
+    settle(directory, loads)
+    assert directory.clear() == 0
+
+
+def test_nodes_find_what_was_added_and_not_removed():
+    nodes = Nodes(64)
+    known = {}
+    for turn in range(1000):
+        key = keys(f"n{turn * 7919 % 97}", 1)[0]
+        if key in known:
+            nodes.remove(known.pop(key))
+        elif not nodes.full:
+            known[key] = nodes.add(key)
+        assert len(nodes) == len(known) and sorted(nodes) == sorted(known.values())
+    assert all(nodes.find(key) == node for key, node in known.items())
+    assert nodes.find(keys("other", 1)[0]) == -1
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
+def test_memory_does_not_grow_with_use(policy):
+    """Counts the interpreter's memory blocks over 16,000 stores and evictions; benchmarks/directory.py does a million."""
+    directory = make(100, disk=300, policy=policy, ttl=1e9, tenant_quota=80)
+
+    def use(first: int, count: int) -> int:
+        for number in range(first, first + count):
+            tickets = directory.store(keys(f"{number}/", 8), float(number), tenant=str(number % 7))
+            while tickets:
+                for ticket in tickets:
+                    directory.complete(ticket.operation, None, 0.0)
+                tickets = directory.take_tickets()
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    filled = use(0, 1_000)  # the reasons of misses, 8,192 at most, are all there
+    assert use(1_000, 2_000) - filled < 6_000, "one block kept for each chunk would be 16,000"
+    directory.check()
+
+
+def test_what_is_known_of_a_remote_tier_is_bounded():
+    known = RemoteKeys("redis", 3)
+    for key in keys("a", 5):
+        known.learn(key)
+    known.learn(keys("a", 3)[2])
+    known.learn(keys("b", 1)[0])
+    assert [key in known for key in keys("a", 5)] == [False, False, True, False, True] and len(known) == 3
