@@ -312,6 +312,15 @@ def test_a_folder_that_is_emptied_is_filled_again(tier: DiskTier, tmp_path: Path
     assert list(tier.scan()) == [(key(1), CHUNK_BYTES)]
 
 
+def test_a_tier_can_be_opened_while_others_scan(tmp_path: Path) -> None:
+    def open_often() -> None:
+        for _ in range(150):
+            assert list(DiskTier(tmp_path, SCOPE).scan()) == []
+
+    children = [in_child(open_often) for _ in range(3)]
+    assert [exit_status(child) for child in children] == [0, 0, 0]
+
+
 def test_instances_with_other_scopes_share_the_folder(tmp_path: Path) -> None:
     others = [TierScope("another", rank, SCOPE.layout, CHUNK_BYTES + rank) for rank in (0, 1)]
     tiers = [DiskTier(tmp_path, scope) for scope in (SCOPE, *others)]

@@ -48,8 +48,8 @@ class DiskTier:
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
             fd, probe = self._create()
+            probe.unlink()  # while it is locked, or the scan of another process may do it
             os.close(fd)
-            probe.unlink()
         except OSError as error:
             raise TierError(f"disk tier: cannot write in {self._folder}: {error.strerror}") from error
 
