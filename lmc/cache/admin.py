@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lmc.cache.directory import Directory
 from lmc.cache.keys import ChunkKey, KeyChain
+from lmc.cache.logs import facts
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ class Admin:
             result = {"unpinned": self._directory.unpin(_owner(command.owner))}
         else:
             result = self._clear(command)
-        logger.info("lmc: admin %s: %s", type(command).__name__.lower(), result)
+        name = type(command).__name__.lower()
+        logger.info("lmc: admin %s: %s", name, result, extra=facts(command=name, **result))
         return result
 
     def _pin(self, command: Pin) -> Result:

@@ -152,6 +152,8 @@ class CacheConfig(Section):
     """Salt of every key: instances with different tenants share nothing."""
     strict: bool = False
     """Refuse to start the engine when a configured tier cannot be opened; otherwise run without that tier."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines of lmc: in the engine's own format (text), or one JSON object per line on standard error (json)."""
     record: Path | None = None
     """Write every lookup to this file, for lmc sim."""
     host: HostConfig = HostConfig()

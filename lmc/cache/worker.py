@@ -17,6 +17,7 @@ from functools import partial
 from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import REMOTE_TIERS
 from lmc.cache.keys import Namespace
+from lmc.cache.logs import Sparingly, facts
 from lmc.cache.plan import (
     ABSENT,
     CAUSES,
@@ -68,6 +69,7 @@ class CacheWorker:
         self._readers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-read") for name in tiers}
         self._writers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-write") for name in tiers}
         self._under_way: set[Future[None]] = set()
+        self._sparingly = Sparingly()
         self._lock = threading.Lock()  # guards _under_way and the report, which other threads write to
         self._report = Report()
         self._failed_blocks: set[int] = set()
@@ -210,11 +212,21 @@ class CacheWorker:
         except TierOpen:
             self._finish([copy.operation], UNAVAILABLE)  # the breaker has said so when it opened
         except TierError as error:
-            logger.warning("lmc: %s of chunk %s failed: %s", copy.kind, copy.key.hex()[:16], error)
+            self._complain(copy, error)
             self._finish([copy.operation], _cause(error))
         else:
             self._finish([copy.operation], None)
             self._measure(f"{copy.tier} {copy.kind}", len(view), time.perf_counter() - started)
+
+    def _complain(self, copy: TierCopy, error: TierError) -> None:
+        cause = _cause(error)
+        held_back = self._sparingly.held_back((copy.tier, copy.kind, cause))
+        if held_back is None:
+            return
+        more = f" ({held_back} more since the last such line)" if held_back else ""
+        key = copy.key.hex()
+        about = facts(operation=copy.kind, tier=copy.tier, cause=cause, key=key, rank=self._rank, held_back=held_back)
+        logger.warning("lmc: %s of chunk %s failed: %s%s", copy.kind, key[:16], error, more, extra=about)
 
     def _on_end(self, copy: TierCopy, future: Future[None]) -> None:
         """After a fault in lmc itself: say so, and let the operation end, so that its slot is free again."""

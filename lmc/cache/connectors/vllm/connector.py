@@ -24,6 +24,7 @@ from lmc.cache.connectors.vllm.messages import StepPlan, StepReport
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
 from lmc.cache.connectors.vllm.worker import WorkerSide
+from lmc.cache.logs import use_format
 from lmc.cache.plan import Plan
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
@@ -47,6 +48,7 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         super().__init__(vllm_config, role, kv_cache_config)
         _log_like_vllm()
         self._config = _settings(vllm_config)
+        use_format(self._config.log_format)
         self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._side: SchedulerSide | WorkerSide
         if role is KVConnectorRole.SCHEDULER:

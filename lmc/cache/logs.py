@@ -1,0 +1,67 @@
+"""How lmc's log lines look: as the engine's, or one JSON object per line with the facts as fields; and how often the same one is said."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Literal
+
+LogFormat = Literal["text", "json"]
+
+
+class JsonFormatter(logging.Formatter):
+    """Facts come as logger.warning(..., extra=facts(tier="disk"))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage().removeprefix("lmc: "),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def facts(**values: object) -> dict[str, object]:
+    """For `extra` of a log call."""
+    return {"facts": values}
+
+
+def use_format(kind: LogFormat) -> None:
+    """Write lmc's lines as JSON to standard error; "text" leaves them to whoever set logging up."""
+    if kind == "text":
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    ours = logging.getLogger("lmc")
+    ours.handlers = [handler]
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
+class Sparingly:
+    """Lets each kind of line through once in so many seconds, and says how many were held back. Safe for several threads."""
+
+    def __init__(self, seconds: float = 10.0, now: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._now = now
+        self._lock = threading.Lock()
+        self._said: dict[Hashable, tuple[float, int]] = {}  # kind -> time of the last line, lines held back since
+
+    def held_back(self, kind: Hashable) -> int | None:
+        """None: keep silent. Otherwise say it; so many lines of this kind were held back before."""
+        with self._lock:
+            last, count = self._said.get(kind, (float("-inf"), 0))
+            if self._now() - last < self._seconds:
+                self._said[kind] = (last, count + 1)
+                return None
+            self._said[kind] = (self._now(), 0)
+            return count
