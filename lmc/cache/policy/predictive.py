@@ -37,8 +37,7 @@ from lmc.cache.policy.reuse import (
     Int64,
     Life,
     appraise,
-    count_reached,
-    count_reused,
+    count,
     make_life,
 )
 
@@ -95,16 +94,14 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     )
 
 
-def list_of(state: State, node: int) -> int:
-    return int(state.kind[node]) * NUM_BINS + int(state.bins[node])
+# The functions below get the arrays that they need, not the state: compiled code copies what it passes on.
 
 
-def head_of(state: State, number: int) -> int:
-    return state.lists.older.size - 1 - number
+def head_of(lists: Lists, number: int) -> int:
+    return lists.older.size - 1 - number
 
 
-def set_leaf(state: State, number: int, value: float) -> None:
-    tree = state.tree
+def set_leaf(tree: Float64, number: int, value: float) -> None:
     place = LEAVES + number
     if tree[place] == value:
         return
@@ -117,21 +114,24 @@ def set_leaf(state: State, number: int, value: float) -> None:
         tree[place] = least
 
 
-def show(state: State, number: int) -> None:
+def show(lists: Lists, tree: Float64, value: Float64, number: int) -> None:
     """Bring the tree up to date with a list."""
-    head = head_of(state, number)
-    set_leaf(state, number, EMPTY if state.lists.younger[head] == head else state.life.value[number])
+    head = head_of(lists, number)
+    set_leaf(tree, number, EMPTY if lists.younger[head] == head else value[number])
 
 
-def enlist(state: State, node: int) -> None:
-    number = list_of(state, node)
-    put_before(state.lists, head_of(state, number), node)
-    show(state, number)
+def list_of(state: State, node: int) -> int:
+    return int(state.kind[node]) * NUM_BINS + int(state.bins[node])
 
 
-def delist(state: State, node: int) -> None:
-    take_out(state.lists, state.chains, node)
-    show(state, list_of(state, node))
+def enlist(lists: Lists, tree: Float64, value: Float64, number: int, node: int) -> None:
+    put_before(lists, head_of(lists, number), node)
+    show(lists, tree, value, number)
+
+
+def delist(lists: Lists, chains: Chains, tree: Float64, value: Float64, number: int, node: int) -> None:
+    take_out(lists, chains, node)
+    show(lists, tree, value, number)
 
 
 def learn(state: State, kind: int) -> None:
@@ -140,7 +140,7 @@ def learn(state: State, kind: int) -> None:
     horizon = HORIZON * capacity / max(1.0, state.mean[MEAN_NEW])
     appraise(state.life, kind, max(1.0, horizon), state.mean[MEAN_CHUNKS], state.mean[MEAN_HITS] / capacity)
     for number in range(kind * NUM_BINS, (kind + 1) * NUM_BINS):
-        show(state, number)
+        show(state.lists, state.tree, state.life.value, number)
 
 
 def begin_request(state: State, node: int, now: int) -> None:
@@ -164,11 +164,11 @@ def begin_request(state: State, node: int, now: int) -> None:
         while node != head and now - state.last[node] >= state.life.lower[k + 1]:
             aside = state.chains.aside[node]
             if not aside:
-                delist(state, node)
+                delist(state.lists, state.chains, state.tree, state.life.value, list_of(state, node), node)
             state.bins[node] = k + 1
-            count_reached(state.life, state.kind[node], k + 1)
+            count(state.life.reached, state.kind[node], k + 1)
             if not aside:
-                enlist(state, node)
+                enlist(state.lists, state.tree, state.life.value, list_of(state, node), node)
             node = state.recency.younger[node]
             state.edges[k] = node
 
@@ -192,8 +192,8 @@ def start_life(state: State, node: int) -> None:
     state.kind[node] = kind
     state.bins[node] = 0
     state.last[node] = counter[NOW]
-    count_reached(state.life, kind, 0)
-    enlist(state, node)
+    count(state.life.reached, kind, 0)
+    enlist(state.lists, state.tree, state.life.value, list_of(state, node), node)
     head = state.recency.older.size - 1
     put_before(state.recency, head, node)
     k = 0
@@ -225,16 +225,16 @@ def catch_up(state: State, node: int) -> None:
     age = state.counter[NOW] - state.last[node]
     while age >= state.life.lower[state.bins[node] + 1]:
         state.bins[node] += 1
-        count_reached(state.life, state.kind[node], state.bins[node])
+        count(state.life.reached, state.kind[node], state.bins[node])
 
 
 def on_hit(state: State, node: int, now: int) -> None:
     if state.counter[NOW] != now:
         begin_request(state, node, now)
     state.counter[HITS] += 1
-    delist(state, node)
+    delist(state.lists, state.chains, state.tree, state.life.value, list_of(state, node), node)
     out_of_recency(state, node)
-    count_reused(state.life, state.kind[node], state.bins[node])
+    count(state.life.reused, state.kind[node], state.bins[node])
     state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
     start_life(state, node)
 
@@ -246,7 +246,7 @@ def on_insert(state: State, node: int, now: int) -> None:
         unlink(state.lists, node)
         state.counter[NUM_GHOSTS] -= 1
         catch_up(state, node)
-        count_reused(state.life, state.kind[node], state.bins[node])
+        count(state.life.reused, state.kind[node], state.bins[node])
         state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
     else:
         state.uses[node] = 0
@@ -266,33 +266,33 @@ def victim(state: State, blocked: Blocked) -> int:
             if tree[place] != tree[place // 2]:
                 place += 1
         number = place - LEAVES
-        node = oldest_free(state.lists, head_of(state, number), state.chains, blocked)
+        node = oldest_free(state.lists, head_of(state.lists, number), state.chains, blocked)
         if node < 0:
             state.held[num_held] = number
             num_held += 1
-            set_leaf(state, number, EMPTY)
+            set_leaf(tree, number, EMPTY)
     for index in range(num_held):
-        show(state, state.held[index])
+        show(state.lists, state.tree, state.life.value, state.held[index])
     return node
 
 
 def on_evict(state: State, node: int) -> None:
-    delist(state, node)
+    delist(state.lists, state.chains, state.tree, state.life.value, list_of(state, node), node)
     out_of_recency(state, node)
     state.where[node] = GHOST
     state.counter[NUM_GHOSTS] += 1
-    put_before(state.lists, head_of(state, NUM_LISTS), node)
+    put_before(state.lists, head_of(state.lists, NUM_LISTS), node)
     parent = drop_child(state.chains, node)
     if parent >= 0:
         number = list_of(state, parent)
-        put_oldest(state.lists, head_of(state, number), parent)
-        show(state, number)
+        put_oldest(state.lists, head_of(state.lists, number), parent)
+        show(state.lists, state.tree, state.life.value, number)
 
 
 def release(state: State) -> int:
     if state.counter[NUM_GHOSTS] <= GHOSTS * state.counter[CAPACITY]:
         return -1
-    node = state.lists.younger[head_of(state, NUM_LISTS)]
+    node = state.lists.younger[head_of(state.lists, NUM_LISTS)]
     unlink(state.lists, node)
     state.counter[NUM_GHOSTS] -= 1
     state.where[node] = NOWHERE

@@ -38,14 +38,10 @@ def make_life(num_classes: int) -> Life:
     return Life(lower, tables, tables.copy(), np.zeros(num_classes * NUM_BINS, dtype=np.float64))
 
 
-def count_reached(life: Life, kind: int, bin_: int) -> None:
-    life.reached[kind, bin_] += 1.0
-    life.reached[-1, bin_] += 1.0
-
-
-def count_reused(life: Life, kind: int, bin_: int) -> None:
-    life.reused[kind, bin_] += 1.0
-    life.reused[-1, bin_] += 1.0
+def count(table: Float64, kind: int, bin_: int) -> None:
+    """Count a touch of a class in `reached` or `reused`."""
+    table[kind, bin_] += 1.0
+    table[-1, bin_] += 1.0
 
 
 def appraise(life: Life, kind: int, horizon: float, chunks: float, earning: float) -> None:
