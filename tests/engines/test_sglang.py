@@ -14,6 +14,7 @@ from lmc.cache.tiers.format import HEADER_BYTES, checksum, decode, encode
 
 from tests.engines.scenario import prompt
 from tests.engines.sglang_server import SglangServer
+from tests.services import RedisServer, redis_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.timeout(1800)]
 
@@ -52,8 +53,21 @@ def disk_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(tiny_llama: Path, disk_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
-    settings: dict[str, object] = {"host.capacity": "256MiB", "disk.path": str(disk_folder)}
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def first(
+    tiny_llama: Path, disk_folder: Path, redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SglangServer]:
+    settings: dict[str, object] = {
+        "host.capacity": "256MiB",
+        "disk.path": str(disk_folder),
+        "redis.url": redis.url,
+        "lookup_deadline": 1.0,
+    }
     with SglangServer(tiny_llama, tmp_path_factory.mktemp("first"), settings=settings) as server:
         yield server
 
@@ -220,3 +234,23 @@ def test_the_stored_bytes_are_really_used(second: SglangServer, reference: dict[
     answer = second.generate(NOISE)
     assert answer["loaded"] == 320
     assert answer["logprobs"] != pytest.approx(reference["noise"]["logprobs"], abs=1e-2)
+
+
+def test_another_process_loads_from_redis_and_goes_on_without_it(
+    first: SglangServer,
+    reference: dict[str, dict[str, Any]],
+    redis: RedisServer,
+    tiny_llama: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    settings: dict[str, object] = {"host.capacity": "256MiB", "redis.url": redis.url, "lookup_deadline": 1.0}
+    with SglangServer(tiny_llama, tmp_path_factory.mktemp("third"), settings=settings) as third:
+        shared = third.generate(LONG)
+        assert (shared["device"], shared["loaded"]) == (0, 1984)
+        assert_same(shared, reference["long"])
+        redis.kill()
+        assert_same(third.generate(HALF), reference["half"])
+        third.flush()
+        kept = third.generate(LONG)
+        assert kept["loaded"] == 1984  # from its own host memory
+        assert_same(kept, reference["long"])
