@@ -231,22 +231,26 @@ def tune(
 @reads_trace
 def report(
     source: TraceSource,
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, pictures, CSV and JSON.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, pictures and CSV.")],
     policy: Annotated[str | None, typer.Option(help="Policies to replay; default: all.")] = None,
     sizes: Annotated[int, typer.Option(min=2, help="Number of capacities per policy.")] = 20,
     cost: CostFile = None,
+    origin: Annotated[str, typer.Option(help="Origin and licence of the trace, shown in the report.")] = "",
+    json: Json = False,
 ) -> None:
     """Everything about a trace on one page: curves, policies, chunk sizes, TTL, tiers, times."""
+    from lmc.report import to_json
     from lmc.sim.full_study import full_study
     from lmc.sim.policies import check_policies
-    from lmc.sim.study_page import write_report
+    from lmc.sim.study_page import report_json, write_report
 
     names = split_list(policy)
     check_policies(names)
     trace = source.load()
     command = f"lmc sim report {source.trace.name} --sizes {sizes}" + (f" --cost {cost.name}" if cost else "")
-    page = write_report(full_study(trace, names, sizes, read_cost(cost)), out, command)
-    typer.echo(f"report: {page}")
+    study = full_study(trace, names, sizes, read_cost(cost))
+    page = write_report(study, out, command, origin)
+    typer.echo(to_json(report_json(study, page)).decode() if json else f"report: {page}", nl=not json)
 
 
 def output(

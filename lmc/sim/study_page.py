@@ -1,12 +1,13 @@
-"""The report of a full study: one HTML page, its pictures, its rows as CSV and as JSON."""
+"""The report of a full study: one HTML page, its pictures, its rows as CSV."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lmc
 from lmc import report
-from lmc.report import Cell, Column, Figure, Report, Section, Table
+from lmc.report import Cell, Column, Report, Section, Table
 from lmc.sim import study_pictures
 from lmc.sim.describe import describe, facts_table
 from lmc.sim.full_study import FullStudy
@@ -18,47 +19,43 @@ from lmc.units import format_count, format_percent
 _SHARES = (0.01, 0.03, 0.10, 0.30, 1.0)
 
 
-def write_report(study: FullStudy, folder: Path, command: str) -> Path:
-    """Writes report.html, NAME.png, rows.csv and results.json. Returns the page."""
-    page, figures = _page(study, command)
-    for name, figure in figures.items():
-        report.write_file(folder / f"{name}.png", figure.png)
+def write_report(study: FullStudy, folder: Path, command: str, origin: str = "") -> Path:
+    """Writes report.html, its pictures and rows.csv. Returns the page."""
+    page = _page(study, command, origin)
+    report.write_pictures(folder, page)
     report.write_file(folder / "rows.csv", report.table_csv(_rows(study)))
-    results = {
-        "trace": trace_json(study.trace),
-        "rows": {window: [row_json(row) for row in rows] for window, rows in study.rows.items()},
-        "notes": study.trace.notes,
-    }
-    report.write_file(folder / "results.json", report.to_json(results))
     report.write_file(folder / "report.html", report.report_html(page))
     return folder / "report.html"
 
 
-def _page(study: FullStudy, command: str) -> tuple[Report, dict[str, Figure]]:
+def report_json(study: FullStudy, page: Path) -> dict[str, Any]:
+    """Any: JSON."""
+    rows = {window: [row_json(row) for row in rows] for window, rows in study.rows.items()}
+    return {"trace": trace_json(study.trace), "report": str(page), "rows": rows, "notes": list(study.trace.notes)}
+
+
+def _page(study: FullStudy, command: str, origin: str) -> Report:
     trace = study.trace
-    figures = {
-        "miss-ratio": study_pictures.miss_ratios(study),
-        "policies": study_pictures.policy_map(study),
-        "chunk-sizes": study_pictures.chunk_sizes(study),
-        "ttl": study_pictures.ttl_plane(study),
-        "tiers": study_pictures.tier_map(study),
-    }
-    if study.priced:
-        figures["ttft"] = study_pictures.times(study)
     sections = [
         Section(
-            "How much memory for how many hits", _memory_text(study), [_shares_table(study), figures["miss-ratio"]]
+            "How much memory for how many hits",
+            _memory_text(study),
+            [_shares_table(study), study_pictures.miss_ratios(study)],
         ),
-        Section("Which policy", _policy_text(study), [figures["policies"]]),
-        Section("Which chunk size", "", [figures["chunk-sizes"]]),
-        Section("How long to keep chunks", "", [figures["ttl"]]),
-        Section("How to split host and disk", "", [figures["tiers"]]),
+        Section("Which policy", _policy_text(study), [study_pictures.policy_map(study)]),
+        Section("Which chunk size", "", [study_pictures.chunk_sizes(study)]),
+        Section("How long to keep chunks", "", [study_pictures.ttl_plane(study)]),
+        Section("How to split host and disk", "", [study_pictures.tier_map(study)]),
     ]
     if study.priced:
-        sections.append(Section("What it does to time to first token", "", [figures["ttft"], _times_table(study)]))
+        sections.append(
+            Section("What it does to time to first token", "", [study_pictures.times(study), _times_table(study)])
+        )
     sections.append(Section("The trace", "\n\n".join(trace.notes), [facts_table(trace.source, describe(trace))]))
     metadata = {"trace": f"{trace.source} ({trace.format})", "command": command, "lmc": lmc.__version__}
-    return Report(f"Cache study of {trace.source}", _summary(study), sections, metadata), figures
+    if origin:
+        metadata["origin and licence of the trace"] = origin
+    return Report(f"Cache study of {trace.source}", _summary(study), sections, metadata)
 
 
 def _summary(study: FullStudy) -> str:

@@ -219,6 +219,8 @@ def test_bad_replay_settings_are_one_line(long_trace: Path, tmp_path: Path) -> N
 def test_report_writes_its_folder(long_trace: Path, tmp_path: Path) -> None:
     assert "report.html" in run("report", long_trace, "-o", tmp_path / "out", "--policy", "fifo", "--sizes", "3")
     assert (tmp_path / "out" / "report.html").stat().st_size < 1_000_000
+    result = json.loads(run("report", long_trace, "-o", tmp_path / "out", "--policy", "fifo", "--sizes", "3", "--json"))
+    assert {row["policy"] for row in result["rows"]["last-half"]} == {"lru", "fifo", "belady"}
 
 
 def test_run_with_a_cost_model_counts_bytes_and_saved_seconds(trace: Path, tmp_path: Path) -> None:
