@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lmc.errors import ConfigError
 from lmc.sim import belady
 from lmc.sim.trace import Trace
+
 from tests.contracts.policy import Key, workloads
 from tests.sim.test_policy_replay import trace_of
 

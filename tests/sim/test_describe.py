@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from chained_traces import naive_lru, tokens_of, traces
 from hypothesis import given, settings
 from lmc.sim import stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.describe import describe, facts_json, facts_table
 from lmc.sim.sessions import sessions_of
 from lmc.sim.trace import Trace
+
+from tests.sim.chained_traces import naive_lru, tokens_of, traces
 
 
 def make(*requests: tuple[float, list[int], int], session: list[str] | None = None) -> Trace:

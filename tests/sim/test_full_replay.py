@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from chained_traces import BLOCK_TOKENS, naive_lru, traces
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lmc.cache.config import CacheConfig
@@ -18,6 +17,8 @@ from lmc.sim.policy_replay import replay as replay_policy
 from lmc.sim.router import Router
 from lmc.sim.shared_store import SharedStore
 from lmc.sim.trace import Trace, coarsen, select_requests
+
+from tests.sim.chained_traces import BLOCK_TOKENS, naive_lru, traces
 
 CHUNK_BYTES = 10
 

@@ -13,6 +13,7 @@ from lmc.sim import belady, stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.policy_replay import ReplayOptions, replay
 from lmc.sim.trace import Trace
+
 from tests.contracts.policy import Key, Request, run_spec, workloads
 
 names = pytest.mark.parametrize("name", sorted(POLICIES))

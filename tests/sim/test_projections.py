@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 
-from chained_traces import BLOCK_TOKENS, chain_of, naive_lru, tokens_of, traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmc.sim import projections, stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.trace import Trace
+
+from tests.sim.chained_traces import BLOCK_TOKENS, chain_of, naive_lru, tokens_of, traces
 
 SMALL = st.integers(1, 12)
 

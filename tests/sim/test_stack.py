@@ -3,11 +3,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from chained_traces import chain_of, naive_lru, tokens_of, traces
 from hypothesis import given, settings
 from lmc.sim import stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.trace import Trace
+
+from tests.sim.chained_traces import chain_of, naive_lru, tokens_of, traces
 
 
 @settings(max_examples=1000, deadline=None)

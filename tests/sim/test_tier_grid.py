@@ -3,12 +3,13 @@ from __future__ import annotations
 import math
 from itertools import product
 
-from chained_traces import naive_lru, tokens_of, traces
 from hypothesis import given, settings
 from lmc.sim import stack
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.tier_grid import tier_grid
 from lmc.sim.trace import Trace
+
+from tests.sim.chained_traces import naive_lru, tokens_of, traces
 
 COST = CostModel(
     Prefill(0.0, 1.0, 0.0), 1, {"host": TierCost("host", 1e12), "disk": TierCost("disk", 1e9, 0.0, 1024.0**3)}, 3600.0
