@@ -33,6 +33,7 @@ SERVE = (sys.executable, "-m", "lmc", "serve")
 STOP_S = 30.0
 GONE_S = 2.0
 ENGINE_BYTES = 3 << 29  # an engine's processes without weights and KV, on a CPU
+_ERROR = re.compile(r"(\([^)]*\) )?(lmc|[\w.]*(Error|Exception)): ")
 _FIELD = re.compile(r"(\w+)=(\S+)")
 
 
@@ -60,7 +61,7 @@ class Server:
             code = await asyncio.wait_for(self.process.wait(), GONE_S)
         except TimeoutError:
             return None
-        return f"the engine ended with exit code {code}{_last_line(self.log)}"
+        return f"the engine ended with exit code {code}{_first_error(self.log)}"
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ class Launcher:
                 yield Server(url, model, list(dict.fromkeys(pages)), shlex.join(command), log, process, ready)
             except TimeoutError as error:
                 raise EngineError(
-                    f"arm {name}: no readiness line within {self.engine.start_timeout:g} s{_last_line(log)}"
+                    f"arm {name}: no readiness line within {self.engine.start_timeout:g} s{_first_error(log)}"
                 ) from error
             except EOFError as error:
                 raise EngineError(
-                    f"arm {name}: the engine ended with exit code {await process.wait()}{_last_line(log)}"
+                    f"arm {name}: the engine ended with exit code {await process.wait()}{_first_error(log)}"
                 ) from error
             finally:
                 await _stop(process)
@@ -269,10 +270,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _last_line(log: Path | None) -> str:
-    """The log's last error-like line, and where the log is."""
+def _first_error(log: Path | None) -> str:
+    """The log's first error, which is the root of those that follow it, else its last line; and where the log is."""
     if log is None or not log.is_file():
         return ""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or line.startswith("lmc:")] or lines
-    return f": {telling[-1][:300]} (log: {log})" if telling else f" (log: {log})"
+    found = next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
+    return f": {found[:300]} (log: {log})" if found else f" (log: {log})"
