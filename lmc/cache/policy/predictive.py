@@ -24,6 +24,7 @@ from lmc.cache.policy.lists import (
     drop_child,
     make_chains,
     make_lists,
+    move_run,
     oldest_free,
     put_before,
     put_oldest,
@@ -157,27 +158,42 @@ def begin_request(state: State, node: int, now: int) -> None:
     while node >= 0 and state.where[node] != RESIDENT:
         counter[NEW] += 1
         node = state.chains.parents[node]
+    pass_time(state)
 
+
+def pass_time(state: State) -> None:
+    """Move the nodes that have come to the end of their age bin, neighbours together."""
+    lists, younger, bins = state.lists, state.recency.younger, state.bins
+    now = state.counter[NOW]
     head = state.recency.older.size - 1
     for k in range(NUM_BINS - 1):
+        due = now - state.life.lower[k + 1]
         node = state.edges[k]
-        while node != head and now - state.last[node] >= state.life.lower[k + 1]:
-            aside = state.chains.aside[node]
-            if not aside:
-                delist(state.lists, state.chains, state.tree, state.life.value, list_of(state, node), node)
-            state.bins[node] = k + 1
-            count(state.life.reached, state.kind[node], k + 1)
-            if not aside:
-                enlist(state.lists, state.tree, state.life.value, list_of(state, node), node)
-            node = state.recency.younger[node]
-            state.edges[k] = node
+        while node != head and state.last[node] <= due:
+            number = list_of(state, node)
+            first = node
+            last = node
+            bins[node] = k + 1
+            touches = 1
+            node = younger[node]
+            if not state.chains.aside[first]:
+                while node != head and state.last[node] <= due and lists.younger[last] == node:
+                    last = node
+                    bins[node] = k + 1
+                    touches += 1
+                    node = younger[node]
+                move_run(lists, first, last, head_of(lists, number + 1))
+                show(lists, state.tree, state.life.value, number)
+                show(lists, state.tree, state.life.value, number + 1)
+            count(state.life.reached, state.kind[first], k + 1, touches)
+        state.edges[k] = node
 
 
-def step(count: int, base: int) -> int:
+def step(amount: int, base: int) -> int:
     """0 for less than base, then one more for each power of it, below STEPS."""
     result = 0
-    while count >= base and result < STEPS - 1:
-        count //= base
+    while amount >= base and result < STEPS - 1:
+        amount //= base
         result += 1
     return result
 
@@ -192,7 +208,7 @@ def start_life(state: State, node: int) -> None:
     state.kind[node] = kind
     state.bins[node] = 0
     state.last[node] = counter[NOW]
-    count(state.life.reached, kind, 0)
+    count(state.life.reached, kind, 0, 1)
     enlist(state.lists, state.tree, state.life.value, list_of(state, node), node)
     head = state.recency.older.size - 1
     put_before(state.recency, head, node)
@@ -204,7 +220,7 @@ def start_life(state: State, node: int) -> None:
     counter[TOUCHES] += 1
     counter[DUE] -= 1
     if counter[DUE] <= 0:  # often at first, then each class once while the cache is touched through
-        counter[DUE] = max(4, min(max(16, counter[CAPACITY] // NUM_CLASSES), counter[TOUCHES] // (2 * NUM_CLASSES)))
+        counter[DUE] = max(4, min(max(64, counter[CAPACITY] // NUM_CLASSES), counter[TOUCHES] // (2 * NUM_CLASSES)))
         turn = (counter[TURN] + 1) % NUM_CLASSES
         while state.life.reached[turn, 0] == 0.0:
             turn = (turn + 1) % NUM_CLASSES
@@ -225,7 +241,7 @@ def catch_up(state: State, node: int) -> None:
     age = state.counter[NOW] - state.last[node]
     while age >= state.life.lower[state.bins[node] + 1]:
         state.bins[node] += 1
-        count(state.life.reached, state.kind[node], state.bins[node])
+        count(state.life.reached, state.kind[node], state.bins[node], 1)
 
 
 def on_hit(state: State, node: int, now: int) -> None:
@@ -234,7 +250,7 @@ def on_hit(state: State, node: int, now: int) -> None:
     state.counter[HITS] += 1
     delist(state.lists, state.chains, state.tree, state.life.value, list_of(state, node), node)
     out_of_recency(state, node)
-    count(state.life.reused, state.kind[node], state.bins[node])
+    count(state.life.reused, state.kind[node], state.bins[node], 1)
     state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
     start_life(state, node)
 
@@ -246,7 +262,7 @@ def on_insert(state: State, node: int, now: int) -> None:
         unlink(state.lists, node)
         state.counter[NUM_GHOSTS] -= 1
         catch_up(state, node)
-        count(state.life.reused, state.kind[node], state.bins[node])
+        count(state.life.reused, state.kind[node], state.bins[node], 1)
         state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
     else:
         state.uses[node] = 0

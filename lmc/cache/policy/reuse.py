@@ -38,10 +38,10 @@ def make_life(num_classes: int) -> Life:
     return Life(lower, tables, tables.copy(), np.zeros(num_classes * NUM_BINS, dtype=np.float64))
 
 
-def count(table: Float64, kind: int, bin_: int) -> None:
-    """Count a touch of a class in `reached` or `reused`."""
-    table[kind, bin_] += 1.0
-    table[-1, bin_] += 1.0
+def count(table: Float64, kind: int, bin_: int, touches: int) -> None:
+    """Count touches of a class in `reached` or `reused`."""
+    table[kind, bin_] += touches
+    table[-1, bin_] += touches
 
 
 def appraise(life: Life, kind: int, horizon: float, chunks: float, earning: float) -> None:
