@@ -6,7 +6,7 @@ Coarse to fine, so that long traces stay affordable:
 2. policy, at the budget: the best one, if it beats LRU twice (warm-up and second quarter) and by more than chance, else LRU;
 3. sizes, on a ladder below the budget: with prices the point that costs least per token, else the cheapest one within _SIZE_SLACK of the
    best in hits, and in hits that the host serves;
-4. TTL: the shortest of _TTLS_S that costs no more than _TTL_SLACK of the hits, if any.
+4. TTL: the one of _TTLS_S after the shortest that costs no more than _TTL_SLACK of the hits, if any.
 Lower tiers are taken to see every touch (write: through). What is found can be checked on the real directory with lmc.sim.full_replay.
 """
 
@@ -34,7 +34,7 @@ _LADDER = (1.0, 0.75, 0.5, 0.25, 0.125)
 _TTLS_S = (60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
 _CHUNK_SLACK = 0.002
 _SIZE_SLACK = 0.002
-_TTL_SLACK = 0.002
+_TTL_SLACK = 0.0005
 _REGRET = 0.01
 
 
@@ -101,7 +101,8 @@ def tune(
     search = _Search(trace, token_bytes, budget, list(policies or sorted(POLICIES)), cost)
     chunk = search.choose_chunk()
     points = search.ladder(chunk, search.choose_policy(chunk))
-    chosen = search.with_ttl(search.choose_size(points))
+    sized = search.choose_size(points)
+    chosen = search.with_ttl(sized)
     judging = search.judging
     inputs, sessions = trace.input_tokens[judging], search.sessions[judging]
     hits = search.hits(chosen)[judging]
@@ -113,7 +114,7 @@ def tune(
             "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
         )
     missed = max(points, key=lambda point: point.hit_rate)
-    if missed.hit_rate > chosen.hit_rate + _REGRET and chosen.dollars_per_million is None:
+    if missed.hit_rate > sized.hit_rate + _REGRET and chosen.dollars_per_million is None:
         notes.append(
             f"the second half would have hit {missed.hit_rate * 100:.1f} % with {missed.policy}, {format_size(missed.host_bytes)} of host "
             f"and {format_size(missed.disk_bytes)} of disk: the workload was still growing; tune on a longer trace"
@@ -199,14 +200,16 @@ class _Search:
         return [self.point(chunk, name, host, disk) for name in sorted({policy, "lru"}) for host, disk in allowed]
 
     def with_ttl(self, point: Point) -> Point:
-        """The point with the shortest TTL that costs next to nothing, if the trace is long enough to show it."""
+        """The point with the TTL after the shortest one that costs next to nothing, if the trace is long enough to show it."""
         seen_s = float(self.trace.timestamps_s[self.trace.num_requests // 2] - self.trace.timestamps_s[0])
+        enough = False
         for ttl_s in _TTLS_S:
             if ttl_s * 4 > seen_s:  # too few gaps of that length were seen to judge by
                 break
             bound = self.point(point.chunk_tokens, point.policy, point.host_bytes, point.disk_bytes, ttl_s)
-            if bound.tuning_hit_rate >= point.tuning_hit_rate - _TTL_SLACK:
+            if enough:
                 return bound
+            enough = bound.tuning_hit_rate >= point.tuning_hit_rate - _TTL_SLACK
         return point
 
     def point(self, chunk: int, policy: str, host_bytes: int, disk_bytes: int, ttl_s: float | None = None) -> Point:
