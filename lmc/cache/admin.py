@@ -1,4 +1,4 @@
-"""Commands from people to a running cache: pin, unpin, clear. They come from HTTP threads and run on the scheduler's thread."""
+"""Commands from people to a running cache: pin, unpin, prefetch, clear. They come from HTTP threads and run on the scheduler's thread."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lmc.cache.directory import Directory
 from lmc.cache.keys import ChunkKey, KeyChain
 from lmc.cache.logs import facts
+from lmc.cache.prefetch import Prefetcher
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,13 @@ class Pin(Command):
     """Whose prompt it is; default: the instance's tenant."""
     lora: str = ""
     """Adapter of the prompt."""
+
+
+class Prefetch(Command):
+    tokens: list[int] = Field(min_length=1)
+    """Bring the full chunks of this prompt into host memory, as far as they are stored below."""
+    tenant: str | None = None
+    lora: str = ""
 
 
 class Unpin(Command):
@@ -73,26 +81,32 @@ class Mailbox:
 
 
 class Admin:
-    """What the commands do. root maps (tenant or None, lora) to the start of a chain."""
+    """What the commands do. root maps (tenant, lora) to the start of a chain."""
 
     def __init__(
         self,
         directory: Directory,
+        prefetcher: Prefetcher,
         chunk_tokens: int,
-        root: Callable[[str | None, str], ChunkKey],
+        root: Callable[[str, str], ChunkKey],
         clock: Callable[[], float],
+        default_tenant: str,
     ) -> None:
         self._directory = directory
+        self._prefetcher = prefetcher
+        self._default_tenant = default_tenant
         self._chunk_tokens = chunk_tokens
         self._root = root
         self._clock = clock
 
-    def run(self, command: Pin | Unpin | Clear) -> Result:
+    def run(self, command: Pin | Unpin | Prefetch | Clear) -> Result:
         """On the scheduler's thread. Raises ConfigError for a prompt without a full chunk."""
         if isinstance(command, Pin):
             result = self._pin(command)
         elif isinstance(command, Unpin):
             result = {"unpinned": self._directory.unpin(_owner(command.owner))}
+        elif isinstance(command, Prefetch):
+            result = self._prefetch(command)
         else:
             result = self._clear(command)
         name = type(command).__name__.lower()
@@ -104,6 +118,11 @@ class Admin:
         pinned = self._directory.pin(keys, _owner(command.owner), self._clock() + command.seconds)
         return {"chunks": len(keys), "pinned": pinned}
 
+    def _prefetch(self, command: Prefetch) -> Result:
+        keys = self._keys(command.tokens, command.tenant, command.lora)
+        tenant = self._default_tenant if command.tenant is None else command.tenant
+        return {"chunks": len(keys), "known": self._prefetcher.want(keys, tenant, self._clock())}
+
     def _clear(self, command: Clear) -> Result:
         if command.tokens is not None:
             remain = self._directory.clear_from(self._keys(command.tokens, command.tenant, command.lora))
@@ -112,7 +131,8 @@ class Admin:
         return {"in_use": remain}
 
     def _keys(self, tokens: list[int], tenant: str | None, lora: str) -> list[ChunkKey]:
-        keys = KeyChain(self._root(tenant, lora), self._chunk_tokens).extend(tokens)
+        start = self._root(self._default_tenant if tenant is None else tenant, lora)
+        keys = KeyChain(start, self._chunk_tokens).extend(tokens)
         if not keys:
             raise ConfigError(f"{len(tokens)} tokens are no full chunk; a chunk has {self._chunk_tokens}")
         return keys

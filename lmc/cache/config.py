@@ -108,7 +108,7 @@ class MetricsConfig(Section):
 
 class AdminConfig(Section):
     enabled: bool = True
-    """Accept commands (pin, unpin, clear) at the metrics endpoint. Unless that listens on this machine only, they need the token."""
+    """Accept commands (pin, unpin, prefetch, clear) at the metrics endpoint. They need the token unless it listens on this machine only."""
     token: str | None = Field(default=None, json_schema_extra=_SECRET)
     """Commands must bring it as "Authorization: Bearer TOKEN"; better given as LMC_ADMIN_TOKEN than in a file."""
 

@@ -1,4 +1,5 @@
-"""The HTTP endpoint of a cache: GET /metrics for Prometheus, GET /stats for people, POST /pin, /unpin and /clear for administrators.
+"""The HTTP endpoint of a cache: GET /metrics for Prometheus, GET /stats for people, POST /pin, /unpin, /prefetch and /clear for
+administrators.
 
 Commands are JSON objects. Where the endpoint listens on this machine only, they need no token unless one is configured; elsewhere they
 need it always. A browser cannot be tricked into sending one: it doesn't send application/json to another site unasked, and a Host header
@@ -20,13 +21,18 @@ from threading import Thread
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import ValidationError
 
-from lmc.cache.admin import Admin, Clear, Mailbox, Pin, Result, Unpin
+from lmc.cache.admin import Admin, Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.config import AdminConfig, MetricsConfig
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-COMMANDS: dict[str, type[Pin] | type[Unpin] | type[Clear]] = {"/pin": Pin, "/unpin": Unpin, "/clear": Clear}
+COMMANDS: dict[str, type[Pin] | type[Unpin] | type[Prefetch] | type[Clear]] = {
+    "/pin": Pin,
+    "/unpin": Unpin,
+    "/prefetch": Prefetch,
+    "/clear": Clear,
+}
 _WAIT_SECONDS = 1.0  # for the scheduler; an idle one runs a command with the next request
 _MAX_BODY = 8 << 20
 

@@ -21,6 +21,7 @@ from lmc.cache.endpoint import Endpoint
 from lmc.cache.keys import ChunkKey, KeyChain, root
 from lmc.cache.open_directory import open_directory, open_presence
 from lmc.cache.plan import SKIP, BlockCopy, Plan, Report, RequestCopies, TierCopy, WorkerReady
+from lmc.cache.prefetch import Prefetcher
 from lmc.cache.request import CachedRequest
 from lmc.cache.salts import Salts
 from lmc.cache.stats import collect_stats
@@ -74,6 +75,7 @@ class CacheEngine:
             TierCopy(_NO_OPERATION, "delete", tier, key, -1) for tier, keys in superfluous.items() for key in keys
         ]
         self._presence = open_presence(config, ready, self.directory)
+        self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
         self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock())
         self.metrics = self._accounting.metrics
@@ -87,7 +89,8 @@ class CacheEngine:
     @property
     def busy(self) -> bool:
         """True while copies are under way, so that somebody must fetch reports."""
-        return self.directory.num_open > 0 or bool(self._plan) or bool(self._mailbox)
+        waiting = bool(self._plan) or bool(self._mailbox) or bool(self._prefetcher)
+        return waiting or self.directory.num_open > 0
 
     # A request's life
 
@@ -158,6 +161,12 @@ class CacheEngine:
             copies = tuple(self._block_copy(ticket, position[ticket.key], blocks, 0) for ticket in tickets)
             self._plan.stores.append(RequestCopies(request_id, copies))
 
+    def prefetch(self, tokens: Sequence[int], identity: Identity) -> int:
+        """A request with these tokens is expected: bring its chunks into host memory. Returns how many are known to be stored."""
+        start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
+        keys = KeyChain(start, self.chunk_tokens, identity.extra).extend(tokens)
+        return self._prefetcher.want(keys, identity.tenant, self._clock())
+
     def explain(self, request_id: str) -> dict[str, object]:
         """Where a request's tokens came from, and why its hit ended where it did; for people."""
         request = self._requests.get(request_id)
@@ -186,6 +195,8 @@ class CacheEngine:
         """The work of this step; the engine hands it to every rank."""
         self._mailbox.run()
         self.directory.expire(self._clock())
+        if self._prefetcher:
+            self._prefetch()
         self._plan.tier_copies += [self._tier_copy(ticket) for ticket in self.directory.take_tickets()]
         plan, self._plan = self._plan, Plan()
         plan.known_faults = dict(self._known_faults)
@@ -259,6 +270,11 @@ class CacheEngine:
             request.cut = Miss.BELOW_MINIMUM
             gain = 0
         return max(gain, 0)
+
+    def _prefetch(self) -> None:
+        self._learn()
+        tickets = self._prefetcher.advance(self._clock())
+        self._plan.tier_copies += [self._tier_copy(ticket) for ticket in tickets]
 
     def _new_request(self, tokens: Sequence[int], identity: Identity, now: float) -> CachedRequest:
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
@@ -342,7 +358,9 @@ class CacheEngine:
         config = self.config
         if not config.metrics.enabled:
             return None
-        admin = Admin(self.directory, self.chunk_tokens, self._root_for_people, self._clock)
+        admin = Admin(
+            self.directory, self._prefetcher, self.chunk_tokens, self._root_for_people, self._clock, config.tenant
+        )
         try:
             return Endpoint(config.metrics, config.admin, self.metrics.registry, self.stats, admin, self._mailbox)
         except OSError as error:
@@ -350,8 +368,8 @@ class CacheEngine:
             logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
             return None
 
-    def _root_for_people(self, tenant: str | None, lora: str) -> ChunkKey:
-        return root(self.namespace, lora=lora, tenant=self.config.tenant if tenant is None else tenant)
+    def _root_for_people(self, tenant: str, lora: str) -> ChunkKey:
+        return root(self.namespace, lora=lora, tenant=tenant)
 
 
 def describe_tiers(usage: Mapping[str, tuple[int, int]], chunk_bytes: int) -> str:

@@ -14,6 +14,7 @@ import pytest
 from lmc.cache.endpoint import is_loopback
 from lmc.cache.engine import Identity
 from prometheus_client.parser import text_string_to_metric_families
+
 from tests.cache.instance import CHUNK_BYTES, Instance, prompt, settings
 
 
@@ -70,6 +71,26 @@ def test_pinned_chunks_stay_until_they_are_unpinned(instance):
     assert instance.serve(tokens).loaded == 0
 
 
+def test_an_expected_prompt_is_brought_into_host_memory(tmp_path):
+    values = {"metrics_enabled": True, "disk_path": tmp_path, "disk_shared": True, "lookup_deadline": 5}
+    own, other = Instance(settings(**values)), Instance(settings(**values))
+    try:
+        own.serve(prompt(1, 50))
+        other.serve(prompt(2, 50))
+        own.close()
+        own = Instance(settings(**values))
+        with stepping(own):
+            for seed in (1, 2):
+                assert call(own, "/prefetch", {"tokens": prompt(seed, 50)})[0] == 200
+        own.settle()
+        assert own.serve(prompt(1, 50)).sources == {"host": 48}
+        assert own.serve(prompt(2, 50)).sources == {"host": 48}
+        assert own.metric("staged_chunks_total", tier="disk") == 12
+    finally:
+        own.close()
+        other.close()
+
+
 def test_clear_by_prefix_tenant_and_all(instance):
     base = prompt(1, 16)
     one, other = base + prompt(2, 16), base + prompt(3, 16)
@@ -107,7 +128,7 @@ def test_an_idle_engine_runs_the_command_with_its_next_request(instance):
         ("/pin", {"tokens": [1], "owner": "me", "secs": 5}, 400, "secs"),
         ("/unpin", {}, 400, "owner"),
         ("/clear", b"{", 400, "JSON"),
-        ("/stop", {}, 404, "/pin, /unpin, /clear"),
+        ("/stop", {}, 404, "/pin, /unpin, /prefetch, /clear"),
     ],
 )
 def test_bad_commands_are_refused(instance, path, body, status, message):
