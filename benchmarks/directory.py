@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 from blake3 import blake3
-from lmc.bench.machine import command_line, describe_hardware, describe_software
+from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.directory import Directory, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
 from lmc.cache.policy.registry import get_policy
@@ -135,8 +135,11 @@ def as_report(outcomes: list[Outcome]) -> Report:
     table = Table(
         "Directory", columns, rows, "Medians of one thread's CPU time; memory is resident memory of a fresh process."
     )
-    metadata = {"command": command_line()} | describe_hardware() | describe_software()
-    return Report("Directory", "What the scheduler's thread pays for the cache.", [Section("", "", [table])], metadata)
+    command = "python -m benchmarks.directory " + " ".join(sys.argv[1:])
+    metadata = {"command": command} | describe_hardware() | describe_software()
+    return Report(
+        "Directory", "What the scheduler's thread pays for the cache.", [Section("Bars", "", [table])], metadata
+    )
 
 
 def main() -> int:

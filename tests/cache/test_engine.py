@@ -12,6 +12,7 @@ import pytest
 from lmc.cache.engine import Identity
 from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import ConfigError, TierError, TransferError
+
 from tests.cache.instance import CHUNK_BYTES, Instance, Served, chunk_files, prompt, settings
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 from lmc.errors import TierError
+
 from tests import services
 from tests.cache.instance import CHUNK_BYTES, NOBODY, Instance, prompt, settings
 

@@ -9,6 +9,7 @@ import pytest
 from lmc.cache.logs import JsonFormatter, Sparingly, facts, use_format
 from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import TierFull
+
 from tests.cache.instance import Instance, prompt, settings
 
 

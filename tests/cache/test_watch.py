@@ -8,8 +8,9 @@ from lmc.cache.watch import read_stats, render, watch
 from lmc.cli import app
 from lmc.errors import RunError
 from rich.console import Console
-from tests.cache.instance import Instance, prompt, settings
 from typer.testing import CliRunner
+
+from tests.cache.instance import Instance, prompt, settings
 
 
 @pytest.fixture
