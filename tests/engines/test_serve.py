@@ -1,0 +1,142 @@
+"""`lmc serve` with the embedded model: the ready line, real answers, metrics, the recorded trace, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lmc.serve.process import free_port
+
+pytestmark = pytest.mark.engine
+
+MODEL = "smollm2-135m-instruct"
+ENGINE = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--no-enable-prefix-caching"]
+LICENCE = (Path(__file__).parents[2] / "LICENSE").read_text()
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[str]
+    ready: str
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return re.search(r"url=(\S+)", self.ready)[1]  # type: ignore[index]
+
+    @property
+    def metrics(self) -> str:
+        return re.search(r"metrics=(\S+)", self.ready)[1]  # type: ignore[index]
+
+    def complete(self, prompt: str) -> dict[str, Any]:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+        request = urllib.request.Request(
+            f"{self.url}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return dict(json.load(answer))
+
+
+def start(log: Path, *arguments: str) -> Served:
+    command = [sys.executable, "-m", "lmc", "serve", MODEL, "--port", str(free_port("127.0.0.1")), *arguments]
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [*command, "--", *ENGINE],
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            text=True,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready "):
+            return Served(process, line, log)
+    raise AssertionError(f"no ready line; exit code {process.wait()}; {log.read_text()[-2000:]}")
+
+
+def stop(served: Served, number: signal.Signals) -> int:
+    served.process.send_signal(number)
+    assert served.process.stdout is not None
+    served.process.stdout.read()
+    served.process.stdout.close()
+    return served.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve") / "trace.jsonl"
+
+
+@pytest.fixture(scope="module")
+def served(record: Path) -> Iterator[Served]:
+    disk = record.parent / "disk"
+    engine = start(
+        record.parent / "log", "--disk-path", str(disk), "--host-capacity", "512MiB", "--record", str(record)
+    )
+    yield engine
+    if engine.process.poll() is None:
+        stop(engine, signal.SIGTERM)
+
+
+def test_the_ready_line_says_where_and_how_large(served: Served) -> None:
+    assert served.url.startswith("http://127.0.0.1:")
+    assert re.search(r'tiers="host 5\d\d\.\d MiB \(\d+ chunks\), disk 100\.0 GiB \([\d,]+ chunks\)"', served.ready)
+
+
+def test_a_repeated_prompt_comes_from_the_cache(served: Served) -> None:
+    prompt = LICENCE[:3000] + "\nSummary:"
+    cold, warm = served.complete(prompt), served.complete(prompt)
+    assert cold["choices"][0]["text"] == warm["choices"][0]["text"]
+    tokens = cold["usage"]["prompt_tokens"]
+    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] == (tokens - 1) // 128 * 128
+
+
+def test_both_metrics_pages_count_the_hit(served: Served) -> None:
+    own = urllib.request.urlopen(served.metrics).read().decode()
+    hits = float(re.search(r'^lmc_hit_tokens_total\{tier="host"\} (\S+)', own, re.MULTILINE)[1])  # type: ignore[index]
+    assert hits > 0
+    deadline = time.monotonic() + 20
+    pattern = r'^vllm:lmc_hit_tokens_total\{[^}]*tier="host"[^}]*\} (\S+)'
+    while time.monotonic() < deadline:
+        served.complete("One more short prompt, so that the engine steps.")
+        page = urllib.request.urlopen(served.url.removesuffix("/v1") + "/metrics").read().decode()
+        if found := re.search(pattern, page, re.MULTILINE):
+            assert float(found[1]) == hits
+            return
+        time.sleep(1)
+    raise AssertionError("vLLM's metrics never showed the hit")
+
+
+def test_a_clean_stop_ends_with_0_and_leaves_a_trace_that_sim_reads(served: Served, record: Path) -> None:
+    assert stop(served, signal.SIGTERM) == 0
+    result = subprocess.run(
+        [sys.executable, "-m", "lmc", "sim", str(record), "--policy", "lru", "--capacity-blocks", "inf", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    row = json.loads(result.stdout)["rows"][0]
+    assert row["hit_tokens"] > 0
+    assert row["total_tokens"] > row["hit_tokens"]
+
+
+def test_the_engines_exit_code_is_passed_on(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lmc", "serve", MODEL, "--port", str(free_port("127.0.0.1")), "--", "--no-such-option"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert "--no-such-option" in result.stderr
