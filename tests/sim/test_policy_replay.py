@@ -32,7 +32,7 @@ def trace_of(requests: Sequence[Request], seconds: Sequence[float] | None = None
 
 
 @names
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(workloads(), st.integers(1, 14))
 def test_compiled_interpreted_and_live_host_take_the_same_decisions(
     name: str, requests: list[list[int]], capacity: int

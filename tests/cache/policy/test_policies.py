@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmc.cache.policy import POLICIES, get_policy
 from lmc.errors import ConfigError
+
 from tests.cache.policy.naive import NAIVE
 from tests.contracts.policy import Host, NodePolicy, flat_workloads, run_naive, run_spec, workloads
 
@@ -15,7 +16,7 @@ names = pytest.mark.parametrize("name", sorted(POLICIES))
 
 
 @pytest.mark.parametrize("name", sorted(NAIVE))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(workloads(), st.integers(1, 14))
 def test_victims_equal_those_of_a_naive_twin(name: str, requests: list[list[int]], capacity: int) -> None:
     host = run_spec(POLICIES[name], requests, capacity)
