@@ -106,7 +106,7 @@ class Launcher:
                 url = ready["url"].rstrip("/")
                 pages = [url.removesuffix("/v1") + "/metrics"] + ([ready["metrics"]] if "metrics" in ready else [])
                 model = await _served_model(url, None)
-                yield Server(url, model, list(dict.fromkeys(pages)), shlex.join(command), log, process, ready)
+                yield Server(url, model, list(dict.fromkeys(pages)), self.shown(command), log, process, ready)
             except TimeoutError as error:
                 raise EngineError(
                     f"arm {name}: no readiness line within {self.engine.start_timeout:g} s{_first_error(log)}"
@@ -125,6 +125,11 @@ class Launcher:
         flags = ["--engine", self.engine.kind, "--port", str(port)]
         flags += ["--no-cache"] if config is None else ["--config", str(config)]
         return [*self.serve, self.model, *flags, "--", *engine_args]
+
+    def shown(self, command: Sequence[str]) -> str:
+        """The command as a reader would type it: without this machine's interpreter and scratch folder."""
+        typed = ["lmc", "serve", *command[len(self.serve) :]] if tuple(self.serve) == SERVE else list(command)
+        return shlex.join(typed).replace(str(self.scratch), "SCRATCH")
 
     def environment(self, arm: Arm) -> dict[str, str]:
         return {**os.environ, **self.engine.env, **arm.env}
