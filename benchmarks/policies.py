@@ -275,7 +275,7 @@ def main() -> int:
         metadata = {
             **describe_hardware(),
             **describe_software(),
-            "command": "python -m benchmarks.policies",
+            "command": "python -m benchmarks.policies --tokenizer TOKENIZER",
             "traces": notes,
         }
         page = Report("Eviction policies on recorded traces", "", [Section("Results", "", both)], metadata)
