@@ -21,6 +21,7 @@ from typing import cast
 
 import numpy as np
 import uvloop
+
 from lmc.bench.client import Outcome, Target
 from lmc.bench.load import run_load
 from lmc.bench.machine import describe_hardware, describe_software

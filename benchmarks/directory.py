@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 from blake3 import blake3
+
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.directory import Directory, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root

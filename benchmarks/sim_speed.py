@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, write_file
 from lmc.sim import stack

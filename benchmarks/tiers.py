@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
+
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.config import RedisConfig, S3Config
 from lmc.cache.keys import ChunkKey

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.backends.host import HostBackend, useful_threads

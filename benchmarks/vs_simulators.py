@@ -21,8 +21,9 @@ from pathlib import Path
 import kvcache_sim.trace
 import libcachesim
 import numpy as np
-from benchmarks.sim_speed import CONVERSATION, ordered_dict_hits, zipf_trace
 from kvcache_sim.cpp_backend import run_cpp_sweep
+
+from benchmarks.sim_speed import CONVERSATION, ordered_dict_hits, zipf_trace
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.policy import POLICIES
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, write_file

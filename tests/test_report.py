@@ -11,9 +11,10 @@ from pathlib import Path
 
 import orjson
 import pytest
+from rich.console import Console
+
 from lmc import report
 from lmc.report import Column, Figure, Report, Section, Table
-from rich.console import Console
 
 TABLE = Table(
     "TTFT <by> arm",

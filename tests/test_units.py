@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lmc.errors import ConfigError
 from lmc.units import format_count, format_percent, format_seconds, format_size, parse_count, parse_seconds, parse_size
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from lmc.bench.records import RequestRecord, Results
 from lmc.bench.run import RunOptions, run_workload
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Workload, load_workload
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 MOCK = (sys.executable, str(Path(__file__).with_name("mock_server.py")))
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import orjson
 import pytest
+from typer.testing import CliRunner
+
 from lmc.bench.compare import compare_runs
 from lmc.bench.prediction import predict
 from lmc.bench.records import RequestRecord, Results, write_results
@@ -13,7 +15,6 @@ from lmc.cli import app
 from lmc.errors import RunError
 from tests.bench.conftest import RunSmall
 from tests.bench.test_outputs_and_stats import record
-from typer.testing import CliRunner
 
 ARMS = {"none": {"reuse": "none", "args": ["--no-enable-prefix-caching"]}, "lmc": {"reuse": "cache", "cache": {}}}
 

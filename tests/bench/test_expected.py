@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.bench.expected import expected_hits, working_set_chunks
 from lmc.bench.prompts import Request
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.bench.bars import judge_bars
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.records import RequestRecord

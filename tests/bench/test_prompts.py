@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from lmc.bench.prompts import Prompts, build_prompts, random_tokens
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Workload

@@ -14,6 +14,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from typer.testing import CliRunner
+
 from lmc.bench.arms import cache_yaml, wants_redis
 from lmc.bench.records import read_records, read_results, write_results
 from lmc.bench.redis_server import started_redis
@@ -23,7 +25,6 @@ from lmc.cli import app
 from lmc.errors import EngineError, RunError, WorkloadError
 from lmc.report import report_html
 from tests.bench.conftest import MOCK, RunSmall, WriteWorkload
-from typer.testing import CliRunner
 
 NONE = {"reuse": "none", "args": ["--no-enable-prefix-caching"]}
 CACHED = {"reuse": "cache", "cache": {}}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.bench.prompts import Conversation, Request
 from lmc.bench.schedule import Plan, arrival_times, make_plan, split
 from lmc.bench.workload import OpenLoop, Workload

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from lmc.bench.sources import read_rows, read_text
 from lmc.bench.workload import FileSource, PackageSource
 from lmc.errors import WorkloadError

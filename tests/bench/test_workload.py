@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from lmc.bench.check import check_caches
 from lmc.bench.workload import load_workload, overlay
 from lmc.errors import WorkloadError

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
 from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import CacheConfig
 from lmc.cache.engine import CacheEngine, Identity

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from lmc.cache.endpoint import is_loopback
-from lmc.cache.engine import Identity
 from prometheus_client.parser import text_string_to_metric_families
 
+from lmc.cache.endpoint import is_loopback
+from lmc.cache.engine import Identity
 from tests.cache.instance import CHUNK_BYTES, Instance, prompt, settings
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from blake3 import blake3
+
 from lmc.cache.directory import HOST, Directory, Miss, evicted_from
 from lmc.cache.directory.nodes import Nodes
 from lmc.cache.directory.remote import RemoteKeys

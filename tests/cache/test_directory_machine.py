@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
+
 from lmc.cache.directory import HOST, Directory, Miss, Ticket
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.registry import POLICIES

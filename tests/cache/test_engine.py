@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from lmc.cache.engine import Identity
 from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import ConfigError, TierError, TransferError
-
 from tests.cache.instance import CHUNK_BYTES, Instance, Served, chunk_files, prompt, settings
 
 

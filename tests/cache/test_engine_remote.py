@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from lmc.errors import TierError
 
+from lmc.errors import TierError
 from tests import services
 from tests.cache.instance import CHUNK_BYTES, NOBODY, Instance, prompt, settings
 

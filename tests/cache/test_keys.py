@@ -7,6 +7,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lmc.cache.keys import KEY_BYTES, KeyChain, Namespace, root
 from lmc.errors import ConfigError
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from hypothesis import given, settings
+
 from lmc.cache.layout import KVLayout
 from lmc.errors import LayoutError
 from tests.contracts.transfer import ORDERS, engines, sglang_engine, vllm_config, vllm_engine

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from lmc.cache.layout import KVLayout
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.planner import Direction, plan, slot_bytes

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+
 from lmc.cache.logs import JsonFormatter, Sparingly, facts, use_format
 from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import TierFull
-
 from tests.cache.instance import Instance, prompt, settings
 
 

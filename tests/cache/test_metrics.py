@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from lmc.cache.directory import Counts
 from lmc.cache.metrics import CacheMetrics
 from lmc.cache.plan import BreakerReading

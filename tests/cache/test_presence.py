@@ -3,11 +3,11 @@ from __future__ import annotations
 import threading
 
 import pytest
+
 from lmc.cache.keys import ChunkKey
 from lmc.cache.presence import Presence
 from lmc.cache.salts import Salts
 from lmc.errors import TierError
-
 from tests.services import wait_until
 
 KEYS = [ChunkKey(bytes([number] * 32)) for number in range(200)]

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import orjson
 import pytest
+
 from lmc.cache.keys import KeyChain, root
 from lmc.errors import ConfigError
-
 from tests.cache.instance import CHUNK_TOKENS, Instance, prompt, settings
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.settings import all_settings, explain, load_settings, markdown, show, value_of
 from lmc.errors import ConfigError

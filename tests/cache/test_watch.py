@@ -4,12 +4,12 @@ import io
 from collections.abc import Iterator
 
 import pytest
-from lmc.cache.watch import read_stats, render, watch
-from lmc.cli import app
-from lmc.errors import RunError
 from rich.console import Console
 from typer.testing import CliRunner
 
+from lmc.cache.watch import read_stats, render, watch
+from lmc.cli import app
+from lmc.errors import RunError
 from tests.cache.instance import Instance, prompt, settings
 
 

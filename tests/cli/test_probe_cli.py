@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from lmc.cli import app
 from typer.testing import CliRunner
+
+from lmc.cli import app
 
 SMALL = ["--device", "cpu", "--sizes", "4KiB,16KiB", "--total", "1MiB", "--repetitions", "2"]
 

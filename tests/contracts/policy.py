@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from hypothesis import strategies as st
+
 from lmc.cache.policy.base import PolicySpec
 
 Key = tuple[int, ...]  # a block, as the labels of its chain from the start

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
+
 from lmc.cache.layout import KVLayout
 from lmc.cache.transfer.backends.base import Backend
 from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, plan

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lmc.serve.process import free_port
 
 pytestmark = pytest.mark.engine

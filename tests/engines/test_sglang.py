@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lmc.cache.tiers.format import HEADER_BYTES, checksum, decode, encode
 
+from lmc.cache.tiers.format import HEADER_BYTES, checksum, decode, encode
 from tests.engines.scenario import prompt
 from tests.engines.sglang_server import SglangServer
 from tests.services import RedisServer, redis_server

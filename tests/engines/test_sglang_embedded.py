@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lmc.model import EMBEDDED
 
+from lmc.model import EMBEDDED
 from tests.engines.sglang_server import SglangServer
 from tests.engines.test_sglang import assert_same
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from lmc.cache.keys import KeyChain, root
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import ConfigError, TierError, TransferError
-
 from tests.engines.scenario import prompt
 from tests.engines.test_sglang import damage
 from tests.services import redis_server, wait_until
@@ -81,6 +81,7 @@ class Engine:
 
     def __init__(self, settings: dict[str, object], model: str = "one", **params: object) -> None:
         import torch
+
         from lmc.cache.connectors.sglang import LmcLinker
 
         defaults = {"host.capacity": "16MiB", "disk.capacity": "64MiB", "metrics.enabled": False, "strict": True}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lmc.cache.connectors.transformers import CachedGenerator
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
-
 from tests.engines.scenario import prompt
 
 pytestmark = pytest.mark.engine

@@ -86,9 +86,10 @@ class VllmDriver:
 
 class _Engine:
     def start(self, model: str, settings: dict[str, Any] | None, options: dict[str, Any]) -> None:
+        from vllm import LLM
+
         from lmc.cache.settings import load_settings
         from lmc.serve.engines import vllm_transfer_config
-        from vllm import LLM
 
         if settings is not None:
             options["kv_transfer_config"] = vllm_transfer_config(load_settings(flags=settings).config)
@@ -203,8 +204,9 @@ class _Engine:
         """Abort a request whose chunks are being loaded slowly."""
         import time
 
-        from lmc.cache.transfer.planner import Direction
         from vllm import SamplingParams
+
+        from lmc.cache.transfer.planner import Direction
 
         backend = self.worker.copier.backend
         copy = backend.execute

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from lmc.cache.tiers import file_read
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import HEADER_BYTES, TierScope
 from lmc.errors import Corrupt, TierError, TierFull
-
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
 
 pytestmark = pytest.mark.fault

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from lmc.cache.config import RedisConfig
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.tiers.format import HEADER_BYTES, TierScope
 from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import Corrupt, TierError, TierFull
-
 from tests import services
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
 from tests.services import Proxy, RedisServer

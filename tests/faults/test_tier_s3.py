@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import obstore
 import pytest
+
 from lmc.cache.config import S3Config
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.tiers.format import HEADER_BYTES
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.errors import Corrupt, TierError
-
 from tests import services
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
 from tests.services import Proxy

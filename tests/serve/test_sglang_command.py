@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lmc.cache.config import CacheConfig
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError, EngineError

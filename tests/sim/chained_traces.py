@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from hypothesis import strategies as st
+
 from lmc.sim.build import TraceBuilder
 from lmc.sim.trace import Trace
 

@@ -5,10 +5,10 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.errors import ConfigError
 from lmc.sim import belady
 from lmc.sim.trace import Trace
-
 from tests.contracts.policy import Key, workloads
 from tests.sim.test_policy_replay import trace_of
 

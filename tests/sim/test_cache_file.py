@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lmc.errors import TraceError
 from lmc.sim import cache_file
 from lmc.sim.formats import read_trace

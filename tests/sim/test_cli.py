@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from lmc.cli import app
 from lmc.errors import LmcError
-from typer.testing import CliRunner
 
 LINES = [
     {"timestamp": 0, "input_length": 1500, "output_length": 5, "hash_ids": [0, 1, 2]},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lmc.sim import stack
 from lmc.sim.formats import read_trace
 from lmc.sim.trace import Trace, coarsen, select_requests

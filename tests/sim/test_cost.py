@@ -9,6 +9,7 @@ import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.errors import ConfigError
 from lmc.sim import cost, cost_file
 from lmc.sim.cost import CostModel, Prefill, TierCost

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from hypothesis import given, settings
+
 from lmc.sim import stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.describe import describe, facts_json, facts_table
 from lmc.sim.sessions import sessions_of
 from lmc.sim.trace import Trace
-
 from tests.sim.chained_traces import naive_lru, tokens_of, traces
 
 

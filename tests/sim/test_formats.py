@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import zstandard
+
 from lmc.cache.keys import KeyChain, Namespace, root
 from lmc.cache.record import TraceRecorder
 from lmc.errors import TraceError

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lmc.errors import TraceError
 from lmc.sim import stack
 from lmc.sim.describe import describe

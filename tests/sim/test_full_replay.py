@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.config import CacheConfig
 from lmc.cache.policy import POLICIES
 from lmc.errors import ConfigError
@@ -17,7 +18,6 @@ from lmc.sim.policy_replay import replay as replay_policy
 from lmc.sim.router import Router
 from lmc.sim.shared_store import SharedStore
 from lmc.sim.trace import Trace, coarsen, select_requests
-
 from tests.sim.chained_traces import BLOCK_TOKENS, naive_lru, traces
 
 CHUNK_BYTES = 10

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.full_study import full_study
 from lmc.sim.study_page import report_json, write_report
 from lmc.sim.trace import Trace, coarsen
-
 from tests.sim.chained_traces import naive_lru, tokens_of
 
 COST = CostModel(Prefill(0.01, 0.001, 0.0), 100, {"host": TierCost("host", 1e9)}, 1.0)

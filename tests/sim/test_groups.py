@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.sim import groups, stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.stack import HitCurve

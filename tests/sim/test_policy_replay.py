@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.policy import POLICIES
 from lmc.errors import ConfigError
 from lmc.sim import belady, stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.policy_replay import ReplayOptions, replay
 from lmc.sim.trace import Trace
-
 from tests.contracts.policy import Key, Request, run_spec, workloads
 
 names = pytest.mark.parametrize("name", sorted(POLICIES))

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from lmc.cache.policy import POLICIES
 from lmc.sim import belady
 from lmc.sim.policy_replay import replay
-
 from tests.cache.policy.naive import NaiveArc
 from tests.contracts.policy import Key
 from tests.sim.test_policy_replay import trace_of

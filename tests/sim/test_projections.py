@@ -7,10 +7,10 @@ from collections import OrderedDict
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.sim import projections, stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.trace import Trace
-
 from tests.sim.chained_traces import BLOCK_TOKENS, chain_of, naive_lru, tokens_of, traces
 
 SMALL = st.integers(1, 12)

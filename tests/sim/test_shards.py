@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
+
 from lmc.errors import ConfigError
 from lmc.sim import shards, stack
 from lmc.sim.formats import read_trace
 from lmc.sim.trace import Trace
-
 from tests.sim.chained_traces import traces
 
 

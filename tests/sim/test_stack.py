@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 from hypothesis import given, settings
+
 from lmc.sim import stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.trace import Trace
-
 from tests.sim.chained_traces import chain_of, naive_lru, tokens_of, traces
 
 

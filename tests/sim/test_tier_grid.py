@@ -4,11 +4,11 @@ import math
 from itertools import product
 
 from hypothesis import given, settings
+
 from lmc.sim import stack
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.tier_grid import tier_grid
 from lmc.sim.trace import Trace
-
 from tests.sim.chained_traces import naive_lru, tokens_of, traces
 
 COST = CostModel(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
 from lmc.sim import tune_show
@@ -14,7 +15,6 @@ from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.trace import Trace, coarsen
 from lmc.sim.tune import Budget, find_token_bytes, make_budget, tune
-
 from tests.sim.chained_traces import naive_lru, tokens_of
 
 TOKEN_BYTES = 100

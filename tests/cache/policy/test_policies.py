@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.policy import POLICIES, get_policy
 from lmc.errors import ConfigError
-
 from tests.cache.policy.naive import NAIVE
 from tests.contracts.policy import Host, NodePolicy, flat_workloads, run_naive, run_spec, workloads
 

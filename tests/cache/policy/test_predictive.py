@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.policy import POLICIES, predictive
 from lmc.cache.policy.reuse import NUM_BINS, appraise, count, make_life
-
 from tests.contracts.policy import Host, NodePolicy, run_spec, workloads
 
 SPEC = predictive.SPEC

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull

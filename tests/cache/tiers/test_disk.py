@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.tiers import file_read
 from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.disk import DiskTier

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.format import HEADER_BYTES, ChunkHeader, OtherVersion, TierScope, decode, encode

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cli.cache import app
 from tests.contracts.tier import SCOPE, key, payload
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lmc.cache.config import CacheConfig
 from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.disk import DiskTier

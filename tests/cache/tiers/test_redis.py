@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from lmc.cache.config import RedisConfig
 from lmc.cache.tiers.redis import RedisTier
 from lmc.cache.tiers.redis_connect import parse_address

@@ -13,6 +13,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import Corrupt
 

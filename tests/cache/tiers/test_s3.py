@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+
 from lmc.cache.config import S3Config
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.errors import ConfigError, TierError

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from lmc.cache.transfer.backends.auto import AutoBackend
 from lmc.cache.transfer.cost import PIECE_SIZES, CostModel, Rate, calibrate
 from lmc.cache.transfer.planner import Descriptors, Direction

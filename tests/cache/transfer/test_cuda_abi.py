@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lmc.cache.transfer.backends.dma import DmaBackend
 from lmc.cache.transfer.cuda import DeviceRegistrar, Driver
 from lmc.errors import TransferError

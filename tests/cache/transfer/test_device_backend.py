@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from lmc.cache.layout import KVLayout
 from lmc.cache.transfer import cost
 from lmc.cache.transfer.backends import choose_backend, device

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.transfer.backends.dma import DmaBackend
 from lmc.cache.transfer.cuda import CopyAttributes, DeviceRegistrar, Driver, load_driver
 from lmc.cache.transfer.planner import Descriptors, Direction

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+
 from lmc.cache.transfer.backends.base import Backend
 from lmc.cache.transfer.backends.device import device_backends
 from lmc.cache.transfer.backends.reference import TorchBackend

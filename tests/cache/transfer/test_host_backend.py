@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.transfer.backends.host import HostBackend, split_evenly
 from lmc.cache.transfer.planner import Descriptors, Direction
 from tests.contracts.transfer import block_tables, check_backend, engines
@@ -69,6 +70,7 @@ def test_threads_copy_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmc.cache.transfer.backends.host.MIN_THREAD_BYTES", 1)
     backend = HostBackend(threads=3)
     import torch
+
     from tests.contracts.transfer import vllm_engine
 
     check_backend(backend, vllm_engine("LHBNC", torch.bfloat16), [[3, 1], [0, 6]], 1)

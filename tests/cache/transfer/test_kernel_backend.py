@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.transfer.backends.kernel import FRAGMENT_BYTES, KernelBackend
 from lmc.cache.transfer.planner import Descriptors, Direction
 from tests.contracts.transfer import DTYPES, ORDERS, Engine, block_tables, check_backend, sglang_engine, vllm_engine
@@ -67,9 +68,10 @@ def test_what_it_cannot_copy_is_refused(backend: KernelBackend) -> None:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_to_16_byte_accesses(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmc.cache.transfer.backends import copy_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from lmc.cache.transfer.backends import copy_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

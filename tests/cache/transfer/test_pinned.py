@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lmc.cache.transfer import pinned
 from lmc.cache.transfer.pinned import PAGE, Slab, gpu_numa_node, open_slab
 from lmc.errors import TierError, TransferError

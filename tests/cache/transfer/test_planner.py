@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, fragment, plan, slot_bytes
 from lmc.errors import TransferError

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.transfer.backends.dma import DmaBackend
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.backends.reference import TorchBackend

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.planner import Descriptors, Direction
 from lmc.cache.transfer.runtimes import ThreadRuntime, ThreadStream
