@@ -66,14 +66,14 @@ def get_count(path: Path, number: int, record: Record, key: str) -> int:
 
 
 def get_number(path: Path, number: int, record: Record, key: str) -> float:
-    """A finite number that is not negative; RAGPulse writes numbers as text."""
+    """A number that is not negative, and no larger than microseconds since 1970 are; RAGPulse writes numbers as text."""
     value = record.get(key)
     try:
         parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
     except (ValueError, OverflowError):
         parsed = -1.0
-    if not 0 <= parsed < float("inf"):
-        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a number, 0 or more")
+    if not 0 <= parsed < 2**53:
+        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a number from 0 to 2**53")
     return parsed
 
 
