@@ -57,6 +57,17 @@ def test_host_hits_equal_the_compiled_replay(trace: Trace, capacity: int, policy
     assert chunks(result) == expected.request_hits.tolist()
 
 
+@settings(max_examples=150, deadline=None)
+@given(traces(), st.integers(0, 4), st.integers(1, 12))
+def test_a_larger_disk_below_the_host_hits_what_one_cache_of_its_size_hits(
+    trace: Trace, spare: int, extra: int
+) -> None:
+    trace = full_chunks(trace)
+    host = int(np.diff(trace.starts).max()) + spare
+    result = full_replay.replay(trace, config(host, host + extra), CHUNK_BYTES, Fleet())
+    assert chunks(result) == naive_lru(trace, host + extra)
+
+
 @settings(max_examples=100, deadline=None)
 @given(traces(), st.integers(1, 6), st.integers(1, 3))
 def test_round_robin_gives_each_instance_its_own_trace(trace: Trace, capacity: int, instances: int) -> None:

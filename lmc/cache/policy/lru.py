@@ -1,4 +1,8 @@
-"""LRU: evict the chunk that was touched longest ago. A blocked node at the old end is in use, which counts as a touch: amortised O(1)."""
+"""LRU: evict the chunk that was touched longest ago.
+
+O(1), but for blocked nodes at the old end, which the search steps over. Moving them away would be cheaper and wrong: a tier that chunks
+enter from the first to the last, as the disk does, has its oldest chain's head there, blocked by its children until they are gone.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +33,8 @@ def victim(state: State, blocked: Blocked) -> int:
     recency = state.recency
     head = recency.older.size - 1
     node = recency.younger[head]
-    first_blocked = -1
     while node != head and blocked[node] != 0:
-        if node == first_blocked:
-            return -1
-        if first_blocked < 0:
-            first_blocked = node
-        unlink(recency, node)
-        put_before(recency, head, node)
-        node = recency.younger[head]
+        node = recency.younger[node]
     return -1 if node == head else node
 
 
