@@ -160,6 +160,8 @@ def second(
     first: SglangServer, tiny_llama: Path, disk_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SglangServer]:
     """A new process on the disk of the first, which was killed; some files are damaged in every way in between."""
+    first.generate(LONG)
+    first.settle()
     for tokens in (DAMAGED, NOISE):
         before = set(files_of(disk_folder))
         first.generate(tokens)
