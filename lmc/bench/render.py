@@ -63,9 +63,9 @@ def summary(results: Results) -> str:
 
 
 COMPARISONS_TEXT = (
-    "Ratio a / b over the requests that both arms answered, with a 95 % interval from a bootstrap over sessions (the same resample for "
-    "both arms). A verdict needs the whole interval to lie more than 3 % from 1; fewer than 5 sessions are never enough. p90 needs 50 "
-    "requests, p99 needs 500."
+    "Ratio a / b over the requests that both arms answered, with a 95 % interval from a bootstrap over sessions (the same resample "
+    "for both arms). A verdict needs the whole interval to lie more than 3 % from 1, and sessions that lean one way by a sign test "
+    "(6 at least). p90 needs 50 requests, p99 needs 500."
 )
 PREDICTION_TEXT = (
     "Hits: the simulator replays the very prompts through a cache of the arm's size. Time: its cost model; the prefill part is "

@@ -1,11 +1,13 @@
 """Is arm a better than arm b? Paired by request, bootstrapped over sessions, with three answers: better, worse, undecided.
 
 Requests of one session depend on each other, so a resample draws whole sessions (Efron & Tibshirani 1993, block bootstrap), the
-same ones for both arms. A verdict needs the whole interval beyond `margin`; a p99 needs 500 samples, a p90 50.
+same ones for both arms. A verdict needs the whole interval beyond MARGIN and sessions that lean the same way by a two-sided sign test,
+because a few slow moments of a busy machine move an interval but not most pairs. A p99 needs 500 samples, a p90 50.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,7 +20,7 @@ Floats = NDArray[np.float64]
 RESAMPLES = 2000
 LEVEL = 0.95
 MARGIN = 0.03
-MIN_SESSIONS = 5
+MIN_SESSIONS = 6  # the fewest that a two-sided sign test can decide
 MAX_CELLS = 1 << 22  # weights in memory at a time
 MIN_SAMPLES = {50: 1, 90: 50, 99: 500}
 LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
@@ -46,7 +48,7 @@ def compare(name_a: str, name_b: str, matched: Sequence[Pair], seed: int, is_ord
             if len(usable) >= needed:
                 figure = partial(weighted_percentile, percentile=percentile)
                 point, low, high = draws.ratio(lambda w, f=figure, x=left, y=right: f(x, w) / f(y, w))  # type: ignore[misc]
-                verdict = judge(low, high, True, draws.num_sessions)
+                verdict = judge(low, high, True, draws.num_sessions) if draws.lean(left, right) else "undecided"
                 label = f"{metric.removesuffix('_ms')}_p{percentile}"
                 found.append(Comparison(name_a, name_b, label, point, low, high, verdict, len(usable)))
     if is_ordered and matched:
@@ -54,7 +56,7 @@ def compare(name_a: str, name_b: str, matched: Sequence[Pair], seed: int, is_ord
         busy_a, busy_b = (np.array([pair[side].e2e_ms for pair in matched], dtype=np.float64) for side in (0, 1))
         draws = Draws([(x.repeat, x.session) for x, _ in matched], seed)
         point, low, high = draws.ratio(lambda w: ((w @ tokens) / (w @ busy_a)) / ((w @ tokens) / (w @ busy_b)))
-        verdict = judge(low, high, False, draws.num_sessions)
+        verdict = judge(low, high, False, draws.num_sessions) if draws.lean(busy_a, busy_b) else "undecided"
         found.append(Comparison(name_a, name_b, "throughput", point, low, high, verdict, len(matched)))
     return found
 
@@ -67,6 +69,13 @@ class Draws:
         self._session = np.array([codes.setdefault(session, len(codes)) for session in sessions], dtype=np.int64)
         self.num_sessions = len(codes)
         self._seed = seed
+
+    def lean(self, a: Floats, b: Floats) -> bool:
+        """Whether most sessions differ in one direction: sign test on each session's sum, at the level of the intervals."""
+        sums = np.bincount(self._session, weights=a - b, minlength=self.num_sessions)
+        wins, count = int((sums < 0).sum()), int((sums != 0).sum())
+        rarer: int = sum(math.comb(count, k) for k in range(min(wins, count - wins) + 1))
+        return bool(2 * rarer < (1 - LEVEL) * 2**count)
 
     def ratio(self, figure: Callable[[Floats], Floats]) -> tuple[float, float, float]:
         """The figure of the sample and its interval. `figure` maps weights (draws, requests) to one number per draw."""

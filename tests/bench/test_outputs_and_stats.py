@@ -112,6 +112,15 @@ def test_weighted_percentile_is_numpys_on_repeated_values(data: list[tuple[float
     assert weighted_percentile(values, weights[None, :].astype(float), percentile)[0] == pytest.approx(expected)
 
 
+def test_a_few_slow_moments_do_not_make_a_verdict() -> None:
+    base = np.full(16, 100.0)
+    slow_moments = base * np.array([3.0] * 6 + [1.0] * 3 + [0.99] * 7)
+    a, b = _arm("a", base, 16), _arm("b", slow_moments, 16)
+    throughput = compare("a", "b", pairs(a, b), 1, True)[-1]
+    assert throughput.metric == "throughput" and throughput.low > 1.03
+    assert throughput.verdict == "undecided"
+
+
 def test_few_sessions_never_decide() -> None:
     a, b = _arm("a", np.ones(40), 4), _arm("b", np.full(40, 9.0), 4)
     assert set(_verdicts(a, b).values()) == {"undecided"}
