@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,12 @@ class _Engine:
 
     def settle(self) -> None:
         """Step until no copy is under way."""
-        for _ in range(10_000):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             if not self.cache.busy:
                 return
             self.core.step_fn()
+            time.sleep(0.001)
         raise AssertionError("copies are still under way")
 
     def state(self) -> dict[str, Any]:
@@ -202,8 +205,6 @@ class _Engine:
 
     def abort_while_loading(self, prompt: list[int]) -> None:
         """Abort a request whose chunks are being loaded slowly."""
-        import time
-
         from vllm import SamplingParams
 
         from lmc.cache.transfer.planner import Direction
