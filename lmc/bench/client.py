@@ -7,6 +7,7 @@ perf_counter seconds.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,7 +131,7 @@ def _take(chunk: Any, outcome: Outcome, now: float) -> None:  # Any: one parsed 
             outcome.tokens += ids
             for best in logprobs["top_logprobs"]:
                 first, *others = sorted(best.values(), reverse=True)
-                outcome.gaps.append(first - others[0] if others else 0.0)  # two tokens of one text count as a tie
+                outcome.gaps.append(first - others[0] if others else math.inf)  # unknown, so it excuses nothing
         else:
             count = 1 if choice.get("text") else 0
         if count:

@@ -1,4 +1,4 @@
-"""What a tier below the host slab is: a store of whole chunks by name. Host slots are lmc.cache.tiers.host."""
+"""What a tier below the host slab is: a store of whole chunks by name. Host slots are lmc.cache.transfer.pinned."""
 
 from __future__ import annotations
 
