@@ -226,3 +226,12 @@ def test_a_sliding_window_is_refused_and_the_engine_runs(tmp_path: Path) -> None
             got = engine.generate([text])
             assert got[0]["cached"] == 0
             assert_same(got, reference)
+
+
+def test_a_cache_that_cannot_start_leaves_the_engine_running(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
+    text = prompt(60, 200)
+    with driver(tiny_llama, **{"disk.path": str(disk), "disk.capacity": 1000, "strict": False}) as engine:
+        for _ in range(2):
+            got = engine.generate([text])
+            assert got[0]["cached"] == 0
+            assert_same(got, plain.generate([text]))

@@ -18,6 +18,7 @@ from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.directory import HOST
 from lmc.cache.engine import CacheEngine, Identity, describe_tiers
 from lmc.cache.plan import Plan, Report, WorkerReady
+from lmc.errors import LmcError
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -64,7 +65,13 @@ class SchedulerSide:
         if len(ready) < len(introductions):
             logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
             return
-        self.engine = CacheEngine(self.config, ready, self.block_tokens)
+        try:
+            self.engine = CacheEngine(self.config, ready, self.block_tokens)
+        except LmcError as error:
+            if self.config.strict:
+                raise
+            logger.error("lmc: running WITHOUT the cache: %s", error)
+            return
         self.growth = CounterGrowth(self.engine.metrics.registry)
         tiers = describe_tiers(self.engine.directory.usage(), self.engine.chunk_bytes * len(ready))
         logger.info(
