@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ import psutil
 import yaml
 
 from lmc.bench.redis_server import started_redis
+from lmc.bench.s3_server import started_s3
 from lmc.bench.workload import Arm, Engine
 from lmc.errors import EngineError, RunError
 from lmc.units import parse_size
@@ -82,8 +83,13 @@ class Launcher:
         async with AsyncExitStack() as stack:
             config = None
             if arm.cache is not None:
-                redis = await stack.enter_async_context(started_redis(self.scratch / name)) if wants_redis(arm) else ""
-                config = self._write_config(name, arm, redis)
+                servers = {"{redis}": started_redis, "{s3}": started_s3}
+                places = {
+                    place: await stack.enter_async_context(start(self.scratch / name))
+                    for place, start in servers.items()
+                    if wants(arm, place)
+                }
+                config = self._write_config(name, arm, places)
             yield [
                 await stack.enter_async_context(self._instance(name, arm, config, number))
                 for number in range(arm.instances)
@@ -137,13 +143,13 @@ class Launcher:
     def disk_folder(self, name: str, arm: Arm) -> Path:
         return self.scratch / (arm.restart_of or name) / "disk"
 
-    def _write_config(self, name: str, arm: Arm, redis: str) -> Path:
+    def _write_config(self, name: str, arm: Arm, places: Mapping[str, str]) -> Path:
         disk = self.disk_folder(name, arm)
         if arm.restart_of is None:
             shutil.rmtree(disk, ignore_errors=True)
         path = self.scratch / name / "cache.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(cache_yaml(arm, disk, redis))
+        path.write_text(cache_yaml(arm, {"{disk}": str(disk), **places}))
         return path
 
 
@@ -187,14 +193,16 @@ def fit_together(arms: Sequence[Arm], engine: Engine, model_folder: Path) -> boo
     return need < psutil.virtual_memory().available * 0.75
 
 
-def cache_yaml(arm: Arm, disk: Path, redis: str) -> str:
-    """The arm's cache configuration as `lmc serve` reads it, with the folder and the address filled in."""
+def cache_yaml(arm: Arm, places: Mapping[str, str]) -> str:
+    """The arm's cache configuration as `lmc serve` reads it, with the folder and the addresses filled in."""
     text: str = yaml.safe_dump(arm.cache or {}, sort_keys=False)
-    return text.replace("{disk}", str(disk)).replace("{redis}", redis)
+    for place, value in places.items():
+        text = text.replace(place, value)
+    return text
 
 
-def wants_redis(arm: Arm) -> bool:
-    return "{redis}" in yaml.safe_dump(arm.cache or {})
+def wants(arm: Arm, place: str) -> bool:
+    return place in yaml.safe_dump(arm.cache or {})
 
 
 _COMMON_ARGS = {

@@ -31,10 +31,11 @@ def check_workload(workload: Workload, model_folder: Path, base: Path) -> list[T
 def check_caches(workload: Workload) -> None:
     """Every arm's cache settings against lmc's own schema. Raises WorkloadError."""
     with tempfile.TemporaryDirectory(prefix="lmc-bench-") as folder:
+        places = {"{disk}": f"{folder}/disk", "{redis}": "unix:///redis.sock", "{s3}": "http://127.0.0.1"}
         for name, arm in workload.arms.items():
             if arm.cache is not None:
                 file = Path(folder) / "cache.yaml"
-                file.write_text(cache_yaml(arm, Path(folder) / "disk", "unix:///redis.sock"))
+                file.write_text(cache_yaml(arm, places))
                 try:
                     load_settings(file)
                 except ConfigError as error:

@@ -242,7 +242,7 @@ class Arm(Strict):
     args: list[str] = []
     env: dict[str, str] = {}
     cache: dict[str, Any] | None = (
-        None  # Any: lmc's own configuration, checked by lmc serve; "{disk}" is the arm's folder, "{redis}" its own Redis
+        None  # Any: lmc's own configuration, checked by lmc serve; "{disk}" is the arm's folder, "{redis}" and "{s3}" its own servers
     )
     restart_of: str | None = None
     instances: Count = 1  # engines with these settings; requests go to them in turn
@@ -260,12 +260,16 @@ class Arm(Strict):
 
 
 class Bar(Strict):
-    """A bound on a ratio of two arms: `metric` of `a` divided by that of `b`, over the requests that `over` names."""
+    """A bound on a ratio of two arms: `metric` of `a` divided by that of `b`, over the requests that `over` names.
+
+    With `against`, b's requests are those of that part instead; then a and b may be one arm.
+    """
 
     a: str
     b: str
     metric: Literal["ttft_p50", "throughput"] = "ttft_p50"
     over: str = "all"  # "all", "hits" (requests with a hit on a), or a part
+    against: str | None = None
     at_most: Positive | None = None
     at_least: Positive | None = None
 
@@ -313,6 +317,8 @@ class Workload(Strict):
                     raise ValueError(f"bars: no arm {arm_name!r}; {nearest(arm_name, arms)}")
             if bar.over not in ("all", "hits", *parts):
                 raise ValueError(f"bars: over {bar.over!r} is no part; {nearest(bar.over, ['all', 'hits', *parts])}")
+            if bar.against is not None and bar.against not in parts:
+                raise ValueError(f"bars: against {bar.against!r} is no part; {nearest(bar.against, parts)}")
         return self
 
 

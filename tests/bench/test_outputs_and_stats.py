@@ -206,3 +206,12 @@ def test_bars_are_judged_over_the_requests_they_name() -> None:
         (None, None, 0),
     ]
     assert judge_bars(bars, {"a": a}) == []
+
+
+def test_a_bar_may_set_one_part_against_another() -> None:
+    a = [record("a", "near/0/0", part="near", ttft_ms=10.0), record("a", "far/0/0", part="far", ttft_ms=15.0)]
+    a += [record("a", "far/1/0", part="far", status="timeout", ttft_ms=None)]
+    bars = [Bar(a="a", b="a", over="far", against=against, at_most=2) for against in ("near", "none")]
+    results = judge_bars(bars, {"a": a})
+    assert [(bar.ratio, bar.met, bar.samples) for bar in results] == [(1.5, True, 1), (None, None, 0)]
+    assert results[0].text == "ttft_p50 of a / a over part far against part near <= 2"

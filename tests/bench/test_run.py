@@ -16,11 +16,16 @@ import aiohttp
 import pytest
 from typer.testing import CliRunner
 
-from lmc.bench.arms import cache_yaml, wants_redis
+from lmc.bench.arms import cache_yaml, wants
 from lmc.bench.records import read_records, read_results, write_results
 from lmc.bench.redis_server import started_redis
 from lmc.bench.render import build_report, write_report
+from lmc.bench.s3_server import BUCKET, started_s3
 from lmc.bench.workload import Arm
+from lmc.cache.config import S3Config
+from lmc.cache.keys import ChunkKey
+from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.s3 import S3Tier
 from lmc.cli import app
 from lmc.errors import EngineError, RunError, WorkloadError
 from lmc.report import report_html
@@ -179,8 +184,22 @@ async def test_an_arm_gets_a_redis_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(redis.ConnectionError):
         redis.Redis.from_url(address).ping()
     arm = Arm(cache={"redis": {"url": "{redis}"}})
-    assert wants_redis(arm)
-    assert address in cache_yaml(arm, tmp_path, address)
+    assert wants(arm, "{redis}")
+    assert not wants(arm, "{s3}")
+    assert address in cache_yaml(arm, {"{redis}": address})
+
+
+@pytest.mark.service
+async def test_an_arm_gets_an_s3_server_of_its_own(tmp_path: Path) -> None:
+    async with started_s3(tmp_path) as endpoint:
+        config = S3Config(
+            bucket=BUCKET, endpoint=endpoint, region="us-east-1", access_key_id="a", secret_access_key="b"
+        )
+        tier = S3Tier(config, TierScope("0" * 32, 0, "any", 64))
+        key = ChunkKey(bytes(32))
+        assert await asyncio.to_thread(tier.contains, [key]) == [False]
+        await asyncio.to_thread(tier.put, key, memoryview(bytes(64)))
+        assert await asyncio.to_thread(tier.contains, [key]) == [True]
 
 
 def test_repeats_add_up(run_small: RunSmall) -> None:
