@@ -96,6 +96,8 @@ class Accounting:
             self.metrics.transfer_seconds.labels(transfer).observe(seconds)
         for (rank, tier), reading in report.breakers.items():
             self.metrics.note_breaker(rank, tier, reading)
+        for rank, copying in report.copying.items():
+            self.metrics.note_copying(rank, copying)
         self.metrics.settle(self._directory.counts)
 
 

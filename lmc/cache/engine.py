@@ -79,6 +79,8 @@ class CacheEngine:
         self._salts = Salts(self.chunk_tokens)
         self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock())
         self.metrics = self._accounting.metrics
+        for worker in ready:
+            self.metrics.note_copying(worker.rank, worker.copying)
         self._mailbox = Mailbox()
         self._endpoint = self._open_endpoint()
 

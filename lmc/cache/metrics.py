@@ -8,7 +8,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lmc.cache.directory import Counts
-from lmc.cache.plan import BreakerReading
+from lmc.cache.plan import BreakerReading, CopyReading
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _AGES = (1.0, 10.0, 60.0, 300.0, 1800.0, 3600.0, 4 * 3600.0, 24 * 3600.0, 7 * 24 * 3600.0)
@@ -63,6 +63,15 @@ class CacheMetrics:
 
         self.transferred_bytes = counter("transferred_bytes", "Bytes copied", "transfer")
         self.transfer_seconds = histogram("transfer_seconds", "Time of one batch of copies", _SECONDS, "transfer")
+        self.transfer_batches = counter(
+            "transfer_batches", "Batches of copies, by the backend that was chosen for them", "backend", "direction"
+        )
+        self.transfer_refusals = counter(
+            "transfer_refusals", "Batches that a backend could not copy and another one did, with the reason", "reason"
+        )
+        self.copy_threads = gauge("copy_threads", "CPU threads that share a large batch of copies out", "rank")
+        self.pinned_slots = gauge("pinned_slots", "Host slots that are registered with the device's driver", "rank")
+        self.host_problem = gauge("host_problem", "1 while host memory is slower than it should be", "rank", "problem")
         self.pending = gauge("pending_operations", "Copies handed out and not reported back")
         self.write_queue = gauge("write_queue", "Writes to a tier below the host that are under way", "tier")
         self.pins = gauge("pins", "Owners that keep chunks from eviction: requests and people")
@@ -85,6 +94,7 @@ class CacheMetrics:
             self.dropped_chunks.labels(what)
         self._counts = Counts()  # as of the last settle()
         self._breakers: dict[tuple[int, str], BreakerReading] = {}
+        self._copying: dict[int, CopyReading] = {}
 
     def follow(self, name: str, read: Callable[[], float]) -> None:
         """Read a gauge when it is scraped."""
@@ -119,6 +129,26 @@ class CacheMetrics:
             self.breaker_events.labels(tier, event).inc(getattr(reading, event) - getattr(before, event))
         is_open = any(known.is_open for (_, name), known in self._breakers.items() if name == tier)
         self.breaker_open.labels(tier).set(is_open)
+
+    def note_copying(self, rank: int, reading: CopyReading) -> None:
+        before = self._copying.get(rank, CopyReading({}, {}, 0, 0, ""))
+        self._copying[rank] = reading
+        for (backend, direction), batches in reading.batches.items():
+            growth = batches - before.batches.get((backend, direction), 0)
+            self.transfer_batches.labels(backend, direction).inc(growth)
+        for reason, batches in reading.refusals.items():
+            self.transfer_refusals.labels(reason).inc(batches - before.refusals.get(reason, 0))
+        self.copy_threads.labels(str(rank)).set(reading.threads)
+        self.pinned_slots.labels(str(rank)).set(reading.pinned_slots)
+        if before.problem and before.problem != reading.problem:
+            self.host_problem.remove(str(rank), before.problem)
+        if reading.problem:
+            self.host_problem.labels(str(rank), reading.problem).set(1)
+
+    @property
+    def copying(self) -> Mapping[int, CopyReading]:
+        """The last reading of each rank."""
+        return self._copying
 
 
 def _read_tier(read: Callable[[], Mapping[str, float]], tier: str) -> float:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import psutil
 
 from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
 from lmc.cache.layout import KVLayout
+from lmc.cache.plan import CopyReading
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.open import open_tiers
 from lmc.cache.transfer.backends import Backend, choose_backend
-from lmc.cache.transfer.pinned import open_slab
+from lmc.cache.transfer.backends.auto import AutoBackend
+from lmc.cache.transfer.pinned import Slab, open_slab
 from lmc.cache.transfer.planner import slot_bytes
 from lmc.cache.transfer.streams import TransferStreams
 from lmc.cache.worker import CacheWorker
@@ -45,10 +49,15 @@ def open_worker(
         slab,
         BlockCopier(layout, slab, backend, open_streams(layout.device, backend)),
         tiers,
+        partial(read_copying, backend, slab),
         io_threads=config.io_threads,
         close_timeout=config.close_timeout,
         warnings=[*warnings, *([slab.problem] if slab.problem else [])],
     )
+
+
+def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:
+    return CopyReading(dict(backend.chosen), dict(backend.refused), backend.threads, slab.pinned_slots, slab.problem)
 
 
 def open_streams(device: str, backend: Backend) -> TransferStreams | None:

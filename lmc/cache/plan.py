@@ -90,6 +90,16 @@ class BreakerReading(NamedTuple):
     openings: int
 
 
+class CopyReading(NamedTuple):
+    """How one rank copies between blocks and slots, with totals since the start."""
+
+    batches: dict[tuple[str, str], int]  # (backend that was chosen, direction) -> batches
+    refusals: dict[str, int]  # "backend: why it could not copy them" -> batches
+    threads: int  # that share a large batch out; on a device the CPU's threads do not copy
+    pinned_slots: int  # host slots that are registered with the device's driver
+    problem: str  # why host memory is slower than it should be
+
+
 @dataclass
 class Report:
     """What became of operations since the last report."""
@@ -99,6 +109,7 @@ class Report:
     transfers: list[tuple[str, int, float]] = field(default_factory=list)  # (what, bytes, seconds) of each batch
     breakers: dict[tuple[int, str], BreakerReading] = field(default_factory=dict)  # by rank and remote tier
     faults: dict[int, int] = field(default_factory=dict)  # rank -> number of its last forward pass on unfilled blocks
+    copying: dict[int, CopyReading] = field(default_factory=dict)  # by rank, where it has changed
 
     def merge(self, other: Report) -> Report:
         """Both reports as one; for reports of different ranks."""
@@ -108,10 +119,11 @@ class Report:
             self.transfers + other.transfers,
             {**other.breakers, **self.breakers},
             {**other.faults, **self.faults},
+            {**other.copying, **self.copying},
         )
 
     def __bool__(self) -> bool:
-        return bool(self.finished)
+        return bool(self.finished or self.copying)
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ class WorkerReady:
     chunk_bytes: int
     host_slots: int
     stored: dict[str, list[ChunkKey]]  # bounded tier -> what a scan found, oldest first
+    copying: CopyReading
     remote: tuple[str, ...] = ()  # tiers with an eviction of their own
     warnings: tuple[str, ...] = ()
     failure: str = ""  # why this worker runs without a cache

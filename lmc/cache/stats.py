@@ -36,6 +36,14 @@ def collect_stats(engine: CacheEngine) -> dict[str, object]:
         "write_queue": directory.num_writing,
         "pending_operations": directory.num_open,
         "pins": directory.num_pins,
+        "ranks": {
+            str(rank): {
+                "copy_threads": reading.threads,
+                "pinned_slots": reading.pinned_slots,
+                "problem": reading.problem,
+            }
+            for rank, reading in sorted(engine.metrics.copying.items())
+        },
         "totals": totals,
         "by_label": by_label,
     }

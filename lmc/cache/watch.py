@@ -52,7 +52,7 @@ def watch(url: str, interval: float, once: bool, console: Console | None = None)
 
 def render(now: Stats, before: Stats | None, seconds: float) -> RenderableType:
     """Totals, and rates since `before`, which was read so many seconds earlier."""
-    return Group(_overview(now, before), _tiers(now), _transfers(now, before, seconds), _misses(now))
+    return Group(_overview(now, before), _tiers(now), _transfers(now, before, seconds), _copies(now), _misses(now))
 
 
 def _overview(now: Stats, before: Stats | None) -> Table:
@@ -97,6 +97,21 @@ def _transfers(now: Stats, before: Stats | None, seconds: float) -> Table:
     for name, total in now["by_label"].get("transferred_bytes", {}).items():
         earlier = before["by_label"].get("transferred_bytes", {}).get(name, 0.0) if before is not None else total
         table.add_row(name, format_size(total), format_rate((total - earlier) / seconds) if seconds else "-")
+    return table
+
+
+def _copies(now: Stats) -> Table:
+    """Which backend copies between blocks and slots, which could not, and what is wrong with host memory."""
+    table = Table()
+    for column in ("copies by", "batches"):
+        table.add_column(column, justify="left" if column == "copies by" else "right")
+    for name, batches in now["by_label"].get("transfer_batches", {}).items():
+        table.add_row(name, format_count(batches))
+    for reason, batches in now["by_label"].get("transfer_refusals", {}).items():
+        table.add_row(f"not by {reason}", format_count(batches))
+    for rank, copying in now["ranks"].items():
+        if copying["problem"]:
+            table.add_row(f"[red]rank {rank}: {copying['problem']}[/red]", "")
     return table
 
 

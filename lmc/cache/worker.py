@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
@@ -29,6 +29,7 @@ from lmc.cache.plan import (
     LATE,
     UNAVAILABLE,
     BreakerReading,
+    CopyReading,
     Plan,
     Report,
     TierCopy,
@@ -53,6 +54,7 @@ class CacheWorker:
         slab: Slab,
         copier: BlockCopier,
         tiers: Mapping[str, Tier],
+        copying: Callable[[], CopyReading],
         *,
         io_threads: int,
         close_timeout: float = 10.0,
@@ -63,6 +65,8 @@ class CacheWorker:
         self._slab = slab
         self.copier = copier
         self._tiers = dict(tiers)
+        self._read_copying = copying
+        self._copying = copying()  # as last told
         self._warnings = tuple(warnings)
         self._close_timeout = close_timeout
         # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
@@ -93,6 +97,7 @@ class CacheWorker:
             self._slab.slot_bytes,
             self._slab.num_slots,
             stored,
+            self._copying,
             tuple(name for name in self._tiers if name in REMOTE_TIERS),
             tuple(warnings),
         )
@@ -151,6 +156,9 @@ class CacheWorker:
                 report.breakers[self._rank, name] = BreakerReading(
                     tier.state != "closed", counters.failures, counters.refusals, counters.openings
                 )
+        copying = self._read_copying()
+        if copying != self._copying:
+            report.copying[self._rank] = self._copying = copying
         return report
 
     def close(self, timeout: float | None = None) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lmc.cache.directory import Counts
 from lmc.cache.metrics import CacheMetrics
-from lmc.cache.plan import BreakerReading
+from lmc.cache.plan import BreakerReading, CopyReading
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +66,23 @@ def test_a_breaker_counts_as_open_while_it_is_open_on_any_rank(metrics):
     assert value(metrics, "breaker_events_total", tier="redis", event="failures") == 5
     assert value(metrics, "breaker_events_total", tier="redis", event="refusals") == 9
     assert value(metrics, "breaker_events_total", tier="redis", event="openings") == 1
+
+
+def test_which_backend_copied_is_counted_once_and_a_problem_is_shown_while_it_lasts(metrics):
+    refused = "kernel: the slots are not pinned"
+    metrics.note_copying(0, CopyReading({("dma", "load"): 2}, {refused: 2}, 1, 0, "not bound to NUMA node 1"))
+    metrics.note_copying(1, CopyReading({("dma", "load"): 1}, {}, 1, 4, ""))
+    assert value(metrics, "host_problem", rank="0", problem="not bound to NUMA node 1") == 1
+    after = CopyReading({("dma", "load"): 2, ("kernel", "load"): 5}, {refused: 3}, 1, 8, "8 of 16 slots stay pageable")
+    metrics.note_copying(0, after)
+    metrics.note_copying(0, after)
+    assert value(metrics, "transfer_batches_total", backend="dma", direction="load") == 3
+    assert value(metrics, "transfer_batches_total", backend="kernel", direction="load") == 5
+    assert value(metrics, "transfer_refusals_total", reason=refused) == 3
+    assert [value(metrics, "pinned_slots", rank=rank) for rank in "01"] == [8, 4]
+    assert value(metrics, "host_problem", rank="0", problem="not bound to NUMA node 1") is None
+    assert value(metrics, "host_problem", rank="0", problem="8 of 16 slots stay pageable") == 1
+    assert value(metrics, "host_problem", rank="1", problem="") is None
 
 
 def test_the_dashboard_shows_every_metric_and_no_other(metrics):

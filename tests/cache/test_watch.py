@@ -38,6 +38,18 @@ def test_the_table_shows_totals_and_what_happened_since(instance):
     assert "96.0" in overview[1], "the second request was a hit but for two tokens"
     assert "never stored" in shown and "disk write" in shown
     assert "1.2 kB/s" in shown, "2,304 bytes were loaded in 2 s"
+    assert [line.split() for line in shown.splitlines() if "host/" in line] == [
+        ["│", "host/store", "│", "1", "│"],
+        ["│", "host/load", "│", "1", "│"],
+    ]
+
+
+def test_a_problem_with_host_memory_is_shown(instance):
+    instance.workers[0]._slab.degrade("all 64 slots stay pageable: no CUDA driver")
+    instance.serve(prompt(1, 50))
+    assert "rank 0: all 64 slots stay pageable: no CUDA driver" in text(
+        render(read_stats(instance.engine.metrics_url), None, 0)
+    )
 
 
 def test_the_command_prints_json_or_a_table(instance):

@@ -11,7 +11,6 @@ from lmc.cache.layout import KVLayout
 from lmc.cache.transfer import cost
 from lmc.cache.transfer.backends import choose_backend, device
 from lmc.cache.transfer.backends.device import device_backend
-from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.probe import measure_device
 from lmc.cache.transfer.runtimes import CallerStream, ThreadRuntime
 from lmc.cache.transfer.streams import Stream, TransferStreams
@@ -126,9 +125,11 @@ def layout_on(name: str) -> KVLayout:
 
 
 def test_the_device_decides() -> None:
-    assert isinstance(choose_backend(layout_on("cpu")), HostBackend)
-    assert choose_backend(layout_on("cpu"), name="torch").name == "torch"
-    assert choose_backend(layout_on("cpu"), threads=3).threads == 3  # type: ignore[attr-defined]
+    for name, chosen in (("auto", "host"), ("host", "host"), ("torch", "torch")):
+        backend = choose_backend(layout_on("cpu"), name=name)
+        check_backend(backend, ENGINE, TABLE, 1)
+        assert backend.chosen == {(chosen, "store"): 1, (chosen, "load"): 1}
+    assert choose_backend(layout_on("cpu"), threads=3).threads == 3
     for name, device_name, message in (
         ("dma", "cpu", "use host or torch"),
         ("host", "cuda:0", "use one of"),

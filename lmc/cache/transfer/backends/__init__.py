@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lmc.cache.layout import KVLayout
+from lmc.cache.transfer.backends.auto import AutoBackend
 from lmc.cache.transfer.backends.base import Backend
 from lmc.cache.transfer.planner import Addresses
 from lmc.errors import ConfigError
@@ -20,8 +21,8 @@ def choose_backend(
     name: str = "auto",
     threads: int = 0,
     is_pinned: Callable[[Addresses], bool] = lambda addresses: False,
-) -> Backend:
-    """The backend for this layout's device, calibrated: 100 ms, and a second more where a kernel must be compiled.
+) -> AutoBackend:
+    """The backends for this layout's device, calibrated: 100 ms, and a second more where a kernel must be compiled.
 
     name: "auto", or the backend to prefer. threads: of the host backend; 0 measures what helps. is_pinned: whether a device's kernels can
     reach these slots (Slab.is_pinned). Raises ConfigError when the name does not fit the device, TransferError without a driver.
@@ -42,13 +43,19 @@ def choose_backend(
     return device_backend(layout.device, forced, is_pinned, load_driver(), CudaRuntime(layout.device))
 
 
-def _host_side(name: str, threads: int) -> Backend:
+def _host_side(name: str, threads: int) -> AutoBackend:
     if name in ("auto", "host"):
         from lmc.cache.transfer.backends.host import HostBackend, useful_threads
 
-        return HostBackend(threads or useful_threads())
+        host = HostBackend(threads or useful_threads())
+        return AutoBackend({host.name: host}, None, _at_once, threads=host.threads)
     if name == "torch":
         from lmc.cache.transfer.backends.reference import TorchBackend
 
-        return TorchBackend("cpu")
+        return AutoBackend({"torch": TorchBackend("cpu")}, None, _at_once)
     raise ConfigError(f"the transfer backend {name!r} does not copy in CPU memory; use host or torch")
+
+
+def _at_once(copy: Callable[[int], None]) -> None:
+    """In CPU memory there is no stream to wait for."""
+    copy(0)

@@ -1,4 +1,4 @@
-"""The backend of a device: for each batch the cheapest of several, counted, with one that takes anything as the last resort."""
+"""The backend in use: for each batch the cheapest of those that there are, counted, with one that takes anything as the last resort."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ class AutoBackend:
         run_now: Callable[[Callable[[int], None]], None],
         *,
         forced: str = "",
+        threads: int = 1,
     ) -> None:
         """run_now calls with the handle of a stream behind the compute stream and waits for it; forced is the name to prefer always.
 
-        Without a model the first backend serves whatever it accepts.
+        Without a model the first backend serves whatever it accepts. threads: of the CPU that share a large batch out, for metrics.
         """
         self._backends = dict(backends)
         self._model = model
         self._run_now = run_now
         self._forced = forced
-        self.chosen: Counter[tuple[str, str]] = Counter()  # (backend, direction) -> batches, for metrics
+        self.threads = threads
+        self.chosen: Counter[tuple[str, str]] = (
+            Counter()
+        )  # (backend, direction) -> batches, for metrics, as the next one
         self.refused: Counter[str] = Counter()  # "backend: reason" -> batches
 
     def refuses(self, descriptors: Descriptors) -> str:
