@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +55,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go: `base_url` ends in /v1."""
+    """Where requests go: `base_url` ends in /v1. `extra` goes into every request's body."""
 
     base_url: str
     model: str
     timeout_s: float = 600.0
     logprobs: bool = True
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 def new_session(target: Target) -> aiohttp.ClientSession:
@@ -172,6 +174,7 @@ def _payload(target: Target, request: Request) -> dict[str, object]:
     }
     if target.logprobs:
         payload |= {"logprobs": 2, "return_tokens_as_token_ids": True, "return_token_ids": True}
+    payload.update(target.extra)
     return payload
 
 

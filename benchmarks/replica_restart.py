@@ -1,0 +1,229 @@
+"""Two replicas over one Redis; one is killed in the middle of traffic, restarted, and takes its share again.
+
+    python -m benchmarks.replica_restart --out reports/replica-restart
+
+A client sends prompts to the replicas in turn, one at a time. What the killed replica had begun, and its share until it is back, goes to
+the other one. The restarted replica's memory is empty: what it hits comes from Redis. At the end every prompt is computed once more by a
+request that bypasses the cache, and each answer of the run is held against that. Exits with 1 when a request was lost, an answer differs,
+or the restarted replica had to compute a prompt that Redis holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import psutil
+
+from benchmarks.replicas import ENGINE, computed, tool_prompts, wrong_token
+from lmc.bench.arms import Launcher, Server
+from lmc.bench.client import Outcome, Target, complete, new_session
+from lmc.bench.counters import read_counters
+from lmc.bench.machine import describe_hardware, describe_software
+from lmc.bench.prompts import Request
+from lmc.bench.redis_server import started_redis
+from lmc.bench.workload import Arm
+from lmc.model import EMBEDDED, resolve_model
+from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
+
+GROUPS, QUESTIONS, LONGEST = 4, 2, 1500
+OUTPUT_TOKENS = 8
+BEFORE, DOWN, AFTER = "both replicas up", "one replica down", "restarted replica back"
+
+
+@dataclass(frozen=True)
+class Answer:
+    phase: str
+    replica: str
+    failed_over: bool
+    outcome: Outcome
+
+
+@dataclass
+class Run:
+    http: aiohttp.ClientSession
+    prompts: list[Request]
+    order: random.Random
+    up: dict[str, Server]  # replicas that take traffic
+    answers: list[Answer] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    turn: int = 0
+
+    async def send_one(self, phase: str) -> None:
+        """The next request to the next replica; to another one if that breaks."""
+        request = self.order.choice(self.prompts)
+        names = sorted(self.up)
+        self.turn += 1
+        first = names[self.turn % len(names)]
+        for name in (first, *(name for name in names if name != first)):
+            outcome = await self._ask(name, request)
+            if outcome.ok:
+                self.answers.append(Answer(phase, name, name != first, outcome))
+                return
+            self.up.pop(name, None)
+        self.lost.append(f"{request.id}: {outcome.status} {outcome.cause}")
+
+    async def _ask(self, name: str, request: Request) -> Outcome:
+        server = self.up[name]
+        target = Target(server.base_url, server.model)
+        return await complete(self.http, target, request, f"{name}/{self.turn}", time.perf_counter())
+
+
+@dataclass(frozen=True)
+class Result:
+    answers: list[Answer]
+    lost: list[str]
+    down_s: float
+    restarted_hits: dict[str, float]  # tokens by tier
+    ties: int
+    differences: list[str]
+
+
+def kill(server: Server) -> None:
+    """SIGKILL to every process of the replica."""
+    assert server.process is not None
+    root = psutil.Process(server.process.pid)
+    for process in (root, *root.children(recursive=True)):
+        process.kill()
+
+
+async def run(requests: int, model: str, seed: int, scratch: Path) -> Result:
+    prompts = tool_prompts(resolve_model(model), GROUPS, QUESTIONS, LONGEST, OUTPUT_TOKENS)
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(started_redis(scratch))
+        arm = Arm(cache={"host": {"capacity": "1GiB"}, "redis": {"url": redis}})
+        launcher = Launcher(model, ENGINE, scratch)
+
+        @asynccontextmanager
+        async def replica(name: str) -> AsyncIterator[Server]:
+            async with launcher.started(name, arm) as servers:
+                yield servers[0]
+
+        up = {name: await stack.enter_async_context(replica(name)) for name in ("a", "b")}
+        http = await stack.enter_async_context(new_session(Target(up["a"].base_url, up["a"].model)))
+        traffic = Run(http, prompts, random.Random(seed), dict(up))
+        for _ in range(requests):
+            await traffic.send_one(BEFORE)
+        traffic.turn += traffic.turn % 2 + 1  # the next request is b's
+        begun = asyncio.create_task(traffic.send_one(DOWN))
+        await asyncio.sleep(0.05)
+        killed_s = time.perf_counter()
+        kill(up["b"])
+        await begun
+        start = asyncio.create_task(stack.enter_async_context(replica("b-restarted")))
+        while not start.done():
+            await traffic.send_one(DOWN)
+        restarted = traffic.up["b-restarted"] = await start
+        down_s = time.perf_counter() - killed_s
+        for _ in range(requests):
+            await traffic.send_one(AFTER)
+        counters = await read_counters(http, restarted.metrics)
+        wanted = {request.id: await computed(http, up["a"], request) for request in prompts}
+    wrong = [found for answer in traffic.answers if (found := wrong_token(answer.outcome, wanted)) is not None]
+    differences = [found for found in wrong if found != "tie"]
+    hits = counters.by_label("lmc_hit_tokens_total", "tier")
+    return Result(traffic.answers, traffic.lost, down_s, hits, len(wrong) - len(differences), differences)
+
+
+def phases_table(answers: Sequence[Answer]) -> Table:
+    rows = []
+    for phase in (BEFORE, DOWN, AFTER):
+        for replica in ("a", "b", "b-restarted"):
+            mine = [answer for answer in answers if (answer.phase, answer.replica) == (phase, replica)]
+            if not mine:
+                continue
+            outcomes = [answer.outcome for answer in mine]
+            prompt = sum(len(outcome.request.prompt) for outcome in outcomes)
+            hit = sum(outcome.cached_tokens or 0 for outcome in outcomes)
+            cold = [outcome for outcome in outcomes if not outcome.cached_tokens]
+            ttft = np.median([(outcome.first_s or 0) - outcome.sent_s for outcome in outcomes]) * 1e3
+            moved = sum(answer.failed_over for answer in mine)
+            rows.append([phase, replica, len(mine), moved, prompt, 100 * hit / prompt, len(cold), float(ttft)])
+    columns = [
+        Column("phase"), Column("replica"), Column("answered"), Column("taken over"), Column("prompt", "tokens"),
+        Column("hits", "% of tokens", 1), Column("without a hit"), Column("TTFT p50", "ms", 0),
+    ]  # fmt: skip
+    return Table("Traffic", columns, rows, "Taken over: begun on the other replica when that one was killed.")
+
+
+def verdicts(result: Result) -> list[tuple[str, str, bool]]:
+    """(bound, what was found, met)."""
+    back = [answer for answer in result.answers if answer.replica == "b-restarted"]
+    cold = [answer for answer in back if not answer.outcome.cached_tokens]
+    from_redis = result.restarted_hits.get("redis", 0)
+    moved = sum(answer.failed_over for answer in result.answers)
+    compared = f"{len(result.answers)} answers, {result.ties} numerical ties, {len(result.differences)} differences"
+    return [
+        ("no request is lost", f"{len(result.lost)} lost, {moved} taken over", not result.lost and moved > 0),
+        ("every answer is the one without the cache", compared, not result.differences),
+        ("the restarted replica computes no prompt that Redis holds", f"{len(cold)} of {len(back)}", not cold),
+        ("its first hits come from Redis", f"{from_redis:,.0f} tokens", from_redis > 0),
+    ]
+
+
+def as_report(result: Result, command: str) -> Report:
+    bounds = [[bound, found, "met" if met else "NOT met"] for bound, found, met in verdicts(result)]
+    statuses = Counter(answer.phase for answer in result.answers)
+    summary = (
+        f"Two replicas over one Redis, one request at a time; one is killed with SIGKILL while it computes. It is back after "
+        f"{result.down_s:.0f} s (the start of an engine), in which the other one answers {statuses[DOWN]} requests."
+    )
+    tiers = ", ".join(f"{tokens:,.0f} tokens from {tier}" for tier, tokens in result.restarted_hits.items())
+    sections = [
+        Section("Bounds", "", [Table("Bounds", [Column("bound"), Column("found"), Column("verdict")], bounds)]),
+        Section("Before, during, after", f"Hits of the restarted replica: {tiers}.", [phases_table(result.answers)]),
+    ]
+    return Report(
+        "One of two replicas restarted",
+        summary,
+        sections,
+        {"command": command} | describe_hardware() | describe_software(),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=24, help="before the kill, and again after the restart")
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scratch", type=Path, help="keep logs here")
+    parser.add_argument("--out", type=Path, default=Path("reports/replica-restart"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="lmc-restart-") as folder:
+        result = asyncio.run(run(options.requests, options.model, options.seed, options.scratch or Path(folder)))
+    report = as_report(result, f"python -m benchmarks.replica_restart --requests {options.requests}")
+    for section in report.sections:
+        for table in section.items:
+            assert isinstance(table, Table)
+            print_table(table)
+    for difference in result.differences + result.lost:
+        print(difference, file=sys.stderr)
+    write_file(options.out / "report.md", report_markdown(report))
+    rows = [
+        {"phase": one.phase, "replica": one.replica, "failed_over": one.failed_over, "request": one.outcome.request.id,
+         "ttft_s": (one.outcome.first_s or 0) - one.outcome.sent_s, "cached_tokens": one.outcome.cached_tokens}
+        for one in result.answers
+    ]  # fmt: skip
+    shown = {
+        "answers": rows,
+        "down_s": result.down_s,
+        "restarted_hits": result.restarted_hits,
+        "bounds": verdicts(result),
+    }
+    write_file(options.out / "results.json", to_json(shown))
+    return 0 if all(met for _, _, met in verdicts(result)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
