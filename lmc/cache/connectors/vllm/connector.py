@@ -17,12 +17,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.vllm.messages import StepPlan, StepReport
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
+from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.logs import use_format
 from lmc.cache.plan import Plan

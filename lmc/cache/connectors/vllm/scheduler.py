@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.control import RequestControl, parse_control
 from lmc.cache.connectors.vllm.identity import request_identity
 from lmc.cache.connectors.vllm.messages import Introduction
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
+from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.directory import HOST
 from lmc.cache.engine import CacheEngine, Identity, describe_tiers
 from lmc.cache.plan import Plan, Report, WorkerReady

@@ -1,0 +1,22 @@
+"""What the tested versions of vLLM (docs/compatibility.md) have under different names or not at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+else:
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    except ModuleNotFoundError:  # before 0.32 vLLM never asks where a hit came from
+
+        class CacheHitSource:
+            """Names only; nothing reads them."""
+
+            HOST = "host"
+            DISK = "disk"
+            EXTERNAL_UNSPECIFIED = "external_unspecified"
+
+
+__all__ = ["CacheHitSource"]
