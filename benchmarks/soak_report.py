@@ -183,9 +183,10 @@ def write_soak(soak: Soak, folder: Path, command: str) -> None:
         [[bound.text, bound.found, "met" if bound.met else "NOT met"] for bound in bounds],
     )
     last = soak.samples[-1]
+    paused = _paused_s(soak.samples) / 60
     summary = (
-        f"{last.at_s / 60:.0f} minutes of mixed traffic from two users on one engine (the client paused for {_paused_s(soak.samples) / 60:.0f} "
-        f"of them): {sum(soak.statuses.values())} requests, {soak.prompt_tokens:,} prompt tokens. "
+        f"{last.at_s / 60:.0f} minutes of mixed traffic from two users on one engine (the client paused for {paused:.0f} of them): "
+        f"{sum(soak.statuses.values())} requests, {soak.prompt_tokens:,} prompt tokens. "
         f"{sum(bound.met for bound in bounds)} of {len(bounds)} bounds are met."
     )
     metadata = {"command": command} | describe_hardware() | describe_software()
