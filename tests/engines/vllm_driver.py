@@ -10,8 +10,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tests.engines.traffic import Chances, Tally, break_copies, outcome, run_traffic
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -134,23 +137,41 @@ class _Engine:
             for prompt, salt in zip(prompts, salts, strict=True)
         ]
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
-        return [
-            {
-                "tokens": list(output.outputs[0].token_ids),
-                "logprobs": [
-                    step[token].logprob
-                    for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
-                ],
-                "gaps": [
-                    abs(values[0] - values[1])
-                    for step in output.outputs[0].logprobs
-                    for values in [sorted((entry.logprob for entry in step.values()), reverse=True)]
-                ],
-                "cached": output.num_cached_tokens,
-                "explanation": output.kv_transfer_params,
-            }
-            for output in outputs
-        ]
+        return [outcome(output) for output in outputs]
+
+    def traffic(
+        self, requests: list[dict[str, Any]], seed: int, concurrency: int, chances: dict[str, float]
+    ) -> dict[str, Any]:
+        """Random traffic; see run_traffic."""
+        tally, chosen = Tally(), Chances(**chances)
+        connected = self.connector is not None
+        mend = break_copies(self.worker.copier.backend, seed, chosen, tally) if connected else None
+        try:
+            run_traffic(self.llm.llm_engine, requests, seed=seed, concurrency=concurrency, chances=chosen, tally=tally)
+        finally:
+            if mend is not None:
+                mend()
+        return asdict(tally)
+
+    def leftovers(self) -> dict[str, int]:
+        """Everything that must be zero when no request is left and all copies have ended."""
+        self.settle()
+        self.cache.directory.check()
+        side, worker, scheduler = self.connector._scheduler, self.worker, self.core.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        return {
+            "operations": self.cache.directory.num_open,
+            "pins": self.cache.directory.num_pins,
+            "requests of the cache": len(self.cache._requests),
+            "loads of the cache": len(self.cache._loading),
+            "half-reported operations": len(self.cache._ended) + len(self.cache._causes),
+            "requests of the connector": len(side.tracked),
+            "promises of the connector": len(side.promised) + len(side.waiting),
+            "copies of the worker": len(worker._under_way) + len(worker.copier._ended),
+            "unreported loads": len(worker._loaded) + len(worker._failed_blocks),
+            "requests of the engine": len(scheduler.requests),
+            "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        }
 
     def settle(self) -> None:
         """Step until no copy is under way."""
@@ -179,6 +200,15 @@ class _Engine:
 
     def metric(self, name: str, labels: dict[str, str]) -> float:
         return float(self.cache.metrics.registry.get_sample_value(name, labels) or 0.0)
+
+    def by_label(self, name: str, label: str) -> dict[str, int]:
+        """A counter's values, summed over its other labels."""
+        found: dict[str, int] = {}
+        for family in self.cache.metrics.registry.collect():
+            for sample in family.samples:
+                if sample.name == name and sample.value:
+                    found[sample.labels[label]] = found.get(sample.labels[label], 0) + int(sample.value)
+        return found
 
     def num_preemptions(self) -> float:
         return float(sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions"))

@@ -1,0 +1,229 @@
+"""The same requests with and without lmc, under everything that can go wrong; greedy tokens must not differ.
+
+A scenario says how engine and cache are set up. Tiers fail for real: bytes of files and of Redis's answers flip, files vanish, connections
+break; copies fail inside the engine's process (traffic.py).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests import services
+from tests.engines.scenario import TIE
+from tests.engines.traffic import Chances
+from tests.engines.vllm_driver import VllmDriver
+
+CHANCES = Chances(abort=0.15, reset=0.004, reset_running=0.5, failed_load=0.05, failed_store=0.05, slow_load=0.1)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    about: str
+    prefix_caching: bool
+    background_load_tokens: int
+    tiers: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SCENARIOS = (
+    Scenario(
+        "before the pass",
+        "vLLM's prefix cache off; loads before the forward pass; a disk whose files rot",
+        False,
+        1_000_000,
+        ("disk",),
+    ),
+    Scenario(
+        "in the background",
+        "vLLM's prefix cache on; loads in the background; a Redis whose answers rot and whose connections break",
+        True,
+        1,
+        ("redis",),
+        {"write": "back", "lookup_deadline": 0.2},
+    ),
+    Scenario(
+        "mixed",
+        "vLLM's prefix cache on, priority scheduling; long hits in the background, short ones before the pass; both tiers",
+        True,
+        200,
+        ("disk", "redis"),
+        {"store_decode": True, "load_deadline": 0.3, "lookup_deadline": 0.2},
+        {"scheduling_policy": "priority"},
+    ),
+)
+
+
+@dataclass
+class Comparison:
+    """Outcomes with lmc against those without. Behind a tie that went the other way a request is free."""
+
+    requests: int = 0
+    tokens: int = 0
+    cached: int = 0  # tokens that lmc or the engine's own cache gave
+    ties: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    logprob_error: float = 0.0  # largest difference of a chosen token's log-probability
+
+    def add(self, name: str, got: dict[str, Any], wanted: dict[str, Any]) -> None:
+        self.requests += 1
+        self.cached += got["cached"]
+        if len(got["tokens"]) != len(wanted["tokens"]):
+            self.differences.append(f"{name}: {len(got['tokens'])} tokens instead of {len(wanted['tokens'])}")
+        for step, (token, expected) in enumerate(zip(got["tokens"], wanted["tokens"], strict=False)):
+            gap = wanted["gaps"][step]
+            if token != expected:
+                where = f"{name}: token {step} is {token} instead of {expected}, gap {gap:.6f}"
+                (self.ties if gap < TIE else self.differences).append(where)
+                break
+            self.tokens += 1
+            error = abs(got["logprobs"][step] - wanted["logprobs"][step])
+            self.logprob_error = max(self.logprob_error, error)
+            if error >= TIE:
+                self.differences.append(f"{name}: token {step}'s log-probability is off by {error:.6f}")
+                break
+
+
+@dataclass
+class Verdict:
+    """One scenario's run."""
+
+    comparison: Comparison
+    tally: dict[str, Any]
+    media_faults: dict[str, int]
+    preemptions: int
+    loaded: dict[str, int]  # tier -> tokens that hits took from it
+    misses: dict[str, int]  # lookups that ended early, by reason
+    failures: dict[str, int]  # operations that failed, by kind
+    leftovers: dict[str, int]
+
+
+def run_scenario(
+    scenario: Scenario,
+    model: Path,
+    requests: list[dict[str, Any]],
+    wanted: dict[str, dict[str, Any]],
+    folder: Path,
+    *,
+    seed: int,
+    host: str,
+    blocks: int,
+    context: int,
+    concurrency: int = 12,
+) -> Verdict:
+    """blocks: the engine's KV space, in blocks of 32 tokens; host: capacity of the host tier."""
+    with ExitStack() as stack:
+        tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed))
+        settings = {
+            "chunk_tokens": 64,
+            "host.capacity": host,
+            "background_load_tokens": scenario.background_load_tokens,
+            "metrics.enabled": False,
+            "strict": True,
+        }
+        engine = stack.enter_context(
+            VllmDriver(
+                model,
+                settings=settings | tiers | scenario.settings,
+                enable_prefix_caching=scenario.prefix_caching,
+                max_model_len=context,
+                max_num_seqs=concurrency,
+                max_num_batched_tokens=256,
+                num_gpu_blocks_override=blocks,
+                **scenario.options,
+            )
+        )
+        tally = engine.call("traffic", requests=requests, seed=seed, concurrency=concurrency, chances=asdict(CHANCES))
+        comparison = Comparison()
+        for name, got in sorted(tally.pop("outcomes").items()):
+            comparison.add(name, got, wanted[name])
+        return Verdict(
+            comparison,
+            tally,
+            media,
+            int(engine.call("num_preemptions")),
+            engine.call("by_label", name="lmc_hit_tokens_total", label="tier"),
+            engine.call("by_label", name="lmc_misses_total", label="reason"),
+            engine.call("by_label", name="lmc_failures_total", label="operation"),
+            engine.call("leftovers"),
+        )
+
+
+@contextmanager
+def faulty_tiers(folder: Path, names: tuple[str, ...], seed: int) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+    """Settings of tiers that fail now and then, and the count of what was done to them."""
+    settings: dict[str, Any] = {}
+    done: dict[str, int] = {}
+    generator = random.Random(seed)
+    with ExitStack() as stack:
+        if "disk" in names:
+            settings |= {"disk.path": str(folder / "disk"), "disk.fsync": False}
+            stack.enter_context(_rot(folder / "disk", generator, done))
+        if "redis" in names:
+            server = stack.enter_context(services.redis_server(folder))
+            proxy = stack.enter_context(services.proxy(server.port))
+            proxy.to_client = _unreliable(generator, done)
+            settings |= {"redis.url": f"redis://{services.LOCAL}:{proxy.port}/0"}
+        yield settings, done
+
+
+@contextmanager
+def _rot(folder: Path, generator: random.Random, done: dict[str, int]) -> Iterator[None]:
+    """Every tenth of a second one file's bit flips, or its end or all of it is lost."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(0.1):
+            files = [file for file in folder.glob("v*/*/r*/??/*") if file.is_file()]
+            if not files:
+                continue
+            file, what = generator.choice(files), generator.choice(["flipped", "cut", "removed"])
+            try:
+                if what == "removed":
+                    file.unlink()
+                else:
+                    with file.open("r+b") as stream:
+                        size = stream.seek(0, 2)
+                        place = generator.randrange(size)
+                        if what == "cut":
+                            stream.truncate(place)
+                        else:
+                            stream.seek(place)
+                            byte = stream.read(1)
+                            stream.seek(place)
+                            stream.write(bytes([byte[0] ^ 0x10]))
+            except FileNotFoundError:
+                continue  # the cache was quicker
+            done[f"disk: {what}"] = done.get(f"disk: {what}", 0) + 1
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _unreliable(generator: random.Random, done: dict[str, int]) -> services.Fault:
+    """A hundredth of the large pieces arrive with a flipped bit, a five-hundredth of all break the connection."""
+
+    def fault(data: bytes) -> bytes:
+        drawn = generator.random()
+        if drawn < 0.002:
+            done["redis: reset"] = done.get("redis: reset", 0) + 1
+            return services.Last(data[: len(data) // 2])
+        if drawn < 0.012 and len(data) > 4096:
+            done["redis: flipped"] = done.get("redis: flipped", 0) + 1
+            place = len(data) // 2
+            return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
+        return data
+
+    return fault
