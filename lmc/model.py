@@ -68,6 +68,18 @@ def weights_digest(folder: Path) -> str:
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)
     hasher.update(json.dumps(config, sort_keys=True).encode())
+    _hash_weights(hasher, folder)
+    return hasher.hexdigest()[:32]
+
+
+def adapter_digest(folder: Path) -> str:
+    """The same for a LoRA adapter's folder."""
+    hasher = blake3((folder / "adapter_config.json").read_bytes())
+    _hash_weights(hasher, folder)
+    return hasher.hexdigest()[:32]
+
+
+def _hash_weights(hasher: blake3, folder: Path) -> None:
     for file in sorted(folder.glob("*")):
         if file.suffix in (".safetensors", ".bin", ".pt", ".gguf") and file.is_file():
             size = file.stat().st_size
@@ -76,7 +88,6 @@ def weights_digest(folder: Path) -> str:
                 for index in range(_SAMPLES):
                     stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
                     hasher.update(stream.read(_SAMPLE_BYTES))
-    return hasher.hexdigest()[:32]
 
 
 def _embedded() -> Path:

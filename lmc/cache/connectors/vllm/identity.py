@@ -4,42 +4,60 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from blake3 import blake3
 
 from lmc.cache.engine import Identity
 from lmc.errors import LayoutError
-from lmc.model import weights_digest
+from lmc.model import adapter_digest, weights_digest
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
 
 def request_identity(request: Request, tenant: str) -> Identity:
-    """Adapter, tenant and salt, and what stands at multimodal placeholders."""
+    """Adapter, tenant and salt, and what stands at multimodal placeholders and at positions given as embeddings."""
     lora = request.lora_request
     return Identity(
-        lora=f"{lora.lora_name}\0{lora.lora_path}" if lora else "",
+        lora=_adapter_identity(lora) if lora else "",
         tenant=json.dumps([tenant, request.cache_salt]) if request.cache_salt else tenant,
-        extra=_multimodal_identity(request) if request.mm_features else None,
+        extra=_content_identity(request) if request.mm_features or request.prompt_embeds is not None else None,
     )
 
 
-def _multimodal_identity(request: Request) -> Callable[[int, int], bytes]:
+def _adapter_identity(lora: LoRARequest) -> str:
+    """An adapter is met once under an id, unless it is reloaded in place; what its files hold later is not what the engine runs."""
+    met = _met_adapter.__wrapped__ if lora.load_inplace else _met_adapter
+    return met(lora.lora_int_id, lora.lora_name, lora.lora_path)
+
+
+@lru_cache(maxsize=4096)
+def _met_adapter(number: int, name: str, path: str) -> str:
+    folder = Path(path).expanduser()
+    return adapter_digest(folder) if (folder / "adapter_config.json").is_file() else f"{name}\0{path}"
+
+
+def _content_identity(request: Request) -> Callable[[int, int], bytes]:
+    embeddings = request.prompt_embeds
     spans = [
         (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length, feature.identifier)
         for feature in request.mm_features
     ]
 
     def between(start: int, end: int) -> bytes:
-        return json.dumps(
-            [(first - start, last - start, name) for first, last, name in spans if first < end and last > start]
-        ).encode()
+        inside = [(first - start, last - start, name) for first, last, name in spans if first < end and last > start]
+        identity = json.dumps(inside).encode()
+        if embeddings is not None and start < len(embeddings):
+            rows = embeddings[start:end].contiguous().view(torch.uint8).numpy()
+            identity += blake3(rows).digest()
+        return identity
 
     return between
 

@@ -38,6 +38,7 @@ class _Tracked:
     identity: Identity
     control: RequestControl
     computed: int = 0  # tokens the engine held itself at the last lookup
+    background: bool = False  # what the last lookup said of the load
 
 
 @dataclass
@@ -90,7 +91,8 @@ class SchedulerSide:
             if tracked.control.bypass:
                 return 0, False
             found = self.engine.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
-            return found, found is not None and found > 0 and self.engine.loads_in_background(found)
+            tracked.background = bool(found and self.engine.loads_in_background(found))
+            return found, tracked.background
         return 0, False
 
     def admit(self, request: Request, blocks: list[int], num_external: int) -> None:
@@ -100,20 +102,20 @@ class SchedulerSide:
         if num_external:
             first = tracked.computed // self.block_tokens
             self.promised += blocks[first : first + num_external // self.block_tokens]
-            if self.engine is None or self.engine.loads_in_background(num_external):
+            if tracked.background:
                 self.waiting.append(request.request_id)
         if self.engine is not None and not tracked.control.bypass:
             with self:
                 self.engine.admit(request.request_id, num_external, blocks)
 
     def sources(self, request: Request, num_external: int) -> dict[CacheHitSource, int]:
-        if self.engine is None or not num_external:
-            return {}
         names = {HOST: CacheHitSource.HOST, "disk": CacheHitSource.DISK}
         sources: dict[CacheHitSource, int] = {}
-        for tier, tokens in self.engine.loaded_from(request.request_id).items():
-            source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
-            sources[source] = sources.get(source, 0) + tokens
+        if self.engine is not None and num_external:
+            with self:
+                for tier, tokens in self.engine.loaded_from(request.request_id).items():
+                    source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
+                    sources[source] = sources.get(source, 0) + tokens
         return sources
 
     def plan(self, output: SchedulerOutput) -> Plan:
@@ -171,14 +173,20 @@ class SchedulerSide:
         return answer
 
     def stats(self) -> LmcStats | None:
-        return self.growth.take() if self.growth is not None and self.engine is not None else None
+        if self.growth is not None and self.engine is not None:
+            with self:
+                return self.growth.take()
+        return None
 
     @property
     def busy(self) -> bool:
         return self.engine is not None and self.engine.busy
 
     def reset(self) -> bool:
-        return self.engine is None or self.engine.reset()
+        if self.engine is not None:
+            with self:
+                return self.engine.reset()
+        return True
 
     def __enter__(self) -> None:
         """A guarded section: an exception that leaves a hook would end vLLM, so here it ends the cache."""
