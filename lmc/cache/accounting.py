@@ -1,6 +1,8 @@
-"""What happens in a cache, as metrics and as the lookup trace."""
+"""What happens in a cache, as metrics, as spans of requests and as the lookup trace."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import Directory, Miss, Ticket
@@ -10,6 +12,7 @@ from lmc.cache.plan import Report
 from lmc.cache.presence import Answer
 from lmc.cache.record import TraceRecorder
 from lmc.cache.request import CachedRequest
+from lmc.cache.spans import Span, Spans
 
 DEVICE = "device"
 
@@ -24,12 +27,13 @@ class Accounting:
         directory: Directory,
         chunk_bytes: int,
         num_ranks: int,
-        now: float,
+        clock: Callable[[], float],
     ) -> None:
         self._directory = directory
         self._chunk_tokens = namespace.chunk_tokens
         self.metrics = _open_metrics(directory)
         self.metrics.chunk_bytes.set(chunk_bytes)
+        self.spans = Spans(clock)
         self._recorder = None
         if config.record is not None:
             self._recorder = TraceRecorder(
@@ -37,7 +41,7 @@ class Accounting:
                 chunk_tokens=namespace.chunk_tokens,
                 chunk_bytes=chunk_bytes * num_ranks,
                 namespace=namespace.label(),
-                now=now,
+                now=clock(),
             )
 
     def close(self) -> None:
@@ -65,8 +69,10 @@ class Accounting:
             idle = self._directory.idle(keys[have // self._chunk_tokens - 1], now)
             if idle is not None:
                 metrics.reuse_age.observe(idle)
+        hits = {DEVICE: request.computed, **request.sources}
+        answered = now if request.answered is None else request.answered
+        self.spans.add(Span(request_id, request.num_tokens, hits, why, request.arrived, answered, now))
         if self._recorder is not None:
-            hits = {DEVICE: request.computed, **request.sources}
             self._recorder.lookup(now, request_id, request.num_tokens, keys, request.tenant, hits)
 
     def answered(self, answer: Answer) -> None:
@@ -94,6 +100,7 @@ class Accounting:
         for transfer, num_bytes, seconds in report.transfers:
             self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
             self.metrics.transfer_seconds.labels(transfer).observe(seconds)
+        self.spans.loaded(report.loads)
         for (rank, tier), reading in report.breakers.items():
             self.metrics.note_breaker(rank, tier, reading)
         for rank, copying in report.copying.items():

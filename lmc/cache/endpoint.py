@@ -1,5 +1,5 @@
-"""The HTTP endpoint of a cache: GET /metrics for Prometheus, GET /stats for people, POST /pin, /unpin, /prefetch and /clear for
-administrators.
+"""The HTTP endpoint of a cache: GET /metrics for Prometheus, /stats for people, /requests for whoever asks where a request's time went;
+POST /pin, /unpin, /prefetch and /clear for administrators.
 
 Commands are JSON objects. Where the endpoint listens on this machine only, they need no token unless one is configured; elsewhere they
 need it always. A browser cannot be tricked into sending one: it doesn't send application/json to another site unasked, and a Host header
@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from lmc.cache.admin import Admin, Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.config import AdminConfig, MetricsConfig
+from lmc.cache.spans import KEEP
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,14 @@ class Endpoint:
         admin: AdminConfig,
         registry: CollectorRegistry,
         stats: Callable[[], Result],
+        spans: Callable[[int], Result],
         commands: Admin,
         mailbox: Mailbox,
     ) -> None:
         """Raises OSError when the port is in use."""
         self.registry = registry
         self.stats = stats
+        self.spans = spans
         self._admin = admin
         self._commands = commands
         self._mailbox = mailbox
@@ -126,13 +129,17 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
+        path, _, query = self.path.partition("?")
         if path == "/metrics":
             self._answer(HTTPStatus.OK, generate_latest(self.endpoint.registry), CONTENT_TYPE_LATEST)
         elif path == "/stats":
             self._answer_json(HTTPStatus.OK, self.endpoint.stats())
+        elif path == "/requests":
+            newest = query.removeprefix("newest=")
+            self._answer_json(HTTPStatus.OK, self.endpoint.spans(int(newest) if newest.isdigit() else KEEP))
         else:
-            self._answer_json(HTTPStatus.NOT_FOUND, {"error": f"there is no {path}; there are /metrics and /stats"})
+            there_are = "there are /metrics, /stats and /requests"
+            self._answer_json(HTTPStatus.NOT_FOUND, {"error": f"there is no {path}; {there_are}"})
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")

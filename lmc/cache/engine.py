@@ -77,7 +77,7 @@ class CacheEngine:
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
-        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock())
+        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock)
         self.metrics = self._accounting.metrics
         for worker in ready:
             self.metrics.note_copying(worker.rank, worker.copying)
@@ -103,7 +103,11 @@ class CacheEngine:
         """
         started = time.perf_counter()
         try:
-            return self._lookup(request_id, tokens, computed, identity)
+            found = self._lookup(request_id, tokens, computed, identity)
+            request = self._requests[request_id]
+            if found is not None and request.answered is None:
+                request.answered = self._clock()
+            return found
         finally:
             self.metrics.lookup_seconds.observe(time.perf_counter() - started)
 
@@ -364,7 +368,15 @@ class CacheEngine:
             self.directory, self._prefetcher, self.chunk_tokens, self._root_for_people, self._clock, config.tenant
         )
         try:
-            return Endpoint(config.metrics, config.admin, self.metrics.registry, self.stats, admin, self._mailbox)
+            return Endpoint(
+                config.metrics,
+                config.admin,
+                self.metrics.registry,
+                self.stats,
+                self._accounting.spans.read,
+                admin,
+                self._mailbox,
+            )
         except OSError as error:
             where = f"{config.metrics.host}:{config.metrics.port}"
             logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)

@@ -107,6 +107,7 @@ class Report:
     finished: Counter[int] = field(default_factory=Counter)  # operation -> ranks that ended it, well or not
     failed: dict[int, str] = field(default_factory=dict)  # operation -> cause, one of CAUSES
     transfers: list[tuple[str, int, float]] = field(default_factory=list)  # (what, bytes, seconds) of each batch
+    loads: dict[str, tuple[int, float]] = field(default_factory=dict)  # request -> (bytes, seconds) of its loads
     breakers: dict[tuple[int, str], BreakerReading] = field(default_factory=dict)  # by rank and remote tier
     faults: dict[int, int] = field(default_factory=dict)  # rank -> number of its last forward pass on unfilled blocks
     copying: dict[int, CopyReading] = field(default_factory=dict)  # by rank, where it has changed
@@ -117,6 +118,7 @@ class Report:
             self.finished + other.finished,
             {**other.failed, **self.failed},
             self.transfers + other.transfers,
+            _side_by_side(self.loads, other.loads),
             {**other.breakers, **self.breakers},
             {**other.faults, **self.faults},
             {**other.copying, **self.copying},
@@ -124,6 +126,17 @@ class Report:
 
     def __bool__(self) -> bool:
         return bool(self.finished or self.copying)
+
+
+def _side_by_side(
+    loads: dict[str, tuple[int, float]], others: dict[str, tuple[int, float]]
+) -> dict[str, tuple[int, float]]:
+    """The loads of two ranks, which copy at the same time."""
+    merged = dict(loads)
+    for request, (num_bytes, seconds) in others.items():
+        known_bytes, known_seconds = merged.get(request, (0, 0.0))
+        merged[request] = (known_bytes + num_bytes, max(known_seconds, seconds))
+    return merged
 
 
 @dataclass(frozen=True)

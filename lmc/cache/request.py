@@ -14,6 +14,7 @@ class CachedRequest:
     chain: KeyChain
     tenant: str
     arrived: float
+    answered: float | None = None  # when the first lookup had its answer
     found: Found | None = None  # at the first lookup: where the hit came from
     num_tokens: int = 0  # at the last lookup
     computed: int = 0  # tokens the engine holds itself, at the last lookup

@@ -224,6 +224,10 @@ class CacheWorker:
             self._finish([copy.operation], _cause(error))
         else:
             self._finish([copy.operation], None)
+            if not batch.failed and batch.direction is Direction.LOAD:
+                with self._lock:
+                    num_bytes, seconds = self._report.loads.get(batch.request_id, (0, 0.0))
+                    self._report.loads[batch.request_id] = (num_bytes + batch.num_bytes, seconds + batch.seconds)
             self._measure(f"{copy.tier} {copy.kind}", len(view), time.perf_counter() - started)
 
     def _complain(self, copy: TierCopy, error: TierError) -> None:
