@@ -197,6 +197,10 @@ class CacheWorker:
                 self._loaded.add(batch.request_id)
             if not batch.failed:
                 self._measure(str(batch.direction), batch.num_bytes, batch.seconds)
+            if not batch.failed and batch.direction is Direction.LOAD:
+                with self._lock:
+                    num_bytes, seconds = self._report.loads.get(batch.request_id, (0, 0.0))
+                    self._report.loads[batch.request_id] = (num_bytes + batch.num_bytes, seconds + batch.seconds)
 
     def _copy_tier(self, copy: TierCopy, submitted: float) -> None:
         if copy.limit is not None and time.monotonic() - submitted > copy.limit:
@@ -224,10 +228,6 @@ class CacheWorker:
             self._finish([copy.operation], _cause(error))
         else:
             self._finish([copy.operation], None)
-            if not batch.failed and batch.direction is Direction.LOAD:
-                with self._lock:
-                    num_bytes, seconds = self._report.loads.get(batch.request_id, (0, 0.0))
-                    self._report.loads[batch.request_id] = (num_bytes + batch.num_bytes, seconds + batch.seconds)
             self._measure(f"{copy.tier} {copy.kind}", len(view), time.perf_counter() - started)
 
     def _complain(self, copy: TierCopy, error: TierError) -> None:
