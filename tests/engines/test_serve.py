@@ -19,7 +19,7 @@ import pytest
 
 from lmc.serve.process import free_port
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.compat]
 
 MODEL = "smollm2-135m-instruct"
 ENGINE = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--no-enable-prefix-caching"]

@@ -11,7 +11,7 @@ from tests.engines.scenario import assert_same, driver, prompt
 from tests.engines.tiny_model import make_tiny_mistral
 from tests.engines.vllm_driver import VllmDriver
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.compat]
 
 
 @pytest.fixture(scope="module", params=[1_000_000, 1], ids=["before the pass", "in the background"])
