@@ -76,7 +76,7 @@ async def complete(
     session: aiohttp.ClientSession, target: Target, request: Request, request_id: str, intended_s: float
 ) -> Outcome:
     """Send one request and read its stream. Never raises for what the server or the network does: see Outcome.status."""
-    body = orjson.dumps(_payload(target, request), option=orjson.OPT_SERIALIZE_NUMPY)
+    body = orjson.dumps(_payload(target, request, request_id), option=orjson.OPT_SERIALIZE_NUMPY)
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
     outcome = Outcome(request, intended_s, time.perf_counter())
     try:
@@ -162,9 +162,11 @@ def _finish(outcome: Outcome, now: float) -> None:
     outcome.output_tokens = outcome.output_tokens or len(outcome.token_times_s)
 
 
-def _payload(target: Target, request: Request) -> dict[str, object]:
+def _payload(target: Target, request: Request, request_id: str) -> dict[str, object]:
+    """SGLang takes a request's id from the body (rid), vLLM from a header."""
     payload: dict[str, object] = {
         "model": target.model,
+        "rid": request_id,
         "prompt": request.prompt,
         "max_tokens": request.output_tokens,
         "temperature": 0,

@@ -81,4 +81,4 @@ async def run_load(
         sending = max((outcome.sent_s - start for outcome in sent), default=0.0)
         for outcome in sent:
             outcome.shift(offset_s - start)
-        return Measured(sent, wall, sending, monitor.cpu_s, monitor.lags_s, plan.requested_rate)
+        return Measured(sent, wall, sending, monitor.cpu_s, monitor.lags_s, plan.requested_rate, start - offset_s)

@@ -88,5 +88,21 @@ def hits_per_tier(tiers_by_arm: Mapping[str, Mapping[str, int]], tiers: Sequence
     return to_figure(picture, "Hits per tier", "Counted by the engine (device) and by lmc (other tiers).")
 
 
+def ttft_parts(groups: Sequence[tuple[str, Sequence[RequestRecord]]], parts: Sequence[str]) -> Figure:
+    picture, (axis,) = new_axes(height=1.2 + 0.45 * len(groups))
+    names = [f"{name} (n={len(records)})" for name, records in groups]
+    left = np.zeros(len(groups))
+    for index, part in enumerate(parts):
+        known = [[getattr(record.parts, f"ttft_{part}_ms") or 0.0 for record in records] for _, records in groups]
+        means = np.array([np.mean(values) for values in known])
+        axis.barh(names, means, left=left, label=part, color=COLORS[index % len(COLORS)], height=0.6)
+        left += means
+    axis.invert_yaxis()
+    axis.xaxis.set_major_formatter(_plain)
+    axis.set_xlabel("time to first token, mean (ms)")
+    axis.legend(frameon=False, fontsize=9)
+    return to_figure(picture, "TTFT in parts", "Means over the requests with hits and over those without.")
+
+
 def _plain(value: float, _: int) -> str:
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from lmc.bench.attribution import Costs
+from lmc.bench.attribution import Costs, TtftParts, ttft_parts
 from lmc.bench.client import Outcome
 from lmc.bench.selfcheck import SelfCheck
 from lmc.errors import RunError
@@ -18,6 +18,7 @@ from lmc.report import to_json, write_file
 
 SCHEMA_VERSION = 1
 LISTS = ("itl_ms", "tokens", "gaps")  # per token: in the Parquet file only
+COSTS = [item.name for item in fields(Costs)]
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,19 @@ class RequestRecord:
     stage_ms: float | None
     tokens: list[int]
     gaps: list[float]
+    asked_ms: float | None = None
+    lookup_ms: float | None = None
+    admit_ms: float | None = None
+    cached_by_tier: Mapping[str, int] | None = None
+    miss: str | None = None
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def parts(self) -> TtftParts:
+        return ttft_parts(self.service_ttft_ms, Costs(**{name: getattr(self, name) for name in COSTS}))
 
 
 def to_record(
@@ -234,10 +244,17 @@ def write_results(folder: Path, results: Results, records: Sequence[RequestRecor
     import pandas as pd
 
     write_file(folder / "results.json", to_json(asdict(results)))
-    frame = pd.DataFrame([asdict(record) for record in records], columns=[item.name for item in fields(RequestRecord)])
+    columns = [item.name for kind in (RequestRecord, TtftParts) for item in fields(kind)]
+    frame = pd.DataFrame([_row(record) for record in records], columns=columns)
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_parquet(folder / "requests.parquet", index=False)
     write_file(folder / "requests.csv", frame.drop(columns=list(LISTS)).to_csv(index=False))
+
+
+def _row(record: RequestRecord) -> dict[str, object]:
+    """The record and what follows from it; tokens by tier as JSON, because each row has tiers of its own."""
+    tiers = None if record.cached_by_tier is None else orjson.dumps(record.cached_by_tier).decode()
+    return {**asdict(record), **asdict(record.parts), "cached_by_tier": tiers}
 
 
 def read_results(path: Path) -> Results:
@@ -283,4 +300,8 @@ def read_records(folder: Path) -> list[RequestRecord]:
 
 
 def _plain(row: dict[Any, Any]) -> dict[str, Any]:  # Any: pandas does not type its rows
-    return {str(key): value.tolist() if key in LISTS else value for key, value in row.items()}
+    known = {item.name for item in fields(RequestRecord)}
+    plain = {str(key): value.tolist() if key in LISTS else value for key, value in row.items() if key in known}
+    if plain.get("cached_by_tier") is not None:
+        plain["cached_by_tier"] = orjson.loads(plain["cached_by_tier"])
+    return plain

@@ -9,11 +9,14 @@ from lmc import report
 from lmc.bench import plots
 from lmc.bench.records import RequestRecord, Results
 from lmc.bench.tables import (
+    PARTS,
     arms_table,
+    attributed,
     attribution_table,
     bars_table,
     comparisons_table,
     hits_table,
+    misses_table,
     outputs_table,
     parts_table,
     phases_table,
@@ -41,10 +44,11 @@ def build_report(results: Results, records: Sequence[RequestRecord]) -> Report:
     if results.comparisons:
         sections.append(Section("Comparisons", COMPARISONS_TEXT, [comparisons_table(results.comparisons)]))
     sections.append(Section("Sim meets bench", PREDICTION_TEXT, [prediction_table(results)]))
-    if any(record.prefill_ms is not None for record in records):
-        sections.append(
-            Section("Where the time to first token went", ATTRIBUTION_TEXT, [attribution_table(results, records)])
-        )
+    if groups := attributed(results, records):
+        shown: list[Table | Figure] = [attribution_table(results, records), plots.ttft_parts(groups, PARTS)]
+        misses = misses_table(results, records)
+        shown += [misses] if misses.rows else []
+        sections.append(Section("Where the time to first token went", ATTRIBUTION_TEXT, shown))
     if results.outputs:
         sections.append(Section("Outputs", OUTPUTS_TEXT, [outputs_table(results.outputs)]))
     sections.append(Section("Pictures", "", _figures(results, records)))
@@ -73,9 +77,11 @@ PREDICTION_TEXT = (
     "unknown to it. Break even: the shortest prefix that is loaded faster than it is computed."
 )
 ATTRIBUTION_TEXT = (
-    "Means per request, from counters of the engine and of lmc read between requests. Prefill is from the first scheduling to the "
-    "first token and contains the load. Staging (from disk or a remote tier into host memory) adds up threads that run side by "
-    "side. Rest: network, request handling, and the wait for staging."
+    "Per request, from the real send to the first token; requests.csv has every one of them. With lmc the parts come from its spans, "
+    "joined by request id: queue is everything until the cache was asked and the engine took the request in (network and handling too), "
+    "lookup is the wait for remote tiers and for staging, load is the copy into the engine's memory, rest is the prefill of what was not "
+    "loaded and the way back. Without lmc they come from the engine's counters, where one request ran at a time: queue ends with the first "
+    "scheduling. Staging (from disk or a remote tier into host memory) adds up threads that run side by side."
 )
 OUTPUTS_TEXT = (
     "Greedy tokens of every request, token by token. A tie is a place where the reference arm's two best log-probabilities lie closer than "

@@ -41,7 +41,10 @@ class SelfCheck:
 
 @dataclass(frozen=True)
 class Measured:
-    """One stretch of load: outcomes in planned order, only those that were sent. sending_s is the time until the last was sent."""
+    """One stretch of load: outcomes in planned order, only those that were sent. sending_s is the time until the last was sent.
+
+    origin_s: where the outcomes' times begin, as perf_counter seconds.
+    """
 
     outcomes: list[Outcome]
     wall_s: float
@@ -49,6 +52,7 @@ class Measured:
     cpu_s: float
     loop_lags_s: list[float]
     requested_rate: float | None
+    origin_s: float = 0.0
 
 
 class LoopMonitor:

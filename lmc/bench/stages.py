@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from lmc.bench.arms import Launcher, Probe, Server, check_tokenizer
-from lmc.bench.attribution import Costs, request_costs
+from lmc.bench.attribution import Costs, request_costs, with_span
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, add_up, difference, read_counters
 from lmc.bench.load import run_load
@@ -24,6 +24,7 @@ from lmc.bench.prompts import Request
 from lmc.bench.records import HitPoint, Phase
 from lmc.bench.schedule import Plan
 from lmc.bench.selfcheck import Measured
+from lmc.bench.spans import read_spans
 from lmc.bench.workload import Arm
 from lmc.errors import RunError
 
@@ -75,6 +76,11 @@ class ArmRun:
     def targets(self) -> list[Target]:
         return [Target(server.base_url, server.model, self.timeout_s) for server in self.servers]
 
+    @property
+    def label(self) -> str:
+        """Begins the id of every measured request."""
+        return f"{self.data.name}/{self.data.repeat}"
+
     async def prepare(self, warm_up: Sequence[Request], prime: Sequence[Request], probe: Probe) -> None:
         """`warm_up` must share no chunk with the load. Raises RunError when the server does not answer it, or has another tokenizer."""
         for server in self.servers:
@@ -95,9 +101,8 @@ class ArmRun:
         if self.stopped:
             return
         with self._phase("measure") as said:
-            label = f"{self.data.name}/{self.data.repeat}"
             stretch = await run_load(
-                plan, self.targets, label, lambda outcome: self._on_done(plan, outcome), seconds, self.data.wall_s
+                plan, self.targets, self.label, lambda outcome: self._on_done(plan, outcome), seconds, self.data.wall_s
             )
             said.append(f"{len(stretch.outcomes)} requests")
         self.data.measured.append(stretch)
@@ -108,9 +113,19 @@ class ArmRun:
             with self._phase("drain") as said:
                 said.append(await _drain(self.http, self.servers))
             self.data.after = await _read_all(self.http, self.servers)
+            await self._join_spans()
         except (aiohttp.ClientError, RunError) as error:
             self.data.problems.append(await self._why_gone() or f"after the load: {error}")
         self.progress.phase(self.data.name, "stop")
+
+    async def _join_spans(self) -> None:
+        for server in self.servers:
+            spans = await read_spans(self.http, server.metrics)
+            for stretch in self.data.measured:
+                for outcome in stretch.outcomes:
+                    span = spans.get(f"{self.label}/{outcome.request.id}")
+                    known = self.data.costs.get(outcome.request.id, Costs())
+                    self.data.costs[outcome.request.id] = with_span(known, span, outcome, stretch.origin_s)
 
     async def _on_done(self, plan: Plan, outcome: Outcome) -> bool:
         data, before = self.data, self.data.before

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from lmc.bench.records import ArmResult, Comparison, OutputCheck, RequestRecord, Results
 from lmc.report import Cell, Column, Table
+
+PARTS = ("queue", "lookup", "load", "rest")  # of TtftParts
 
 
 def arms_table(results: Results) -> Table:
@@ -143,32 +146,59 @@ def attribution_table(results: Results, records: Sequence[RequestRecord]) -> Tab
         Column("requests"),
         Column("TTFT", "ms", 1),
         Column("queue", "ms", 1),
-        Column("prefill", "ms", 1),
-        Column("of it: load", "ms", 1),
+        Column("lookup", "ms", 1),
+        Column("load", "ms", 1),
+        Column("rest", "ms", 1),
         Column("loaded", "MB", 1),
         Column("load rate", "GB/s", 2),
         Column("staging", "ms", 1),
-        Column("rest", "ms", 1),
     ]
     rows: list[list[Cell]] = []
+    for name, mine in attributed(results, records):
+        parts = [r.parts for r in mine]
+        size, load, stage = (
+            _mean([getattr(r, field) for r in mine]) for field in ("load_bytes", "load_ms", "stage_ms")
+        )
+        rows.append(
+            [
+                name,
+                len(mine),
+                _mean([r.service_ttft_ms for r in mine]),
+                *(_mean([getattr(p, f"ttft_{part}_ms") for p in parts]) for part in PARTS),
+                None if size is None else size / 1e6,
+                size / load / 1e6 if size and load else None,
+                stage,
+            ]
+        )
+    return Table("Time to first token, in parts (means)", columns, rows)
+
+
+def attributed(results: Results, records: Sequence[RequestRecord]) -> list[tuple[str, list[RequestRecord]]]:
+    """The answered requests whose TTFT is known in parts, by arm and by whether they hit."""
+    found = []
     for arm in results.arms:
         for kind, wanted in (("hits", True), ("misses", False)):
             mine = [
                 r
                 for r in records
-                if r.arm == arm.name and r.ok and r.prefill_ms is not None and bool(r.cached_tokens) == wanted
+                if r.arm == arm.name and r.ok and r.parts.ttft_rest_ms is not None and bool(r.cached_tokens) == wanted
             ]
-            if not mine:
-                continue
-            ttft, queue, prefill, load, size, stage = (
-                _mean([getattr(r, name) for r in mine])
-                for name in ("service_ttft_ms", "queue_ms", "prefill_ms", "load_ms", "load_bytes", "stage_ms")
-            )
-            rate = size / load / 1e6 if size and load else None
-            rest = ttft - queue - prefill if ttft is not None and queue is not None and prefill is not None else None
-            size = None if size is None else size / 1e6
-            rows.append([f"{arm.name}: {kind}", len(mine), ttft, queue, prefill, load, size, rate, stage, rest])
-    return Table("Time to first token, in parts", columns, rows)
+            if mine:
+                found.append((f"{arm.name}: {kind}", mine))
+    return found
+
+
+def misses_table(results: Results, records: Sequence[RequestRecord]) -> Table:
+    """Why hits ended, as lmc says it for each request."""
+    rows: list[list[Cell]] = []
+    for arm in results.arms:
+        asked = [r for r in records if r.arm == arm.name and r.asked_ms is not None]
+        for why, count in Counter(r.miss or "the whole prompt hit" for r in asked).most_common():
+            mine = [r for r in asked if (r.miss or "the whole prompt hit") == why]
+            tokens = sum(r.prompt_tokens - sum((r.cached_by_tier or {}).values()) for r in mine)
+            rows.append([arm.name, why, count, tokens])
+    columns = [Column("arm"), Column("why"), Column("requests"), Column("left to compute", "tokens")]
+    return Table("Why hits ended where they did", columns, rows, "docs/operations.md explains the reasons.")
 
 
 def outputs_table(outputs: Sequence[OutputCheck]) -> Table:

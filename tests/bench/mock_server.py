@@ -14,12 +14,16 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import yaml
 from aiohttp import web
 
 BLOCK = 128
+TOKEN_BYTES = 1000  # loaded at 1 GB/s
+LOOKUP_S = 0.002
+CLOCK_AHEAD_S = 1000.0  # its clock is another one
 VOCAB = 49000
 
 
@@ -66,6 +70,7 @@ class Mock:
             path = (config.get("disk") or {}).get("path")
             self.cache = Cache(Path(path) / "index.json" if path else None)
         self.own = Cache(None) if "--enable-prefix-caching" in args.rest else None
+        self.kept: list[dict[str, object]] = []
         self.counts = dict.fromkeys(("queries", "device", "lookups", "host", "disk", "served"), 0)
         if args.fault == "warm":
             self.counts["queries"] = 512
@@ -93,6 +98,12 @@ class Mock:
             ]
         return web.Response(text="\n".join(lines) + "\n")
 
+    async def spans(self, request: web.Request) -> web.Response:
+        if self.cache is None:
+            return web.Response(status=404)
+        kept = [] if request.query.get("newest") == "0" else self.kept
+        return web.json_response({"now_s": time.monotonic() + CLOCK_AHEAD_S, "requests": kept})
+
     async def tokenize(self, request: web.Request) -> web.Response:
         if self.args.fault != "other-vocabulary":
             return web.Response(status=404)
@@ -109,7 +120,21 @@ class Mock:
                 os._exit(3)
             if self.args.fault == "stall":
                 await asyncio.sleep(3600)
+        asked = time.monotonic() + CLOCK_AHEAD_S
         cached = self.hit(prompt)
+        self.kept.append(
+            {
+                "request": f"cmpl-{request.headers['X-Request-Id']}-0-0123abcd",
+                "tokens": len(prompt),
+                "hit_tokens": {"device": 0, "host": cached},
+                "miss": "never_stored" if cached < (len(prompt) - 1) // BLOCK * BLOCK else None,
+                "asked_s": asked,
+                "answered_s": asked + LOOKUP_S,
+                "admitted_s": asked + LOOKUP_S,
+                "load_bytes": cached * TOKEN_BYTES,
+                "load_seconds": cached * TOKEN_BYTES / 1e9,
+            }
+        )
         await asyncio.sleep(self.args.us_per_token * 1e-6 * (len(prompt) - cached))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
@@ -177,6 +202,7 @@ async def serve(args: argparse.Namespace) -> None:
     app = web.Application(client_max_size=1 << 26)
     app.router.add_get("/v1/models", mock.models)
     app.router.add_get("/metrics", mock.metrics)
+    app.router.add_get("/requests", mock.spans)
     app.router.add_post("/tokenize", mock.tokenize)
     app.router.add_post("/v1/completions", mock.complete)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)

@@ -1,0 +1,70 @@
+"""lmc's own view of the measured requests: GET /requests beside its metrics, with the server's clock translated into this process's."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+CLOCK_READINGS = 5
+_VLLM_ID = re.compile(r"cmpl-(.+)-\d+-[0-9a-f]{8}")  # around the X-Request-Id of the client
+
+
+@dataclass(frozen=True)
+class RequestSpan:
+    """Times are this process's perf_counter seconds, as exact as half a round trip to the server."""
+
+    hit_tokens: dict[str, int]
+    miss: str | None
+    asked_s: float
+    answered_s: float
+    admitted_s: float
+    load_bytes: int
+    load_s: float
+
+
+async def read_spans(http: aiohttp.ClientSession, metrics: Sequence[str]) -> dict[str, RequestSpan]:
+    """By the id that the client sent. Pages without spans are skipped. Raises aiohttp.ClientError when a server is gone."""
+    found: dict[str, RequestSpan] = {}
+    for page in metrics:
+        url = page.removesuffix("/metrics") + "/requests"
+        offset_s = await _clock_offset(http, url)
+        if offset_s is None:
+            continue
+        async with http.get(url) as response:
+            answer = await response.json(content_type=None)
+        for span in answer["requests"]:
+            found[client_id(span["request"])] = RequestSpan(
+                hit_tokens=span["hit_tokens"],
+                miss=span["miss"],
+                asked_s=span["asked_s"] + offset_s,
+                answered_s=span["answered_s"] + offset_s,
+                admitted_s=span["admitted_s"] + offset_s,
+                load_bytes=span["load_bytes"],
+                load_s=span["load_seconds"],
+            )
+    return found
+
+
+def client_id(engine_id: str) -> str:
+    """vLLM wraps the client's request id, SGLang keeps it."""
+    wrapped = _VLLM_ID.fullmatch(engine_id)
+    return wrapped.group(1) if wrapped else engine_id
+
+
+async def _clock_offset(http: aiohttp.ClientSession, url: str) -> float | None:
+    """What to add to the server's times; of several readings the one with the shortest round trip. None: no spans there."""
+    best_s = offset_s = None
+    for _ in range(CLOCK_READINGS):
+        began = time.perf_counter()
+        async with http.get(url, params={"newest": "0"}) as response:
+            if response.status != 200:
+                return None
+            now_s = (await response.json(content_type=None))["now_s"]
+        ended = time.perf_counter()
+        if best_s is None or ended - began < best_s:
+            best_s, offset_s = ended - began, (began + ended) / 2 - now_s
+    return offset_s
