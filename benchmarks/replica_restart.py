@@ -37,8 +37,9 @@ from lmc.bench.workload import Arm
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 
-GROUPS, QUESTIONS, LONGEST = 4, 2, 1500
+GROUPS, QUESTIONS, LONGEST = 3, 2, 1300
 OUTPUT_TOKENS = 8
+PAUSE_S = 1.0  # between two requests while a replica starts, which needs the processor
 BEFORE, DOWN, AFTER = "both replicas up", "one replica down", "restarted replica back"
 
 
@@ -124,6 +125,7 @@ async def run(requests: int, model: str, seed: int, scratch: Path) -> Result:
         start = asyncio.create_task(stack.enter_async_context(replica("b-restarted")))
         while not start.done():
             await traffic.send_one(DOWN)
+            await asyncio.sleep(PAUSE_S)
         restarted = traffic.up["b-restarted"] = await start
         down_s = time.perf_counter() - killed_s
         for _ in range(requests):
