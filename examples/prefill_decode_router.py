@@ -25,11 +25,12 @@ PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
 class Router:
-    def __init__(self, prefill: str, decode: str, min_characters: int, settle: float) -> None:
+    def __init__(self, prefill: str, decode: str, min_characters: int, settle: float, patience: float) -> None:
         self._prefill = prefill
         self._decode = decode
         self._min_characters = min_characters
         self._settle = settle
+        self._patience = aiohttp.ClientTimeout(total=patience)
         self._session: aiohttp.ClientSession | None = None
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
@@ -53,11 +54,11 @@ class Router:
         short.pop("max_completion_tokens", None)
         short["max_tokens"] = 1
         try:
-            async with self._session.post(self._prefill + path, json=short) as answer:
+            async with self._session.post(self._prefill + path, json=short, timeout=self._patience) as answer:
                 await answer.read()
             await asyncio.sleep(self._settle)  # the write to the shared store goes on behind the answer
-        except aiohttp.ClientError as error:
-            print(f"router: the prefill engine failed, decoding computes the prompt itself: {error}", file=sys.stderr)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            print(f"router: the prefill engine failed, decoding computes the prompt itself: {error!r}", file=sys.stderr)
 
     async def open(self, app: web.Application) -> None:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
@@ -67,8 +68,10 @@ class Router:
             await self._session.close()
 
 
-def make_app(prefill: str, decode: str, *, min_characters: int = 1000, settle: float = 0.2) -> web.Application:
-    router = Router(prefill, decode, min_characters, settle)
+def make_app(
+    prefill: str, decode: str, *, min_characters: int = 1000, settle: float = 0.2, patience: float = 120.0
+) -> web.Application:
+    router = Router(prefill, decode, min_characters, settle, patience)
     app = web.Application(client_max_size=64 << 20)
     for path in PATHS:
         app.router.add_post(path, router.forward)
@@ -86,8 +89,15 @@ def main() -> None:
     parser.add_argument(
         "--settle", type=float, default=0.2, help="seconds between prefill and decode for the shared store"
     )
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds that a prefill may take")
     options = parser.parse_args()
-    app = make_app(options.prefill, options.decode, min_characters=options.min_characters, settle=options.settle)
+    app = make_app(
+        options.prefill,
+        options.decode,
+        min_characters=options.min_characters,
+        settle=options.settle,
+        patience=options.patience,
+    )
     web.run_app(app, host="127.0.0.1", port=options.port)
 
 
