@@ -70,10 +70,11 @@ def with_span(costs: Costs, span: RequestSpan | None, outcome: Outcome, origin_s
     if span is None:
         return costs
     sent_s = origin_s + outcome.sent_s
+    timed = span.load_bytes > 0 or not any(tokens for tier, tokens in span.hit_tokens.items() if tier != "device")
     return replace(
         costs,
-        load_ms=span.load_s * 1e3,
-        load_bytes=float(span.load_bytes),
+        load_ms=span.load_s * 1e3 if timed else costs.load_ms,
+        load_bytes=float(span.load_bytes) if timed else costs.load_bytes,
         asked_ms=max(0.0, span.asked_s - sent_s) * 1e3,
         lookup_ms=(span.answered_s - span.asked_s) * 1e3,
         admit_ms=(span.admitted_s - span.answered_s) * 1e3,

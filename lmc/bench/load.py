@@ -20,14 +20,16 @@ async def run_load(
     on_done: OnDone,
     seconds: float | None = None,
     offset_s: float = 0.0,
+    start_s: float | None = None,
 ) -> Measured:
     """Send the plan, to the targets in turn. After `seconds`, or once on_done says False, nothing new is sent.
 
-    `label` begins every request id; times of the outcomes count from the start of the load, plus `offset_s`.
+    `label` begins every request id; times of the outcomes count from the start of the load, plus `offset_s`. With `start_s`, a moment of
+    perf_counter, the load begins then, and times of the outcomes stay moments of perf_counter.
     """
     outcomes: list[Outcome | None] = [None] * len(plan.items)
     done = [asyncio.Event() for _ in plan.items]
-    start = time.perf_counter()
+    start = time.perf_counter() if start_s is None else start_s
     stopped = False
 
     async with new_session(targets[0]) as http, LoopMonitor() as monitor:
@@ -40,7 +42,7 @@ async def run_load(
                 await done[item.after].wait()
                 ready = time.perf_counter() + item.request.think_s
             elif item.at_s is None:
-                ready = time.perf_counter()
+                ready = max(start, time.perf_counter())
             intended = ready if item.at_s is None else start + item.at_s
             await asyncio.sleep(max(0.0, intended - time.perf_counter()))
             return intended
@@ -79,6 +81,7 @@ async def run_load(
         wall = time.perf_counter() - start
         sent = [outcome for outcome in outcomes if outcome is not None]
         sending = max((outcome.sent_s - start for outcome in sent), default=0.0)
-        for outcome in sent:
-            outcome.shift(offset_s - start)
+        if start_s is None:
+            for outcome in sent:
+                outcome.shift(offset_s - start)
         return Measured(sent, wall, sending, monitor.cpu_s, monitor.lags_s, plan.requested_rate, start - offset_s)

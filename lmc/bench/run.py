@@ -129,7 +129,7 @@ class _Runner:
                 options.progress.load(name, len(self.plan.items))
             for index, part in enumerate(split(self.plan, block or len(self.plan.items))):
                 for run in runs if index % 2 == 0 else runs[::-1]:
-                    await run.measure(part, workload.limits.seconds)
+                    await run.measure(part, workload.limits)
             for run in runs:
                 await run.finish()
         for run in runs:

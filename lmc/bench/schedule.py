@@ -81,6 +81,29 @@ def split(plan: Plan, size: int) -> list[Plan]:
     return [_sub_plan(plan, units) for units in blocks]
 
 
+def share_out(plan: Plan, count: int) -> list[tuple[Plan, list[int]]]:
+    """The plan in at most `count` parts that can be sent side by side, with the places of their items in the whole. Sessions stay whole,
+    because a turn waits for the one before it; the concurrency is divided."""
+    roots: list[int] = []  # of each item: the first item of its session
+    for index, item in enumerate(plan.items):
+        roots.append(index if item.after is None else roots[item.after])
+    groups: dict[int, list[int]] = {}
+    for index, root in enumerate(roots):
+        groups.setdefault(root, []).append(index)
+    count = min(count, len(groups), plan.concurrency or len(groups))
+    shares: list[tuple[Plan, list[int]]] = []
+    for number in range(count):
+        chosen = sorted(index for group in list(groups.values())[number::count] for index in group)
+        mine = set(chosen)
+        units = None if plan.units is None else [unit for unit in plan.units if unit[0] in mine]
+        part = _sub_plan(plan, units if units is not None else [chosen])
+        if units is not None:
+            chosen = [index for unit in units for index in unit]
+        concurrency = plan.concurrency and plan.concurrency // count + (number < plan.concurrency % count)
+        shares.append((replace(part, units=part.units if units is not None else None, concurrency=concurrency), chosen))
+    return shares
+
+
 def _sub_plan(plan: Plan, units: list[list[int]]) -> Plan:
     chosen = [index for unit in units for index in unit]
     place = {index: position for position, index in enumerate(chosen)}

@@ -14,12 +14,14 @@ from lmc.bench.client import Outcome
 
 TICK_S = 0.02
 LAG_MS = 5.0  # a client this late spoils no figure
+BUSY = 0.8  # of a core: a client process that busy is at its limit
 LAG_SHARE = 0.02  # nor does one that is late by this share of the median TTFT
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Lags in ms; `requested_rate` and `achieved_rate` in requests/s (requested None: closed loop); cpu is a share of one core."""
+    """Lags in ms; `requested_rate` and `achieved_rate` in requests/s (requested None: closed loop); cpu is a share of one core,
+    of all client processes together."""
 
     requests: int
     send_lag_p50_ms: float
@@ -30,13 +32,17 @@ class SelfCheck:
     requested_rate: float | None
     achieved_rate: float
     client_cpu: float
+    processes: int = 1
 
     def lag_problem(self, ttft_p50_ms: float) -> str | None:
         """What is wrong with the client, if anything. Below 100 requests the p99 is one hiccup of the machine, so the p90 is judged."""
         name, lag_ms = ("p99", self.send_lag_p99_ms) if self.requests >= 100 else ("p90", self.send_lag_p90_ms)
         if lag_ms <= max(LAG_MS, LAG_SHARE * ttft_p50_ms):
             return None
-        return f"the client lagged: send lag {name} is {lag_ms:.1f} ms"
+        problem = f"the client lagged: send lag {name} is {lag_ms:.1f} ms"
+        if self.client_cpu > BUSY * self.processes:
+            problem += f"; {self.processes} client process(es) used {self.client_cpu:.0%} of a core, set limits.processes higher"
+        return problem
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Measured:
     loop_lags_s: list[float]
     requested_rate: float | None
     origin_s: float = 0.0
+    processes: int = 1
 
 
 class LoopMonitor:
@@ -103,4 +110,5 @@ def check_client(stretches: Sequence[Measured]) -> SelfCheck:
         requested_rate=sum(rates) / len(rates) if rates else None,
         achieved_rate=len(outcomes) / sending if sending > 0 else 0.0,
         client_cpu=sum(stretch.cpu_s for stretch in stretches) / wall if wall > 0 else 0.0,
+        processes=max((stretch.processes for stretch in stretches), default=1),
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
 
@@ -18,6 +19,7 @@ from lmc.bench.arms import Launcher, Probe, Server, check_tokenizer
 from lmc.bench.attribution import Costs, request_costs, with_span
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, add_up, difference, read_counters
+from lmc.bench.fleet import processes_for, run_in_processes
 from lmc.bench.load import run_load
 from lmc.bench.progress import Progress
 from lmc.bench.prompts import Request
@@ -25,7 +27,7 @@ from lmc.bench.records import HitPoint, Phase
 from lmc.bench.schedule import Plan
 from lmc.bench.selfcheck import Measured
 from lmc.bench.spans import read_spans
-from lmc.bench.workload import Arm
+from lmc.bench.workload import Arm, Limits
 from lmc.errors import RunError
 
 DRAIN_S = 120.0
@@ -96,13 +98,15 @@ class ArmRun:
             said.append(await _drain(self.http, self.servers))
         self.data.before = self.last = await _read_all(self.http, self.servers)
 
-    async def measure(self, plan: Plan, seconds: float | None) -> None:
+    async def measure(self, plan: Plan, limits: Limits) -> None:
         """One stretch of load; a later one goes on where this one ended."""
         if self.stopped:
             return
         with self._phase("measure") as said:
-            stretch = await run_load(
-                plan, self.targets, self.label, lambda outcome: self._on_done(plan, outcome), seconds, self.data.wall_s
+            processes = limits.processes or processes_for(plan)
+            send = run_load if processes == 1 else partial(run_in_processes, processes=processes)
+            stretch = await send(
+                plan, self.targets, self.label, lambda o: self._on_done(plan, o), limits.seconds, self.data.wall_s
             )
             said.append(f"{len(stretch.outcomes)} requests")
         self.data.measured.append(stretch)

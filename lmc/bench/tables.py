@@ -259,6 +259,7 @@ def self_check_table(results: Results) -> Table:
         Column("requested", "requests/s"),
         Column("achieved", "requests/s"),
         Column("client CPU", "% of a core", 1),
+        Column("client processes"),
     ]
     rows: list[list[Cell]] = [
         [
@@ -269,6 +270,7 @@ def self_check_table(results: Results) -> Table:
             check.requested_rate,
             check.achieved_rate,
             check.client_cpu * 100,
+            check.processes,
         ]
         for arm in results.arms
         if (check := arm.self_check) is not None

@@ -208,6 +208,7 @@ class Limits(Strict):
     seconds: Seconds | None = None
     concurrency: Count | None = None
     timeout: Seconds = 600.0
+    processes: Count | None = None  # of the client; as many as the rate or the concurrency needs, if absent
 
 
 class Slo(Strict):
