@@ -23,6 +23,10 @@ class Counters:
         found = [value for (known, have), value in self.samples.items() if known == name and wanted <= have]
         return sum(found) if found else None
 
+    def largest(self, name: str) -> float | None:
+        """Of a gauge that several ranks show."""
+        return max((value for (known, _), value in self.samples.items() if known == name), default=None)
+
     def by_label(self, name: str, label: str) -> dict[str, float]:
         sums: dict[str, float] = {}
         for (known, have), value in self.samples.items():

@@ -19,6 +19,7 @@ from lmc.bench.arms import Launcher, Probe, Server, check_tokenizer
 from lmc.bench.attribution import Costs, request_costs, with_span
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, add_up, difference, read_counters
+from lmc.bench.engine_counters import device_hits, looked_up, looked_up_at_start
 from lmc.bench.fleet import processes_for, run_in_processes
 from lmc.bench.load import run_load
 from lmc.bench.progress import Progress
@@ -33,7 +34,6 @@ from lmc.errors import RunError
 DRAIN_S = 120.0
 POLL_S = 0.05
 LOOKUPS, HITS = "lmc_lookup_tokens_total", "lmc_hit_tokens_total"
-ENGINE_HITS, ENGINE_QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
 
 @dataclass
@@ -195,7 +195,7 @@ async def opened(
 def hits_by_tier(now: Counters, before: Counters) -> dict[str, float]:
     """Hit tokens since `before`: "device" is the engine's own prefix cache, the other names are lmc's tiers."""
     tiers = {}
-    if (device := difference(now, before, ENGINE_HITS)) is not None:
+    if (device := device_hits(now, before)) is not None:
         tiers["device"] = device
     for tier in now.by_label(HITS, "tier"):
         tiers[tier] = difference(now, before, HITS, tier=tier) or 0.0
@@ -205,7 +205,7 @@ def hits_by_tier(now: Counters, before: Counters) -> dict[str, float]:
 def _hit_point(at_s: float, now: Counters, before: Counters) -> HitPoint:
     lookups = difference(now, before, LOOKUPS)
     if lookups is None:
-        lookups = difference(now, before, ENGINE_QUERIES)
+        lookups = looked_up(now, before)
     return HitPoint(at_s, lookups or 0.0, hits_by_tier(now, before))
 
 
@@ -215,8 +215,7 @@ async def _verify_empty(http: aiohttp.ClientSession, server: Server, data: ArmDa
         return await _reset(http, server, data)
     counters = await read_counters(http, server.metrics)
     used = counters.by_label("lmc_slots_used", "tier")
-    queried = counters.total(ENGINE_QUERIES)
-    if queried:
+    if queried := looked_up_at_start(counters):
         data.problems.append(f"not empty at start: the engine has already looked up {queried:.0f} tokens")
     for tier, slots in used.items():
         may_be_full = data.arm.restart_of is not None and tier not in ("device", "host")
@@ -228,7 +227,10 @@ async def _verify_empty(http: aiohttp.ClientSession, server: Server, data: ArmDa
 
 
 async def _reset(http: aiohttp.ClientSession, server: Server, data: ArmData) -> str:
-    """A server that ran before: ask it to forget, and say whether it did."""
+    """A server that ran before: ask it to forget (SGLang forgets its own cache, not lmc's), and say whether it did."""
+    async with http.post(f"{server.root_url}/flush_cache") as response:
+        if response.status == 200:
+            return "flushed by request"
     async with http.post(f"{server.root_url}/reset_prefix_cache", params={"reset_external": "true"}) as response:
         if response.status != 200:
             return (

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from lmc.bench.counters import Counters
+from lmc.bench.engine_counters import REPORTED, pool
 from lmc.bench.expected import expected_hits
 from lmc.bench.prompts import Request
 from lmc.bench.records import ArmResult, OutputCheck, PartFigures, RequestRecord
@@ -37,14 +38,17 @@ def arm_expectation(
         return None, False
     if arm.reuse == "none":
         return [0] * len(requests), True
-    block_tokens = int(counters.label("vllm:cache_config_info", "block_size") or 0)
+    space = pool(counters)
+    block_tokens = space.block_tokens if space is not None else 0
     if arm.reuse == "engine":
-        blocks = counters.label("vllm:cache_config_info", "num_gpu_blocks")
-        if not block_tokens or not blocks:
+        if space is None:
             return None, False
-        hits = expected_hits(requests, block_tokens, int(blocks), before)
+        blocks = space.num_blocks
+        if not space.is_exact:  # then only what needs no forgetting can be told: all beside the longest request
+            blocks -= max(-(-(len(r.prompt) + r.output_tokens) // block_tokens) for r in requests)
+        hits = expected_hits(requests, block_tokens, max(blocks, 0), before)
         fits = hits == expected_hits(requests, block_tokens, np.inf, before)
-        return hits, plan.is_ordered and fits
+        return (hits, plan.is_ordered and fits) if fits or space.is_exact else (None, False)
     settings = CacheConfig.model_validate(arm.cache or {})
     chunk_tokens = chunk_tokens_for(settings, block_tokens or 1)
     remote = settings.redis.url is not None or settings.s3.bucket is not None
@@ -201,9 +205,7 @@ def _own_counters(data: ArmData) -> dict[str, float]:
         return {}
     grown: dict[str, float] = {}
     for (name, labels), value in sorted(data.after.samples.items(), key=lambda item: (item[0][0], sorted(item[0][1]))):
-        if not name.endswith("_total") or not name.startswith(
-            ("lmc_", "vllm:prefix_cache", "vllm:external_prefix_cache")
-        ):
+        if not name.endswith("_total") or not name.startswith(REPORTED):
             continue
         shown = ",".join(f"{key}={place}" for key, place in sorted(labels) if key not in ("engine", "model_name"))
         grown[f"{name}{{{shown}}}"] = value - data.before.samples.get((name, labels), 0.0)
