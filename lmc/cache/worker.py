@@ -7,6 +7,7 @@ below run on I/O threads, which touch nothing but slots.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -43,6 +44,8 @@ from lmc.errors import Corrupt, TierError, TierFull
 
 logger = logging.getLogger(__name__)
 
+WRITE_NICENESS = 10  # a tenth of the weight of an ordinary thread: enough to get on when the machine is full
+
 
 class CacheWorker:
     """Chunks between an engine's KV cache (the copier's), a slab of host slots and tiers by name."""
@@ -71,7 +74,10 @@ class CacheWorker:
         self._close_timeout = close_timeout
         # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
         self._readers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-read") for name in tiers}
-        self._writers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-write") for name in tiers}
+        self._writers = {
+            name: ThreadPoolExecutor(io_threads, f"lmc-{name}-write", initializer=_yield_to_the_engine)
+            for name in tiers
+        }
         self._under_way: set[Future[None]] = set()
         self._sparingly = Sparingly()
         self._lock = threading.Lock()  # guards _under_way and the report, which other threads write to
@@ -260,6 +266,11 @@ class CacheWorker:
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
             self._report.transfers.append((what, num_bytes, seconds))
+
+
+def _yield_to_the_engine() -> None:
+    """Nobody waits for a write, and on a CPU engine a core that writes is missing from the forward pass."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(os.getpriority(os.PRIO_PROCESS, 0), WRITE_NICENESS))
 
 
 def _cause(error: TierError) -> str:

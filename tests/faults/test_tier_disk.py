@@ -124,7 +124,7 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize("call", ["open", "writev", "fsync", "rename", "mkdir"])
+@pytest.mark.parametrize("call", ["open", "pwritev", "fsync", "rename", "mkdir"])
 @pytest.mark.parametrize(("number", "kind", "said"), FAILURES, ids=[errno.errorcode[number] for number, *_ in FAILURES])
 def test_a_failed_store_leaves_nothing_and_harms_nothing(
     tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, kind: type, said: str

@@ -4,9 +4,8 @@
     PATH/v1/<namespace>/r<rank>/tmp/                              chunks being written
 
 A put writes a temporary file, syncs it and renames it, so a name always stands for a whole chunk (without fsync, after a power cut, for
-one that does not match its checksum). The writer holds a lock (flock) on its
-temporary file: one that can be locked has no writer any more, and scan removes it. Reads are in file_read.py. All calls release the GIL
-while they wait for the disk.
+one that does not match its checksum). The writer holds a lock (flock) on its temporary file: one that can be locked has no writer any more,
+and scan removes it. Bytes are read in file_read.py and written in file_write.py. All calls release the GIL while they wait for the disk.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.cache.tiers.file_read import read_chunk
+from lmc.cache.tiers.file_write import write_chunk
 from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope
 from lmc.errors import Corrupt, TierError, TierFull
 
@@ -129,9 +129,7 @@ class DiskTier:
     def _write(self, target: Path, header: bytes, data: memoryview) -> None:
         fd, temporary = self._create()
         try:
-            written = os.writev(fd, [header, data])
-            while written < HEADER_BYTES + len(data):
-                written += os.write(fd, data[written - HEADER_BYTES :] if written >= HEADER_BYTES else header[written:])
+            write_chunk(fd, header, data)
             if self._fsync:
                 os.fsync(fd)
             if not target.parent.is_dir():

@@ -23,7 +23,7 @@ from lmc.cache.tiers.format import HEADER_BYTES, aligned_page
 from lmc.errors import Corrupt
 
 _PIECE = 2 << 20
-_NOT_DIRECT = (
+NOT_DIRECT = (
     errno.EINVAL,
     errno.EOPNOTSUPP,
     errno.EFAULT,
@@ -35,7 +35,7 @@ _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c
 
 
 class _Scratch(threading.local):
-    """What each thread needs for every read; making it anew would cost a tenth of a read from the page cache."""
+    """What each thread needs for every file; making it anew would cost a tenth of a read from the page cache."""
 
     def __init__(self) -> None:
         self.header = aligned_page()
@@ -44,7 +44,7 @@ class _Scratch(threading.local):
         self.pages = (ctypes.c_uint64 * 5)()  # cached, dirty, in writeback, evicted, recently evicted
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 def read_chunk(source: str, out: memoryview) -> tuple[memoryview, int]:
@@ -57,7 +57,7 @@ def read_chunk(source: str, out: memoryview) -> tuple[memoryview, int]:
         size, wanted = os.fstat(fd).st_size, HEADER_BYTES + len(out)
         if size != wanted:
             raise Corrupt(f"the file has {size} bytes instead of {wanted}")
-        header = _scratch.header
+        header = scratch.header
         position = 0 if in_page_cache(fd, size) else _read_direct(fd, header, out)
         hasher = xxhash.xxh3_64(out[: max(position - HEADER_BYTES, 0)])
         while position < wanted:
@@ -74,7 +74,7 @@ def read_chunk(source: str, out: memoryview) -> tuple[memoryview, int]:
 
 def in_page_cache(fd: int, size: int) -> bool:
     """Whether the whole file is in memory, or the kernel does not say."""
-    area, pages = _scratch.area, _scratch.pages
+    area, pages = scratch.area, scratch.pages
     area[1] = size
     failed = _libc.syscall(_CACHESTAT, fd, area, pages, 0)
     return failed != 0 or pages[0] * mmap.PAGESIZE >= size
@@ -90,14 +90,14 @@ def _read_direct(fd: int, header: memoryview, out: memoryview) -> int:
     """Read the file past the page cache, if that is possible; returns where it stopped."""
     size = HEADER_BYTES + len(out)
     tail = size % HEADER_BYTES  # direct reads are of whole pages; the kernel stops at the end of the file by itself
-    last = _scratch.last_page[: HEADER_BYTES if tail else 0]
+    last = scratch.last_page[: HEADER_BYTES if tail else 0]
     position = 0
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
         position = os.preadv(fd, [header, out[: len(out) - tail], last], 0)
     except OSError as error:
-        if error.errno not in _NOT_DIRECT:
+        if error.errno not in NOT_DIRECT:
             raise
     fcntl.fcntl(fd, fcntl.F_SETFL, flags)
     if position < size:

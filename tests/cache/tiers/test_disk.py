@@ -85,6 +85,45 @@ def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.
     assert refused == [0]
 
 
+@given(
+    size=st.integers(1, 5 * HEADER_BYTES), offset=st.sampled_from([0, 1, 512, HEADER_BYTES]), step=st.integers(1, 9000)
+)
+def test_writes_of_any_size_alignment_and_length_of_step(size: int, offset: int, step: int) -> None:
+    """Direct where the memory allows, the rest through the page cache; the kernel may write less than asked in each call."""
+    slot = memoryview(mmap.mmap(-1, size + offset))[offset:]
+    slot[:] = payload(1, size)
+    direct, plain = [], os.pwritev
+
+    def write_some(fd: int, buffers: list[memoryview], position: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            direct.append(position)
+            return plain(fd, buffers[: 1 + step % 2], position)
+        return plain(fd, [buffers[0][:step]], position)
+
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        tier = DiskTier(Path(name), TierScope("ns", 0, "layout", size))
+        patch.setattr(os, "pwritev", write_some)
+        tier.put(key(1), slot)
+        content = file_of(Path(name), 1).read_bytes()
+    assert direct == [0]
+    assert content[HEADER_BYTES:] == slot
+    assert len(content) == HEADER_BYTES + size
+
+
+def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.pwritev
+
+    def refuse(fd: int, buffers: list[memoryview], position: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct I/O")
+        return plain(fd, buffers, position)
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    tier = DiskTier(tmp_path, SCOPE)
+    tier.put(key(1), payload(1))
+    assert load(tier, 1) == payload(1)
+
+
 def test_the_page_cache_is_told_from_the_disk(tmp_path: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall(file_read._CACHESTAT, -1, None, None, 0)
