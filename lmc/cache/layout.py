@@ -66,6 +66,11 @@ class KVLayout:
         digest = hashlib.sha256(self.description.encode()).hexdigest()[:32]
         return f"{self.engine}-{self.block_tokens}t-{self.block_bytes}b-{digest}"
 
+    @cached_property
+    def layers_apart(self) -> bool:
+        """Whether every region is one layer's, so that copies of one layer are no smaller than copies of all."""
+        return all(piece.size == self.regions[piece.region].size for layer in self.layers for piece in layer.pieces)
+
     def ranges(self, block: int) -> list[tuple[int, int]]:
         """(address, bytes) of block, in slot order."""
         if not 0 <= block < self.num_blocks:

@@ -108,19 +108,26 @@ class CacheWorker:
             tuple(warnings),
         )
 
-    def begin(self, work: Plan) -> None:
-        """Before the forward pass: start what runs in the background and fill the blocks that the pass reads."""
-        self._failed_blocks.update(work.failed_blocks)
+    def begin(self, work: Plan, *, by_layer: bool = False) -> None:
+        """Before the forward pass: start what runs in the background and fill the blocks that the pass reads.
+
+        by_layer: the pass will call wait_layer() before each layer reads its blocks, so loads may still be under way when this returns.
+        """
         self._loaded.update(work.failed_requests)
         for copy in work.tier_copies:
             self._submit(copy)
         for request in work.background_loads:
             self.copier.load_in_background(request)
-        loaded = [self.copier.load(request) for request in work.loads]
-        if work.failed_blocks or not all(loaded):
-            with self._lock:
-                self._fault += 1
-                self._report.faults[self._rank] = self._fault
+        unfilled = set(work.failed_blocks)
+        if not (by_layer and self.copier.start_layers(work.loads)):
+            for request in work.loads:
+                if not self.copier.load(request):
+                    unfilled.update(block for chunk in request.chunks for block in chunk.blocks if block >= 0)
+        self._note_unfilled(unfilled)
+
+    def wait_layer(self, name: str) -> None:
+        """Before a layer of the forward pass reads its blocks."""
+        self.copier.wait_layer(name)
 
     def end(self, work: Plan) -> None:
         """After the forward pass: copy the blocks that it filled.
@@ -128,6 +135,7 @@ class CacheWorker:
         Once a pass ran on blocks that were not filled, whatever it computed is garbage, in other requests that share the blocks too, and
         so is what the passes compute that were planned before the scheduler knew. Nothing of them is stored.
         """
+        self._note_unfilled(self.copier.end_layers())
         poisoned = work.known_faults.get(self._rank, 0) < self._fault
         for request in work.stores:
             if poisoned:
@@ -167,6 +175,10 @@ class CacheWorker:
             report.copying[self._rank] = self._copying = copying
         return report
 
+    def give_up(self, operations: Sequence[int]) -> None:
+        """Whoever was to carry these operations out cannot; any thread."""
+        self._finish(operations, CRASH)
+
     def close(self, timeout: float | None = None) -> None:
         """Let the writes under way end within timeout seconds (default: as configured), then release memory and connections."""
         timeout = self._close_timeout if timeout is None else timeout
@@ -193,11 +205,20 @@ class CacheWorker:
             self._under_way.add(submitted)
         submitted.add_done_callback(partial(self._on_end, copy))
 
+    def _note_unfilled(self, blocks: set[int]) -> None:
+        """The forward pass that begins, or has ended, reads these blocks and they hold garbage."""
+        if blocks:
+            self._failed_blocks.update(blocks)
+            with self._lock:
+                self._fault += 1
+                self._report.faults[self._rank] = self._fault
+
     def _settle(self) -> None:
-        """Note how copies of blocks ended."""
+        """Note how copies of blocks ended. The pass is over, also where somebody asks before end()."""
+        self._note_unfilled(self.copier.end_layers())
         for batch in self.copier.ended():
             self._finish(batch.operations, COPY if batch.failed else None)
-            if batch.failed and batch.direction is Direction.LOAD:
+            if batch.failed and batch.background:
                 self._failed_blocks.update(batch.blocks)
             if batch.background:
                 self._loaded.add(batch.request_id)

@@ -65,6 +65,7 @@ class Instance:
     clock: Callable[[], float] = time.monotonic
     model: str = "test"
     streams: bool = False  # copies on threads that stand for a device's streams
+    by_layer: bool = False  # the forward pass waits for one layer of its loads after the other
     serial: int = 0
     reports: list[Report] = field(default_factory=list)
 
@@ -104,14 +105,19 @@ class Instance:
         self.engine.admit(name, gain, blocks)
         plan = self.engine.take_plan()
         failed: set[int] = set()
-        for worker in self.workers:
-            worker.begin(plan)
-            failed |= worker.take_failed_blocks()
-        loaded = 0 if failed else gain
         salt = f"{identity.tenant}/{identity.lora}"
+        for rank, worker in enumerate(self.workers):
+            worker.begin(plan, by_layer=self.by_layer)
+            right = True
+            for layer in range(NUM_LAYERS):
+                worker.wait_layer(f"layer{layer}")
+                for index in range(gain // BLOCK_TOKENS):
+                    wanted = right_bytes(rank, tokens, index, salt)[layer]
+                    right = right and bool((self.kv[rank][layer, blocks[index]] == wanted).all())
+            failed |= worker.take_failed_blocks()
+            assert failed or right, "wrong bytes were loaded"
+        loaded = 0 if failed else gain
         for rank, kv in enumerate(self.kv):
-            for index in range(loaded // BLOCK_TOKENS):
-                assert (kv[:, blocks[index]] == right_bytes(rank, tokens, index, salt)).all(), "wrong bytes were loaded"
             for index in range(loaded // BLOCK_TOKENS, len(tokens) // BLOCK_TOKENS):
                 kv[:, blocks[index]] = right_bytes(rank, tokens, index, salt)
         for worker in self.workers:

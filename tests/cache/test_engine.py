@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from lmc.cache import block_copies
 from lmc.cache.engine import Identity
 from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import ConfigError, TierError, TransferError
@@ -150,9 +151,11 @@ def test_a_damaged_file_of_one_rank_is_a_miss_and_is_replaced(instances, tmp_pat
     assert third.serve(tokens).sources == {"disk": 48}
 
 
-def test_copies_on_streams_are_ordered_with_the_engines_own_work():
+@pytest.mark.parametrize("by_layer", [False, True], ids=["whole", "by layer"])
+def test_copies_on_streams_are_ordered_with_the_engines_own_work(by_layer, monkeypatch):
     """Copies come late; whatever reads a block or a slot too early, or overwrites it too soon, gives wrong bytes in serve()."""
-    instance = Instance(settings(host_capacity=2 * 16 * CHUNK_BYTES), 2, streams=True)
+    monkeypatch.setattr(block_copies, "LAYER_BYTES", 1)
+    instance = Instance(settings(host_capacity=2 * 16 * CHUNK_BYTES), 2, streams=True, by_layer=by_layer)
     chooser = random.Random(3)
     for _ in range(120):
         length = chooser.randrange(9, 90)
@@ -345,7 +348,7 @@ def test_a_full_write_queue_drops_and_counts(instances, tmp_path, monkeypatch):
     instance = start(instances, disk_path=tmp_path, queue_depth=2)
     gate = threading.Event()
     put = DiskTier.put
-    monkeypatch.setattr(DiskTier, "put", lambda self, key, data: gate.wait(20) and put(self, key, data))
+    monkeypatch.setattr(DiskTier, "put", lambda self, *args: gate.wait(20) and put(self, *args))
     try:
         instance.serve(prompt(1, 50), settle=False)
         assert instance.engine.directory.num_writing == {"disk": 2}
@@ -386,9 +389,9 @@ def test_close_lets_writes_end(tmp_path, monkeypatch):
     instance = Instance(settings(disk_path=tmp_path, io_threads=1))
     put = DiskTier.put
 
-    def slow_put(self, key, data):
+    def slow_put(self, *args):
         time.sleep(0.02)
-        put(self, key, data)
+        put(self, *args)
 
     monkeypatch.setattr(DiskTier, "put", slow_put)
     instance.serve(prompt(1, 50), settle=False)
@@ -399,7 +402,7 @@ def test_close_lets_writes_end(tmp_path, monkeypatch):
 def test_close_gives_up_after_its_limit(tmp_path, monkeypatch, caplog):
     instance = Instance(settings(disk_path=tmp_path, io_threads=1, close_timeout=0.1))
     gate = threading.Event()
-    monkeypatch.setattr(DiskTier, "put", lambda self, key, data: gate.wait(20))
+    monkeypatch.setattr(DiskTier, "put", lambda *_: gate.wait(20))
     instance.serve(prompt(1, 50), settle=False)
     started = time.monotonic()
     instance.close()

@@ -30,12 +30,14 @@ ENVIRONMENT = {
 class VllmDriver:
     """Starts the engine; each call is one command."""
 
-    def __init__(self, model: Path, *, settings: dict[str, Any] | None, **options: Any) -> None:
-        """settings None: no connector at all."""
+    def __init__(
+        self, model: Path, *, settings: dict[str, Any] | None, python: str = sys.executable, **options: Any
+    ) -> None:
+        """settings None: no connector at all. python: of vLLM's environment, where the test runs in another one."""
         ranks = options.get("tensor_parallel_size", 1)
         cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks))} if ranks > 1 else {}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engines.vllm_driver"],
+            [python, "-m", "tests.engines.vllm_driver"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -91,12 +93,18 @@ class VllmDriver:
 class _Engine:
     def start(self, model: str, settings: dict[str, Any] | None, options: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.config.kv_events import KVEventsConfig
 
         from lmc.cache.settings import load_settings
+        from lmc.serve.command import secrets
         from lmc.serve.engines import vllm_transfer_config
 
         if settings is not None:
-            options["kv_transfer_config"] = vllm_transfer_config(load_settings(flags=settings).config)
+            config = load_settings(flags=settings).config
+            os.environ.update(secrets(config))
+            options["kv_transfer_config"] = vllm_transfer_config(config)
+        if "kv_events_config" in options:
+            options["kv_events_config"] = KVEventsConfig(**options["kv_events_config"])
         self.llm = LLM(
             model,
             dtype="float32",
@@ -126,9 +134,12 @@ class _Engine:
         return get_kv_transfer_group()._worker.worker
 
     def generate(self, prompts: list[list[int]], parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        """parameters: SamplingParams' own, and cache_salts and adapters ([name, id, folder]), one for each prompt."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         salts = parameters.pop("cache_salts", [None] * len(prompts))
+        adapters = [LoRARequest(*one) if one else None for one in parameters.pop("adapters", [None] * len(prompts))]
         sampling = SamplingParams(
             temperature=0, ignore_eos=True, detokenize=False, **{"max_tokens": 8, "logprobs": 2, **parameters}
         )
@@ -136,8 +147,33 @@ class _Engine:
             {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
             for prompt, salt in zip(prompts, salts, strict=True)
         ]
-        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False, lora_request=adapters if any(adapters) else None)
         return [outcome(output) for output in outputs]
+
+    def generate_embedded(self, seed: int, length: int, parameters: dict[str, Any]) -> dict[str, Any]:
+        """A prompt that is given as random embeddings."""
+        import torch
+        from vllm import SamplingParams
+
+        size = self.llm.model_config.get_hidden_size()
+        embeddings = torch.randn(length, size, generator=torch.Generator().manual_seed(seed))
+        sampling = SamplingParams(
+            temperature=0, ignore_eos=True, detokenize=False, **{"max_tokens": 8, "logprobs": 2, **parameters}
+        )
+        return outcome(self.llm.generate({"prompt_embeds": embeddings}, sampling, use_tqdm=False)[0])
+
+    def first_token(self, prompt: list[int], extra_args: dict[str, Any]) -> tuple[float, dict[str, int]]:
+        """Seconds to the first token, and where the prompt's KV came from; extra_args ask lmc to explain."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args=extra_args)
+        started = time.perf_counter()
+        output = self.llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
+        return time.perf_counter() - started, output.kv_transfer_params["lmc"]["hit_tokens"]
+
+    def reset_device(self) -> bool:
+        """Empty the engine's own prefix cache."""
+        return bool(self.llm.reset_prefix_cache())
 
     def traffic(
         self, requests: list[dict[str, Any]], seed: int, concurrency: int, chances: dict[str, float]
@@ -213,8 +249,8 @@ class _Engine:
     def num_preemptions(self) -> float:
         return float(sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions"))
 
-    def fail_loads(self, count: int) -> None:
-        """The next loads fail half way: some bytes are garbage, then the copy reports an error."""
+    def fail_loads(self, count: int, after: int = 0) -> None:
+        """Loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
         import ctypes
 
         from lmc.cache.transfer.planner import Direction
@@ -222,16 +258,53 @@ class _Engine:
 
         backend = self.worker.copier.backend
         copy = backend.execute
-        left = [count]
+        good, left = [after], [count]
 
         def broken(descriptors: Any, *arguments: Any) -> None:
-            if descriptors.direction is Direction.LOAD and left[0] > 0:
+            loading = descriptors.direction is Direction.LOAD
+            if loading and good[0] > 0:
+                good[0] -= 1
+            elif loading and left[0] > 0:
                 left[0] -= 1
                 ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
                 raise TransferError("injected")
             copy(descriptors, *arguments)
 
         backend.execute = broken
+
+    def load_by_layer(self) -> None:
+        """From now on copies run on threads, as on a device's streams; loads go layer by layer, slowly: a missing wait shows."""
+        from lmc.cache import block_copies
+        from lmc.cache.transfer.planner import Direction
+        from lmc.cache.transfer.runtimes import ThreadRuntime
+        from lmc.cache.transfer.streams import TransferStreams
+
+        block_copies.LAYER_BYTES = 1
+        old = self.worker.copier
+        copy = old.backend.execute
+
+        def slow(descriptors: Any, *arguments: Any) -> None:
+            if descriptors.direction is Direction.LOAD:
+                time.sleep(0.02)
+            copy(descriptors, *arguments)
+
+        old.backend.execute = slow
+        streams = TransferStreams(ThreadRuntime(), old.backend)
+        self.worker.copier = block_copies.BlockCopier(old.layout, old._slab, old.backend, streams)
+        self.by_layer: list[float] = []  # seconds that start_load_kv took for each pass that loads by layer
+        start = self.worker.copier.start_layers
+
+        def timed(requests: Any) -> bool:
+            started = time.perf_counter()
+            if start(requests):
+                self.by_layer.append(time.perf_counter() - started)
+                return True
+            return False
+
+        self.worker.copier.start_layers = timed
+
+    def loads_by_layer(self) -> list[float]:
+        return self.by_layer
 
     def abort_while_loading(self, prompt: list[int]) -> None:
         """Abort a request whose chunks are being loaded slowly."""

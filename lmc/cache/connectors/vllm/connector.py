@@ -131,10 +131,10 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         self._worker.fence()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._worker.begin(self._step_plan())
+        self._worker.begin(self._step_plan(), forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are complete when start_load_kv returns."""
+        self._worker.wait_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any

@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm.config import CUDAGraphMode
+
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.vllm.identity import model_identity, page_packing, require_full_attention
 from lmc.cache.connectors.vllm.messages import Introduction
@@ -20,6 +22,7 @@ from lmc.errors import ConfigError, LmcError
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
@@ -65,13 +68,28 @@ class WorkerSide:
         if self.worker is not None:
             self.worker.fence()
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, forward_context: ForwardContext) -> None:
         if self.worker is not None:
-            self.worker.begin(plan)
+            self.worker.begin(plan, by_layer=self._runs_layer_hooks(forward_context))
+
+    def wait_layer(self, name: str) -> None:
+        if self.worker is not None:
+            self.worker.wait_layer(name)
 
     def end(self, plan: Plan) -> None:
         if self.worker is not None:
             self.worker.end(plan)
+
+    def _runs_layer_hooks(self, forward_context: ForwardContext) -> bool:
+        """Whether wait_layer() will be called for every layer of this pass, and before anything asks for failed blocks.
+
+        A replayed full CUDA graph calls no Python, and a draft model's layers run after vLLM has asked.
+        """
+        return (
+            forward_context.attn_metadata is not None
+            and forward_context.cudagraph_runtime_mode is not CUDAGraphMode.FULL
+            and self.vllm_config.speculative_config is None
+        )
 
     def loaded(self) -> set[str]:
         return self.worker.take_loaded() if self.worker is not None else set()

@@ -1,0 +1,66 @@
+"""Loads layer by layer on the real vLLM engine, with threads in the place of a device's streams: outputs unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engines.scenario import assert_same, driver, prompt
+from tests.engines.vllm_driver import VllmDriver
+
+pytestmark = pytest.mark.engine
+
+LAYERS, LAYER_SECONDS = 4, 0.02
+
+
+@pytest.fixture(scope="module")
+def layered(tiny_llama: Path) -> Iterator[VllmDriver]:
+    with driver(tiny_llama, background_load_tokens=1_000_000) as engine:
+        engine.call("load_by_layer")
+        yield engine
+
+
+def test_a_hit_is_loaded_while_the_pass_runs_and_the_output_is_the_same(plain: VllmDriver, layered: VllmDriver) -> None:
+    text = prompt(70, 700)
+    reference = plain.generate([text])
+    layered.generate([text])
+    warm = layered.generate([text])
+    assert warm[0]["cached"] == 640
+    assert_same(warm, reference)
+    (seconds,) = layered.call("loads_by_layer")
+    assert seconds < LAYERS * LAYER_SECONDS, "the pass began before the last layer was there"
+
+
+def test_requests_of_one_pass_share_blocks_and_load_together(plain: VllmDriver, layered: VllmDriver) -> None:
+    common = prompt(71, 256)
+    texts = [common + prompt(72 + index, 100 + 17 * index) for index in range(4)]
+    reference = plain.generate(texts)
+    layered.generate(texts)
+    got = layered.generate(texts)
+    assert all(one["cached"] >= 256 for one in got)
+    assert_same(got, reference)
+    assert len(layered.call("loads_by_layer")) > 1
+    failures = layered.call("metric", name="lmc_failures_total", labels={"operation": "load"})
+    assert failures == 0, "every layer was waited for"
+
+
+@pytest.mark.parametrize("after", range(LAYERS))
+def test_a_failure_in_any_layer_is_recomputed_and_poisons_nothing(
+    plain: VllmDriver, layered: VllmDriver, after: int
+) -> None:
+    text = prompt(80 + after, 400)
+    reference = plain.generate([text])
+    layered.generate([text])
+    layered.call("fail_loads", count=1, after=after)
+    assert_same(layered.generate([text]), reference)
+    again = layered.generate([text])
+    assert again[0]["cached"] == 384  # stored anew
+    assert_same(again, reference)
+    assert layered.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
+
+
+def test_nothing_is_left_over(layered: VllmDriver) -> None:
+    state = layered.call("state")
+    assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
