@@ -167,6 +167,11 @@ class CacheEngine:
             copies = tuple(self._block_copy(ticket, position[ticket.key], blocks, 0) for ticket in tickets)
             self._plan.stores.append(RequestCopies(request_id, copies))
 
+    def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
+        """The names of a request's full chunks, as far as they were looked at; empty for an unknown request."""
+        request = self._requests.get(request_id)
+        return request.chain.keys if request is not None else ()
+
     def prefetch(self, tokens: Sequence[int], identity: Identity) -> int:
         """A request with these tokens is expected: bring its chunks into host memory. Returns how many are known to be stored."""
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)

@@ -172,7 +172,7 @@ class Below:
                 self._evicting.discard(gone)
                 places.forget_unused(gone)
             if stored:
-                residents.state[node] = RESIDENT
+                places.arrive(residents, node)
             else:
                 places.leave(residents, node)
                 residents.vacate(node)

@@ -82,6 +82,7 @@ class Directory:
         self._pins = Pins(self._places)
         self._staging: set[int] = set()
         self._spoiled: set[int] = set()
+        self.changes = self._places.changes
         self._now = float("-inf")
 
     # Looking up
@@ -403,7 +404,7 @@ class Directory:
     def _complete_slot(self, ticket: Ticket, node: int, failure: str | None) -> None:
         places = self._places
         if failure is None:
-            places.host.state[node] = RESIDENT
+            places.arrive(places.host, node)
             self._below.after_store(node)
             return
         places.misses.note(ticket.key, Miss.STORE_FAILED if ticket.kind == "store" else Miss.LOAD_FAILED)

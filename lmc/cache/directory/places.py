@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from lmc.cache.directory.ages import Ages, TtlMode
+from lmc.cache.directory.changes import Changes
 from lmc.cache.directory.misses import MissLog
 from lmc.cache.directory.nodes import Nodes
 from lmc.cache.directory.resident import ABSENT, RESIDENT, SPOILED, ResidentSet
@@ -44,6 +45,7 @@ class Places:
         self.ages = Ages(num_nodes, ttl, ttl_mode)
         self.tenants = Tenants(num_nodes, tenant_quota)
         self.misses = MissLog()
+        self.changes = Changes()
         self.access = 0  # the number of the request, which is the policies' clock
         self.slots = array("i", [-1]) * num_nodes
         self.touches = array("H", bytes(2 * num_nodes))
@@ -138,9 +140,15 @@ class Places:
         residents.reserve(node)
         self._block_parent(node, residents, 1)
 
+    def arrive(self, residents: ResidentSet, node: int) -> None:
+        """The chunk is readable from now on."""
+        residents.state[node] = RESIDENT
+        self.changes.note(residents.name, self.nodes.key(node), readable=True)
+
     def leave(self, residents: ResidentSet, node: int) -> None:
         """Not readable any more and not the policy's; the place is still taken."""
         residents.retire(node)
+        self.changes.note(residents.name, self.nodes.key(node), readable=False)
         self._block_parent(node, residents, -1)
 
     def take_slot(self, node: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from lmc.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -53,7 +55,9 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         self._side: SchedulerSide | WorkerSide
         if role is KVConnectorRole.SCHEDULER:
             chunk_tokens_for(self._config, self._block_tokens)
-            self._side = SchedulerSide(self._config, self._block_tokens)
+            events = vllm_config.kv_events_config
+            announces = events is not None and events.enable_kv_cache_events
+            self._side = SchedulerSide(self._config, self._block_tokens, announces)
         else:
             self._side = WorkerSide(self._config, vllm_config, kv_cache_config)
 
@@ -108,6 +112,9 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.reset()
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return self._scheduler.take_events()
 
     # API server
 

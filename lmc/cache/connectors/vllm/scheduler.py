@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.control import RequestControl, parse_control
+from lmc.cache.connectors.vllm.events import TierEvents
 from lmc.cache.connectors.vllm.identity import request_identity
 from lmc.cache.connectors.vllm.messages import Introduction
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
@@ -21,6 +22,7 @@ from lmc.cache.plan import Plan, Report, WorkerReady
 from lmc.errors import LmcError
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -47,7 +49,9 @@ class SchedulerSide:
 
     config: CacheConfig
     block_tokens: int
+    announces: bool = False  # vLLM publishes KV events
     engine: CacheEngine | None = None
+    events: TierEvents | None = None
     tracked: dict[str, _Tracked] = field(default_factory=dict)
     promised: list[int] = field(default_factory=list)  # blocks that this step's plan must fill
     growth: CounterGrowth | None = None
@@ -73,6 +77,8 @@ class SchedulerSide:
                 raise
             logger.error("lmc: running WITHOUT the cache: %s", error)
             return
+        if self.announces:
+            self.events = TierEvents(self.engine.directory, self.block_tokens, self.engine.chunk_tokens)
         self.growth = CounterGrowth(self.engine.metrics.registry)
         tiers = describe_tiers(self.engine.directory.usage(), self.engine.chunk_bytes * len(ready))
         logger.info(
@@ -141,6 +147,9 @@ class SchedulerSide:
                 if _NULL_BLOCK in blocks:  # not this request's bytes: dropped by the engine, or never filled
                     num_valid = min(num_valid, blocks.index(_NULL_BLOCK) * self.block_tokens)
                 self.engine.store(request_id, request.all_token_ids, num_valid, request.num_prompt_tokens, blocks)
+                identity = tracked.identity
+                if self.events is not None and identity.extra is None and identity.tenant == self.config.tenant:
+                    self.events.note(request, self.engine.keys_of(request_id))
 
     def _track(self, request: Request) -> _Tracked:
         """The request's record; a session whose prompt was replaced by a continuation starts anew."""
@@ -177,6 +186,12 @@ class SchedulerSide:
             with self:
                 return self.growth.take()
         return None
+
+    def take_events(self) -> list[KVCacheEvent]:
+        if self.events is not None and self.engine is not None:
+            with self:
+                return self.events.take()
+        return []
 
     @property
     def busy(self) -> bool:

@@ -1,0 +1,111 @@
+"""vLLM's KV events for lmc's own tiers: routers learn which blocks this instance can load instead of computing them.
+
+An event names vLLM's block hashes, so a router sees a block move from the device to the host and to disk. Chunks of tenants, images and
+embeddings are not announced: an event says tokens and adapter only. Neither are tiers with an eviction of their own.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored, KVCacheEvent
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+from lmc.cache.directory import HOST, Directory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.core.kv_cache_utils import ExternalBlockHash
+    from vllm.v1.request import Request
+
+    from lmc.cache.keys import ChunkKey
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """What an event says of a chunk; hashes has one entry per block, after the hash of the block before the first."""
+
+    parent: ExternalBlockHash | None
+    hashes: list[ExternalBlockHash]
+    tokens: array[int]
+    lora_id: int | None
+    lora_name: str | None
+    tiers: set[str] = field(default_factory=set)  # where it was announced
+
+
+class TierEvents:
+    """Chunks that a scan found at start are announced when a request first brings their tokens."""
+
+    def __init__(self, directory: Directory, block_tokens: int, chunk_tokens: int) -> None:
+        self._directory = directory
+        self._block_tokens = block_tokens
+        self._chunk_tokens = chunk_tokens
+        self._chunks: dict[ChunkKey, _Chunk] = {}
+        self._events: list[KVCacheEvent] = []
+        directory.changes.watch()
+
+    def note(self, request: Request, keys: Sequence[ChunkKey]) -> None:
+        """A request holds the chunks of keys, which are stored or being stored."""
+        per_chunk = self._chunk_tokens // self._block_tokens
+        hashes = request.block_hashes
+        for index, key in enumerate(keys):
+            end = (index + 1) * per_chunk
+            if key in self._chunks or end > len(hashes):
+                continue
+            tiers = self._directory.tiers_of(key)
+            if not tiers and not self._directory.arriving([key]):
+                continue  # it found no room
+            lora = request.lora_request
+            first = index * self._chunk_tokens
+            chunk = self._chunks[key] = _Chunk(
+                maybe_convert_block_hash(hashes[end - per_chunk - 1]) if index else None,
+                [maybe_convert_block_hash(one) for one in hashes[end - per_chunk : end]],
+                array("I", request.all_token_ids[first : first + self._chunk_tokens]),
+                lora.lora_int_id if lora else None,
+                lora.lora_name if lora else None,
+            )
+            for tier in tiers:
+                self._announce(chunk, tier)
+
+    def take(self) -> list[KVCacheEvent]:
+        """Events since the last call."""
+        for change in self._directory.changes.take():
+            chunk = self._chunks.get(change.key)
+            if chunk is None:
+                continue
+            if change.readable:
+                self._announce(chunk, change.tier)
+                continue
+            if change.tier in chunk.tiers:
+                chunk.tiers.remove(change.tier)
+                self._events.append(BlockRemoved(block_hashes=chunk.hashes, **_place(change.tier)))
+            if not chunk.tiers and not self._directory.arriving([change.key]):
+                del self._chunks[change.key]
+        events, self._events = self._events, []
+        return events
+
+    def _announce(self, chunk: _Chunk, tier: str) -> None:
+        if tier in chunk.tiers:
+            return
+        chunk.tiers.add(tier)
+        self._events.append(
+            BlockStored(
+                block_hashes=chunk.hashes,
+                parent_block_hash=chunk.parent,
+                token_ids=chunk.tokens.tolist(),
+                block_size=self._block_tokens,
+                lora_id=chunk.lora_id,
+                lora_name=chunk.lora_name,
+                **_place(tier),
+            )
+        )
+
+
+def _place(tier: str) -> dict[str, str | None]:
+    """The fields that say where a block is."""
+    if tier == HOST:
+        return {"medium": MEDIUM_CPU, "locality": "LOCAL", "ownership": None}
+    return {"medium": MEDIUM_STORAGE, "locality": "LOCAL", "ownership": tier}

@@ -1,0 +1,32 @@
+"""Which chunk became readable in which bounded tier, or left it, for whoever tells others. Nothing is kept until somebody watches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lmc.cache.keys import ChunkKey
+
+
+class Change(NamedTuple):
+    tier: str
+    key: ChunkKey
+    readable: bool  # a chunk that leaves may never have been
+
+
+class Changes:
+    def __init__(self) -> None:
+        self._watched = False
+        self._changes: list[Change] = []
+
+    def watch(self) -> None:
+        """Keep changes from now on; take() must be called regularly."""
+        self._watched = True
+
+    def note(self, tier: str, key: ChunkKey, readable: bool) -> None:
+        if self._watched:
+            self._changes.append(Change(tier, key, readable))
+
+    def take(self) -> list[Change]:
+        """What changed since the last call, in order."""
+        taken, self._changes = self._changes, []
+        return taken

@@ -1,0 +1,94 @@
+"""The connector's scheduler half under vLLM's own Request and SchedulerOutput objects, without an engine. Its worker does all at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+from vllm.v1.request import Request
+
+from lmc.cache.config import chunk_tokens_for
+from lmc.cache.connectors.vllm.messages import Introduction
+from lmc.cache.connectors.vllm.scheduler import SchedulerSide
+from lmc.cache.keys import Namespace
+from lmc.cache.plan import CopyReading, Plan, Report, WorkerReady
+from lmc.cache.settings import load_settings
+
+NUM_BLOCKS = 1_000
+
+
+class DrivenSide:
+    """Calls the hooks in vLLM's order."""
+
+    def __init__(
+        self,
+        block_tokens: int,
+        *,
+        slots: int,
+        announces: bool = False,
+        stored: dict[str, list[bytes]] | None = None,
+        **settings: Any,
+    ) -> None:
+        config = load_settings(flags={"metrics.enabled": False, **settings}).config
+        self.namespace = Namespace("vllm", "model", "", "bf16", "layout", chunk_tokens_for(config, block_tokens))
+        self.side = SchedulerSide(config, block_tokens, announces)
+        copying = CopyReading({}, {}, threads=1, pinned_slots=0, problem="")
+        self.side.meet([Introduction(WorkerReady(self.namespace, 0, 4096, slots, stored or {}, copying))])
+        assert self.side.engine is not None
+        self.engine = self.side.engine
+        self.blocks = list(range(1, NUM_BLOCKS))
+        self.plans: list[Plan] = []  # all that were made
+        self._numbers = itertools.count()
+        hash_function = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(block_tokens, hash_function) if announces else None
+
+    def request(self, tokens: list[int], **values: Any) -> Request:
+        sampling = SamplingParams(max_tokens=16, extra_args=values.pop("extra_args", None))
+        return Request(f"request-{next(self._numbers)}", tokens, sampling, None, block_hasher=self._hasher, **values)
+
+    def output(self, scheduled: dict[str, int]) -> SchedulerOutput:
+        """A step that computes so many tokens of each request."""
+        output = SchedulerOutput.make_empty()
+        output.num_scheduled_tokens = scheduled
+        output.kv_connector_block_state = KVConnectorBlockState(set(scheduled), lambda _: (self.blocks,), {})
+        return output
+
+    def admit(self, request: Request, computed: int = 0) -> int:
+        """Lookup, admission, and the step that computes the rest of the prompt. Returns what was loaded."""
+        found, _ = self.side.lookup(request, computed)
+        while found is None:
+            self.step({})
+            found, _ = self.side.lookup(request, computed)
+        self.side.admit(request, self.blocks, found)
+        self.side.sources(request, found)
+        request.num_computed_tokens = computed + found
+        self.step({request.request_id: request.num_tokens - computed - found})
+        request.num_computed_tokens = request.num_tokens
+        return found
+
+    def step(self, scheduled: dict[str, int]) -> None:
+        self.report(self.side.plan(self.output(scheduled)))
+
+    def drain(self) -> None:
+        """Steps without requests, until no copy is under way."""
+        while self.engine.busy:
+            self.step({})
+
+    def report(self, plan: Plan) -> None:
+        self.plans.append(plan)
+        done = [chunk.operation for one in (*plan.loads, *plan.background_loads, *plan.stores) for chunk in one.chunks]
+        done += [copy.operation for copy in plan.tier_copies if copy.operation]
+        if done:
+            self.side.apply(Report(Counter(done)))
+
+    def serve(self, request: Request) -> int:
+        """A request from its first lookup to its end. Returns the tokens that were loaded."""
+        found = self.admit(request)
+        self.side.finish(request)
+        return found

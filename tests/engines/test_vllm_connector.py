@@ -1,0 +1,165 @@
+"""The connector's scheduler half under vLLM's own objects, for what no engine on a CPU can be brought to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+from lmc.cache.connectors.vllm.identity import request_identity
+from lmc.cache.keys import KeyChain, root
+from tests.engines.scenario import prompt
+from tests.engines.scheduler_side import DrivenSide
+
+BLOCK, CHUNK = 16, 64
+
+
+def side(**values: Any) -> DrivenSide:
+    return DrivenSide(BLOCK, **{"slots": 32, "chunk_tokens": CHUNK, **values})
+
+
+def image(name: str, offset: int, length: int) -> MultiModalFeatureSpec:
+    return MultiModalFeatureSpec(
+        data=None, modality="image", identifier=name, mm_position=PlaceholderRange(offset=offset, length=length)
+    )
+
+
+# What a chunk's name depends on. vLLM runs no small multimodal model on a CPU that could be made here, so images are tested at this level.
+
+
+def test_an_image_changes_the_names_of_its_chunks_and_of_all_that_follow() -> None:
+    driven = side()
+    tokens = prompt(1, 300)  # placeholders at 70..200, in the second to fourth chunk
+
+    def names(*features: MultiModalFeatureSpec) -> list[bytes]:
+        request = driven.request(tokens, mm_features=list(features))
+        identity = request_identity(request, "")
+        start = root(driven.namespace, lora=identity.lora, tenant=identity.tenant)
+        return list(KeyChain(start, CHUNK, identity.extra).extend(tokens))
+
+    cat, dog = names(image("cat", 70, 130)), names(image("dog", 70, 130))
+    assert cat[0] == dog[0] and all(one != other for one, other in zip(cat[1:], dog[1:], strict=True))
+    assert names(image("cat", 70, 130)) == cat
+    assert names(image("cat", 71, 130))[1:] != cat[1:]
+    both, swapped = (
+        names(image("cat", 70, 20), image("dog", 140, 20)),
+        names(image("dog", 70, 20), image("cat", 140, 20)),
+    )
+    assert both[0] == swapped[0] and both[1] != swapped[1] and both[2] != swapped[2]
+    late = names(image("cat", 260, 30))
+    assert late[:4] == names(image("dog", 260, 30))[:4]  # an image behind the last full chunk is in no name
+
+
+def test_requests_with_different_images_load_nothing_of_each_other() -> None:
+    driven = side()
+    tokens = prompt(2, 300)
+    assert driven.serve(driven.request(tokens, mm_features=[image("cat", 70, 130)])) == 0
+    assert driven.serve(driven.request(tokens, mm_features=[image("dog", 70, 130)])) == CHUNK
+    assert driven.serve(driven.request(tokens, mm_features=[image("cat", 70, 130)])) == 4 * CHUNK
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_of_a_prompt_are_in_its_names(dtype: torch.dtype) -> None:
+    driven = side()
+    one = torch.randn(300, 8).to(dtype)
+    other = one.clone()
+    other[150] += 1
+    assert driven.serve(driven.request(None, prompt_embeds=one)) == 0
+    assert driven.serve(driven.request(None, prompt_embeds=other)) == 2 * CHUNK
+    assert driven.serve(driven.request(None, prompt_embeds=one)) == 4 * CHUNK
+    assert driven.serve(driven.request([0] * 300)) == 0
+
+
+# Async scheduling: vLLM plans a step before it has the output of the one before. On a CPU vLLM switches it off.
+
+
+def test_a_step_that_is_planned_ahead_stores_only_what_is_computed() -> None:
+    driven = side(store_decode=True)
+    request = driven.request(prompt(3, 100))
+    driven.side.lookup(request, 0)
+    driven.side.admit(request, driven.blocks, 0)
+    first = driven.side.plan(driven.output({request.request_id: 100}))
+    request.num_computed_tokens = 100
+    for ahead in range(40):  # tokens in flight: counted as computed, but their ids are not known
+        plan = driven.side.plan(driven.output({request.request_id: 1}))
+        request.num_computed_tokens += 1
+        assert plan.stores == [], f"{ahead} tokens ahead"
+    request.append_output_token_ids(list(range(30)))
+    second = driven.side.plan(driven.output({request.request_id: 1}))
+    assert [[chunk.blocks for chunk in one.chunks] for one in second.stores] == [[(5, 6, 7, 8)]]
+    for plan in (first, second):
+        driven.report(plan)
+    driven.side.finish(request)
+    assert driven.engine.directory.num_open == 0
+
+
+# Faults in lmc end the cache, not vLLM
+
+
+@pytest.mark.parametrize("where", ["lookup", "load", "store", "complete", "clear", "take_tickets"])
+def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven = side(background_load_tokens=1)
+    tokens = prompt(4, 300)
+    driven.serve(driven.request(tokens))
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr(driven.engine.directory, where, broken)
+    request = driven.request(tokens)
+    found, background = driven.side.lookup(request, 0)
+    assert found is not None and background == (found > 0)
+    driven.side.admit(request, driven.blocks, found)
+    driven.side.sources(request, found)
+    request.num_computed_tokens = found
+    plan = driven.side.plan(driven.output({request.request_id: 300 - found}))
+    planned = {block for one in plan.background_loads for chunk in one.chunks for block in chunk.blocks}
+    assert planned | set(plan.failed_blocks) == set(driven.blocks[: found // BLOCK])
+    assert plan.failed_requests == ([request.request_id] if plan.failed_blocks else [])
+    driven.report(plan)
+    assert driven.side.reset()
+    driven.side.finish(request)
+    assert driven.side.engine is None
+    assert driven.side.lookup(driven.request(tokens), 0) == (0, False)
+    assert not driven.side.plan(driven.output({}))
+    assert driven.side.stats() is None and list(driven.side.take_events()) == [] and not driven.side.busy
+
+
+# KV events
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.sampled_from(["serve", "serve", "reset"])), max_size=30)
+)
+@settings(deadline=None, max_examples=50)
+def test_events_replayed_give_what_the_tiers_hold(steps: list[tuple[int, int, str]]) -> None:
+    driven = side(slots=6, announces=True, stored={"disk": []}, **{"disk.capacity": 9 * 4096})
+    held: dict[str, dict[bytes, BlockStored]] = {"CPU": {}, "STORAGE": {}}
+    for number, chunks, what in steps:
+        if what == "reset":
+            driven.side.reset()
+        else:
+            driven.serve(driven.request([number, *prompt(5, chunks * CHUNK)]))
+        driven.drain()
+        for event in driven.side.take_events():
+            assert event.medium is not None
+            place = held[event.medium]
+            for one in event.block_hashes:
+                if isinstance(event, BlockStored):
+                    assert one not in place
+                    place[one] = event
+                else:
+                    assert isinstance(event, BlockRemoved)
+                    del place[one]
+        used = {tier: chunks for tier, (chunks, _) in driven.engine.directory.usage().items()}
+        assert len(held["CPU"]) == used["host"] * CHUNK // BLOCK
+        assert len(held["STORAGE"]) == used.get("disk", 0) * CHUNK // BLOCK
+    assert driven.side.events is not None
+    assert len(driven.side.events._chunks) <= 6 + 9
