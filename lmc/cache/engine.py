@@ -349,7 +349,9 @@ class CacheEngine:
 
     def _tier_copy(self, ticket: Ticket, limit: float | None = None) -> TierCopy:
         assert ticket.kind in ("write", "stage", "delete")
-        return TierCopy(ticket.operation, ticket.kind, ticket.tier, ticket.key, ticket.slot, ticket.evict, limit)
+        return TierCopy(
+            ticket.operation, ticket.kind, ticket.tier, ticket.key, ticket.slot, ticket.evict, limit, ticket.parent
+        )
 
     def _complete(self, operation: int, cause: str | None, now: float) -> None:
         ticket = self.directory.complete(operation, cause, now)

@@ -58,7 +58,8 @@ def open_directory(
     for name in below:
         by_rank = [set(worker.stored[name]) for worker in ready]
         everywhere = set.intersection(*by_rank)
-        surplus = directory.restore(name, [key for key in ready[0].stored[name] if key in everywhere], now)
+        stored = [key for key in ready[0].stored[name] if key in everywhere]
+        surplus = directory.restore(name, stored, now, ready[0].parents)
         if name not in shared:  # in a shared tier they may be another instance's, or about to become whole
             superfluous[name] = [*surplus, *sorted(set.union(*by_rank) - everywhere)]
     return directory, superfluous

@@ -44,7 +44,7 @@ class RequestCopies:
 
 @dataclass(frozen=True, slots=True)
 class TierCopy:
-    """One chunk between a host slot and a tier below. `evict` goes from that tier before the chunk is written.
+    """One chunk between a host slot and a tier below. `evict` goes from it before the chunk is written; `parent` comes before it.
 
     A copy with a limit is not begun when it had to wait longer than so many seconds: nobody waits for it any more.
     """
@@ -56,6 +56,7 @@ class TierCopy:
     slot: int
     evict: tuple[ChunkKey, ...] = ()
     limit: float | None = None
+    parent: ChunkKey | None = None
 
 
 @dataclass
@@ -151,4 +152,5 @@ class WorkerReady:
     copying: CopyReading
     remote: tuple[str, ...] = ()  # tiers with an eviction of their own
     warnings: tuple[str, ...] = ()
+    parents: dict[ChunkKey, ChunkKey] = field(default_factory=dict)  # of stored chunks, as far as they are known
     failure: str = ""  # why this worker runs without a cache

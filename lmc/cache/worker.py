@@ -17,7 +17,7 @@ from functools import partial
 
 from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import REMOTE_TIERS
-from lmc.cache.keys import Namespace
+from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.logs import Sparingly, facts
 from lmc.cache.plan import (
     ABSENT,
@@ -38,6 +38,7 @@ from lmc.cache.plan import (
 )
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.breaker import Breaker, TierOpen
+from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction
 from lmc.errors import Corrupt, TierError, TierFull
@@ -90,11 +91,14 @@ class CacheWorker:
         """What this rank holds. Scans the tiers below."""
         warnings = list(self._warnings)
         stored = {}
+        parents: dict[ChunkKey, ChunkKey] = {}
         for name, tier in self._tiers.items():
             if name in REMOTE_TIERS:
                 continue
             try:
                 stored[name] = [key for key, _ in tier.scan()]
+                if isinstance(tier, DiskTier):
+                    parents.update(tier.parents(stored[name]))
             except TierError as error:
                 warnings.append(str(error))
         return WorkerReady(
@@ -106,6 +110,7 @@ class CacheWorker:
             self._copying,
             tuple(name for name in self._tiers if name in REMOTE_TIERS),
             tuple(warnings),
+            parents,
         )
 
     def begin(self, work: Plan, *, by_layer: bool = False) -> None:
@@ -243,7 +248,7 @@ class CacheWorker:
                 for key in copy.evict:
                     tier.delete(key)
                 if copy.kind == "write":
-                    tier.put(copy.key, view)
+                    tier.put(copy.key, view, copy.parent)
                 else:
                     tier.delete(copy.key)
         except KeyError:

@@ -63,6 +63,8 @@ def _as_text(found: Inspection) -> str:
     if found.header is not None:
         header = found.header
         lines.append(f"  namespace {header.namespace}  rank {header.rank}  key {header.key.hex()}")
+        if header.parent is not None:
+            lines.append(f"  continues {header.parent.hex()}")
         lines.append(f"  layout {header.layout}")
         lines.append(f"  payload {format_size(header.payload_bytes)}  xxh3 {header.checksum:016x}")
     return "\n".join(lines)
@@ -78,6 +80,7 @@ def _as_json(found: Inspection) -> str:
             "namespace": header.namespace,
             "rank": header.rank,
             "key": header.key.hex(),
+            "parent": header.parent.hex() if header.parent else None,
             "layout": header.layout,
             "payload_bytes": header.payload_bytes,
             "xxh3": f"{header.checksum:016x}",

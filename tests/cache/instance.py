@@ -180,7 +180,7 @@ def prompt(seed: int, num_tokens: int) -> list[int]:
 
 
 def chunk_files(folder: Path, rank: int = 0) -> list[Path]:
-    return sorted(path for path in folder.glob(f"v1/*/r{rank}/??/*") if path.is_file())
+    return sorted(path for path in folder.glob(f"v2/*/r{rank}/??/*") if path.is_file())
 
 
 def _layout(blocks: np.ndarray) -> KVLayout:

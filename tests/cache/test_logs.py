@@ -29,7 +29,7 @@ def lines() -> Iterator[io.StringIO]:
 def test_a_failed_write_is_one_line_with_its_facts_however_often_it_fails(lines, tmp_path, monkeypatch):
     instance = Instance(settings(disk_path=tmp_path))
 
-    def put(self, key, data):
+    def put(self, key, data, parent):
         raise TierFull("disk tier: no room")
 
     monkeypatch.setattr(DiskTier, "put", put)

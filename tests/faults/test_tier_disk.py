@@ -92,7 +92,7 @@ def test_kill_at_a_random_point_of_a_store(tmp_path: Path) -> None:
             acknowledged |= set(done)
         os.close(reader)
 
-        killed_inside_a_store += len(list((tmp_path / "v1" / SCOPE.namespace / "r0" / "tmp").iterdir()))
+        killed_inside_a_store += len(list((tmp_path / "v2" / SCOPE.namespace / "r0" / "tmp").iterdir()))
         tier = DiskTier(tmp_path, SCOPE)
         found = {stored for stored, _ in tier.scan()}
         assert {key(number) for number in acknowledged} <= found

@@ -247,8 +247,12 @@ class Below:
         gone_keys: tuple[ChunkKey, ...] = (),
         demotes: bool = False,
     ) -> None:
-        slot = self._places.slots[node] if kind == "write" else -1
-        ticket = self._operations.open(kind, key, node, tier, slot, evict=gone_keys, evict_nodes=gone, demotes=demotes)
+        slot, parent = -1, None
+        if kind == "write":
+            slot, parent = self._places.slots[node], self._places.parent_key(node)
+        ticket = self._operations.open(
+            kind, key, node, tier, slot, evict=gone_keys, parent=parent, evict_nodes=gone, demotes=demotes
+        )
         self.outbox.append(ticket)
         self._places.block([node], 1)
         if demotes:

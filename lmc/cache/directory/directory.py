@@ -7,12 +7,13 @@ to be copied) and believes only what complete() reports. The simulator runs this
     places.py       nodes, slots, states, parents, blocks
     below.py        what is written to the tiers below the host
     removal.py      what is taken out of all tiers
+    restore.py      what a tier held before the start
     the others      one table each
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmc.cache.directory.ages import TtlMode
@@ -24,6 +25,7 @@ from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.removal import Removal
 from lmc.cache.directory.resident import ABSENT, INCOMING, RESIDENT, SPOILED
+from lmc.cache.directory.restore import restore
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
 
@@ -250,26 +252,17 @@ class Directory:
 
     # What the tiers say themselves
 
-    def restore(self, tier: str, keys: Iterable[ChunkKey], now: float) -> list[ChunkKey]:
-        """Believe that a bounded tier holds keys (oldest first), as a scan found. Returns the oldest ones that are beyond its capacity."""
-        now = self._advance(now)
-        places = self._places
-        residents = places.set_of(tier)
+    def restore(
+        self, tier: str, keys: Iterable[ChunkKey], now: float, parents: Mapping[ChunkKey, ChunkKey] | None = None
+    ) -> list[ChunkKey]:
+        """Believe that a bounded tier holds keys (oldest first), as a scan found; parents: the chunk before each, as far as known.
+
+        A chunk counts as young as the youngest that continues it. Returns the oldest ones that are beyond the tier's capacity; none of them
+        is continued by one that stays.
+        """
+        residents = self._places.set_of(tier)
         assert residents is not None
-        listed = list(dict.fromkeys(keys))
-        surplus = listed[: max(0, len(listed) - residents.num_free)]
-        for key in listed[len(surplus) :]:
-            node = places.nodes.find(key)
-            if node < 0:
-                node = places.add(key, -1, now)
-            if not places.held(node):
-                places.parents[node] = -1
-            if residents.state[node] == ABSENT:
-                places.enter(residents, node)
-                residents.state[node] = RESIDENT
-                places.access += 1
-                places.insert(residents, [node])
-        return surplus
+        return restore(self._places, residents, keys, parents or {}, self._advance(now))
 
     def learn(self, tier: str, keys: Sequence[ChunkKey], present: Sequence[bool]) -> None:
         """A remote or shared tier was asked for keys."""

@@ -14,7 +14,7 @@ Kind = Literal["store", "write", "stage", "delete", "load"]
 class Ticket(NamedTuple):
     """A copy to make: store (blocks to slot), load (slot to blocks), write (slot to tier), stage (tier to slot), delete (in tier).
 
-    `evict` goes from the tier before the chunk is written.
+    `evict` goes from the tier before the chunk is written; `parent` is the chunk before it, if there is one.
     """
 
     operation: int
@@ -23,6 +23,7 @@ class Ticket(NamedTuple):
     tier: str
     slot: int
     evict: tuple[ChunkKey, ...] = ()
+    parent: ChunkKey | None = None
 
 
 @dataclass(slots=True)
@@ -53,11 +54,12 @@ class Operations:
         slot: int,
         *,
         evict: tuple[ChunkKey, ...] = (),
+        parent: ChunkKey | None = None,
         evict_nodes: tuple[int, ...] = (),
         demotes: bool = False,
     ) -> Ticket:
         self._last += 1
-        ticket = Ticket(self._last, kind, key, tier, slot, evict)
+        ticket = Ticket(self._last, kind, key, tier, slot, evict, parent)
         self._open[self._last] = Operation(ticket, node, evict_nodes, demotes)
         return ticket
 

@@ -65,6 +65,11 @@ class Places:
         """The chunk is in some tier, or on its way into one."""
         return any(residents.held(node) for residents in self.sets)
 
+    def parent_key(self, node: int) -> ChunkKey | None:
+        """None for the first chunk of a prefix."""
+        parent = self.parents[node]
+        return self.nodes.key(parent) if parent >= 0 else None
+
     def tier_below(self, node: int) -> str | None:
         """The fastest tier below the host from which the chunk can be read."""
         for residents in self.below:

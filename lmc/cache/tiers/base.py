@@ -17,8 +17,11 @@ class Tier(Protocol):
 
     name: str
 
-    def put(self, key: ChunkKey, data: memoryview) -> None:
-        """Store a chunk; replacing one of the same key is fine. Raises TierFull when there is no room."""
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+        """Store a chunk; replacing one of the same key is fine. parent is the chunk before it; None: it is the first of its prefix.
+
+        Raises TierFull when there is no room.
+        """
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
         """Fill out, whose size is the chunk's. Raises KeyError when absent, Corrupt when the bytes are not what was put."""

@@ -69,9 +69,9 @@ class Breaker:
     def state(self) -> State:
         return self._state
 
-    def put(self, key: ChunkKey, data: memoryview) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         with self._call():
-            self._tier.put(key, data)
+            self._tier.put(key, data, parent)
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
         with self._call():

@@ -1,7 +1,7 @@
 """The disk tier: one file per chunk, shared by any number of processes.
 
-    PATH/v1/<namespace>/r<rank>/<first byte of the key>/<key>     header page, then the payload
-    PATH/v1/<namespace>/r<rank>/tmp/                              chunks being written
+    PATH/v2/<namespace>/r<rank>/<first byte of the key>/<key>     header page, then the payload
+    PATH/v2/<namespace>/r<rank>/tmp/                              chunks being written
 
 A put writes a temporary file, syncs it and renames it, so a name always stands for a whole chunk (without fsync, after a power cut, for
 one that does not match its checksum). The writer holds a lock (flock) on its temporary file: one that can be locked has no writer any more,
@@ -13,18 +13,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.cache.tiers.file_read import read_chunk
+from lmc.cache.tiers.file_read import read_chunk, read_header
 from lmc.cache.tiers.file_write import write_chunk
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope, decode
 from lmc.errors import Corrupt, TierError, TierFull
 
+_log = logging.getLogger(__name__)
+
+_PARENTS_SECONDS = 5.0  # an engine waits for it at its start
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_NAME = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
@@ -52,10 +57,15 @@ class DiskTier:
             os.close(fd)
         except OSError as error:
             raise TierError(f"disk tier: cannot write in {self._folder}: {error.strerror}") from error
+        for other in sorted(path.glob("v[0-9]*")):
+            if other.name != FORMAT:
+                _log.warning(
+                    "lmc: disk tier: another version of lmc has stored chunks in %s; delete it if none runs", other
+                )
 
-    def put(self, key: ChunkKey, data: memoryview) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         target = self._file(key)
-        header = self._scope.seal(key, data)
+        header = self._scope.seal(key, data, parent)
         try:
             self._write(target, header, data)
         except OSError as error:
@@ -96,6 +106,26 @@ class DiskTier:
             raise TierError(f"disk tier: cannot read {self._folder}: {error.strerror}") from error
         for _, name in found:
             yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
+
+    def parents(self, keys: Sequence[ChunkKey], seconds: float = _PARENTS_SECONDS) -> dict[ChunkKey, ChunkKey]:
+        """The chunk before each of keys, where there is one, as their headers say.
+
+        keys are oldest first; when not all headers can be read in time, those of the oldest are left out.
+        """
+        until = time.monotonic() + seconds
+        found = {}
+        for number, key in enumerate(reversed(keys)):
+            if time.monotonic() > until:
+                text = "lmc: disk tier: read %d of %d headers in %s within %g s; of the other chunks no parent is known"
+                _log.warning(text, number, len(keys), self._folder, seconds)
+                break
+            try:
+                header = decode(read_header(self._file_name(key)))
+            except (OSError, Corrupt):
+                continue  # a load will say what is wrong with it
+            if header.key == key and header.parent is not None:
+                found[key] = header.parent
+        return found
 
     def close(self) -> None:
         """Nothing is held between calls."""

@@ -72,6 +72,16 @@ def read_chunk(source: str, out: memoryview) -> tuple[memoryview, int]:
         os.close(fd)
 
 
+def read_header(source: str) -> bytes:
+    """The first page of a file, and no more of it. Raises OSError."""
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else the kernel reads ahead
+        return os.pread(fd, HEADER_BYTES, 0)
+    finally:
+        os.close(fd)
+
+
 def in_page_cache(fd: int, size: int) -> bool:
     """Whether the whole file is in memory, or the kernel does not say."""
     area, pages = scratch.area, scratch.pages

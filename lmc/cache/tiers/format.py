@@ -1,8 +1,11 @@
 """The persisted form of a chunk: one header page, then the payload as it was in the host slot.
 
 The same bytes lie on disk, in Redis and in S3. The header is HEADER_BYTES long, so that the payload starts on a page. It says what the
-payload is (namespace, rank, key, layout), how long it is and what it hashes to, and carries a checksum of itself that covers the padding
-too. All numbers are little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets the chunks of another one.
+payload is (namespace, rank, key, layout), which chunk comes before it, how long it is and what it hashes to, and carries a checksum of
+itself that covers the padding too. All numbers are little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets
+the chunks of another one.
+
+Version 2 added the parent, so that a restart knows which chunk continues which.
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.errors import ConfigError, Corrupt
 
 HEADER_BYTES = 4096
-VERSION = 1
+VERSION = 2
 FORMAT = f"v{VERSION}"  # the part of a file's or a remote key's name that changes with the version
 
 _MAGIC = b"LMCCHUNK"
-# magic, version, header bytes, header checksum, payload bytes, payload checksum, rank, key, namespace length, layout length
-_FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}sHH")
+_NO_KEY = ChunkKey(bytes(KEY_BYTES))  # stands for the parent of the first chunk of a prefix
+
+# magic, version, header bytes, header checksum, payload bytes, payload checksum, rank, key, parent, namespace length, layout length
+_FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}s{KEY_BYTES}sHH")
 _CHECKSUM_AT = struct.calcsize("<8sHH")
 _PAYLOAD_CHECKSUM_AT = struct.calcsize("<8sHHQQ")
 _KEY_AT = struct.calcsize("<8sHHQQQI")
+_PARENT_AT = _KEY_AT + KEY_BYTES
 _CHECKSUM = struct.Struct("<Q")
 _TEXT_BYTES = HEADER_BYTES - _FIXED.size
-_NO_KEY = ChunkKey(bytes(KEY_BYTES))
 
 
 class OtherVersion(Corrupt):
@@ -44,6 +49,7 @@ class ChunkHeader:
     key: ChunkKey
     payload_bytes: int
     checksum: int  # xxh3-64 of the payload
+    parent: ChunkKey | None = None  # None: the chunk is the first of its prefix
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,16 @@ class TierScope:
         if len(self.namespace.encode()) + len(self.layout.encode()) > _TEXT_BYTES:
             raise ConfigError(f"the layout fingerprint has {len(self.layout)} characters; at most {_TEXT_BYTES} fit")
 
-    def seal(self, key: ChunkKey, data: memoryview) -> bytes:
+    def seal(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> bytes:
         """The header to store in front of data."""
         if len(data) != self.chunk_bytes:
             raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
-        return self._header(key, checksum(data))
+        return self._header(key, parent or _NO_KEY, checksum(data))
 
     def verify(self, key: ChunkKey, page: bytes | memoryview, payload_checksum: int) -> None:
         """Raises Corrupt unless page is the header of this key in this scope with a payload of that checksum."""
-        if bytes(page) == self._header(key, payload_checksum):
+        parent = ChunkKey(bytes(page[_PARENT_AT : _PARENT_AT + KEY_BYTES]))  # any: the header's own checksum covers it
+        if bytes(page) == self._header(key, parent, payload_checksum):
             return
         header = decode(page)
         found = (header.namespace, header.rank, header.layout, header.key, header.payload_bytes)
@@ -82,9 +89,9 @@ class TierScope:
             raise Corrupt(f"stored under another {' and '.join(wrong)}")
         raise Corrupt("the payload does not match its checksum")
 
-    def _header(self, key: ChunkKey, payload_checksum: int) -> bytes:
+    def _header(self, key: ChunkKey, parent: ChunkKey, payload_checksum: int) -> bytes:
         page = bytearray(self._blank)
-        page[_KEY_AT : _KEY_AT + KEY_BYTES] = key
+        page[_KEY_AT : _PARENT_AT + KEY_BYTES] = key + parent
         _CHECKSUM.pack_into(page, _PAYLOAD_CHECKSUM_AT, payload_checksum)
         return _seal_page(page)
 
@@ -110,9 +117,9 @@ def encode(header: ChunkHeader) -> bytes:
 
 def _unsealed(header: ChunkHeader) -> bytearray:
     namespace, layout = header.namespace.encode(), header.layout.encode()
-    fields = [_MAGIC, VERSION, HEADER_BYTES, 0, header.payload_bytes, header.checksum, header.rank, header.key]
+    numbers = [VERSION, HEADER_BYTES, 0, header.payload_bytes, header.checksum, header.rank]
     page = bytearray(HEADER_BYTES)
-    _FIXED.pack_into(page, 0, *fields, len(namespace), len(layout))
+    _FIXED.pack_into(page, 0, _MAGIC, *numbers, header.key, header.parent or _NO_KEY, len(namespace), len(layout))
     page[_FIXED.size : _FIXED.size + len(namespace) + len(layout)] = namespace + layout
     return page
 
@@ -127,7 +134,7 @@ def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:
     page = bytearray(raw)
     if len(page) != HEADER_BYTES:
         raise Corrupt(f"the header has {len(page)} bytes instead of {HEADER_BYTES}")
-    magic, version, _, own, payload_bytes, digest, rank, key, len_namespace, len_layout = _FIXED.unpack_from(page)
+    magic, version, _, own, payload_bytes, digest, rank, key, parent, *lengths = _FIXED.unpack_from(page)
     if magic != _MAGIC:
         raise Corrupt("this is not a chunk of lmc")
     if version != VERSION:
@@ -136,5 +143,13 @@ def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:
     if xxhash.xxh3_64_intdigest(page) != own:
         raise Corrupt("the header does not match its checksum")
     text = bytes(page[_FIXED.size :])
-    namespace, layout = text[:len_namespace], text[len_namespace : len_namespace + len_layout]
-    return ChunkHeader(namespace.decode(), rank, layout.decode(), ChunkKey(key), payload_bytes, digest)
+    namespace, layout = text[: lengths[0]], text[lengths[0] : sum(lengths)]
+    return ChunkHeader(
+        namespace.decode(),
+        rank,
+        layout.decode(),
+        ChunkKey(key),
+        payload_bytes,
+        digest,
+        ChunkKey(parent) if parent != _NO_KEY else None,
+    )

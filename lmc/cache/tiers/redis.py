@@ -1,4 +1,4 @@
-"""The Redis (or Valkey) tier: one value per chunk, header page and payload, under lmc:v1:<namespace>:<rank>:<key>.
+"""The Redis (or Valkey) tier: one value per chunk, header page and payload, under lmc:v2:<namespace>:<rank>:<key>.
 
 redis-py connects, authenticates, encrypts and follows the topology, and does the small commands; values go over its sockets directly
 (redis_wire.py). Nothing is connected before the first call, so an unreachable server costs a TierError per call and not the start.
@@ -46,9 +46,9 @@ class RedisTier:
         self._idle: dict[ConnectionPool, list[AbstractConnection]] = {}
         self._opening = threading.Lock()
 
-    def put(self, key: ChunkKey, data: memoryview) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         name = self._name(key)
-        header = self._scope.seal(key, data)
+        header = self._scope.seal(key, data, parent)
         expiry = [] if self._ttl_ms is None else [b"PX", b"%d" % self._ttl_ms]
         with self._named_errors("store", key) as client:
             try:

@@ -1,4 +1,4 @@
-"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v1/<namespace>/r<rank>/<key>.
+"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v2/<namespace>/r<rank>/<key>.
 
 obstore signs and sends the requests, and repeats one that failed in passing (a 5xx, a dropped connection) within the time-out. Objects are
 written by a single request, so they appear whole. How long they stay is the store's own rule.
@@ -41,8 +41,8 @@ class S3Tier:
         self._where = f"s3 tier in {config.endpoint or 'AWS'}, bucket {config.bucket}"
         self._store = _open(config)
 
-    def put(self, key: ChunkKey, data: memoryview) -> None:
-        header = self._scope.seal(key, data)
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+        header = self._scope.seal(key, data, parent)
         with self._named_errors("store", key):
             try:
                 obstore.put(self._store, self._name(key), [header, data], use_multipart=False)

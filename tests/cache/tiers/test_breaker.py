@@ -26,7 +26,7 @@ class ScriptedTier:
         self.calls = 0
         self.closed = False
 
-    def put(self, key: ChunkKey, data: memoryview) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         self._reply()
 
     def get(self, key: ChunkKey, out: memoryview) -> None:

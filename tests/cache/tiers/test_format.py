@@ -12,7 +12,7 @@ from lmc.cache.tiers.format import HEADER_BYTES, ChunkHeader, OtherVersion, Tier
 from lmc.errors import ConfigError, Corrupt
 from tests.contracts.tier import SCOPE, key, payload
 
-HEADER = ChunkHeader("0123456789abcdef", 3, "vllm-16t-18432b", key(1), 40_000, 0x1122334455667788)
+HEADER = ChunkHeader("0123456789abcdef", 3, "vllm-16t-18432b", key(1), 40_000, 0x1122334455667788, key(2))
 
 headers = st.builds(
     ChunkHeader,
@@ -22,6 +22,7 @@ headers = st.builds(
     key=st.binary(min_size=32, max_size=32).map(ChunkKey),
     payload_bytes=st.integers(0, 2**64 - 1),
     checksum=st.integers(0, 2**64 - 1),
+    parent=st.none() | st.binary(min_size=32, max_size=32).filter(any).map(ChunkKey),
 )
 
 
@@ -32,11 +33,11 @@ def test_decode_reverses_encode(header: ChunkHeader) -> None:
     assert decode(page) == header
 
 
-def test_the_format_is_the_one_of_version_1() -> None:
+def test_the_format_is_the_one_of_version_2() -> None:
     """Chunks on disks and in stores out there start with these bytes; another form needs another version."""
     digest = hashlib.sha256(encode(HEADER)).hexdigest()
-    assert digest == "846696cf33cb68f987a7dd3d53b5c069ae92c269e6255be1413eb03da7968b66"
-    assert encode(HEADER)[:10] == b"LMCCHUNK\x01\x00"
+    assert digest == "9c9f744b96ab644169acbb495c2fec8b69f3891b0dcd6b8c277bab307fc6c340"
+    assert encode(HEADER)[:10] == b"LMCCHUNK\x02\x00"
 
 
 def test_a_flipped_bit_anywhere_in_the_header_is_found() -> None:
@@ -64,9 +65,9 @@ def test_garbage_behind_magic_and_version_is_corrupt(rest: bytes) -> None:
 
 def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(chunk_format, "VERSION", 2)
+        patch.setattr(chunk_format, "VERSION", 1)
         page = encode(HEADER)
-    with pytest.raises(OtherVersion, match="version 2; this lmc reads version 1"):
+    with pytest.raises(OtherVersion, match="version 1; this lmc reads version 2"):
         decode(page)
 
 

@@ -1,0 +1,53 @@
+"""What a tier held before this process began: which chunk continues which, how old each is, and what is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lmc.cache.directory.places import Places
+from lmc.cache.directory.resident import ABSENT, ResidentSet
+from lmc.cache.keys import ChunkKey
+
+
+def restore(
+    places: Places,
+    residents: ResidentSet,
+    keys: Iterable[ChunkKey],
+    parents: Mapping[ChunkKey, ChunkKey],
+    now: float,
+) -> list[ChunkKey]:
+    """Directory.restore() for one tier."""
+    listed = youngest_first(keys, parents)
+    kept = listed[: residents.num_free]
+    nodes: dict[int, None] = {}
+    for key in kept:
+        node = places.nodes.find(key)
+        if node < 0:
+            node = places.add(key, -1, now)
+        if not places.held(node):
+            parent = places.nodes.find(parents[key]) if key in parents else -1
+            places.parents[node] = parent if parent in nodes or (parent >= 0 and places.held(parent)) else -1
+        nodes[node] = None
+    for node in reversed(nodes):
+        if residents.state[node] == ABSENT:
+            places.enter(residents, node)
+            places.arrive(residents, node)
+            places.access += 1
+            places.insert(residents, [node])
+    return list(reversed(listed[len(kept) :]))
+
+
+def youngest_first(oldest_first: Iterable[ChunkKey], parents: Mapping[ChunkKey, ChunkKey]) -> list[ChunkKey]:
+    """Each key once, behind its parent. A chunk is as young as the youngest that continues it."""
+    keys = dict.fromkeys(oldest_first)
+    placed: set[ChunkKey] = set()
+    order: list[ChunkKey] = []
+    for key in reversed(keys):
+        path = []
+        step: ChunkKey | None = key
+        while step is not None and step in keys and step not in placed:
+            placed.add(step)
+            path.append(step)
+            step = parents.get(step)
+        order += reversed(path)
+    return order
