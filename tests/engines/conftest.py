@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
+
+from tests.engines.sglang_pool import Start, start_engines
 
 _LEFT_OUT = pytest.StashKey[int]()
 
@@ -26,3 +29,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{number} SGLang tests deselected: SGLang is not in this environment; "
             "`make test` runs them in the environment of scripts/setup sglang"
         )
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts SGLang's pool and linker, without SGLang's scheduler."""
+    yield from start_engines(monkeypatch)

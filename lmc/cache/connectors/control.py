@@ -1,4 +1,4 @@
-"""What a client may ask of the cache for one request, in the field "lmc" of its kv_transfer_params."""
+"""What a client may ask of the cache for one request: the field "lmc" of vLLM's kv_transfer_params or SGLang's custom_params."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class RequestControl(BaseModel):
     """Answer with where the hit came from and why it ended there."""
 
 
-def parse_control(parameters: Mapping[str, object] | None, request_id: str) -> RequestControl:
+def parse_control(
+    parameters: Mapping[str, object] | None, request_id: str, field: str = "kv_transfer_params"
+) -> RequestControl:
     """A request cannot be refused here; one whose wishes are unclear bypasses the cache, with a warning."""
     wishes = (parameters or {}).get("lmc")
     if wishes is None:
@@ -35,7 +37,5 @@ def parse_control(parameters: Mapping[str, object] | None, request_id: str) -> R
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "lmc"
-        logger.warning(
-            "lmc: request %s bypasses the cache: kv_transfer_params lmc.%s: %s", request_id, where, first["msg"]
-        )
+        logger.warning("lmc: request %s bypasses the cache: %s lmc.%s: %s", request_id, field, where, first["msg"])
         return RequestControl(bypass=True)

@@ -14,11 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from lmc.cache.layout import KVLayout
 from lmc.cache.plan import Plan, Report, RequestCopies
-from lmc.cache.transfer.planner import Direction, plan
 from lmc.cache.worker import CacheWorker
 from lmc.errors import TransferError
 
@@ -34,9 +30,8 @@ class _Store:
 class Copies:
     """ready arguments are device events that must have happened before a page is touched."""
 
-    def __init__(self, worker: CacheWorker, layout: KVLayout, counter: Any) -> None:  # sglang's LayerWiseLoadCounter
+    def __init__(self, worker: CacheWorker, counter: Any) -> None:  # sglang's LayerWiseLoadCounter
         self._worker = worker
-        self._layout = layout
         self._counter = counter
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
         self._storer = ThreadPoolExecutor(1, thread_name_prefix="lmc-store")
@@ -105,27 +100,14 @@ class Copies:
         self._storer.shutdown()
 
     def _load(self, index: int, requests: Sequence[RequestCopies], ready: Sequence[Any]) -> None:
-        worker = self._worker
-        chunks = [chunk for request in requests for chunk in request.chunks]
-        operations = [chunk.operation for chunk in chunks]
-        blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
-        slots = np.array([worker._slab.address(chunk.slot) for chunk in chunks], dtype=np.uint64)
+        landed = False
         try:
             for event in ready:
                 event.synchronize()
-            for layer in range(len(self._layout.layers)):
-                copies = plan(self._layout, blocks, slots, Direction.LOAD, layers=range(layer, layer + 1))
-                worker.copier.backend.execute(copies)
-                self._counter.complete(index, layer)
-        except TransferError as error:
-            logger.warning("lmc: a load of %d chunks failed: %s", len(chunks), error)
-            self._counter.fail(index, error)
-            worker._finish(operations, "copy")
-        except BaseException as error:
-            self._counter.fail(index, error)  # else the forward pass would wait for ever
-            raise
-        else:
-            worker._finish(operations, None)
+            landed = self._worker.copier.load_each_layer(requests, partial(self._counter.complete, index))
+        finally:
+            if not landed:
+                self._counter.fail(index, TransferError("a load failed"))  # else the forward pass would wait for ever
 
     def _store(self, copies: RequestCopies, ready: Sequence[Any]) -> None:
         for event in ready:
@@ -137,4 +119,4 @@ class Copies:
         error = None if future.cancelled() else future.exception()
         if error is not None:
             logger.error("lmc: a copy of %d chunks crashed", len(operations), exc_info=error)
-            self._worker._finish(operations, "crash")
+            self._worker.give_up(operations)

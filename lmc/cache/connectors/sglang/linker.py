@@ -18,6 +18,7 @@ from torch import distributed
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.base import LocalCache
+from lmc.cache.connectors.sglang.asked_pins import AskedPins
 from lmc.cache.connectors.sglang.copies import Copies
 from lmc.cache.connectors.sglang.prompts import PageKeys, Prompt, unsupported
 from lmc.cache.connectors.sglang.waiting import agree, watch_queue
@@ -87,7 +88,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._cache = cache
         host_slots = cache.engine.directory.usage()["host"][1]
         self._pages = PageKeys(_PAGES_REMEMBERED * (layout.num_blocks + host_slots))
-        self._copies = Copies(cache.worker, layout, self.layer_done_counter)
+        self._asked_pins = AskedPins(cache.engine.directory)
+        self._copies = Copies(cache.worker, self.layer_done_counter)
         tiers = describe_tiers(cache.engine.directory.usage(), cache.engine.chunk_bytes)
         url = cache.engine.metrics_url
         logger.info("lmc: cache on, %d tokens per chunk, %s, metrics at %s", self._page, tiers, url)
@@ -127,7 +129,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if unsupported(request):
             return None
         prompt = Prompt(request, cache.engine.namespace, self._tenant)
-        self._pages.learn(prompt)
+        if prompt.control.bypass:
+            return None
+        if prompt.control.store:
+            self._pages.learn(prompt)
         return prompt
 
     def _leave(self, cache: LocalCache, rid: str) -> None:
@@ -247,6 +252,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         prompt.looked_up = True
         gain = cache.engine.lookup(rid, prompt.tokens, prompt.computed, prompt.identity)
         prompt.waiting = gain is None
+        prompt.explain(cache.engine.explain(rid))
         if not gain:
             return 0
         promised = prompt.keys[start : start + gain // self._page]
@@ -261,6 +267,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             return False
         pages = self._page_ids(transfer)
         cache.engine.admit(rid, tokens, [SKIP] * start + pages)
+        prompt.explain(cache.engine.explain(rid))
         cache.engine.directory.unpin(_promise(rid))
         plan = cache.engine.take_plan()
         (copies,) = plan.loads
@@ -277,6 +284,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             directory, now = cache.engine.directory, time.monotonic()
             stored = directory.lookup(prompt.keys, now).num_chunks
             directory.store(prompt.keys[:stored], now, tenant=prompt.identity.tenant)
+            if prompt.control.pin_seconds > 0:
+                self._asked_pins.ask(rid, prompt.keys, now + prompt.control.pin_seconds, now)
         cache.engine.finish(rid)
         cache.engine.directory.unpin(_promise(rid))
 
@@ -309,6 +318,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         report = cache.pump()
         if self._copies is not None:
             self._copies.learn(report)
+        if report.finished:
+            self._asked_pins.renew(time.monotonic())
 
     def __enter__(self) -> None:
         """A guarded section: an exception that leaves a call would end SGLang's scheduler, so here it ends the cache."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
+from lmc.cache.connectors.control import RequestControl, parse_control
 from lmc.cache.engine import Identity
 from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
+
+logger = logging.getLogger(__name__)
 
 
 class Prompt:
@@ -21,6 +25,8 @@ class Prompt:
 
     def __init__(self, request: Any, namespace: Namespace, tenant: str) -> None:  # sglang's Req
         size = namespace.chunk_tokens
+        self._request = request
+        self.control = control_of(request)
         self.tokens: Sequence[int] = request.origin_input_ids + request.output_ids
         self.identity = Identity(
             lora=request.extra_key or "",  # holds the adapter's id, which SGLang draws anew in every process
@@ -43,6 +49,23 @@ class Prompt:
         if start is None or self.hashes[start : start + len(hashes)] != list(hashes):
             return None
         return start
+
+    def explain(self, explanation: Mapping[str, object]) -> None:
+        """To the client, if it asked: SGLang sends this with the first token, as meta_info["lmc"]."""
+        if self.control.explain and explanation:
+            self._request.customized_info = {"lmc": [dict(explanation)]}
+
+
+def control_of(request: Any) -> RequestControl:
+    """What the client asks for in sampling_params.custom_params; unclear wishes bypass the cache, as a request cannot be refused here."""
+    control = parse_control(request.sampling_params.custom_params, request.rid, "custom_params")
+    if control.tenant:
+        logger.warning(
+            "lmc: request %s bypasses the cache: on SGLang a tenant is a cache_salt, which SGLang's own cache keeps apart too",
+            request.rid,
+        )
+        return RequestControl(bypass=True)
+    return control
 
 
 def unsupported(request: Any) -> bool:

@@ -1,0 +1,98 @@
+"""What a client may ask of the cache for one request on SGLang, in sampling_params.custom_params."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engines.scenario import prompt
+from tests.engines.sglang_pool import CHUNK_BYTES, PAGE, Engine, Request, Start
+
+pytestmark = [pytest.mark.engine, pytest.mark.sglang]
+
+PAGES = [3, 9, 4]
+
+
+def ask(engine: Engine, tokens: list[int], rid: str, **wishes: object) -> Request:
+    return engine.arrive(tokens, rid=rid, custom_params={"lmc": wishes, "thinking_budget": 9})
+
+
+def test_a_request_may_bypass_the_cache(start: Start) -> None:
+    engine = start()
+    tokens = prompt(60, 3 * PAGE + 5)
+    request = ask(engine, tokens, "first", bypass=True)
+    engine.leave()
+    assert not engine.offload(request, PAGES)
+    engine.serve(tokens, PAGES)
+    assert ask(engine, tokens, "second", bypass=True).hits == []
+    assert engine.arrive(tokens, rid="third").hits == [1, 2, 3]
+    engine.check_idle()
+
+
+def test_a_request_may_load_and_not_store(start: Start) -> None:
+    engine = start()
+    tokens, longer = prompt(61, 2 * PAGE + 5), [*prompt(61, 2 * PAGE + 5)[: 2 * PAGE], *prompt(62, PAGE + 5)]
+    engine.serve(tokens, PAGES[:2])
+    request = ask(engine, longer, "longer", store=False)
+    assert request.hits == [1, 2]
+    assert engine.load(request, [20, 21])
+    engine.leave()
+    assert not engine.offload(request, [22], first=2)
+    assert engine.arrive(longer, rid="again").hits == [1, 2]
+
+
+def test_a_request_may_ask_why(start: Start) -> None:
+    engine = start()
+    tokens = prompt(63, 3 * PAGE + 5)
+    cold = ask(engine, tokens, "cold", explain=True)
+    nothing = {"prompt_tokens": 53, "hit_tokens": {"device": 0}, "miss": "never stored"}
+    assert cold.customized_info == {"lmc": [nothing]}
+    engine.leave()
+    assert engine.offload(cold, PAGES)
+    warm = ask(engine, tokens, "warm", explain=True, pin_seconds=0)
+    assert engine.load(warm, [20, 21, 22])
+    assert warm.customized_info == {"lmc": [{**nothing, "hit_tokens": {"device": 0, "host": 48}, "miss": None}]}
+    partly = ask(engine, tokens, "partly", explain=True)
+    partly.device_pages = 1
+    assert engine.load(partly, [23, 24])
+    assert partly.customized_info == {"lmc": [{**nothing, "hit_tokens": {"device": 16, "host": 32}, "miss": None}]}
+    assert engine.arrive(tokens, rid="silent").customized_info is None
+
+
+def test_pinned_chunks_stay_and_are_pinned_when_they_are_stored(start: Start) -> None:
+    """SGLang says when a request leaves the queue, which is before its chunks are stored."""
+    engine = start(host__capacity=8 * 4096 * -(-CHUNK_BYTES // 4096))
+    directory = engine.cache.engine.directory
+    slots = directory.usage()["host"][1]
+    tokens = prompt(64, 3 * PAGE + 5)
+    request = ask(engine, tokens, "asked", pin_seconds=3600)
+    engine.leave()
+    assert engine.offload(request, PAGES)
+    assert directory.pins()["asked asked"][0] == 3
+    for seed in range(200, 200 + 2 * slots):
+        engine.serve(prompt(seed, PAGE + 1), [50])
+    assert engine.arrive(tokens, rid="later").hits == [1, 2, 3]
+    engine.leave()
+    directory.check()
+
+
+def test_a_pin_ends(start: Start) -> None:
+    engine = start()
+    tokens = prompt(65, 3 * PAGE + 5)
+    request = ask(engine, tokens, "asked", pin_seconds=0.001)
+    engine.leave()
+    assert engine.offload(request, PAGES)
+    engine.settle()
+    assert engine.linker._asked_pins._waiting == {}
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("wishes", [{"tenant": "a"}, {"tenants": "a"}, {"bypass": "yes"}, {"pin_seconds": "long"}])
+def test_unclear_wishes_bypass_the_cache_and_say_so(
+    start: Start, wishes: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tenant of lmc's would not be one of SGLang's own cache; its cache_salt is."""
+    engine = start()
+    tokens = prompt(66, 3 * PAGE + 5)
+    engine.serve(tokens, PAGES)
+    assert ask(engine, tokens, "unclear", **wishes).hits == []
+    assert "request unclear bypasses the cache" in caplog.text
