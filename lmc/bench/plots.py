@@ -68,7 +68,8 @@ def hit_rate_over_time(by_arm: ByArm) -> Figure:
     axis.set_ylim(-2, 102)
     axis.set_xlabel("time since the start of the load (s)")
     axis.set_ylabel("hit tokens / prompt tokens so far (%)")
-    axis.legend(frameon=False, fontsize=9)
+    if axis.get_lines():
+        axis.legend(frameon=False, fontsize=9)
     return to_figure(picture, "Hit rate over time", "Cumulative, in the order of sending; all tiers together.")
 
 

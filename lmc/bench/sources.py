@@ -24,7 +24,7 @@ Row = dict[str, Any]  # Any: one row of somebody's data set
 def read_rows(source: FileSource | PackageSource | HubSource, base: Path) -> Iterator[Row]:
     """Rows in file order. Raises WorkloadError with file and line."""
     if isinstance(source, HubSource):
-        yield from _hub_rows(source)
+        yield from _hub_rows(source, base)
         return
     with tempfile.TemporaryDirectory(prefix="lmc-bench-") as scratch:
         path = locate(source, base, Path(scratch))
@@ -101,13 +101,18 @@ def _stream(builder: str, path: Path, **options: str) -> Iterator[Row]:
         raise WorkloadError(f"{path}: cannot read as {builder}: {error}") from error
 
 
-def _hub_rows(source: HubSource) -> Iterator[Row]:
+def _hub_rows(source: HubSource, base: Path) -> Iterator[Row]:
     import datasets
 
+    folder = base / Path(os.path.expandvars(source.dataset)).expanduser()
+    name = str(folder) if folder.is_dir() else source.dataset
     try:
-        yield from datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True)
+        yield from datasets.load_dataset(name, source.config, split=source.split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise WorkloadError(f"data set {source.dataset}: {' '.join(str(error).split())}") from error
+        problem = f"data set {source.dataset}: {' '.join(str(error).split())}"
+        if isinstance(error, ConnectionError):
+            problem += "; without a network give the folder of a copy (hf download --repo-type dataset) as `dataset`"
+        raise WorkloadError(problem) from error
 
 
 def _explode(row: Row, steps: list[str], where: str) -> Iterator[Row]:

@@ -193,8 +193,8 @@ def misses_table(results: Results, records: Sequence[RequestRecord]) -> Table:
     rows: list[list[Cell]] = []
     for arm in results.arms:
         asked = [r for r in records if r.arm == arm.name and r.asked_ms is not None]
-        for why, count in Counter(r.miss or "the whole prompt hit" for r in asked).most_common():
-            mine = [r for r in asked if (r.miss or "the whole prompt hit") == why]
+        for why, count in Counter(r.miss or "every full chunk hit" for r in asked).most_common():
+            mine = [r for r in asked if (r.miss or "every full chunk hit") == why]
             tokens = sum(r.prompt_tokens - sum((r.cached_by_tier or {}).values()) for r in mine)
             rows.append([arm.name, why, count, tokens])
     columns = [Column("arm"), Column("why"), Column("requests"), Column("left to compute", "tokens")]

@@ -78,7 +78,7 @@ class PackageSource(Strict):
 
 
 class HubSource(Strict):
-    """A data set of the Hugging Face hub."""
+    """A data set of the Hugging Face hub, by its name there or as a folder with a copy of it."""
 
     kind: Literal["hub"]
     dataset: str

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pandas as pd
 import pytest
 
 from lmc.bench.sources import read_rows, read_text
-from lmc.bench.workload import FileSource, PackageSource
+from lmc.bench.workload import FileSource, HubSource, PackageSource
 from lmc.errors import WorkloadError
 
 ROWS = [{"id": 1, "tools": {"a": [1, "x"]}}, {"id": 2, "tools": {"a": None, "b": {"deep": [{}]}}}]
@@ -69,7 +72,6 @@ def test_member_of_an_archive(tmp_path: Path) -> None:
 
 
 def test_package_data_is_found_without_importing_the_package() -> None:
-    import sys
 
     source = PackageSource(kind="package", package="bfcl_eval", path="data/BFCL_v4_live_multiple.json")
     first = next(iter(read_rows(source, Path())))
@@ -96,3 +98,32 @@ def test_bad_files_name_file_and_line(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_empty_file_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     assert _rows(tmp_path, path="a.jsonl") == []
+
+
+def test_a_copy_of_a_hub_data_set_is_read_by_config_and_split(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("main-train", "main-test", "other-test"):
+        pd.DataFrame({"question": [f"{name} {index}" for index in range(3)]}).to_parquet(copy / f"{name}.parquet")
+    files = "{config_name: main, data_files: [{split: train, path: main-train.parquet}, {split: test, path: main-test.parquet}]}"
+    other = "{config_name: other, data_files: [{split: test, path: other-test.parquet}]}"
+    (copy / "README.md").write_text(f"---\nconfigs:\n- {files}\n- {other}\n---\n# A data set\n")
+    for config, split in (("main", "train"), ("main", "test"), ("other", "test")):
+        source = HubSource(kind="hub", dataset="copy", config=config, split=split)
+        assert [row["question"] for row in read_rows(source, tmp_path)] == [f"{config}-{split} {i}" for i in range(3)]
+    with pytest.raises(WorkloadError, match=r"data set copy: .*split"):
+        list(read_rows(HubSource(kind="hub", dataset="copy", config="other", split="train"), tmp_path))
+
+
+def test_a_hub_data_set_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from lmc.bench.sources import read_rows; from lmc.bench.workload import HubSource; from lmc.errors import WorkloadError\n"
+        "try: list(read_rows(HubSource(kind='hub', dataset='some/data'), Path()))\n"
+        "except WorkloadError as error: sys.exit(str(error))\n"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, timeout=120)
+    assert done.returncode == 1
+    assert "data set some/data: " in done.stderr
+    assert "give the folder of a copy (hf download --repo-type dataset) as `dataset`" in done.stderr
