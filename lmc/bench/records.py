@@ -166,6 +166,7 @@ class ArmResult:
     counters: dict[str, float]
     self_check: SelfCheck | None
     settings: dict[str, Any] = field(default_factory=dict)  # Any: the arm as the workload states it
+    expected_hit_tokens_by_tier: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

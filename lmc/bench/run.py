@@ -16,6 +16,7 @@ import uvloop
 
 from lmc.bench.arms import SERVE, Launcher, Probe, fit_together
 from lmc.bench.bars import judge_bars
+from lmc.bench.expected_tiers import expected_by_tier
 from lmc.bench.machine import command_line, describe_hardware, describe_software
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.prediction import predict
@@ -140,6 +141,7 @@ class _Runner:
         seen = [item.request for item in self.plan.items] if arm.restart_of else []
         before = [*self._warm_up(name), *self._prime()]
         expected, exact = arm_expectation(arm, self.plan, data.before, seen, before)
+        data.expected_by_tier = expected_by_tier(arm, self.plan, data.before, seen, before)
         by_id = dict(zip((item.request.id for item in self.plan.items), expected or [], strict=False))
         self.exact[name] = exact and self.exact.get(name, True)
         self.records.setdefault(name, []).extend(

@@ -51,6 +51,7 @@ class ArmData:
     after: Counters | None = None
     timeline: list[HitPoint] = field(default_factory=list)
     costs: dict[str, Costs] = field(default_factory=dict)  # by request id
+    expected_by_tier: dict[str, int] | None = None  # hit tokens, as the simulator expects them
 
     @property
     def outcomes(self) -> list[Outcome]:

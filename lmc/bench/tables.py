@@ -82,10 +82,16 @@ def brief_table(results: Results) -> Table:
 def hits_table(results: Results) -> Table:
     tiers = tier_names(results.arms)
     columns = [Column("arm"), *(Column(tier, "tokens") for tier in tiers), Column("all", "tokens")]
-    rows: list[list[Cell]] = [
-        [arm.name, *(arm.hit_tokens_by_tier.get(tier) for tier in tiers), arm.hit_tokens] for arm in results.arms
-    ]
-    note = "Tiers are counted by the engine (device) and by lmc; `all` is what the responses report."
+    rows: list[list[Cell]] = []
+    for arm in results.arms:
+        rows.append([arm.name, *(arm.hit_tokens_by_tier.get(tier) for tier in tiers), arm.hit_tokens])
+        if (told := arm.expected_hit_tokens_by_tier) is not None:
+            expected = [told.get(tier, 0 if tier in arm.hit_tokens_by_tier else None) for tier in tiers]
+            rows.append([f"{arm.name}, expected", *expected, arm.expected_hit_tokens])
+    note = (
+        "Tiers are counted by the engine (device) and by lmc; `all` is what the responses report. The simulator tells the tiers where one "
+        "request runs at a time and every tier has room for the load."
+    )
     return Table("Hit tokens by tier", columns, rows, note)
 
 

@@ -89,6 +89,15 @@ def counter_problems(records: Sequence[RequestRecord], tiers: Mapping[str, float
     return [f"responses report {reported:,} hit tokens, the counters of engine and cache {counted:,}"]
 
 
+def tier_problems(expected: Mapping[str, float] | None, measured: Mapping[str, float]) -> list[str]:
+    """Where hits did not come from the tier that the simulator expects."""
+    return [
+        f"hits of tier {tier} are off: {measured.get(tier, 0):,.0f} tokens, the simulator expects {tokens:,.0f}"
+        for tier, tokens in (expected or {}).items()
+        if measured.get(tier, 0) != tokens
+    ]
+
+
 def arm_result(
     runs: Sequence[ArmData],
     records: Sequence[RequestRecord],
@@ -117,6 +126,9 @@ def arm_result(
     hits = [r.cached_tokens for r in answered]
     tiers = _added(hits_by_tier(data.after, data.before) for data in runs if data.after and data.before)
     problems += counter_problems(records, tiers)
+    told = [data.expected_by_tier for data in runs if data.expected_by_tier is not None]
+    tiers_expected = _added(told) if len(told) == len(runs) and len(answered) == planned else None
+    problems += tier_problems(tiers_expected, tiers)
     expected = [r.expected_hit_tokens for r in answered]
     prompt_tokens, output_tokens = sum(r.prompt_tokens for r in answered), sum(r.output_tokens for r in answered)
     return ArmResult(
@@ -147,6 +159,9 @@ def arm_result(
         counters=_added(map(_own_counters, runs)),
         self_check=check,
         settings=first.arm.model_dump(),
+        expected_hit_tokens_by_tier=None
+        if tiers_expected is None
+        else {tier: int(tokens) for tier, tokens in tiers_expected.items()},
     )
 
 
@@ -191,7 +206,7 @@ def goodput(records: Sequence[RequestRecord], slo: Slo) -> float | None:
     return len(good) / len(records)
 
 
-def _added(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server that only pretends: exact prefix caching by 128-token blocks, metrics, a stream per request.
 
 Takes the arguments of `lmc serve`. Faults and speed come from arguments after `--`: --us-per-token N, --fault NAME.
-Faults: wrong-token, tie, wrong-hits, http-500, die, stall, no-usage, warm (starts with a warm counter),
+Faults: wrong-token, tie, wrong-hits, wrong-tier, http-500, die, stall, no-usage, warm (starts with a warm counter),
 bad-tokenizer (counts a token more), other-vocabulary, no-start.
 """
 
@@ -79,9 +79,9 @@ class Mock:
         return web.json_response({"data": [{"id": self.args.model}]})
 
     async def metrics(self, request: web.Request) -> web.Response:
-        c = self.counts
+        c, own = self.counts, self.own is not None
         lines = [
-            f'vllm:cache_config_info{{block_size="{BLOCK}",num_gpu_blocks="100000"}} 1.0',
+            f'vllm:cache_config_info{{block_size="{BLOCK}",enable_prefix_caching="{own}",num_gpu_blocks="100000"}} 1.0',
             f"vllm:prefix_cache_queries_total {c['queries']}",
             f"vllm:prefix_cache_hits_total {c['device']}",
         ]
@@ -172,6 +172,8 @@ class Mock:
             host, disk = self.cache.lookup(prompt)
             if self.args.fault == "wrong-hits":
                 host = max(0, host - BLOCK)
+            if self.args.fault == "wrong-tier":
+                host, disk = disk, host
             self.counts["host"] += host
             self.counts["disk"] += disk
         return device + host + disk

@@ -51,6 +51,9 @@ def test_four_arms_hit_exactly_what_the_simulator_expects(run_small: RunSmall, t
     restarted = arms["lmc-restarted"]
     assert restarted.hit_tokens_by_tier["disk"] > 0
     assert restarted.hit_tokens == restarted.expected_hit_tokens > arms["lmc"].hit_tokens
+    for arm in (arms["lmc"], restarted):
+        assert arm.expected_hit_tokens_by_tier == arm.hit_tokens_by_tier, "tier by tier"
+    assert arms["engine"].expected_hit_tokens_by_tier is None
     assert [phase.name for phase in restarted.phases] == [
         "start", "verify empty", "warm up", "drain", "measure", "drain",
     ]  # fmt: skip
@@ -87,6 +90,13 @@ def test_an_empty_disk_after_a_restart_is_seen(run_small: RunSmall) -> None:
     arms = {"lmc": CACHED, "again": {**CACHED, "restart_of": "lmc"}}
     results, _ = run_small(arms=arms, bars=[])
     assert any("nothing survived the restart" in problem for problem in results.problems)
+
+
+def test_hits_from_the_wrong_tier_are_seen(run_small: RunSmall) -> None:
+    results, _ = run_small(**_faulty("wrong-tier", reuse="cache", cache={"disk": {"path": "{disk}"}}))
+    arm = results.arms[1]
+    assert arm.hit_tokens == arm.expected_hit_tokens
+    assert arm.problems[0].startswith("hits of tier host are off: 0 tokens, the simulator expects")
 
 
 def test_failures_are_counted_by_cause(run_small: RunSmall) -> None:
