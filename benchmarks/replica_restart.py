@@ -39,7 +39,7 @@ from lmc.report import Column, Report, Section, Table, print_table, report_markd
 
 GROUPS, QUESTIONS, LONGEST = 3, 2, 1300
 OUTPUT_TOKENS = 8
-PAUSE_S = 1.0  # between two requests while a replica starts, which needs the processor
+PAUSE_S = 2.0  # between two requests while a replica starts, which needs the processor
 BEFORE, DOWN, AFTER = "both replicas up", "one replica down", "restarted replica back"
 
 
@@ -103,12 +103,14 @@ async def run(requests: int, model: str, seed: int, scratch: Path) -> Result:
     prompts = tool_prompts(resolve_model(model), GROUPS, QUESTIONS, LONGEST, OUTPUT_TOKENS)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(started_redis(scratch))
-        arm = Arm(cache={"host": {"capacity": "1GiB"}, "redis": {"url": redis}})
+        cache = {"host": {"capacity": "1GiB"}, "redis": {"url": redis}}
         launcher = Launcher(model, ENGINE, scratch)
 
         @asynccontextmanager
         async def replica(name: str) -> AsyncIterator[Server]:
-            async with launcher.started(name, arm) as servers:
+            """On a core of its own: a busy replica spins on its cores, and a new one beside it there would not start."""
+            core = {"VLLM_CPU_OMP_THREADS_BIND": "0" if name == "a" else "1", "OMP_NUM_THREADS": "1"}
+            async with launcher.started(name, Arm(cache=cache, env=core)) as servers:
                 yield servers[0]
 
         up = {name: await stack.enter_async_context(replica(name)) for name in ("a", "b")}
