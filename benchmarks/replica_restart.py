@@ -180,8 +180,8 @@ def as_report(result: Result, command: str) -> Report:
     bounds = [[bound, found, "met" if met else "NOT met"] for bound, found, met in verdicts(result)]
     statuses = Counter(answer.phase for answer in result.answers)
     summary = (
-        f"Two replicas with one core each over one Redis, one request at a time; one is killed with SIGKILL while it computes. It is back after "
-        f"{result.down_s:.0f} s (the start of an engine), in which the other one answers {statuses[DOWN]} requests."
+        f"Two replicas with one core each over one Redis, one request at a time; one is killed with SIGKILL while it computes. "
+        f"It is back after {result.down_s:.0f} s (the start of an engine), in which the other one answers {statuses[DOWN]} requests."
     )
     tiers = ", ".join(f"{tokens:,.0f} tokens from {tier}" for tier, tokens in result.restarted_hits.items())
     sections = [
