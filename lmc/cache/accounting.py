@@ -31,6 +31,7 @@ class Accounting:
     ) -> None:
         self._directory = directory
         self._chunk_tokens = namespace.chunk_tokens
+        self._stored = 0  # chunks since the last report
         self.metrics = _open_metrics(directory)
         self.metrics.chunk_bytes.set(chunk_bytes)
         self.spans = Spans(clock)
@@ -88,8 +89,7 @@ class Accounting:
             metrics.failures.labels(ticket.kind).inc()
             metrics.failure_causes.labels(ticket.kind, ticket.tier, cause).inc()
         elif ticket.kind == "store":
-            metrics.stored_chunks.inc()
-            metrics.stored_tokens.inc(self._chunk_tokens)
+            self._stored += 1
         elif ticket.kind == "write":
             metrics.written_chunks.labels(ticket.tier).inc()
         elif ticket.kind == "stage":
@@ -97,6 +97,10 @@ class Accounting:
 
     def reported(self, report: Report) -> None:
         """The directory has taken a report in."""
+        if self._stored:  # together, because a counter takes longer than the directory
+            self.metrics.stored_chunks.inc(self._stored)
+            self.metrics.stored_tokens.inc(self._stored * self._chunk_tokens)
+            self._stored = 0
         for transfer, num_bytes, seconds in report.transfers:
             self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
             self.metrics.transfer_seconds.labels(transfer).observe(seconds)

@@ -342,9 +342,9 @@ class CacheEngine:
 
     def _block_copy(self, ticket: Ticket, index: int, blocks: Sequence[int], held: int) -> BlockCopy:
         start = index * self._blocks_per_chunk
-        chosen = tuple(
-            SKIP if number < held else blocks[number] for number in range(start, start + self._blocks_per_chunk)
-        )
+        chosen = tuple(blocks[start : start + self._blocks_per_chunk])
+        if held > start:
+            chosen = (SKIP,) * min(held - start, len(chosen)) + chosen[held - start :]
         return BlockCopy(ticket.operation, ticket.key, ticket.slot, chosen)
 
     def _tier_copy(self, ticket: Ticket, limit: float | None = None) -> TierCopy:

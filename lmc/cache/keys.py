@@ -11,6 +11,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import NewType, cast
 
 from blake3 import blake3
@@ -44,6 +45,7 @@ class Namespace:
         return self.digest().hex()[:16]
 
 
+@lru_cache(maxsize=1024)
 def root(namespace: Namespace, *, lora: str = "", tenant: str = "") -> ChunkKey:
     """The start of a chain: chunks of different adapters or tenants never meet."""
     return ChunkKey(blake3(_encode("lmc-root", namespace.digest().hex(), lora, tenant)).digest())

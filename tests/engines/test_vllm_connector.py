@@ -98,6 +98,23 @@ def test_a_step_that_is_planned_ahead_stores_only_what_is_computed() -> None:
     assert driven.engine.directory.num_open == 0
 
 
+def test_drafts_of_speculative_decoding_are_not_stored() -> None:
+    driven = side(store_decode=True)
+    request = driven.request(prompt(6, 60))
+    driven.admit(request)
+    request.append_output_token_ids([1, 2])
+    request.num_computed_tokens = 61
+    assert (
+        driven.side.plan(driven.output({request.request_id: 1 + 4})).stores == []
+    )  # 66 tokens, of which 4 are guesses
+    request.append_output_token_ids([3, 4, 5])
+    request.num_computed_tokens = 64
+    plan = driven.side.plan(driven.output({request.request_id: 1 + 4}))
+    assert [[chunk.blocks for chunk in one.chunks] for one in plan.stores] == [[(1, 2, 3, 4)]]
+    driven.report(plan)
+    driven.side.finish(request)
+
+
 # Faults in lmc end the cache, not vLLM
 
 

@@ -15,16 +15,15 @@ class Change(NamedTuple):
 
 class Changes:
     def __init__(self) -> None:
-        self._watched = False
+        self.watched = False
         self._changes: list[Change] = []
 
     def watch(self) -> None:
         """Keep changes from now on; take() must be called regularly."""
-        self._watched = True
+        self.watched = True
 
     def note(self, tier: str, key: ChunkKey, readable: bool) -> None:
-        if self._watched:
-            self._changes.append(Change(tier, key, readable))
+        self._changes.append(Change(tier, key, readable))
 
     def take(self) -> list[Change]:
         """What changed since the last call, in order."""

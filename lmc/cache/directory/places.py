@@ -148,12 +148,14 @@ class Places:
     def arrive(self, residents: ResidentSet, node: int) -> None:
         """The chunk is readable from now on."""
         residents.state[node] = RESIDENT
-        self.changes.note(residents.name, self.nodes.key(node), readable=True)
+        if self.changes.watched:
+            self.changes.note(residents.name, self.nodes.key(node), readable=True)
 
     def leave(self, residents: ResidentSet, node: int) -> None:
         """Not readable any more and not the policy's; the place is still taken."""
         residents.retire(node)
-        self.changes.note(residents.name, self.nodes.key(node), readable=False)
+        if self.changes.watched:
+            self.changes.note(residents.name, self.nodes.key(node), readable=False)
         self._block_parent(node, residents, -1)
 
     def take_slot(self, node: int) -> None:

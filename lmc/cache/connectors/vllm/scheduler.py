@@ -144,8 +144,9 @@ class SchedulerSide:
             tables = output.kv_connector_block_state.get_block_ids(request_id)
             if tables is not None:
                 blocks = tables[0]
-                if _NULL_BLOCK in blocks:  # not this request's bytes: dropped by the engine, or never filled
-                    num_valid = min(num_valid, blocks.index(_NULL_BLOCK) * self.block_tokens)
+                used = blocks[: -(-num_valid // self.block_tokens)]
+                if _NULL_BLOCK in used:  # not this request's bytes: dropped by the engine, or never filled
+                    num_valid = min(num_valid, used.index(_NULL_BLOCK) * self.block_tokens)
                 self.engine.store(request_id, request.all_token_ids, num_valid, request.num_prompt_tokens, blocks)
                 identity = tracked.identity
                 if self.events is not None and identity.extra is None and identity.tenant == self.config.tenant:
