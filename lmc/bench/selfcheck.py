@@ -20,8 +20,8 @@ LAG_SHARE = 0.02  # nor does one that is late by this share of the median TTFT
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Lags in ms; `requested_rate` and `achieved_rate` in requests/s (requested None: closed loop); cpu is a share of one core,
-    of all client processes together."""
+    """Lags in ms; rates in requests/s: of sends, in a closed loop (requested_rate None) of ends. client_cpu is a share of one core, of all
+    client processes together."""
 
     requests: int
     send_lag_p50_ms: float
@@ -108,7 +108,9 @@ def check_client(stretches: Sequence[Measured]) -> SelfCheck:
         send_lag_max_ms=float(send.max()),
         loop_lag_p99_ms=float(np.percentile(loop, 99)),
         requested_rate=sum(rates) / len(rates) if rates else None,
-        achieved_rate=len(outcomes) / sending if sending > 0 else 0.0,
+        achieved_rate=(len(outcomes) - len(rates)) / sending
+        if rates and sending > 0
+        else len(outcomes) / (wall or 1.0),
         client_cpu=sum(stretch.cpu_s for stretch in stretches) / wall if wall > 0 else 0.0,
         processes=max((stretch.processes for stretch in stretches), default=1),
     )

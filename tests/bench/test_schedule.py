@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmc.bench.client import Outcome
 from lmc.bench.prompts import Conversation, Request
 from lmc.bench.schedule import Plan, arrival_times, make_plan, split
+from lmc.bench.selfcheck import Measured, check_client
 from lmc.bench.workload import OpenLoop, Workload
 from lmc.errors import WorkloadError
 from tests.bench.conftest import small_workload
@@ -155,3 +157,13 @@ def test_an_open_loop_is_one_block() -> None:
 def test_trace_times_must_be_there() -> None:
     with pytest.raises(WorkloadError, match=r"parts\.p: load\.kind trace needs times"):
         _plan([[Request("p", 0, 0, EMPTY, 1)]], {"kind": "trace"})
+
+
+def test_the_achieved_rate_of_an_open_loop_that_keeps_up_is_the_requested_one() -> None:
+    request = Request("p", 0, 0, np.arange(4, dtype=np.int32), 2)
+    outcomes = [Outcome(request, index / 10, index / 10, "ok") for index in range(11)]
+    open_loop = check_client([Measured(outcomes, 5.0, 1.0, 0.5, [], 10.0)])
+    assert (open_loop.requested_rate, open_loop.achieved_rate, open_loop.client_cpu) == (10.0, 10.0, 0.1)
+    closed = check_client([Measured(outcomes, 5.5, 5.0, 0.5, [], None)])
+    assert (closed.requested_rate, closed.achieved_rate) == (None, 2.0)
+    assert check_client([]).achieved_rate == 0.0
