@@ -276,6 +276,8 @@ class CacheEngine:
         in_host = self._leading_in_host(found, first)
         if in_host < found.num_chunks and self._wait_for_staging(request_id, request, keys, first, found, now):
             return None
+        if in_host < request.found.num_chunks and request.cut is None:
+            request.cut = (found.miss if in_host == found.num_chunks else None) or request.short
         gain = in_host * self.chunk_tokens - computed
         if 0 < gain < self.config.min_load_tokens:
             request.cut = Miss.BELOW_MINIMUM
@@ -330,6 +332,8 @@ class CacheEngine:
             tickets = self.directory.stage(keys[: found.num_chunks], now, first=first, tenant=request.tenant)
             self.directory.pin(wanted, request_id, request.stage_until + _PIN_GRACE_SECONDS)
             self._plan.tier_copies += [self._tier_copy(ticket, self.config.load_deadline) for ticket in tickets]
+            if found.tiers[-1] != HOST and not self.directory.arriving(wanted[-1:]):
+                request.short = Miss.NO_ROOM
         if not self.directory.arriving(wanted):
             return False
         if now >= request.stage_until:

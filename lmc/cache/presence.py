@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class Presence:
                     asked.append(name)
         question.open = len(asked)
         for name in asked:
-            self._pools[name].submit(self._ask, name, question)
+            self._pools[name].submit(self._ask, name, question).add_done_callback(_complain)
         return question
 
     def answers(self) -> list[Answer]:
@@ -94,10 +94,10 @@ class Presence:
         started = time.perf_counter()
         keys: tuple[ChunkKey, ...] = ()
         present: list[bool] = []
-        failure = ""
+        failure = "a fault in lmc"
         try:
             present = self._leading(name, question.keys)
-            keys = question.keys[: len(present)]
+            keys, failure = question.keys[: len(present)], ""
         except TierError as error:
             failure = str(error)
             logger.debug("lmc: %s", error)
@@ -119,3 +119,10 @@ class Presence:
                 break
             size *= 4
         return present
+
+
+def _complain(asked: Future[None]) -> None:
+    """Name a fault in lmc itself; the question has been answered without it."""
+    error = None if asked.cancelled() else asked.exception()
+    if error is not None:
+        logger.error("lmc: asking a tier for chunks crashed", exc_info=error)

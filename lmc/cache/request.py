@@ -22,7 +22,8 @@ class CachedRequest:
     ask_until: float = 0.0
     stage_until: float | None = None  # set when staging starts
     salt_differs: bool = False  # the same first chunk came before under another tenant or adapter
-    cut: Miss | None = None  # why less is loaded than was found
+    short: Miss = Miss.LOAD_FAILED  # why chunks that are still below did not come into host
+    cut: str | None = None  # why less is loaded than was found
     usable: int = 1 << 60  # chunks that may be offered; lowered when a load failed
     stored: int = 0  # chunks that need no store any more
     touched: bool = False
