@@ -188,7 +188,8 @@ def main() -> None:
     print_table(shown)
     if options.out:
         machine = {**describe_hardware(), **describe_software()}
-        page = Report("The client of lmc bench", "", [Section("Bars", "", [shown])], machine)
+        command = f"python -m benchmarks.bench_client --rounds {options.rounds} --out {options.out}"
+        page = Report("The client of lmc bench", command, [Section("Bars", "", [shown])], machine)
         write_file(options.out / "results.json", to_json({"results": [asdict(r) for r in results], "machine": machine}))
         write_file(options.out / "report.md", report_markdown(page))
     sys.exit(not all(result.met for result in results))
