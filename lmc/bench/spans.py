@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import aiohttp
 
 CLOCK_READINGS = 5
-_VLLM_ID = re.compile(r"cmpl-(.+)-\d+-[0-9a-f]{8}")  # around the X-Request-Id of the client
+# What vLLM makes of the client's X-Request-Id: with the number of the prompt, and in newer releases with something random.
+_VLLM_IDS = (re.compile(r"cmpl-(.+)-\d+-[0-9a-f]{8}"), re.compile(r"cmpl-(.+)-\d+"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ async def read_spans(http: aiohttp.ClientSession, metrics: Sequence[str]) -> dic
 
 def client_id(engine_id: str) -> str:
     """vLLM wraps the client's request id, SGLang keeps it."""
-    wrapped = _VLLM_ID.fullmatch(engine_id)
+    wrapped = next(filter(None, (form.fullmatch(engine_id) for form in _VLLM_IDS)), None)
     return wrapped.group(1) if wrapped else engine_id
 
 

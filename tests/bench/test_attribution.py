@@ -77,7 +77,12 @@ def test_parts_add_up_to_the_whole_or_are_unknown(ttft: float, known: dict[str, 
 )
 def test_the_client_s_id_is_found_in_the_engine_s(arm: str, repeat: int, session: int) -> None:
     ours = f"{arm}/{repeat}/part/{session}/0"
-    assert client_id(f"cmpl-{ours}-0-0123abcd") == ours
+    assert (
+        client_id(f"cmpl-{ours}-0-0123abcd")
+        == client_id(f"cmpl-{ours}-0-01234567")
+        == client_id(f"cmpl-{ours}-0")
+        == ours
+    )
     assert client_id(ours) == ours
     others = [f"cmpl-{ours}{more}-0-0123abcd" for more in ("0", "/1", "-0")]
     assert all(client_id(a) != client_id(b) for a, b in itertools.combinations([ours, *others], 2))
