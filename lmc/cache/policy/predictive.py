@@ -1,11 +1,13 @@
-"""Predictive: evict the chunk that is expected to bring the fewest hits, as learned from what happened to chunks like it.
+"""Predictive: evict the chunk that is expected to bring the fewest hits for its stay, as learned from what happened to chunks like it.
 
-At each touch a chunk falls into a class: how often it was touched before, how far from the end of the request it stands, and how many new
-chunks the request brings. reuse.py learns what becomes of a class by age; ghosts, four for each place, tell it of mistakes. Chunks of one
-class and age bin share a list, oldest first; a tournament tree holds the value of each list, and the victim is the oldest chunk of the list
-with the least. Nothing is set per workload, and before anything is learned the order is that of LRU.
+At each touch a chunk falls into a class. Chunks that more requests used than its conversation has turns are *shared*: their class is how
+often they were touched and how long before. All others follow the fate of their request: their class is its turn, how many new chunks it
+brings, and whether the chunk is its last, which the next turn may complete to another one. reuse.py learns what becomes of a class by age;
+ghosts, four for each place, tell it of mistakes. Nothing is set per workload.
 
-A touch is amortised O(1) but for the tree, whose depth is fixed; each crossing of an age bin, at most some dozens in a life, is O(1) too.
+Chunks of one class that one request touched form a *group* and age together. Groups of one class and age bin share a list, oldest first; a
+tournament tree holds the value of each list, and the victim is the oldest chunk of the list with the least. A touch is amortised O(1) but
+for the tree, whose depth is fixed; a group crosses an age bin, at most some dozens in a life, in O(1).
 """
 
 from __future__ import annotations
@@ -24,82 +26,89 @@ from lmc.cache.policy.lists import (
     drop_child,
     make_chains,
     make_lists,
-    move_run,
     oldest_free,
     put_before,
     put_oldest,
-    take_out,
     unlink,
 )
-from lmc.cache.policy.reuse import (
-    HORIZON,
-    NUM_BINS,
-    Float64,
-    Int64,
-    Life,
-    appraise,
-    count,
-    make_life,
-)
+from lmc.cache.policy.reuse import NUM_BINS, Float64, Int64, Life, appraise, count, make_life
 
 NOWHERE, RESIDENT, GHOST = range(3)
 GHOSTS = 4  # for each place
 STEPS = 4  # each feature of a class has so many values
-NUM_CLASSES = STEPS**3
+BODY, LAST, SHARED = 0, STEPS**2, 2 * STEPS**2  # the first class of each kind
+NUM_CLASSES = 3 * STEPS**2
 NUM_LISTS = NUM_CLASSES * NUM_BINS
-LEAVES = 4096  # of the tree: a power of two, at least NUM_LISTS
+LEAVES = 2048  # of the tree: a power of two, at least NUM_LISTS
 EMPTY = 1e300
-SMOOTH = 0.01  # weight of the newest request in the running means
+MOST = 250  # touches and turns are counted up to here
+SMOOTH = 0.01  # weight of the newest request in the mean
+APPRAISALS = 192  # while the cache is touched through, but 64 touches apart or more
 
 # Entries of State.counter
-NOW, POSITION, NEW, HITS, TOUCHES, DUE, TURN, NUM_GHOSTS, CAPACITY = range(9)
-# Entries of State.mean, each per request
-MEAN_CHUNKS, MEAN_NEW, MEAN_HITS = range(3)
+NOW, LENGTH, TURN, KIND, TOUCHES, DUE, NEXT, NUM_GHOSTS, CAPACITY, FREE = range(10)
 
 
 class State(NamedTuple):
-    lists: Lists  # one for each class and bin, then the ghosts
+    members: Lists  # chunks that may be chosen, one list for each group; the last list is all ghosts
     chains: Chains
-    recency: Lists  # one list of all resident nodes
-    edges: Int32  # (NUM_BINS,) the oldest node of bin k or a lower one: the next to leave bin k. The head where there is none
     where: Marks  # (num_nodes,)
-    last: Int32  # (num_nodes,) the request of the last touch
-    uses: Marks  # (num_nodes,) touches before the last one, as far as is remembered, below STEPS
-    kind: Marks  # (num_nodes,) class
-    bins: Marks  # (num_nodes,) age bin
+    uses: Marks  # (num_nodes,) touches before the last one, as far as is remembered
+    turns: Marks  # (num_nodes,) turn of the request that touched it last, the first is 0
+    group: Int32  # (num_nodes,) of nodes that are somewhere
+    lists: Lists  # groups that have members, one list for each class and bin
+    recency: Lists  # one list of all groups; free groups are chained by `younger`
+    edges: Int32  # (NUM_BINS,) the oldest group of bin k or a lower one: the next to leave bin k. The head where there is none
+    size: Int32  # (num_nodes,) nodes of a group: members, those aside, and ghosts
+    last: Int32  # (num_nodes,) the request that touched a group
+    kind: Marks  # (num_nodes,) class of a group
+    bins: Marks  # (num_nodes,) age bin of a group
+    newest: Int32  # (NUM_CLASSES,) the group that was opened last, or -1
     life: Life
     tree: Float64  # (2 * LEAVES,) the least value below each inner node; leaves are the lists' values, or EMPTY
     held: Int32  # (NUM_LISTS,) lists that a search left out because all their nodes are pinned
     counter: Int64
-    mean: Float64
+    chunks: Float64  # (1,) mean chunks of a request
 
 
 def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
-    counter = np.zeros(9, dtype=np.int64)
+    counter = np.zeros(10, dtype=np.int64)
     counter[CAPACITY] = capacity
+    recency = make_lists(num_nodes, 1)
+    recency.younger[:num_nodes] = np.arange(1, num_nodes + 1, dtype=np.int32)  # all free
     return State(
-        lists=make_lists(num_nodes, NUM_LISTS + 1),
+        members=make_lists(num_nodes, num_nodes + 1),
         chains=make_chains(num_nodes, parents),
-        recency=make_lists(num_nodes, 1),
-        edges=np.full(NUM_BINS, num_nodes, dtype=np.int32),
         where=np.zeros(num_nodes, dtype=np.uint8),
-        last=np.zeros(num_nodes, dtype=np.int32),
         uses=np.zeros(num_nodes, dtype=np.uint8),
+        turns=np.zeros(num_nodes, dtype=np.uint8),
+        group=np.zeros(num_nodes, dtype=np.int32),
+        lists=make_lists(num_nodes, NUM_LISTS),
+        recency=recency,
+        edges=np.full(NUM_BINS, num_nodes, dtype=np.int32),
+        size=np.zeros(num_nodes, dtype=np.int32),
+        last=np.zeros(num_nodes, dtype=np.int32),
         kind=np.zeros(num_nodes, dtype=np.uint8),
         bins=np.zeros(num_nodes, dtype=np.uint8),
+        newest=np.full(NUM_CLASSES, -1, dtype=np.int32),
         life=make_life(NUM_CLASSES),
         tree=np.full(2 * LEAVES, EMPTY, dtype=np.float64),
         held=np.zeros(NUM_LISTS, dtype=np.int32),
         counter=counter,
-        mean=np.array([8.0, 8.0, 0.0], dtype=np.float64),
+        chunks=np.full(1, 8.0, dtype=np.float64),
     )
 
 
-# The functions below get the arrays that they need, not the state: compiled code copies what it passes on.
+# Some functions below get the arrays that they need, not the state: compiled code copies what it passes on.
 
 
 def head_of(lists: Lists, number: int) -> int:
     return lists.older.size - 1 - number
+
+
+def is_empty(lists: Lists, number: int) -> bool:
+    head = head_of(lists, number)
+    return bool(lists.younger[head] == head)
 
 
 def set_leaf(tree: Float64, number: int, value: float) -> None:
@@ -108,85 +117,130 @@ def set_leaf(tree: Float64, number: int, value: float) -> None:
         return
     tree[place] = value
     while place > 1:
+        least = tree[place ^ 1]
+        if value < least:
+            least = value
         place //= 2
-        least = min(tree[2 * place], tree[2 * place + 1])
         if tree[place] == least:
             return
         tree[place] = least
+        value = least
 
 
 def show(lists: Lists, tree: Float64, value: Float64, number: int) -> None:
     """Bring the tree up to date with a list."""
-    head = head_of(lists, number)
-    set_leaf(tree, number, EMPTY if lists.younger[head] == head else value[number])
-
-
-def list_of(state: State, node: int) -> int:
-    return int(state.kind[node]) * NUM_BINS + int(state.bins[node])
-
-
-def enlist(lists: Lists, tree: Float64, value: Float64, number: int, node: int) -> None:
-    put_before(lists, head_of(lists, number), node)
-    show(lists, tree, value, number)
-
-
-def delist(lists: Lists, chains: Chains, tree: Float64, value: Float64, number: int, node: int) -> None:
-    take_out(lists, chains, node)
-    show(lists, tree, value, number)
+    set_leaf(tree, number, EMPTY if is_empty(lists, number) else value[number])
 
 
 def learn(state: State, kind: int) -> None:
     """Appraise a class anew and show its lists."""
-    capacity = float(state.counter[CAPACITY])
-    horizon = HORIZON * capacity / max(1.0, state.mean[MEAN_NEW])
-    appraise(state.life, kind, max(1.0, horizon), state.mean[MEAN_CHUNKS], state.mean[MEAN_HITS] / capacity)
+    appraise(state.life, kind, float(state.chunks[0]))
     for number in range(kind * NUM_BINS, (kind + 1) * NUM_BINS):
-        show(state.lists, state.tree, state.life.value, number)
+        if not is_empty(state.lists, number):
+            set_leaf(state.tree, number, state.life.value[number])
 
 
-def begin_request(state: State, node: int, now: int) -> None:
-    """node is the last chunk of a new request: close the books of the one before, count new chunks, let time pass."""
-    counter, mean = state.counter, state.mean
-    if counter[NOW] > 0:
-        mean[MEAN_CHUNKS] += SMOOTH * (counter[POSITION] - mean[MEAN_CHUNKS])
-        mean[MEAN_HITS] += SMOOTH * (counter[HITS] - mean[MEAN_HITS])
-        mean[MEAN_NEW] += SMOOTH * (counter[POSITION] - counter[HITS] - mean[MEAN_NEW])
-    counter[NOW] = now
-    counter[POSITION] = 0
-    counter[HITS] = 0
-    counter[NEW] = 0
-    while node >= 0 and state.where[node] != RESIDENT:
-        counter[NEW] += 1
-        node = state.chains.parents[node]
-    pass_time(state)
+# Groups
+
+
+def list_of(state: State, group: int) -> int:
+    return int(state.kind[group]) * NUM_BINS + int(state.bins[group])
+
+
+def open_group(state: State, kind: int) -> int:
+    """A new group of this request, youngest of all, without members."""
+    counter, recency = state.counter, state.recency
+    if state.newest[kind] < 0:
+        learn(state, kind)
+    group = int(counter[FREE])
+    counter[FREE] = recency.younger[group]
+    state.kind[group] = kind
+    state.bins[group] = 0
+    state.last[group] = counter[NOW]
+    state.newest[kind] = group
+    head = head_of(recency, 0)
+    put_before(recency, head, group)
+    k = 0
+    while k < NUM_BINS and state.edges[k] == head:
+        state.edges[k] = group
+        k += 1
+    return group
+
+
+def shrink(state: State, group: int) -> None:
+    """One node less; a group without nodes is free."""
+    state.size[group] -= 1
+    if state.size[group] == 0:
+        k = int(state.bins[group])
+        while k < NUM_BINS and state.edges[k] == group:
+            state.edges[k] = state.recency.younger[group]
+            k += 1
+        unlink(state.recency, group)
+        state.recency.younger[group] = state.counter[FREE]
+        state.counter[FREE] = group
+
+
+def hide_if_empty(state: State, group: int) -> None:
+    if is_empty(state.members, group):
+        unlink(state.lists, group)
+        show(state.lists, state.tree, state.life.value, list_of(state, group))
+
+
+def take_member(state: State, node: int) -> None:
+    """Out of what may be chosen."""
+    if state.chains.aside[node]:
+        state.chains.aside[node] = 0
+    else:
+        unlink(state.members, node)
+        hide_if_empty(state, state.group[node])
 
 
 def pass_time(state: State) -> None:
-    """Move the nodes that have come to the end of their age bin, neighbours together."""
-    lists, younger, bins = state.lists, state.recency.younger, state.bins
+    """Move the groups that have come to the end of their age bin."""
+    lists, recency, life, tree = state.lists, state.recency, state.life, state.tree
     now = state.counter[NOW]
-    head = state.recency.older.size - 1
+    head = head_of(recency, 0)
+    oldest = recency.younger[head]
     for k in range(NUM_BINS - 1):
-        due = now - state.life.lower[k + 1]
-        node = state.edges[k]
-        while node != head and state.last[node] <= due:
-            number = list_of(state, node)
-            first = node
-            last = node
-            bins[node] = k + 1
-            touches = 1
-            node = younger[node]
-            if not state.chains.aside[first]:
-                while node != head and state.last[node] <= due and lists.younger[last] == node:
-                    last = node
-                    bins[node] = k + 1
-                    touches += 1
-                    node = younger[node]
-                move_run(lists, first, last, head_of(lists, number + 1))
-                show(lists, state.tree, state.life.value, number)
-                show(lists, state.tree, state.life.value, number + 1)
-            count(state.life.reached, state.kind[first], k + 1, touches)
-        state.edges[k] = node
+        due = now - life.lower[k + 1]
+        group = state.edges[k]
+        if group == oldest and (group == head or state.last[group] > due):
+            return  # nor is it due in a later bin
+        while group != head and state.last[group] <= due:
+            number = list_of(state, group)
+            state.bins[group] = k + 1
+            count(life.reached, state.kind[group], k + 1, state.size[group])
+            if not is_empty(state.members, group):
+                unlink(lists, group)
+                put_before(lists, head_of(lists, number + 1), group)
+                show(lists, tree, life.value, number)
+                show(lists, tree, life.value, number + 1)
+            group = recency.younger[group]
+        state.edges[k] = group
+
+
+def end_request(state: State) -> None:
+    """Count what it touched, and now and then appraise the next class."""
+    counter, recency = state.counter, state.recency
+    head = head_of(recency, 0)
+    group = recency.older[head]
+    while group != head and state.last[group] == counter[NOW]:
+        count(state.life.reached, state.kind[group], 0, state.size[group])
+        group = recency.older[group]
+    state.chunks[0] += SMOOTH * (counter[LENGTH] - state.chunks[0])
+    counter[TOUCHES] += counter[LENGTH]
+    counter[DUE] -= counter[LENGTH]
+    if counter[DUE] <= 0:  # often at first
+        pace = max(64, int(counter[CAPACITY]) // APPRAISALS)
+        counter[DUE] = min(pace, int(counter[TOUCHES]) // (2 * APPRAISALS))
+        kind = (counter[NEXT] + 1) % NUM_CLASSES
+        while state.newest[kind] < 0:
+            kind = (kind + 1) % NUM_CLASSES
+        counter[NEXT] = kind
+        learn(state, kind)
+
+
+# Touches
 
 
 def step(amount: int, base: int) -> int:
@@ -198,77 +252,94 @@ def step(amount: int, base: int) -> int:
     return result
 
 
-def start_life(state: State, node: int) -> None:
-    """A touch: into a class, youngest of its first bin and of all."""
+def begin_request(state: State, node: int, now: int) -> None:
+    """node is the last chunk of a new request: find where its new chunks begin, and let time pass."""
     counter = state.counter
-    kind = (int(state.uses[node]) * STEPS + step(counter[POSITION] + 1, 2)) * STEPS + step(counter[NEW], 4)
-    counter[POSITION] += 1
-    if state.life.reached[kind, 0] == 0.0:
-        learn(state, kind)
-    state.kind[node] = kind
-    state.bins[node] = 0
-    state.last[node] = counter[NOW]
-    count(state.life.reached, kind, 0, 1)
-    enlist(state.lists, state.tree, state.life.value, list_of(state, node), node)
-    head = state.recency.older.size - 1
-    put_before(state.recency, head, node)
-    k = 0
-    while k < NUM_BINS and state.edges[k] == head:
-        state.edges[k] = node
-        k += 1
-
-    counter[TOUCHES] += 1
-    counter[DUE] -= 1
-    if counter[DUE] <= 0:  # often at first, then each class once while the cache is touched through
-        counter[DUE] = max(4, min(max(64, counter[CAPACITY] // NUM_CLASSES), counter[TOUCHES] // (2 * NUM_CLASSES)))
-        turn = (counter[TURN] + 1) % NUM_CLASSES
-        while state.life.reached[turn, 0] == 0.0:
-            turn = (turn + 1) % NUM_CLASSES
-        counter[TURN] = turn
-        learn(state, turn)
+    if counter[NOW] > 0:
+        end_request(state)
+    counter[NOW] = now
+    counter[LENGTH] = 0
+    new = 0
+    while node >= 0 and state.where[node] != RESIDENT:
+        new += 1
+        node = state.chains.parents[node]
+    # The turn before touched its new chunks once. What was touched more often is the beginning of many conversations.
+    turn = min(int(state.turns[node]) + 1, MOST) if node >= 0 and state.uses[node] == 0 else 0
+    counter[TURN] = turn
+    counter[KIND] = LAST + step(turn, 2) * STEPS + step(new, 4)
+    pass_time(state)
 
 
-def out_of_recency(state: State, node: int) -> None:
-    k = int(state.bins[node])
-    while k < NUM_BINS and state.edges[k] == node:
-        state.edges[k] = state.recency.younger[node]
-        k += 1
-    unlink(state.recency, node)
+def start_life(state: State, node: int, uses: int, bin_: int) -> None:
+    """A touch: into a class, youngest of all. uses is the number of touches before this one, bin_ the age at which it came."""
+    counter, members = state.counter, state.members
+    turn = counter[TURN]
+    if uses > turn:
+        kind = SHARED + min(bin_ // 10, STEPS - 1) * STEPS + min(uses - 1, STEPS - 1)
+    else:
+        kind = int(counter[KIND])
+    if counter[LENGTH] == 0:
+        counter[KIND] += BODY - LAST
+    counter[LENGTH] += 1
+    group = int(state.newest[kind])
+    if group < 0 or state.last[group] != counter[NOW] or state.kind[group] != kind or state.size[group] == 0:
+        group = open_group(state, kind)
+    if is_empty(members, group):
+        number = list_of(state, group)
+        put_before(state.lists, head_of(state.lists, number), group)
+        show(state.lists, state.tree, state.life.value, number)
+    put_before(members, head_of(members, group), node)
+    state.size[group] += 1
+    state.group[node] = group
+    state.uses[node] = uses
+    state.turns[node] = turn
 
 
-def catch_up(state: State, node: int) -> None:
-    """Count the age bins that a ghost has passed."""
-    age = state.counter[NOW] - state.last[node]
-    while age >= state.life.lower[state.bins[node] + 1]:
-        state.bins[node] += 1
-        count(state.life.reached, state.kind[node], state.bins[node], 1)
+def touch_again(state: State, node: int) -> None:
+    """A node that is resident, or a ghost, is touched: it leaves its group for one of this request."""
+    group = int(state.group[node])
+    bin_ = int(state.bins[group])
+    count(state.life.reused, state.kind[group], bin_, 1)
+    shrink(state, group)
+    start_life(state, node, min(int(state.uses[node]) + 1, MOST), bin_)
 
 
 def on_hit(state: State, node: int, now: int) -> None:
     if state.counter[NOW] != now:
         begin_request(state, node, now)
-    state.counter[HITS] += 1
-    delist(state.lists, state.chains, state.tree, state.life.value, list_of(state, node), node)
-    out_of_recency(state, node)
-    count(state.life.reused, state.kind[node], state.bins[node], 1)
-    state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
-    start_life(state, node)
+    take_member(state, node)
+    touch_again(state, node)
 
 
 def on_insert(state: State, node: int, now: int) -> None:
     if state.counter[NOW] != now:
         begin_request(state, node, now)
-    if state.where[node] == GHOST:
-        unlink(state.lists, node)
-        state.counter[NUM_GHOSTS] -= 1
-        catch_up(state, node)
-        count(state.life.reused, state.kind[node], state.bins[node], 1)
-        state.uses[node] = min(int(state.uses[node]) + 1, STEPS - 1)
-    else:
-        state.uses[node] = 0
+    ghost = state.where[node] == GHOST
     state.where[node] = RESIDENT
-    start_life(state, node)
+    if ghost:
+        unlink(state.members, node)
+        state.counter[NUM_GHOSTS] -= 1
+        touch_again(state, node)
+    else:
+        start_life(state, node, 0, 0)
     add_child(state.chains, node)
+
+
+# Eviction
+
+
+def oldest_of(state: State, number: int, blocked: Blocked) -> int:
+    """The oldest node of a list that may go, or -1; groups whose nodes are all set aside leave the list."""
+    head = head_of(state.lists, number)
+    group = state.lists.younger[head]
+    node = -1
+    while node < 0 and group != head:
+        following = state.lists.younger[group]
+        node = oldest_free(state.members, head_of(state.members, group), state.chains, blocked)
+        if is_empty(state.members, group):
+            unlink(state.lists, group)
+        group = following
+    return node
 
 
 def victim(state: State, blocked: Blocked) -> int:
@@ -282,37 +353,41 @@ def victim(state: State, blocked: Blocked) -> int:
             if tree[place] != tree[place // 2]:
                 place += 1
         number = place - LEAVES
-        node = oldest_free(state.lists, head_of(state.lists, number), state.chains, blocked)
+        node = oldest_of(state, number, blocked)
         if node < 0:
             state.held[num_held] = number
             num_held += 1
             set_leaf(tree, number, EMPTY)
     for index in range(num_held):
-        show(state.lists, state.tree, state.life.value, state.held[index])
+        show(state.lists, tree, state.life.value, state.held[index])
     return node
 
 
 def on_evict(state: State, node: int) -> None:
-    delist(state.lists, state.chains, state.tree, state.life.value, list_of(state, node), node)
-    out_of_recency(state, node)
+    take_member(state, node)
     state.where[node] = GHOST
     state.counter[NUM_GHOSTS] += 1
-    put_before(state.lists, head_of(state.lists, NUM_LISTS), node)
+    members = state.members
+    put_before(members, members.older.size - 1 - state.size.size, node)
     parent = drop_child(state.chains, node)
     if parent >= 0:
-        number = list_of(state, parent)
-        put_oldest(state.lists, head_of(state.lists, number), parent)
-        show(state.lists, state.tree, state.life.value, number)
+        group = int(state.group[parent])
+        if is_empty(members, group):
+            number = list_of(state, group)
+            put_oldest(state.lists, head_of(state.lists, number), group)
+            show(state.lists, state.tree, state.life.value, number)
+        put_oldest(members, head_of(members, group), parent)
 
 
 def release(state: State) -> int:
     if state.counter[NUM_GHOSTS] <= GHOSTS * state.counter[CAPACITY]:
         return -1
-    node = state.lists.younger[head_of(state.lists, NUM_LISTS)]
-    unlink(state.lists, node)
+    members = state.members
+    node = members.younger[members.older.size - 1 - state.size.size]
+    unlink(members, node)
     state.counter[NUM_GHOSTS] -= 1
     state.where[node] = NOWHERE
-    catch_up(state, node)
+    shrink(state, state.group[node])
     return int(node)
 
 

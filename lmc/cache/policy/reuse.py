@@ -1,9 +1,12 @@
-"""What the predictive policy learns: how likely a chunk of a class, not touched since some age, is touched again soon.
+"""What the predictive policy learns: how likely a chunk of a class, not touched since some age, is touched again, and when.
 
 Ages are counted in requests and fall into *bins*, two an octave. For each class and bin the tables hold how many touches lived to that age
-and how many ended there in another touch (a life table, Kaplan and Meier 1958); old counts fade. A class of which little is known leans on
-all classes together, and a bin of which nothing is known on the bin before. The *value* of a chunk is the hits it is expected to bring
-within the horizon, the time in which the cache turns over, or twice that, per request (compare LHD, Beckmann et al., NSDI 2018).
+and how many ended there in another touch (a life table, Kaplan and Meier 1958); old counts fade. Where a class has seen little, it leans on
+all classes together, and then on its own younger ages.
+
+The *value* of a chunk is the most hits per request of waiting that any choice of when to give up promises: the index of Gittins (1979),
+of which the hit density of LHD (Beckmann et al., NSDI 2018) is the case without a choice. To keep what has the highest is the best that
+can be done with the chances known.
 """
 
 from __future__ import annotations
@@ -16,27 +19,27 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-NUM_BINS = 40  # up to a million requests
+NUM_BINS = 39  # up to a million requests
 FIRST_GUESS = 0.1  # share of chunks touched again in a bin, before anything is known
-GUESS_FADES = 0.8  # from bin to bin
-KEEP = 0.997  # of old counts, each time a class is appraised
-LEAN = 4.0  # requests' worth of chunks that the guess counts as
-HORIZON = 1.0  # turnovers of the cache
-FARTHEST = 2.0  # horizons: the look ahead doubles up to here, where that promises more hits per request
-NOISE = 0.03  # values below this share of what a place earns on average are equal; older chunks go first then
+FADES = 0.8  # a chance that is carried on to the next bin
+KEEP = 0.99  # of old counts, each time a class is appraised
+LEAN = 1.0  # requests' worth of chunks that the guess counts as
+LEAN_ON_AGES = 4.0  # as many for the younger ages
 
 
 class Life(NamedTuple):
-    lower: Int64  # (NUM_BINS + 1,) the least age of a bin
+    lower: Int64  # (NUM_BINS + 1,) the least age of a bin; 0 is the running request and belongs to the first
     reached: Float64  # (num_classes + 1, NUM_BINS) touches that lived to the bin; the last row is all classes together
     reused: Float64  # (num_classes + 1, NUM_BINS) touches that ended in the bin with another touch
     value: Float64  # (num_classes * NUM_BINS,)
+    spans: Float64  # (3, NUM_BINS) for appraise(): hits, requests of waiting and share that outlives each span of ages
 
 
 def make_life(num_classes: int) -> Life:
-    lower = np.array([k if k < 4 else int(2 ** (k / 2)) for k in range(NUM_BINS)] + [1 << 62], dtype=np.int64)
+    lower = np.array([1, 2, 3, *(int(2 ** (k / 2)) for k in range(4, NUM_BINS + 1)), 1 << 62], dtype=np.int64)
     tables = np.zeros((num_classes + 1, NUM_BINS), dtype=np.float64)
-    return Life(lower, tables, tables.copy(), np.zeros(num_classes * NUM_BINS, dtype=np.float64))
+    value = np.zeros(num_classes * NUM_BINS, dtype=np.float64)
+    return Life(lower, tables, tables.copy(), value, np.zeros((3, NUM_BINS), dtype=np.float64))
 
 
 def count(table: Float64, kind: int, bin_: int, touches: int) -> None:
@@ -45,36 +48,44 @@ def count(table: Float64, kind: int, bin_: int, touches: int) -> None:
     table[-1, bin_] += touches
 
 
-def appraise(life: Life, kind: int, horizon: float, chunks: float, earning: float) -> None:
-    """Set the values of a class. horizon is in requests, chunks is the mean of a request, earning the mean hits of a place per request."""
-    reached, reused = life.reached, life.reused
-    lean = LEAN * chunks
+def appraise(life: Life, kind: int, chunks: float) -> None:
+    """Set the values of a class and let its counts fade. chunks is the mean of a request."""
+    reached, reused, value = life.reached, life.reused, life.value
+    lean, lean_on_ages = LEAN * chunks, LEAN_ON_AGES * chunks
     first = kind * NUM_BINS
     guess = FIRST_GUESS
-    for k in range(NUM_BINS):
-        guess = (reused[-1, k] + lean * guess) / (reached[-1, k] + lean)
-        life.value[first + k] = min(1.0, (reused[kind, k] + lean * guess) / (reached[kind, k] + lean))
-        guess *= GUESS_FADES
-    # So far value holds the chance of a touch in each bin; bin k is overwritten when the later ones still have theirs.
-    for k in range(NUM_BINS):
-        alive, hits, time, value = 1.0, 0.0, 0.0, 0.0
-        look = horizon
-        for later in range(k, NUM_BINS):
-            width = float(life.lower[later + 1] - life.lower[later])
-            chance = life.value[first + later]
-            while time + width >= look and look <= FARTHEST * horizon:
-                value = max(value, (hits + alive * chance * (look - time) / width) / look)
-                look *= 2.0
-            if look > FARTHEST * horizon:
-                break
-            hits += alive * chance
-            alive *= 1.0 - chance
-            time += width
-        if value < NOISE * earning:
-            value = NOISE * earning * (NUM_BINS - k) / NUM_BINS
-        life.value[first + k] = value
-    for k in range(NUM_BINS):
-        reached[-1, k] = max(0.0, reached[-1, k] - (1.0 - KEEP) * reached[kind, k])
-        reused[-1, k] = max(0.0, reused[-1, k] - (1.0 - KEEP) * reused[kind, k])
-        reached[kind, k] *= KEEP
-        reused[kind, k] *= KEEP
+    chance = 0.0
+    for k in range(NUM_BINS):  # value holds the chances at first
+        lived, ended = float(reached[kind, k]), float(reused[kind, k])
+        all_lived, all_ended = float(reached[-1, k]), float(reused[-1, k])
+        guess = (all_ended + lean * guess) / (all_lived + lean)
+        likely = max((ended + lean * guess) / (lived + lean), FADES * chance)
+        chance = min(1.0, (ended + lean_on_ages * likely) / (lived + lean_on_ages))
+        value[first + k] = chance
+        guess *= FADES
+        reached[-1, k] = max(0.0, all_lived - (1.0 - KEEP) * lived)
+        reused[-1, k] = max(0.0, all_ended - (1.0 - KEEP) * ended)
+        reached[kind, k] = KEEP * lived
+        reused[kind, k] = KEEP * ended
+    index(life, first)
+
+
+def index(life: Life, first: int) -> None:
+    """Turn chances into values. Ages from the oldest on form spans; one whose successor promises more per request takes it in."""
+    lower, value, spans = life.lower, life.value, life.spans
+    top = -1
+    value[first + NUM_BINS - 1] = 0.0
+    for k in range(NUM_BINS - 2, -1, -1):
+        hits = float(value[first + k])
+        wait = float(lower[k + 1] - lower[k]) * (1.0 - 0.5 * hits)
+        alive = 1.0 - hits
+        while top >= 0 and spans[0, top] * wait > hits * spans[1, top]:
+            hits += alive * float(spans[0, top])
+            wait += alive * float(spans[1, top])
+            alive *= float(spans[2, top])
+            top -= 1
+        top += 1
+        spans[0, top] = hits
+        spans[1, top] = wait
+        spans[2, top] = alive
+        value[first + k] = hits / wait

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.cache.policy import POLICIES, predictive
-from lmc.cache.policy.reuse import NUM_BINS, appraise, count, make_life
+from lmc.cache.policy.reuse import KEEP, NUM_BINS, appraise, count, index, make_life
 from tests.contracts.policy import Host, NodePolicy, run_spec, workloads
 
 SPEC = predictive.SPEC
@@ -39,41 +39,89 @@ def test_the_tree_knows_every_list_and_the_edges_every_age(requests: list[list[i
         tree = state.tree
         for place in range(1, predictive.LEAVES):
             assert tree[place] == min(tree[2 * place], tree[2 * place + 1])
-        filled = {}
+        known = [int(state.group[node]) for node in range(state.where.size) if state.where[node] != predictive.NOWHERE]
+        for group in set(known):
+            assert state.size[group] == known.count(group)
+            age = max(1, state.counter[predictive.NOW] - state.last[group])
+            assert state.life.lower[state.bins[group]] <= age < state.life.lower[state.bins[group] + 1]
+        filled = set()
         for key in host.there:
             node = policy.node_of[key]
-            age = state.counter[predictive.NOW] - state.last[node]
-            assert state.life.lower[state.bins[node]] <= age < state.life.lower[state.bins[node] + 1]
             if not state.chains.aside[node]:
-                filled[int(predictive.list_of(state, node))] = True
+                filled.add(predictive.list_of(state, state.group[node]))
         for number in range(predictive.NUM_LISTS):
             expected = state.life.value[number] if number in filled else predictive.EMPTY
             assert tree[predictive.LEAVES + number] == expected
 
 
-def test_value_is_the_chance_of_a_hit_within_the_horizon() -> None:
-    """Of 1,000 touches 300 are repeated at once; the others live on to bin 8 without another touch."""
+def test_classes_follow_turns_and_shared_beginnings() -> None:
+    host = run_spec(SPEC, [[1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 6, 7], [1, 2, 8]], 99)
+    policy = host.policy
+    assert isinstance(policy, NodePolicy)
+    state, node_of = policy.state, policy.node_of
+
+    def kind(*labels: int) -> int:
+        return int(state.kind[state.group[node_of[labels]]])
+
+    def turn(*labels: int) -> int:
+        return int(state.turns[node_of[labels]])
+
+    assert [turn(1, 2, 3), turn(1, 2, 4, 5), turn(1, 2, 4, 6, 7), turn(1, 2, 8)] == [0, 1, 2, 0]
+    assert kind(1, 2, 3) == kind(1, 2, 8) == predictive.LAST
+    assert kind(1, 2, 4, 6, 7) == predictive.LAST + predictive.STEPS
+    assert kind(1, 2, 4, 6) == predictive.BODY + predictive.STEPS
+    assert kind(1, 2) == predictive.SHARED + predictive.STEPS - 2  # three touches before, the last one just now
+
+
+chances = st.lists(st.floats(0.0, 1.0), min_size=NUM_BINS, max_size=NUM_BINS)
+
+
+@settings(deadline=None)
+@given(chances)
+def test_value_is_the_best_rate_of_hits_over_all_times_to_give_up(chance: list[float]) -> None:
+    life = make_life(2)
+    life.value[NUM_BINS:] = chance
+    index(life, NUM_BINS)
+    for k in range(NUM_BINS - 1):
+        best, hits, wait, alive = 0.0, 0.0, 0.0, 1.0
+        for later in range(k, NUM_BINS - 1):
+            hits += alive * chance[later]
+            wait += alive * float(life.lower[later + 1] - life.lower[later]) * (1.0 - chance[later] / 2)
+            alive *= 1.0 - chance[later]
+            best = max(best, hits / wait)
+        assert life.value[NUM_BINS + k] == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert not life.value[:NUM_BINS].any()
+
+
+def test_chances_come_from_the_counts() -> None:
+    """Of 1,000 touches 300 are repeated by the next request; the others live on without another touch."""
     life = make_life(2)
     for k in range(9):
         count(life.reached, 0, k, 1000 if k == 0 else 700)
     count(life.reused, 0, 0, 300)
-    appraise(life, 0, horizon=4.0, chunks=0.001, earning=0.0)
-    assert life.value[0] == pytest.approx(0.3 / 4, rel=1e-3)
-    assert life.value[4] == pytest.approx(0.0, abs=1e-3)
+    appraise(life, 0, chunks=0.001)
+    assert life.value[0] == pytest.approx(0.3 / 0.85, rel=1e-3)
+    assert life.value[2] < 0.01 * life.value[0]
 
 
-def test_worthless_chunks_go_by_age() -> None:
+def test_before_anything_is_known_the_older_promises_less() -> None:
     life = make_life(2)
-    for k in range(NUM_BINS):
-        count(life.reached, 0, k, 100_000)
-    appraise(life, 0, horizon=100.0, chunks=1.0, earning=1.0)
-    values = life.value[:NUM_BINS]
-    assert (np.diff(values) < 0).all()
+    appraise(life, 0, chunks=1.0)
+    assert (np.diff(life.value[:NUM_BINS]) < 0).all()
 
 
 def test_a_class_without_history_leans_on_the_others() -> None:
     life = make_life(2)
     count(life.reached, 0, 0, 100_000)
     count(life.reused, 0, 0, 90_000)
-    appraise(life, 1, horizon=1.0, chunks=1.0, earning=0.0)
-    assert life.value[NUM_BINS] == pytest.approx(0.9, abs=0.01)
+    appraise(life, 1, chunks=1.0)
+    assert life.value[NUM_BINS] == pytest.approx(0.9 / 0.55, rel=0.01)
+
+
+def test_old_counts_fade() -> None:
+    life = make_life(2)
+    count(life.reached, 0, 0, 100)
+    count(life.reached, 1, 0, 50)
+    appraise(life, 0, chunks=1.0)
+    assert life.reached[0, 0] == pytest.approx(100 * KEEP)
+    assert life.reached[-1, 0] == pytest.approx(50 + 100 * KEEP)
