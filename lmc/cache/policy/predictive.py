@@ -31,7 +31,8 @@ from lmc.cache.policy.lists import (
     put_oldest,
     unlink,
 )
-from lmc.cache.policy.reuse import NUM_BINS, Float64, Int64, Life, appraise, count, make_life
+from lmc.cache.policy.reuse import NUM_BINS, Int64, Life, appraise, count, make_life
+from lmc.cache.policy.tournament import EMPTY, Float64, least_leaf, make_tree, set_leaf
 
 NOWHERE, RESIDENT, GHOST = range(3)
 GHOSTS = 4  # for each place
@@ -40,13 +41,12 @@ BODY, LAST, SHARED = 0, STEPS**2, 2 * STEPS**2  # the first class of each kind
 NUM_CLASSES = 3 * STEPS**2
 NUM_LISTS = NUM_CLASSES * NUM_BINS
 LEAVES = 2048  # of the tree: a power of two, at least NUM_LISTS
-EMPTY = 1e300
 MOST = 250  # touches and turns are counted up to here
 SMOOTH = 0.01  # weight of the newest request in the mean
 APPRAISALS = 192  # while the cache is touched through, but 64 touches apart or more
 
 # Entries of State.counter
-NOW, LENGTH, TURN, KIND, TOUCHES, DUE, NEXT, NUM_GHOSTS, CAPACITY, FREE = range(10)
+NOW, LENGTH, TURN, KIND, TOUCHES, DUE, NEXT, NUM_GHOSTS, CAPACITY, FREE, LOWEST = range(11)
 
 
 class State(NamedTuple):
@@ -72,7 +72,7 @@ class State(NamedTuple):
 
 
 def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
-    counter = np.zeros(10, dtype=np.int64)
+    counter = np.zeros(11, dtype=np.int64)
     counter[CAPACITY] = capacity
     recency = make_lists(num_nodes, 1)
     recency.younger[:num_nodes] = np.arange(1, num_nodes + 1, dtype=np.int32)  # all free
@@ -92,7 +92,7 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
         bins=np.zeros(num_nodes, dtype=np.uint8),
         newest=np.full(NUM_CLASSES, -1, dtype=np.int32),
         life=make_life(NUM_CLASSES),
-        tree=np.full(2 * LEAVES, EMPTY, dtype=np.float64),
+        tree=make_tree(LEAVES),
         held=np.zeros(NUM_LISTS, dtype=np.int32),
         counter=counter,
         chunks=np.full(1, 8.0, dtype=np.float64),
@@ -109,22 +109,6 @@ def head_of(lists: Lists, number: int) -> int:
 def is_empty(lists: Lists, number: int) -> bool:
     head = head_of(lists, number)
     return bool(lists.younger[head] == head)
-
-
-def set_leaf(tree: Float64, number: int, value: float) -> None:
-    place = LEAVES + number
-    if tree[place] == value:
-        return
-    tree[place] = value
-    while place > 1:
-        least = tree[place ^ 1]
-        if value < least:
-            least = value
-        place //= 2
-        if tree[place] == least:
-            return
-        tree[place] = least
-        value = least
 
 
 def show(lists: Lists, tree: Float64, value: Float64, number: int) -> None:
@@ -343,16 +327,12 @@ def oldest_of(state: State, number: int, blocked: Blocked) -> int:
 
 
 def victim(state: State, blocked: Blocked) -> int:
-    tree = state.tree
+    tree, counter = state.tree, state.counter
     num_held = 0
     node = -1
     while node < 0 and tree[1] != EMPTY:
-        place = 1
-        while place < LEAVES:
-            place *= 2
-            if tree[place] != tree[place // 2]:
-                place += 1
-        number = place - LEAVES
+        number = least_leaf(tree, int(counter[LOWEST]))
+        counter[LOWEST] = number
         node = oldest_of(state, number, blocked)
         if node < 0:
             state.held[num_held] = number

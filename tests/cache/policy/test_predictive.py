@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lmc.cache.policy import POLICIES, predictive
 from lmc.cache.policy.reuse import KEEP, NUM_BINS, appraise, count, index, make_life
+from lmc.cache.policy.tournament import EMPTY
 from tests.contracts.policy import Host, NodePolicy, run_spec, workloads
 
 SPEC = predictive.SPEC
@@ -50,7 +51,7 @@ def test_the_tree_knows_every_list_and_the_edges_every_age(requests: list[list[i
             if not state.chains.aside[node]:
                 filled.add(predictive.list_of(state, state.group[node]))
         for number in range(predictive.NUM_LISTS):
-            expected = state.life.value[number] if number in filled else predictive.EMPTY
+            expected = state.life.value[number] if number in filled else EMPTY
             assert tree[predictive.LEAVES + number] == expected
 
 
