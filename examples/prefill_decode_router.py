@@ -41,9 +41,12 @@ class Router:
         async with self._session.post(self._decode + request.path, json=body) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await response.prepare(request)
-            async for piece in answer.content.iter_any():
-                await response.write(piece)
-            await response.write_eof()
+            try:
+                async for piece in answer.content.iter_any():
+                    await response.write(piece)
+                await response.write_eof()
+            except aiohttp.ClientConnectionResetError:
+                pass  # the client went away; leaving this block ends the decode engine's work on it too
             return response
 
     async def _fill(self, path: str, body: dict[str, object]) -> None:
