@@ -218,7 +218,7 @@ def tune(
     names = split_list(policy)
     check_policies(names)
     budget = tuning.make_budget(memory, disk, dollars_per_hour, model)
-    tuned = tuning.tune(trace, tuning.find_token_bytes(trace, token_bytes, model), budget, names, model)
+    tuned = tuning.tune(trace, tuning.known_token_bytes(trace, token_bytes, model), budget, names, model)
     if out is not None:
         tune_show.write_settings(tuned, out, disk_path)
     table = tune_show.front_table(tuned)

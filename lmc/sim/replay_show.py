@@ -9,6 +9,7 @@ import numpy as np
 
 from lmc.cache.config import chunk_tokens_for
 from lmc.cache.settings import load_settings
+from lmc.errors import ConfigError
 from lmc.report import Cell, Column, Table
 from lmc.sim import full_replay
 from lmc.sim.cost import CostModel
@@ -18,7 +19,7 @@ from lmc.sim.show import WINDOWS, trace_json
 from lmc.sim.show_planes import Shown
 from lmc.sim.tier_grid import PERCENTILES
 from lmc.sim.trace import Trace, Window, coarsen, require_blocks
-from lmc.sim.tune import find_token_bytes
+from lmc.sim.tune import known_token_bytes
 from lmc.units import parse_size
 
 
@@ -35,7 +36,9 @@ def run(
     require_blocks(trace)
     config = load_settings(settings).config
     chunked = coarsen(trace, chunk_tokens_for(config, trace.block_tokens))
-    chunk_bytes = find_token_bytes(trace, token_bytes, cost) * chunked.block_tokens
+    chunk_bytes = known_token_bytes(trace, token_bytes, cost) * chunked.block_tokens
+    if chunk_bytes == 0:
+        raise ConfigError(f"{trace.source} does not say how many bytes a token's KV takes; give --token-bytes")
     shared_chunks = 0 if shared == "0" else parse_size(shared) // chunk_bytes
     return full_replay.replay(
         chunked, config, chunk_bytes, Fleet(instances, cast(Routing, routing), shared_chunks, cost)

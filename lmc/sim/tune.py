@@ -29,6 +29,7 @@ from lmc.sim.tier_grid import Worth, worth_of
 from lmc.sim.trace import Int64, Trace, coarsen, require_blocks
 from lmc.units import format_size, parse_size
 
+ASSUMED_TOKEN_BYTES = 128 * 1024
 _CHUNK_FACTORS = (1, 2, 4, 8)
 _LADDER = (1.0, 0.75, 0.5, 0.25, 0.125)
 _TTLS_S = (60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
@@ -67,6 +68,7 @@ class Point:
 @dataclass(frozen=True)
 class Tuned:
     trace: Trace
+    token_bytes: int  # KV bytes per token over all ranks
     chosen: Point
     expected: Interval  # hit rate of the chosen point on the second half
     over_lru: Interval  # its hit rate minus that of LRU in the same sizes
@@ -83,21 +85,22 @@ def make_budget(memory: str, disk: str, dollars_per_hour: float | None, cost: Co
     return Budget(parse_size(memory), 0 if disk == "0" else parse_size(disk), dollars_per_hour)
 
 
-def find_token_bytes(trace: Trace, given: int, cost: CostModel | None) -> int:
-    """KV bytes per token: as given, else from the trace, else from the cost model. Raises ConfigError when none says it."""
-    found = given or trace.block_bytes // trace.block_tokens or (cost.token_bytes if cost else 0)
-    if found == 0:
-        raise ConfigError(f"{trace.source} does not say how many bytes a token's KV takes; give --token-bytes")
-    return found
+def known_token_bytes(trace: Trace, given: int, cost: CostModel | None) -> int:
+    """KV bytes per token: as given, else from the trace, else from the cost model, else 0."""
+    return given or trace.block_bytes // trace.block_tokens or (cost.token_bytes if cost else 0)
 
 
 def tune(
     trace: Trace, token_bytes: int, budget: Budget, policies: Sequence[str] = (), cost: CostModel | None = None
 ) -> Tuned:
-    """Raises ConfigError when the budget holds no chunk or the trace is too short to be cut in halves."""
+    """token_bytes 0: not known, ASSUMED_TOKEN_BYTES are taken and a note says so.
+
+    Raises ConfigError when the budget holds no chunk or the trace is too short to be cut in halves.
+    """
     require_blocks(trace)
     if trace.num_requests < 8:
         raise ConfigError(f"{trace.source}: {trace.num_requests} requests are too few to tune on; record more")
+    token_bytes, known = token_bytes or ASSUMED_TOKEN_BYTES, token_bytes > 0
     search = _Search(trace, token_bytes, budget, list(policies or sorted(POLICIES)), cost)
     chunk = search.choose_chunk()
     points = search.ladder(chunk, search.choose_policy(chunk))
@@ -109,6 +112,11 @@ def tune(
     plain = search.hits(Point(chunk, "lru", chosen.host_bytes, chosen.disk_bytes, None))[judging]
     unlimited = search.tokens(chunk, request_hits(search.stacks[chunk], np.inf))[judging]
     notes = list(trace.notes)
+    if not known:
+        notes.append(
+            f"nothing says how many bytes a token's KV takes; taken are {format_size(token_bytes)}, as of an 8B model with grouped-query "
+            "attention in 16 bits: give --token-bytes for yours"
+        )
     if not search.sessions_named:
         notes.append(
             "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
@@ -121,6 +129,7 @@ def tune(
         )
     return Tuned(
         trace,
+        token_bytes,
         chosen,
         share_interval(hits, inputs, sessions),
         share_interval(hits - plain, inputs, sessions),

@@ -48,6 +48,7 @@ def tune_json(tuned: Tuned, disk_path: Path) -> dict[str, Any]:
     """Any: JSON."""
     return {
         "trace": trace_json(tuned.trace),
+        "token_bytes": tuned.token_bytes,
         "config": settings_of(tuned.chosen, disk_path),
         "expected_hit_rate": tuned.expected.value,
         "interval": [tuned.expected.low, tuned.expected.high],

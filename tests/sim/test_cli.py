@@ -178,7 +178,7 @@ def test_tune_prints_the_front_and_writes_settings(long_trace: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--memory", "1MB"), "--token-bytes"),
+        (("--memory", "1MB"), "raise --memory"),
         (("--memory", "1kB", "--token-bytes", "100"), "raise --memory"),
         (("--memory", "lots"), "lots"),
         (("--memory", "1MB", "--dollars-per-hour", "1"), "needs prices"),
@@ -215,6 +215,9 @@ def test_bad_replay_settings_are_one_line(long_trace: Path, tmp_path: Path) -> N
         settings.write_text(text)
         with pytest.raises(LmcError, match=message):
             run("replay", long_trace, "--config", settings, "--token-bytes", "100")
+    settings.write_text("host: {capacity: 10GB}\nchunk_tokens: 512\n")
+    with pytest.raises(LmcError, match="give --token-bytes"):
+        run("replay", long_trace, "--config", settings)
 
 
 def test_report_writes_its_folder(long_trace: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lmc.sim import tune_show
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.trace import Trace, coarsen
-from lmc.sim.tune import Budget, find_token_bytes, make_budget, tune
+from lmc.sim.tune import ASSUMED_TOKEN_BYTES, Budget, known_token_bytes, make_budget, tune
 from tests.sim.chained_traces import naive_lru, tokens_of
 
 TOKEN_BYTES = 100
@@ -138,9 +138,17 @@ def test_bad_budgets_and_short_traces_are_refused(trace: Trace) -> None:
         tune(trace, TOKEN_BYTES, Budget(CHUNK_BYTES - 1))
     with pytest.raises(ConfigError, match="too few"):
         tune(chats(5), TOKEN_BYTES, Budget(10 * CHUNK_BYTES))
-    with pytest.raises(ConfigError, match="--token-bytes"):
-        find_token_bytes(trace, 0, None)
-    assert find_token_bytes(replace(trace, block_bytes=BLOCK * 7), 0, None) == 7
+
+
+def test_an_unknown_token_size_is_assumed_and_said(trace: Trace) -> None:
+    assert known_token_bytes(trace, 0, None) == 0
+    assert known_token_bytes(replace(trace, block_bytes=BLOCK * 7), 0, None) == 7
+    budget = Budget(100 * BLOCK * ASSUMED_TOKEN_BYTES)
+    assumed, given = tune(trace, 0, budget, ("lru",)), tune(trace, ASSUMED_TOKEN_BYTES, budget, ("lru",))
+    assert assumed.token_bytes == ASSUMED_TOKEN_BYTES
+    assert assumed.chosen == given.chosen
+    assert any("--token-bytes" in note for note in assumed.notes)
+    assert not any("--token-bytes" in note for note in given.notes)
 
 
 def test_settings_are_what_serve_reads(trace: Trace, tmp_path: Path) -> None:
