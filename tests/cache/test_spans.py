@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -85,4 +87,14 @@ def test_the_endpoint_serves_them():
     assert newest["requests"] == everything["requests"][-1:]
     assert none["requests"] == []
     assert none["now_s"] >= everything["requests"][-1]["admitted_s"]
+    instance.close()
+
+
+def test_an_answer_comes_in_one_piece():
+    instance = Instance(settings(metrics_enabled=True, metrics_port=0))
+    where = urllib.parse.urlsplit(str(instance.engine.metrics_url))
+    with socket.create_connection((where.hostname, where.port), timeout=20) as client:
+        for _ in range(3):
+            client.sendall(b"GET /requests?newest=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(1 << 16).endswith(b"}\n"), "else a client would take its own delay for the clock's"
     instance.close()
