@@ -1,6 +1,6 @@
 """Greedy tokens with and without lmc on a real engine: python -m benchmarks.equality [WORKLOAD...] [--model MODEL] [--out FOLDER].
 
-Prompts of the workload files go through vLLM without a connector, then with lmc, each workload in one of the scenarios of
+Prompts of the workload files go through vLLM with nothing but its own prefix cache, then with lmc, each workload in one of the scenarios of
 tests/engines/equality.py: random concurrency, a tiny KV space that forces preemptions, random aborts and resets, tiers and copies that
 fail. Exit code 1 when a token or log-probability differs other than behind a tie, or something is left over. What earlier calls wrote
 about other workloads to FOLDER stays in the report.
@@ -30,7 +30,13 @@ from tests.engines.scenario import TIE
 from tests.engines.vllm_driver import VllmDriver
 
 FOLDER = Path(__file__).parents[1] / "workloads"
-CONTEXT, BLOCKS, CONCURRENCY, HOST = 896, 96, 12, "96MiB"  # KV space for a third of the requests that may run
+CONTEXT, BLOCKS, CONCURRENCY, HOST, DISK = (
+    896,
+    96,
+    12,
+    "96MiB",
+    "192MiB",
+)  # KV space for a third of the requests that may run
 BATCHED_TOKENS = 256
 
 # Workload file, what is changed of it so that a CPU gets through, and the scenario it runs in.
@@ -63,6 +69,7 @@ def run_case(name: str, model: Path, seed: int) -> dict[str, Any]:
     with VllmDriver(
         model,
         settings=None,
+        enable_prefix_caching=True,  # halves the time that the reference takes
         max_model_len=CONTEXT,
         max_num_seqs=CONCURRENCY,
         max_num_batched_tokens=BATCHED_TOKENS,
@@ -78,6 +85,7 @@ def run_case(name: str, model: Path, seed: int) -> dict[str, Any]:
             Path(folder),
             seed=seed,
             host=HOST,
+            disk=DISK,
             blocks=BLOCKS,
             context=CONTEXT,
             concurrency=CONCURRENCY,
@@ -159,8 +167,8 @@ def as_report(rows: list[dict[str, Any]], model: str) -> Report:
     setups = [f"- {row['scenario']} ({row['workload']}): {row['about']}" for row in rows]
     text = "\n".join(
         [
-            f"{CONCURRENCY} requests at most, {BLOCKS} blocks of 32 tokens for all of them, chunks of 64 tokens, a host tier of {HOST}, "
-            f"steps of {BATCHED_TOKENS} tokens. A request is aborted with probability {CHANCES.abort:g}, a load fails with "
+            f"{CONCURRENCY} requests at most, {BLOCKS} blocks of 32 tokens for all of them, chunks of 64 tokens, {HOST} of host memory, "
+            f"{DISK} of disk, steps of {BATCHED_TOKENS} tokens. A request is aborted with probability {CHANCES.abort:g}, a load fails with "
             f"{CHANCES.failed_load:g} and leaves garbage behind, a store with {CHANCES.failed_store:g}.",
             "",
             *setups,

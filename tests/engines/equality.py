@@ -114,16 +114,18 @@ def run_scenario(
     *,
     seed: int,
     host: str,
+    disk: str,
     blocks: int,
     context: int,
     concurrency: int = 12,
 ) -> Verdict:
-    """blocks: the engine's KV space, in blocks of 32 tokens; host: capacity of the host tier."""
+    """blocks: the engine's KV space, in blocks of 32 tokens; host and disk: capacities of these tiers."""
     with ExitStack() as stack:
         tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed))
         settings = {
             "chunk_tokens": 64,
             "host.capacity": host,
+            "disk.capacity": disk,
             "background_load_tokens": scenario.background_load_tokens,
             "metrics.enabled": False,
             "strict": True,

@@ -1,0 +1,62 @@
+"""Random traffic with aborts, preemptions, resets and faults on the real engine: tokens as without lmc, and nothing left over.
+
+benchmarks/equality.py does the same with real workloads and a real model.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.equality import SCENARIOS, Scenario, run_scenario
+from tests.engines.scenario import prompt
+from tests.engines.vllm_driver import VllmDriver
+
+pytestmark = [pytest.mark.engine, pytest.mark.fault, pytest.mark.service]
+
+
+def sessions(seed: int, count: int) -> list[dict[str, Any]]:
+    """Prompts that share prefixes of all lengths: continuations of a few documents, of parts of them, and of each other."""
+    generator = random.Random(seed)
+    documents = [prompt(1000 * seed + number, generator.randrange(100, 300)) for number in range(8)]
+    requests: list[dict[str, Any]] = []
+    for number in range(count):
+        start = generator.choice(documents)
+        if requests and generator.random() < 0.4:
+            start = generator.choice(requests)["prompt"][:400]
+        elif generator.random() < 0.3:
+            start = start[: generator.randrange(40, len(start))]
+        text = start + prompt(1000 * seed + 500 + number, generator.randrange(1, 120))
+        requests.append({"id": f"r{number}", "prompt": text, "output": generator.randrange(8, 48)})
+    return requests
+
+
+REQUESTS = sessions(1, 120)
+
+
+@pytest.fixture(scope="module")
+def wanted(plain: VllmDriver) -> dict[str, dict[str, Any]]:
+    outcomes: dict[str, dict[str, Any]] = plain.call("traffic", requests=REQUESTS, seed=1, concurrency=12, chances={})[
+        "outcomes"
+    ]
+    assert len(outcomes) == len(REQUESTS)
+    return outcomes
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=[scenario.name for scenario in SCENARIOS])
+def test_tokens_are_those_of_the_engine_without_lmc_and_nothing_is_left_over(
+    tiny_llama: Path, wanted: dict[str, dict[str, Any]], tmp_path: Path, scenario: Scenario
+) -> None:
+    verdict = run_scenario(
+        scenario, tiny_llama, REQUESTS, wanted, tmp_path, seed=2, host="4MiB", disk="8MiB", blocks=48, context=768
+    )
+    print(verdict)  # noqa: T201  what a failed run went through
+    assert verdict.comparison.differences == []
+    assert len(verdict.comparison.ties) < 5
+    assert verdict.comparison.requests + verdict.tally["aborted"] == len(REQUESTS)
+    assert {name: number for name, number in verdict.leftovers.items() if number} == {}
+    assert verdict.preemptions > 0 and verdict.tally["aborted"] > 0
+    assert all(verdict.loaded.get(tier, 0) > 0 for tier in ("host", *scenario.tiers))
