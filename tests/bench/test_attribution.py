@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import time
 from pathlib import Path
 
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmc.bench.attribution import Costs, ttft_parts
 from lmc.bench.records import read_records, write_results
 from lmc.bench.render import build_report
-from lmc.bench.spans import client_id
+from lmc.bench.spans import client_id, read_spans
 from lmc.report import report_html
 from tests.bench.conftest import RunSmall
 from tests.bench.mock_server import LOOKUP_S, TOKEN_BYTES
@@ -86,3 +91,24 @@ def test_the_client_s_id_is_found_in_the_engine_s(arm: str, repeat: int, session
     assert client_id(ours) == ours
     others = [f"cmpl-{ours}{more}-0-0123abcd" for more in ("0", "/1", "-0")]
     assert all(client_id(a) != client_id(b) for a, b in itertools.combinations([ours, *others], 2))
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 1000.0])
+def test_the_server_s_clock_is_translated(ahead_s: float) -> None:
+    """Over a path whose way back takes longer than the way there, as it is with delayed acknowledgements."""
+
+    async def answer(request: web.Request) -> web.Response:
+        now_s = time.perf_counter()
+        await asyncio.sleep(0.05)
+        span = {"request": "r", "hit_tokens": {}, "miss": None, "load_bytes": 0, "load_seconds": 0.0}
+        times = dict.fromkeys(("asked_s", "answered_s", "admitted_s"), 7.0 + ahead_s)
+        return web.json_response({"now_s": now_s + ahead_s, "requests": [span | times]})
+
+    async def read() -> float:
+        app = web.Application()
+        app.router.add_get("/requests", answer)
+        async with TestServer(app) as server, aiohttp.ClientSession() as http:
+            return (await read_spans(http, [str(server.make_url("/metrics"))]))["r"].asked_s
+
+    error_s = abs(asyncio.run(read()) - 7.0)
+    assert error_s < 1e-9 if ahead_s == 0 else error_s < 1.0
