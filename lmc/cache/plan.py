@@ -26,8 +26,7 @@ CRASH = "crash"  # a fault in lmc
 CAUSES = (ABSENT, CORRUPT, FULL, UNAVAILABLE, ERROR, COPY, LATE, CRASH)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
+class BlockCopy(NamedTuple):
     """One chunk between a host slot and engine blocks; `blocks` has an id, or SKIP, for each block of the chunk."""
 
     operation: int

@@ -82,10 +82,15 @@ class DrivenSide:
 
     def report(self, plan: Plan) -> None:
         self.plans.append(plan)
+        report = self.report_of(plan)
+        if report:
+            self.side.apply(report)
+
+    def report_of(self, plan: Plan) -> Report:
+        """Everything in it went well."""
         done = [chunk.operation for one in (*plan.loads, *plan.background_loads, *plan.stores) for chunk in one.chunks]
         done += [copy.operation for copy in plan.tier_copies if copy.operation]
-        if done:
-            self.side.apply(Report(Counter(done)))
+        return Report(Counter(done))
 
     def serve(self, request: Request) -> int:
         """A request from its first lookup to its end. Returns the tokens that were loaded."""
