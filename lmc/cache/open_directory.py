@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmc.cache.config import REMOTE_TIERS, CacheConfig
-from lmc.cache.directory import HOST, Directory
+from lmc.cache.config import REMOTE_TIERS, CacheConfig, quota_slots
+from lmc.cache.directory import Directory
 from lmc.cache.keys import ChunkKey
 from lmc.cache.plan import WorkerReady
 from lmc.cache.policy.registry import get_policy
@@ -51,7 +51,7 @@ def open_directory(
         write_touches=config.write_touches,
         ttl=config.ttl,
         ttl_mode=config.ttl_mode,
-        tenant_quota=_quota(config.tenant_quota, host_slots, chunk_bytes),
+        tenant_quota=quota_slots(config.tenant_quota, host_slots, chunk_bytes),
         queue_depth=config.queue_depth,
     )
     superfluous: dict[str, list[ChunkKey]] = {}
@@ -81,15 +81,3 @@ def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: 
             else:
                 tier.close()
     return Presence({name: ranks for name, ranks in tiers.items() if len(ranks) == len(ready)})
-
-
-def _quota(quota: int | str | None, host_slots: int, chunk_bytes: int) -> int | None:
-    """In slots. Raises ConfigError when it is less than one chunk."""
-    if quota is None:
-        return None
-    slots = int(host_slots * float(quota.rstrip("%")) / 100) if isinstance(quota, str) else quota // chunk_bytes
-    if slots < 1:
-        raise ConfigError(
-            f"tenant_quota {quota} is less than one chunk of {chunk_bytes} bytes; {HOST} has {host_slots}"
-        )
-    return slots

@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from lmc.cache.config import CacheConfig
+from lmc.cache.config import CacheConfig, quota_slots
 from lmc.cache.directory import HOST, Directory, Ticket
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy import get_policy
@@ -102,6 +102,7 @@ class _Request:
     arrival_s: float
     keys: list[ChunkKey]
     usable: int  # chunks that may be loaded: never the whole prompt
+    tenant: str
     found: tuple[str, ...] = ()
     staging: int = 0  # operations it waits for
     started: bool = False
@@ -120,6 +121,8 @@ class _Instance:
             write=config.write,
             write_touches=config.write_touches,
             ttl=config.ttl,
+            ttl_mode=config.ttl_mode,
+            tenant_quota=quota_slots(config.tenant_quota, replay.host_slots, replay.chunk_bytes),
             queue_depth=config.queue_depth,
         )
         self._reading = {name: replay.channel(name) for name in (HOST, "disk", SHARED)}
@@ -186,7 +189,7 @@ class _Instance:
     def _computed(self, request: _Request) -> None:
         now = self._replay.clock.now
         self._replay.ttft_s[request.index] = now - request.arrival_s
-        for ticket in self.directory.store(request.keys, now):
+        for ticket in self.directory.store(request.keys, now, tenant=request.tenant):
             self._transfer(ticket, self._writing[HOST])
         self._drain()
 
@@ -280,7 +283,8 @@ class _Replay:
         trace = self.trace
         ids = trace.ids[trace.starts[index] : trace.starts[index + 1]].tolist()
         usable = min(len(ids), max(int(trace.input_tokens[index]) - 1, 0) // trace.block_tokens)
-        return _Request(index, float(trace.timestamps_s[index]), [self._keys[block] for block in ids], usable)
+        keys = [self._keys[block] for block in ids]
+        return _Request(index, float(trace.timestamps_s[index]), keys, usable, trace.tenant_names[trace.tenants[index]])
 
 
 def _slots(capacity: int | str, chunk_bytes: int, key: str) -> int:

@@ -140,6 +140,21 @@ def test_chunks_expire() -> None:
     assert result.hit_tokens["host"].tolist() == [0, 4, 4, 0]
 
 
+def test_a_fixed_time_to_live_is_not_renewed() -> None:
+    trace = requests((0.0, [1]), (5.0, [1]), (11.0, [1]), (15.0, [1]))
+    result = full_replay.replay(trace, config(9, ttl=8.0, ttl_mode="fixed"), CHUNK_BYTES, Fleet())
+    assert result.hit_tokens["host"].tolist() == [0, 4, 0, 4]
+
+
+@pytest.mark.parametrize(("quota", "hits"), [(None, [0, 0, 0, 0, 0]), ("50%", [0, 0, 0, 0, 4]), (20, [0, 0, 0, 0, 4])])
+def test_a_tenant_at_its_quota_evicts_its_own(quota: str | int | None, hits: list[int]) -> None:
+    builder = TraceBuilder("made", "test", BLOCK_TOKENS)
+    for number, (tenant, block) in enumerate([("small", 1), ("big", 2), ("big", 3), ("big", 4), ("small", 1)]):
+        builder.add(number + 1, [block], float(number), BLOCK_TOKENS + 1, 0, tenant=tenant)
+    result = full_replay.replay(builder.finish(), config(3, tenant_quota=quota), CHUNK_BYTES, Fleet())
+    assert result.hit_tokens["host"].tolist() == hits
+
+
 @pytest.mark.parametrize(("write", "tiers"), [("through", ["disk"]), ("around", []), ("back", ["disk"])])
 def test_write_modes_decide_what_the_disk_holds(write: str, tiers: list[str]) -> None:
     trace = requests((0.0, [1]), (1.0, [2]), (2.0, [3]), (3.0, [4]), (4.0, [1]))
