@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from blake3 import blake3
@@ -44,13 +45,41 @@ def resolve_model(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json; give the folder of a Hugging Face model")
         return path.resolve()
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not _may_be_hub_name(name):
         raise ModelError(f"there is no model {name!r}: not a folder, not a hub name (owner/model), not {EMBEDDED!r}")
     from huggingface_hub import snapshot_download
+
+    return _from_hub(name, lambda: snapshot_download(name))
+
+
+def resolve_tokenizer(name: str) -> Path:
+    """The tokenizer.json of a file, a folder or a model; of a hub model nothing else is fetched. Raises ModelError."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir() or name.lower() in (EMBEDDED, "embedded"):
+        folder = path if path.is_dir() else _embedded()
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelError(f"{folder} holds no tokenizer.json; give the folder of a Hugging Face model")
+        return folder / "tokenizer.json"
+    if not _may_be_hub_name(name):
+        raise ModelError(
+            f"there is no tokenizer {name!r}: not a file, not a folder, not a hub name (owner/model), not {EMBEDDED!r}"
+        )
+    from huggingface_hub import hf_hub_download
+
+    return _from_hub(name, lambda: hf_hub_download(name, "tokenizer.json"))
+
+
+def _may_be_hub_name(name: str) -> bool:
+    return not Path(name).is_absolute() and not name.startswith((".", "~")) and name.count("/") == 1
+
+
+def _from_hub(name: str, download: Callable[[], str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        return Path(download())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ModelError(

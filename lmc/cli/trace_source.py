@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 class TraceSource:
     """Where a trace is and how to read it; load() does."""
 
-    trace: Annotated[Path, typer.Argument(help="Trace file, plain, .gz or .zst; its format is found by content.")]
+    trace: Annotated[
+        Path,
+        typer.Argument(
+            help="Trace file, plain, .gz or .zst, or a folder of LMCache logs; its format is found by content."
+        ),
+    ]
     format_name: Annotated[str | None, typer.Option("--format", help="Name the format instead of finding it.")] = None
     block_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens per block, where the trace does not say it.")
@@ -27,21 +32,25 @@ class TraceSource:
     sort: Annotated[bool, typer.Option("--sort", help="Sort requests by time instead of refusing disorder.")] = False
     rechain: Annotated[bool, typer.Option("--rechain", help="Hashes name single blocks, not whole prefixes.")] = False
     session_gap: Annotated[str, typer.Option(help="Sessions without a common clock start so far apart.")] = "60s"
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or model folder, for prompts as text.")] = None
+    speed: Annotated[float, typer.Option(help="Requests arrive so many times as fast.")] = 1.0
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For prompts as text: tokenizer.json, model folder or model name.")
+    ] = None
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the parsed trace in a file beside it for the next time.")
     ] = True
 
     def load(self) -> Trace:
+        from lmc.model import resolve_tokenizer
         from lmc.sim.cache_file import load_trace
         from lmc.sim.formats import read_trace
         from lmc.sim.formats.base import ReadOptions
+        from lmc.sim.trace import speed_up
         from lmc.units import parse_seconds
 
-        options = ReadOptions(
-            self.block_tokens, self.sort, self.rechain, parse_seconds(self.session_gap), self.tokenizer
-        )
-        return (load_trace if self.cache else read_trace)(self.trace, options, self.format_name)
+        tokenizer = None if self.tokenizer is None else resolve_tokenizer(self.tokenizer)
+        options = ReadOptions(self.block_tokens, self.sort, self.rechain, parse_seconds(self.session_gap), tokenizer)
+        return speed_up((load_trace if self.cache else read_trace)(self.trace, options, self.format_name), self.speed)
 
 
 def reads_trace(command: Callable[..., None]) -> Callable[..., None]:

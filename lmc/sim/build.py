@@ -28,6 +28,7 @@ class TraceBuilder:
     sort: bool = False
     rechain: bool = False
     notes: list[str] = field(default_factory=list)
+    _files: list[tuple[int, str]] = field(default_factory=list)
     _hashes: array[int] = field(default_factory=lambda: array("q"))
     _starts: array[int] = field(default_factory=lambda: array("q", [0]))
     _lines: array[int] = field(default_factory=lambda: array("q"))
@@ -64,6 +65,15 @@ class TraceBuilder:
         code = -1 if session is None else self._session_codes.setdefault(session, len(self._session_codes))
         self._sessions.append(code)
 
+    def begin_file(self, name: str) -> None:
+        """The requests to come are from this file, one of several."""
+        self._files.append((len(self._lines), name))
+
+    def _place(self, request: int) -> str:
+        """File and line of a request, in the order in which they were added."""
+        names = [name for first, name in self._files if first <= request]
+        return f"{names[-1] if names else self.source}, line {self._lines[request]}"
+
     def name_to_int(self, names: Iterable[str]) -> list[int]:
         """Integers for hashes that are text."""
         known = self._names
@@ -75,28 +85,26 @@ class TraceBuilder:
         if len(self._lines) == 0 or (len(self._hashes) == 0 and not lengths_only):
             raise TraceError(f"{self.source}: no request with a block; check that this is the file you meant")
         raw = np.frombuffer(self._hashes, dtype=np.int64)
-        lines = np.frombuffer(self._lines, dtype=np.int64)
         timestamps_s = np.frombuffer(self._timestamps_s, dtype=np.float64)
-        order = np.arange(lines.size)
+        order = np.arange(timestamps_s.size)
         backwards = np.flatnonzero(np.diff(timestamps_s) < 0)
         if backwards.size:
             first = int(backwards[0])
             if not self.sort:
                 raise TraceError(
-                    f"{self.source}, line {lines[first + 1]}: the timestamp goes back from {timestamps_s[first]:g} s to "
+                    f"{self._place(first + 1)}: the timestamp goes back from {timestamps_s[first]:g} s to "
                     f"{timestamps_s[first + 1]:g} s; sort the file, or pass --sort"
                 )
             order = np.argsort(timestamps_s, kind="stable")
             raw, starts = _reorder(raw, starts, order)
             self.notes.append("requests were sorted by time")
-        lines = lines[order]
         input_tokens = np.frombuffer(self._input_tokens, dtype=np.int64)[order]
         if not input_tokens.any():
             raise TraceError(
                 f"{self.source}: every prompt has 0 tokens, so no share of tokens can be given; repair the lengths"
             )
-        ids, parents = self._number(raw, starts, lines)
-        self._check_lengths(starts, input_tokens, lines)
+        ids, parents = self._number(raw, starts, order)
+        self._check_lengths(starts, input_tokens, order)
         return Trace(
             source=self.source,
             format=self.format,
@@ -113,7 +121,7 @@ class TraceBuilder:
             notes=tuple(self.notes),
         )
 
-    def _number(self, raw: Int64, starts: Int64, lines: Int64) -> tuple[Int32, Int32]:
+    def _number(self, raw: Int64, starts: Int64, order: Int64) -> tuple[Int32, Int32]:
         if self.rechain:
             return _trie(raw, starts)
         if raw.size == 0:
@@ -129,16 +137,16 @@ class TraceBuilder:
         request, position = _find_parents(ids, starts, parents)
         if request >= 0:
             raise TraceError(
-                f"{self.source}, line {lines[request]}: hash {raw[starts[request] + position]} (block {position}) follows another block "
+                f"{self._place(int(order[request]))}: hash {raw[starts[request] + position]} (block {position}) follows another block "
                 "than before: the hashes are not chained over the prefix; pass --rechain to treat them as hashes of single blocks"
             )
         return ids, parents
 
-    def _check_lengths(self, starts: Int64, input_tokens: Int64, lines: Int64) -> None:
+    def _check_lengths(self, starts: Int64, input_tokens: Int64, order: Int64) -> None:
         too_long = np.flatnonzero((np.diff(starts) - 1) * self.block_tokens >= np.maximum(input_tokens, 1))
         if too_long.size:
             self.notes.append(
-                f"{too_long.size} requests have more blocks than their input length fills (first at line {lines[too_long[0]]}): "
+                f"{too_long.size} requests have more blocks than their input length fills (first: {self._place(int(order[too_long[0]]))}): "
                 "the surplus blocks count as blocks but hold no tokens"
             )
 

@@ -37,7 +37,7 @@ _COLUMNS = (
 
 def load_trace(path: Path, options: ReadOptions, format_name: str | None = None) -> Trace:
     """Like read_trace, through the cache file. A cache file that cannot be written is no error. Raises TraceError."""
-    if not path.is_file():
+    if not path.exists():
         return read_trace(path, options, format_name)
     made_from = _made_from(path, options, format_name)
     for place in _places(path):

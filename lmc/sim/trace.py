@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from lmc.errors import TraceError
+from lmc.errors import ConfigError, TraceError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -94,6 +94,17 @@ def select_requests(trace: Trace, chosen: npt.NDArray[np.bool_]) -> Trace:
         tenants=trace.tenants[chosen],
         sessions=trace.sessions[chosen],
     )
+
+
+def speed_up(trace: Trace, speed: float) -> Trace:
+    """The same requests, arriving so many times as fast. Raises ConfigError when speed is no positive number."""
+    if not 0 < speed < np.inf:
+        raise ConfigError(f"--speed must be a positive number, not {speed:g}")
+    if speed == 1.0:
+        return trace
+    start = trace.timestamps_s[0]
+    note = f"requests arrive {speed:g} times as fast as recorded"
+    return replace(trace, timestamps_s=start + (trace.timestamps_s - start) / speed, notes=(*trace.notes, note))
 
 
 def coarsen(trace: Trace, chunk_tokens: int) -> Trace:

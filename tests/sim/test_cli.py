@@ -93,6 +93,34 @@ def test_bad_arguments_are_one_line(trace: Path, arguments: tuple[str, ...], mes
     assert caught.value.exit_code == 2
 
 
+def test_speed_scales_arrivals_and_says_so(trace: Path) -> None:
+    rows = {speed: json.loads(run("ttl", trace, "--ttl", "0.6s", "--speed", speed, "--json")) for speed in ("1", "2")}
+    hits = {speed: rows[speed]["rows"][-1]["hit_tokens"] for speed in rows}
+    assert hits == {"1": 1024, "2": 2524}
+    assert rows["2"]["notes"] == ["requests arrive 2 times as fast as recorded"] and not rows["1"]["notes"]
+    with pytest.raises(LmcError, match="--speed must be a positive number, not 0"):
+        run(trace, "--speed", "0")
+
+
+def test_prompts_take_a_tokenizer_by_file_or_folder(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a b " * 16, "timestamp": 0}) + "\n")
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        assert json.loads(run("describe", prompts, "--tokenizer", name, "--json"))["input_tokens"] == 32
+    (tmp_path / "empty").mkdir()
+    for bad, message in (
+        ("absent.json", "no tokenizer 'absent.json'"),
+        (tmp_path / "empty", "holds no tokenizer.json"),
+    ):
+        with pytest.raises(LmcError, match=message):
+            run("describe", prompts, "--tokenizer", bad)
+
+
 def test_a_small_capacity_is_reported_as_a_note(trace: Path) -> None:
     result = json.loads(run(trace, "--capacity-blocks", "2", "--json"))
     assert any("below the longest request" in note for note in result["notes"])

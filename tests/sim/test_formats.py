@@ -15,6 +15,7 @@ from lmc.cache.keys import KeyChain, Namespace, root
 from lmc.cache.record import TraceRecorder
 from lmc.errors import TraceError
 from lmc.sim import stack
+from lmc.sim.cache_file import load_trace
 from lmc.sim.describe import describe, facts_json
 from lmc.sim.formats import find_format, read_trace
 from lmc.sim.formats.base import ReadOptions
@@ -125,7 +126,8 @@ def test_empty_and_unknown_files_are_refused(write: Write, tmp_path: Path) -> No
     assert "0 tokens" in refused(write(line(length=0)))
     assert "no known trace format" in refused(write({"hello": 1}))
     assert "No such file" in refused(tmp_path / "absent.jsonl")
-    assert "Is a directory" in refused(tmp_path)
+    write(line())
+    assert "Is a directory" in refused(tmp_path)  # only LMCache's logs are read by the folder
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
@@ -219,6 +221,34 @@ def test_lmcache_log_is_read(write: Write) -> None:
     assert "chunk_size 128 after 256" in refused(write(event, {**event, "chunk_size": 128}))
     other = read_trace(write(event, {**event, "model_name": "n"}))
     assert (other.num_unique, other.block_bytes, other.tenant_names) == (4, 0, ("m", "n"))
+
+
+def test_a_folder_of_rotated_lmcache_logs_is_one_trace(tmp_path: Path) -> None:
+    def lookup(t: float, *hashes: str) -> str:
+        return (
+            json.dumps({"timestamp": t, "chunk_size": 16, "seq_len": 16 * len(hashes), "chunk_hashes": hashes}) + "\n"
+        )
+
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / "lookup.jsonl").write_text(
+        lookup(30.0, "a", "b")
+    )  # the running file sorts before those that were rotated away
+    (folder / "lookup.jsonl.1.gz").write_bytes(gzip.compress((lookup(10.0, "a") + lookup(20.0, "a", "b")).encode()))
+    (folder / ".hidden").write_text("no log")
+    for read in (read_trace(folder), load_trace(folder, ReadOptions()), load_trace(folder, ReadOptions())):
+        assert read.timestamps_s.tolist() == [10.0, 20.0, 30.0]
+        assert read.ids.tolist() == [0, 0, 1, 0, 1]
+    (folder / "lookup.jsonl").write_text(lookup(30.0, "b", "a"))
+    with pytest.raises(TraceError, match=r"^lookup.jsonl, line 1: hash"):
+        load_trace(folder, ReadOptions())
+    (folder / "lookup.jsonl.1.gz").write_text("{}")
+    with pytest.raises(TraceError, match=r"lookup.jsonl.1.gz, line 1"):
+        read_trace(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(TraceError, match="holds no file"):
+        read_trace(empty)
 
 
 def session(name: str, *requests: dict[str, Any]) -> dict[str, Any]:

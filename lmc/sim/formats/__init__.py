@@ -17,7 +17,7 @@ from lmc.sim.formats import (
     vllm_events,
 )
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import parse_record, read_lines
+from lmc.sim.formats.lines import files_of, parse_record, read_lines
 from lmc.sim.trace import Trace
 
 # The order matters: the first format that matches is taken, the ones with the most telling fields stand first.
@@ -36,6 +36,8 @@ def read_trace(path: Path, options: ReadOptions | None = None, format_name: str 
 
 
 def find_format(path: Path) -> Format:
+    """By the first record; a folder by its first file. Raises TraceError."""
+    path = files_of(path)[0]
     for number, line in read_lines(path):
         is_csv = not line.startswith((b"{", b"["))
         record = dict.fromkeys(line.decode(errors="replace").split(",")) if is_csv else parse_record(path, number, line)

@@ -18,6 +18,17 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _PIECE = 1 << 20
 
 
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or the files of a folder by name, less hidden ones and kept traces. Raises TraceError when it has none."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if file.suffix != ".lmcsim"]
+    if not files:
+        raise TraceError(f"{path}: the folder holds no file; give a trace, or a folder of rotated logs")
+    return files
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank. Compression is found by content. Raises TraceError."""
     number = 0

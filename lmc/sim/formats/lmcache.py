@@ -1,4 +1,4 @@
-"""LMCache's lookup-hash log: JSONL, one lookup a line, hex names of the full chunks."""
+"""LMCache's lookup-hash log: JSONL, one lookup a line, hex names of the full chunks. A folder of rotated logs is one trace, by time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, read_records
+from lmc.sim.formats.lines import Record, bad_line, files_of, get_count, get_list, get_number, read_records
 from lmc.sim.trace import Trace
 
 _ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -23,33 +23,40 @@ def read(path: Path, options: ReadOptions) -> Trace:
     builder: TraceBuilder | None = None
     chunk_bytes = 0
     models: set[str] = set()
-    for number, record in read_records(path):
-        size = get_count(path, number, record, "chunk_size")
-        if builder is None:
-            if size == 0:
-                raise bad_line(path, number, "'chunk_size' is 0", "it must be positive")
-            builder = TraceBuilder(path.name, FORMAT.name, size, sort=options.sort, rechain=options.rechain)
-            chunk_bytes = _chunk_bytes(record)
-        if size != builder.block_tokens:
-            raise bad_line(
-                path,
+    files = files_of(path)
+    for file in files:
+        if builder is not None:
+            builder.begin_file(file.name)
+        for number, record in read_records(file):
+            size = get_count(file, number, record, "chunk_size")
+            if builder is None:
+                if size == 0:
+                    raise bad_line(file, number, "'chunk_size' is 0", "it must be positive")
+                builder = TraceBuilder(
+                    path.name, FORMAT.name, size, sort=options.sort or len(files) > 1, rechain=options.rechain
+                )
+                builder.begin_file(file.name)
+                chunk_bytes = _chunk_bytes(record)
+            if size != builder.block_tokens:
+                raise bad_line(
+                    file,
+                    number,
+                    f"chunk_size {size} after {builder.block_tokens}",
+                    "split the log by chunk size before it is read",
+                )
+            names = get_list(file, number, record, "chunk_hashes")
+            if not all(isinstance(name, str) for name in names):
+                raise bad_line(file, number, "'chunk_hashes' holds something else than text", "repair the line")
+            model = str(record.get("model_name", ""))
+            models.add(model)
+            builder.add(
                 number,
-                f"chunk_size {size} after {builder.block_tokens}",
-                "split the log by chunk size before it is read",
+                builder.name_to_int(f"{model}/{name}" for name in names),
+                get_number(file, number, record, "timestamp"),
+                get_count(file, number, record, "seq_len"),
+                0,
+                tenant=model,
             )
-        names = get_list(path, number, record, "chunk_hashes")
-        if not all(isinstance(name, str) for name in names):
-            raise bad_line(path, number, "'chunk_hashes' holds something else than text", "repair the line")
-        model = str(record.get("model_name", ""))
-        models.add(model)
-        builder.add(
-            number,
-            builder.name_to_int(f"{model}/{name}" for name in names),
-            get_number(path, number, record, "timestamp"),
-            get_count(path, number, record, "seq_len"),
-            0,
-            tenant=model,
-        )
     if builder is None:
         raise TraceError(f"{path}: the file is empty; give a trace with at least one request")
     if len(models) > 1:
@@ -72,4 +79,10 @@ def _chunk_bytes(record: Record) -> int:
     return sum(math.prod(shape) * _ITEM_BYTES[dtype] for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
-FORMAT = Format("lmcache", "LMCache's lookup-hash log (--lookup-hash-log-dir); the model is the group", matches, read)
+def inputs(path: Path, options: ReadOptions) -> list[Path]:
+    return files_of(path)
+
+
+FORMAT = Format(
+    "lmcache", "LMCache's lookup-hash log (--lookup-hash-log-dir); the model is the group", matches, read, inputs
+)
