@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
@@ -147,6 +147,8 @@ class Run:
         )
 
     async def stats(self, http: aiohttp.ClientSession) -> dict:  # type: ignore[type-arg]  # JSON of /stats
+        if "metrics" not in self.server.ready:  # the engine runs without the cache
+            return {"tiers": {}, "pins": 0, "pending_operations": 0, "totals": {}}
         async with http.get(self.server.ready["metrics"].replace("/metrics", "/stats")) as response:
             found: dict = await response.json()  # type: ignore[type-arg]
             return found
@@ -209,7 +211,7 @@ def make_traffic(model: Path, seed: int) -> Traffic:
     return Traffic(tokenizer, [session for session in sessions if session], seed)
 
 
-async def soak(minutes: float, think_s: float, model: str, seed: int, scratch: Path) -> Soak:
+async def soak(minutes: float, think_s: float, model: str, seed: int, scratch: Path, cached: bool) -> Soak:
     traffic = make_traffic(resolve_model(model), seed)
     record = scratch / "record.jsonl"
     engine = Engine(
@@ -217,7 +219,7 @@ async def soak(minutes: float, think_s: float, model: str, seed: int, scratch: P
         args=["--enforce-eager", "--dtype", "float32", "--no-enable-prefix-caching"],
         env={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
-    arm = Arm(cache={**CACHE, "record": str(record)})
+    arm = Arm(cache={**CACHE, "record": str(record)} if cached else None)
     launcher = Launcher(model, engine, scratch)
     async with launcher.started("soak", arm) as (server,):
         run = Run(server, launcher.disk_folder("soak", arm), Target(server.base_url, server.model, TIMEOUT_S))
@@ -226,24 +228,28 @@ async def soak(minutes: float, think_s: float, model: str, seed: int, scratch: P
             group.create_task(run.watch(end))
             for user in range(USERS):
                 group.create_task(run.use(user, traffic, think_s, end))
-        left = await run.left_over(traffic)
+        left = await run.left_over(traffic) if cached else None
         async with aiohttp.ClientSession() as http:
             counts = (await run.stats(http))["totals"]
-    trace = read_trace(record)
-    settings = scratch / "soak" / "cache.yaml"
-    predicted = replay(trace, settings, 1, "round-robin", "0", None, 0)
-    return Soak(
+    result = Soak(
         samples=run.samples,
         left=left,
         statuses=dict(run.statuses),
         compared=run.compared,
         ties=run.ties,
         differences=run.differences,
+        counts=counts,
+        disk_capacity=parse_size(CACHE["disk"]["capacity"]),
+    )
+    if not cached:
+        return result
+    trace = read_trace(record)
+    predicted = replay(trace, scratch / "soak" / "cache.yaml", 1, "round-robin", "0", None, 0)
+    return replace(
+        result,
         prompt_tokens=int(trace.input_tokens.sum()),
         measured_hits=dict(trace.recorded_hits),
         predicted_hits={tier: int(tokens.sum()) for tier, tokens in predicted.hit_tokens.items()},
-        counts=counts,
-        disk_capacity=parse_size(CACHE["disk"]["capacity"]),
     )
 
 
@@ -251,16 +257,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--think", type=float, default=3.0, help="mean pause of a user between two requests, seconds")
+    parser.add_argument(
+        "--without-cache", action="store_true", help="the same traffic on the bare engine, to compare with"
+    )
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="keep logs, record and disk tier here")
     parser.add_argument("--out", type=Path, default=Path("reports/soak"))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="lmc-soak-") as folder:
-        result = asyncio.run(
-            soak(options.minutes, options.think, options.model, options.seed, options.scratch or Path(folder))
-        )
-    write_soak(result, options.out, f"python -m benchmarks.soak --minutes {options.minutes:g}")
+        scratch, cached = options.scratch or Path(folder), not options.without_cache
+        result = asyncio.run(soak(options.minutes, options.think, options.model, options.seed, scratch, cached))
+    command = f"python -m benchmarks.soak --minutes {options.minutes:g}" + ("" if cached else " --without-cache")
+    write_soak(result, options.out, command)
     return 0 if all(bound.met for bound in judge(result)) else 1
 
 
