@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cache.instance import Instance
 from tests.engines.tiny_model import make_tiny_llama
 from tests.engines.vllm_driver import VllmDriver
 
@@ -21,6 +22,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def disk(tmp_path: Path) -> Path:
     """The folder of a disk tier."""
     return tmp_path / "disk"
+
+
+@pytest.fixture
+def instances() -> Iterator[list[Instance]]:
+    """What a test puts in is closed after it."""
+    opened: list[Instance] = []
+    yield opened
+    for instance in opened:
+        instance.close()
 
 
 @pytest.fixture(scope="session")

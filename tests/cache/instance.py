@@ -175,6 +175,22 @@ class Slow:
         self.backend.execute(descriptors, stream)
 
 
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def start(
+    instances: list[Instance], num_ranks: int = 1, clock: Callable[[], float] = time.monotonic, **values: object
+) -> Instance:
+    """An instance that the fixture `instances` closes after the test."""
+    instances.append(Instance(settings(**values), num_ranks, clock))
+    return instances[-1]
+
+
 def prompt(seed: int, num_tokens: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, 1000, num_tokens)]
 

@@ -7,7 +7,6 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,6 @@ def warm(tmp_path: Path) -> Path:
         instance.serve(TOKENS)
         instance.close()
     return tmp_path
-
-
-@pytest.fixture
-def instances() -> Iterator[list[Instance]]:
-    opened: list[Instance] = []
-    yield opened
-    for instance in opened:
-        instance.close()
 
 
 def failures(instance: Instance, operation: str, cause: str) -> float:
