@@ -1,8 +1,8 @@
 """Policy replay beside its peers: python -m benchmarks.vs_simulators [--out reports/vs-simulators]. Needs LMC_DATA_DIR.
 
 lmc's replay, libcachesim 0.3.5 (native process_trace, hashpower 18), kvcache-simulator 0.1.3 (its C++ core, a process of its own) and an
-OrderedDict LRU replay the same blocks at one capacity, in turn, in one run. The figure is million block accesses per second of CPU time of
 OrderedDict LRU replay the same blocks at one capacity, in turn, in one run. The figure is million block accesses a second of CPU time of
+one thread, and the ratio to libcachesim's.
 Hits are compared where both sides mean the same. Exit code 1 when a bar is missed or hits that must be equal are not.
 """
 
