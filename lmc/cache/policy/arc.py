@@ -19,10 +19,11 @@ from lmc.cache.policy.lists import (
     Marks,
     add_child,
     drop_child,
+    head_of,
     make_chains,
     make_lists,
     oldest_free,
-    put_before,
+    put,
     put_oldest,
     take_out,
     unlink,
@@ -51,16 +52,6 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     )
 
 
-def head_of(state: State, place: int) -> int:
-    return state.queues.older.size - 1 - int(place)
-
-
-def put(state: State, place: int, node: int) -> None:
-    state.where[node] = place
-    state.size[place] += 1
-    put_before(state.queues, head_of(state, place), node)
-
-
 def on_hit(state: State, node: int, now: int) -> None:
     take_out(state.queues, state.chains, node)
     state.size[state.where[node]] -= 1
@@ -87,9 +78,9 @@ def victim(state: State, blocked: Blocked) -> int:
     first, second = AGAIN, ONCE
     if state.size[ONCE] > state.target[0] or state.size[AGAIN] == 0:
         first, second = ONCE, AGAIN
-    node = oldest_free(state.queues, head_of(state, first), state.chains, blocked)
+    node = oldest_free(state.queues, head_of(state.queues, first), state.chains, blocked)
     if node < 0:
-        node = oldest_free(state.queues, head_of(state, second), state.chains, blocked)
+        node = oldest_free(state.queues, head_of(state.queues, second), state.chains, blocked)
     return node
 
 
@@ -100,7 +91,7 @@ def on_evict(state: State, node: int) -> None:
     put(state, ONCE_GHOST if place == ONCE else AGAIN_GHOST, node)
     parent = drop_child(state.chains, node)
     if parent >= 0:
-        put_oldest(state.queues, head_of(state, state.where[parent]), parent)
+        put_oldest(state.queues, head_of(state.queues, state.where[parent]), parent)
 
 
 def release(state: State) -> int:
@@ -112,7 +103,7 @@ def release(state: State) -> int:
         place = AGAIN_GHOST
     else:
         return -1
-    node = state.queues.younger[head_of(state, place)]
+    node = state.queues.younger[head_of(state.queues, place)]
     unlink(state.queues, node)
     size[place] -= 1
     state.where[node] = NOWHERE

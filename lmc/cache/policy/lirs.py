@@ -19,6 +19,7 @@ from lmc.cache.policy.lists import (
     Marks,
     add_child,
     drop_child,
+    head_of,
     make_chains,
     make_lists,
     oldest_free,
@@ -56,15 +57,11 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     )
 
 
-def head_of(state: State, place: int) -> int:
-    return state.queues.older.size - 1 - int(place)
-
-
 def put(state: State, place: int, node: int) -> None:
     state.where[node] = place
     state.size[place] += 1
     if place != LOW:
-        put_before(state.queues, head_of(state, place), node)
+        put_before(state.queues, head_of(state.queues, place), node)
 
 
 def leave(state: State, node: int) -> None:
@@ -141,10 +138,10 @@ def on_insert(state: State, node: int, now: int) -> None:
 
 
 def victim(state: State, blocked: Blocked) -> int:
-    node = oldest_free(state.queues, head_of(state, HIGH), state.chains, blocked)
+    node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, blocked)
     while node < 0 and state.size[LOW] > 0:
         demote_lowest(state)
-        node = oldest_free(state.queues, head_of(state, HIGH), state.chains, blocked)
+        node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, blocked)
     return node
 
 
@@ -159,14 +156,14 @@ def on_evict(state: State, node: int) -> None:
         prune(state)
     parent = drop_child(state.chains, node)
     if parent >= 0:
-        put_oldest(state.queues, head_of(state, HIGH), parent)
+        put_oldest(state.queues, head_of(state.queues, HIGH), parent)
 
 
 def release(state: State) -> int:
     place = GONE if state.size[GONE] > 0 else GHOST
     if state.size[place] <= state.limit[place]:
         return -1
-    node = state.queues.younger[head_of(state, place)]
+    node = state.queues.younger[head_of(state.queues, place)]
     leave(state, node)
     if place == GHOST:
         stack_out(state, node)

@@ -9,7 +9,7 @@ chain is never walked twice. Nodes that are blocked only by a pin are few and pa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,17 @@ class Chains(NamedTuple):
     parents: Parents  # (num_nodes,) the host's array
     children: Int32  # (num_nodes,) resident children
     aside: Marks  # (num_nodes,) 1: out of its list until the last child goes
+
+
+class Placed(Protocol):
+    """The state of a policy that keeps each node in one of several numbered places, each with a list of its own."""
+
+    @property
+    def queues(self) -> Lists: ...
+    @property
+    def where(self) -> Marks: ...  # (num_nodes,) place
+    @property
+    def size(self) -> Int32: ...  # (num_places,) nodes, those aside too
 
 
 def make_lists(num_nodes: int, num_lists: int) -> Lists:
@@ -51,6 +62,17 @@ def put_before(lists: Lists, at: int, node: int) -> None:
 
 def put_oldest(lists: Lists, head: int, node: int) -> None:
     put_before(lists, lists.younger[head], node)
+
+
+def head_of(lists: Lists, number: int) -> int:
+    return lists.older.size - 1 - int(number)
+
+
+def put(state: Placed, place: int, node: int) -> None:
+    """node is the youngest of its new place."""
+    state.where[node] = place
+    state.size[place] += 1
+    put_before(state.queues, head_of(state.queues, place), node)
 
 
 def unlink(lists: Lists, node: int) -> None:

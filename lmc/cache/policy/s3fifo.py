@@ -18,8 +18,10 @@ from lmc.cache.policy.lists import (
     Marks,
     add_child,
     drop_child,
+    head_of,
     make_chains,
     make_lists,
+    put,
     put_before,
     put_oldest,
     set_aside,
@@ -55,16 +57,6 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     )
 
 
-def head_of(state: State, place: int) -> int:
-    return state.queues.older.size - 1 - int(place)
-
-
-def put(state: State, place: int, node: int) -> None:
-    state.where[node] = place
-    state.size[place] += 1
-    put_before(state.queues, head_of(state, place), node)
-
-
 def on_hit(state: State, node: int, now: int) -> None:
     if state.hits[node] < MOST_HITS:
         state.hits[node] += 1
@@ -89,7 +81,7 @@ def victim(state: State, blocked: Blocked) -> int:
     """
     queues, hits = state.queues, state.hits
     place = MAIN if state.size[MAIN] > state.limit[MAIN] or state.size[SMALL] == 0 else SMALL
-    head = head_of(state, place)
+    head = head_of(state.queues, place)
     node = queues.younger[head]
     ends = 0
     while ends < 2:
@@ -97,7 +89,7 @@ def victim(state: State, blocked: Blocked) -> int:
         if node == head:
             ends += 1
             place = SMALL + MAIN - place
-            head = head_of(state, place)
+            head = head_of(state.queues, place)
             following = queues.younger[head]
         elif place == SMALL and hits[node] >= HITS_TO_MAIN:
             unlink(queues, node)
@@ -126,14 +118,14 @@ def on_evict(state: State, node: int) -> None:
     put(state, GHOST if place == SMALL else GONE, node)
     parent = drop_child(state.chains, node)
     if parent >= 0:
-        put_oldest(state.queues, head_of(state, state.where[parent]), parent)
+        put_oldest(state.queues, head_of(state.queues, state.where[parent]), parent)
 
 
 def release(state: State) -> int:
     place = GONE if state.size[GONE] > 0 else GHOST
     if state.size[place] <= state.limit[place]:
         return -1
-    node = state.queues.younger[head_of(state, place)]
+    node = state.queues.younger[head_of(state.queues, place)]
     unlink(state.queues, node)
     state.size[place] -= 1
     state.where[node] = NOWHERE

@@ -17,9 +17,11 @@ from lmc.cache.policy.lists import (
     Marks,
     add_child,
     drop_child,
+    head_of,
     make_chains,
     make_lists,
     oldest_free,
+    put,
     put_before,
     put_oldest,
     take_out,
@@ -47,20 +49,10 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     )
 
 
-def head_of(state: State, place: int) -> int:
-    return state.queues.older.size - 1 - int(place)
-
-
-def put(state: State, place: int, node: int) -> None:
-    state.where[node] = place
-    state.size[place] += 1
-    put_before(state.queues, head_of(state, place), node)
-
-
 def on_hit(state: State, node: int, now: int) -> None:
     if state.where[node] == FREQUENT:
         take_out(state.queues, state.chains, node)
-        put_before(state.queues, head_of(state, FREQUENT), node)
+        put_before(state.queues, head_of(state.queues, FREQUENT), node)
 
 
 def on_insert(state: State, node: int, now: int) -> None:
@@ -76,9 +68,9 @@ def victim(state: State, blocked: Blocked) -> int:
     first, second = FRESH, FREQUENT
     if state.size[FRESH] <= state.limit[FRESH] and state.size[FREQUENT] > 0:
         first, second = FREQUENT, FRESH
-    node = oldest_free(state.queues, head_of(state, first), state.chains, blocked)
+    node = oldest_free(state.queues, head_of(state.queues, first), state.chains, blocked)
     if node < 0:
-        node = oldest_free(state.queues, head_of(state, second), state.chains, blocked)
+        node = oldest_free(state.queues, head_of(state.queues, second), state.chains, blocked)
     return node
 
 
@@ -89,14 +81,14 @@ def on_evict(state: State, node: int) -> None:
     put(state, GHOST if place == FRESH else GONE, node)
     parent = drop_child(state.chains, node)
     if parent >= 0:
-        put_oldest(state.queues, head_of(state, state.where[parent]), parent)
+        put_oldest(state.queues, head_of(state.queues, state.where[parent]), parent)
 
 
 def release(state: State) -> int:
     place = GONE if state.size[GONE] > 0 else GHOST
     if state.size[place] <= state.limit[place]:
         return -1
-    node = state.queues.younger[head_of(state, place)]
+    node = state.queues.younger[head_of(state.queues, place)]
     unlink(state.queues, node)
     state.size[place] -= 1
     state.where[node] = NOWHERE
