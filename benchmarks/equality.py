@@ -9,10 +9,11 @@ about other workloads to FOLDER stays in the report.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +26,66 @@ from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Workload, overlay
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
-from tests.engines.equality import CHANCES, SCENARIOS, Verdict, run_scenario
+from tests.engines.equality import BATCHED_TOKENS, CHANCES, CHUNK, SCENARIOS, Scenario, Verdict, run_scenario
 from tests.engines.scenario import TIE
+from tests.engines.tiny_model import VOCABULARY, make_tiny_llama
 from tests.engines.vllm_driver import VllmDriver
 
+TINY = "tiny"
 FOLDER = Path(__file__).parents[1] / "workloads"
-CONTEXT, BLOCKS, CONCURRENCY, HOST, DISK = (
-    896,
-    96,
-    12,
-    "96MiB",
-    "192MiB",
-)  # KV space for a third of the requests that may run
-BATCHED_TOKENS = 256
+CONTEXT, CONCURRENCY = 896, 12
+HOST_CHUNKS, DISK_CHUNKS = 32, 64
 
-# Workload file, what is changed of it so that a CPU gets through, and the scenario it runs in.
-CASES: dict[str, tuple[dict[str, Any], int]] = {
-    "function-calling": (
+
+@dataclass(frozen=True)
+class Case:
+    """What is changed of a workload so that a CPU gets through, its scenario, and KV space for about a third of 12 requests."""
+
+    parts: dict[str, Any]
+    scenario: Scenario
+    blocks: int
+
+
+CASES = {
+    "function-calling": Case(
         {"tools": {"pick": {"groups": 60, "per_group": 3, "min_prompt_tokens": 150, "max_prompt_tokens": 800}}},
-        0,
+        SCENARIOS[0],
+        96,
     ),
-    "multi-turn-chat": ({"chat": {"pick": {"sessions": 70}}}, 1),
-    "document-qa": ({"questions": {"pick": {"groups": 7, "per_group": 14, "max_prompt_tokens": 660}}}, 2),
+    "multi-turn-chat": Case(
+        {"chat": {"where": "row.history | length >= 3", "pick": {"sessions": 70, "max_prompt_tokens": 600}}},
+        SCENARIOS[1],
+        40,
+    ),
+    "document-qa": Case(
+        {"questions": {"pick": {"groups": 7, "per_group": 14, "max_prompt_tokens": 660}}},
+        SCENARIOS[2],
+        96,
+    ),
 }
 
 
-def requests_of(name: str, model: Path) -> list[dict[str, Any]]:
-    """All requests of a workload, turn by turn, with outputs long enough to cross a block's end."""
+def requests_of(name: str, vocabulary: int | None) -> list[dict[str, Any]]:
+    """All requests of a workload, turn by turn, with outputs long enough to cross a block's end; ids folded into a smaller vocabulary."""
     document = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    workload = Workload.model_validate(overlay(document, {"parts": CASES[name][0]}))
-    prompts = build_prompts(workload, ModelTokenizer.load(model), FOLDER)
-    turns = sorted((request for session in prompts.sessions for request in session), key=lambda request: request.turn)
+    workload = Workload.model_validate(overlay(document, {"parts": CASES[name].parts}))
+    prompts = build_prompts(workload, ModelTokenizer.load(resolve_model(EMBEDDED)), FOLDER)
+    mixed = [request for session in prompts.sessions for request in session]
+    random.Random(workload.seed).shuffle(mixed)
+    turns = sorted(mixed, key=lambda request: request.turn)
     return [
-        {"id": request.id, "prompt": request.prompt.tolist(), "output": 8 + number % 5 * 8}
+        {"id": request.id, "prompt": _folded(request.prompt.tolist(), vocabulary), "output": 8 + number % 5 * 8}
         for number, request in enumerate(turns)
     ]
 
 
-def run_case(name: str, model: Path, seed: int) -> dict[str, Any]:
+def _folded(tokens: list[int], vocabulary: int | None) -> list[int]:
+    return tokens if vocabulary is None else [2 + token % (vocabulary - 2) for token in tokens]
+
+
+def run_case(name: str, model: Path, seed: int, vocabulary: int | None) -> dict[str, Any]:
     """One workload with and without lmc, as a row of results.json."""
-    requests = requests_of(name, model)
+    requests = requests_of(name, vocabulary)
     started = time.perf_counter()
     with VllmDriver(
         model,
@@ -75,7 +96,7 @@ def run_case(name: str, model: Path, seed: int) -> dict[str, Any]:
         max_num_batched_tokens=BATCHED_TOKENS,
     ) as plain:
         wanted = plain.call("traffic", requests=requests, seed=seed, concurrency=CONCURRENCY, chances={})["outcomes"]
-    scenario = SCENARIOS[CASES[name][1]]
+    scenario = CASES[name].scenario
     with tempfile.TemporaryDirectory() as folder:
         verdict = run_scenario(
             scenario,
@@ -84,14 +105,15 @@ def run_case(name: str, model: Path, seed: int) -> dict[str, Any]:
             wanted,
             Path(folder),
             seed=seed,
-            host=HOST,
-            disk=DISK,
-            blocks=BLOCKS,
+            host_chunks=HOST_CHUNKS,
+            disk_chunks=DISK_CHUNKS,
+            blocks=CASES[name].blocks,
             context=CONTEXT,
             concurrency=CONCURRENCY,
         )
     return {
         "workload": name,
+        "model": TINY if vocabulary else EMBEDDED,
         "scenario": scenario.name,
         "about": scenario.about,
         "sent": len(requests),
@@ -114,24 +136,29 @@ def passed(verdict: Verdict) -> bool:
     )
 
 
-def as_report(rows: list[dict[str, Any]], model: str) -> Report:
+def as_report(rows: list[dict[str, Any]]) -> Report:
     compared = sum(row["comparison"]["requests"] for row in rows)
     different = sum(len(row["comparison"]["differences"]) for row in rows)
     ties = sum(len(row["comparison"]["ties"]) for row in rows)
     left = sum(sum(row["leftovers"].values()) for row in rows)
     worst = max(row["comparison"]["logprob_error"] for row in rows)
     summary = (
-        f"{compared} completed requests of {len(rows)} workloads: {different} with a wrong token, {ties} that took another way at a tie "
-        f"(two best log-probabilities less than {TIE:g} apart). Largest difference of a chosen token's log-probability: {worst:.1e}. "
+        f"{compared} completed requests of {len({row['workload'] for row in rows})} workloads: {different} with a wrong token, "
+        f"{ties} that took another way at a tie (two best log-probabilities less than {TIE:g} apart). "
+        f"Largest difference of a chosen token's log-probability: {worst:.1e}. "
         f"Left over at the end (pins, operations, requests, blocks, ...): {left}."
     )
     equality = Table(
         "Equality",
-        [Column(name) for name in ("workload", "scenario", "sent", "aborted", "completed", "tokens", "ties", "wrong")]
+        [
+            Column(name)
+            for name in ("workload", "model", "scenario", "sent", "aborted", "completed", "tokens", "ties", "wrong")
+        ]
         + [Column("largest log-probability difference", decimals=7), Column("left over")],
         [
             (
                 row["workload"],
+                row["model"],
                 row["scenario"],
                 row["sent"],
                 row["tally"]["aborted"],
@@ -148,11 +175,12 @@ def as_report(rows: list[dict[str, Any]], model: str) -> Report:
     )
     trouble = Table(
         "What the requests went through",
-        [Column(name) for name in ("workload", "preemptions", "resets", "failed loads", "failed stores")]
+        [Column(name) for name in ("workload", "model", "preemptions", "resets", "failed loads", "failed stores")]
         + [Column("done to tiers"), Column("operations that failed"), Column("tokens loaded, by tier")],
         [
             (
                 row["workload"],
+                row["model"],
                 row["preemptions"],
                 row["tally"]["resets"],
                 row["tally"]["failed_loads"],
@@ -164,12 +192,13 @@ def as_report(rows: list[dict[str, Any]], model: str) -> Report:
             for row in rows
         ],
     )
-    setups = [f"- {row['scenario']} ({row['workload']}): {row['about']}" for row in rows]
+    setups = dict.fromkeys(f"- {row['scenario']}: {row['about']}" for row in rows)
     text = "\n".join(
         [
-            f"{CONCURRENCY} requests at most, {BLOCKS} blocks of 32 tokens for all of them, chunks of 64 tokens, {HOST} of host memory, "
-            f"{DISK} of disk, steps of {BATCHED_TOKENS} tokens. A request is aborted with probability {CHANCES.abort:g}, a load fails with "
-            f"{CHANCES.failed_load:g} and leaves garbage behind, a store with {CHANCES.failed_store:g}.",
+            f"{CONCURRENCY} requests at most, KV space for about a third of them, steps of {BATCHED_TOKENS} tokens; chunks of "
+            f"{CHUNK} tokens, {HOST_CHUNKS} of them in host memory and {DISK_CHUNKS} on disk. A request is aborted with probability "
+            f"{CHANCES.abort:g}, a load fails with {CHANCES.failed_load:g} and leaves garbage behind, a store with "
+            f"{CHANCES.failed_store:g}. Model {TINY}: random weights, the prompts' ids folded into its {VOCABULARY}.",
             "",
             *setups,
         ]
@@ -181,7 +210,7 @@ def as_report(rows: list[dict[str, Any]], model: str) -> Report:
     )
     commits = ", ".join(sorted({row["software"].get("commit", "?") for row in rows}))
     metadata = {
-        "command": f"python -m benchmarks.equality --model {model} --out reports/equality",
+        "command": "python -m benchmarks.equality --out reports/equality, with --model tiny too",
         **describe_hardware(),
         **{name: value for name, value in rows[-1]["software"].items() if name != "commit"},
         "commit": commits,
@@ -201,7 +230,9 @@ def _listed(counts: dict[str, int]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workloads", nargs="*", default=list(CASES), metavar="WORKLOAD", help=", ".join(CASES))
-    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument(
+        "--model", default=EMBEDDED, choices=[EMBEDDED, TINY], help="tiny: random weights, the prompts' ids folded"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -209,12 +240,15 @@ def main() -> int:
         parser.error(f"no case {unknown.pop()!r}; there are {', '.join(CASES)}")
     results = options.out / "results.json" if options.out else None
     known = orjson.loads(results.read_bytes()) if results is not None and results.is_file() else []
-    rows = {row["workload"]: row for row in known}
-    for name in options.workloads:
-        rows[name] = run_case(name, resolve_model(options.model), options.seed)
-        if results is not None:
-            write_file(results, to_json(list(rows.values())))
-    report = as_report([rows[name] for name in CASES if name in rows], options.model)
+    rows = {(row["workload"], row["model"]): row for row in known}
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = options.model == TINY
+        model = make_tiny_llama(Path(folder) / "tiny") if tiny else resolve_model(EMBEDDED)
+        for name in options.workloads:
+            rows[name, options.model] = run_case(name, model, options.seed, VOCABULARY if tiny else None)
+            if results is not None:
+                write_file(results, to_json(list(rows.values())))
+    report = as_report(list(rows.values()))
     if options.out:
         write_file(options.out / "report.md", report_markdown(report))
     for table in report.sections[0].items:

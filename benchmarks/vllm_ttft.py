@@ -8,7 +8,6 @@ so that the other one comes from the tier below. Exit code 1 when a bar is misse
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -21,6 +20,7 @@ from lmc.bench.machine import describe_hardware, describe_software
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 from tests import services
+from tests.engines.scenario import kv_bytes_per_token
 from tests.engines.vllm_driver import VllmDriver
 
 BARS = {"host": 1.1, "disk": 1.5, "redis": 2.0}  # of the device hit in the same engine
@@ -72,7 +72,7 @@ def measure(model: Path, tier: str, settings: dict[str, Any], tokens: int, round
 
 
 def measure_all(model: Path, tokens: int, rounds: int) -> list[Measured]:
-    chunk_bytes = _kv_bytes_per_token(model) * BLOCK
+    chunk_bytes = kv_bytes_per_token(model) * BLOCK
     common = {
         "chunk_tokens": BLOCK,
         "host.capacity": tokens // BLOCK * chunk_bytes,
@@ -82,13 +82,6 @@ def measure_all(model: Path, tokens: int, rounds: int) -> list[Measured]:
     with tempfile.TemporaryDirectory() as name, services.redis_server(Path(name)) as server:
         below = {"disk": {"disk.path": str(Path(name) / "disk")}, "redis": {"redis.url": server.url}}
         return [measure(model, tier, common | settings, tokens, rounds) for tier, settings in below.items()]
-
-
-def _kv_bytes_per_token(model: Path) -> int:
-    """In float32."""
-    config = json.loads((model / "config.json").read_text())
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head * 4)
 
 
 def ratios(measured: list[Measured]) -> list[tuple[str, float, float, bool]]:

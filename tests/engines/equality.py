@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from tests import services
-from tests.engines.scenario import TIE
+from tests.engines.scenario import TIE, kv_bytes_per_token
 from tests.engines.traffic import Chances
 from tests.engines.vllm_driver import VllmDriver
 
 CHANCES = Chances(abort=0.15, reset=0.004, reset_running=0.5, failed_load=0.05, failed_store=0.05, slow_load=0.1)
+
+
+CHUNK, BATCHED_TOKENS = 64, 256
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,20 @@ def run_scenario(
     folder: Path,
     *,
     seed: int,
-    host: str,
-    disk: str,
+    host_chunks: int,
+    disk_chunks: int,
     blocks: int,
     context: int,
     concurrency: int = 12,
 ) -> Verdict:
-    """blocks: the engine's KV space, in blocks of 32 tokens; host and disk: capacities of these tiers."""
+    """blocks: the engine's KV space, in blocks of 32 tokens."""
+    chunk_bytes = CHUNK * kv_bytes_per_token(model)
     with ExitStack() as stack:
         tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed))
         settings = {
-            "chunk_tokens": 64,
-            "host.capacity": host,
-            "disk.capacity": disk,
+            "chunk_tokens": CHUNK,
+            "host.capacity": host_chunks * chunk_bytes,
+            "disk.capacity": disk_chunks * chunk_bytes,
             "background_load_tokens": scenario.background_load_tokens,
             "metrics.enabled": False,
             "strict": True,
@@ -137,7 +141,7 @@ def run_scenario(
                 enable_prefix_caching=scenario.prefix_caching,
                 max_model_len=context,
                 max_num_seqs=concurrency,
-                max_num_batched_tokens=256,
+                max_num_batched_tokens=BATCHED_TOKENS,
                 num_gpu_blocks_override=blocks,
                 **scenario.options,
             )

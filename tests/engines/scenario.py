@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ TIE = 1e-3  # where the two best log-probabilities lie closer, the batch's shape
 def prompt(seed: int, length: int) -> list[int]:
     generator = random.Random(seed)
     return [generator.randrange(2, VOCABULARY) for _ in range(length)]
+
+
+def kv_bytes_per_token(model: Path) -> int:
+    """In float32, of a Llama's folder."""
+    config = json.loads((model / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head * 4)
 
 
 def driver(model: Path, **settings: Any) -> VllmDriver:

@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_engine_without_lmc_and_nothing_is_left_over(
     tiny_llama: Path, wanted: dict[str, dict[str, Any]], tmp_path: Path, scenario: Scenario
 ) -> None:
     verdict = run_scenario(
-        scenario, tiny_llama, REQUESTS, wanted, tmp_path, seed=2, host="4MiB", disk="8MiB", blocks=48, context=768
+        scenario, tiny_llama, REQUESTS, wanted, tmp_path, seed=2, host_chunks=16, disk_chunks=32, blocks=48, context=768
     )
     print(verdict)  # noqa: T201  what a failed run went through
     assert verdict.comparison.differences == []
