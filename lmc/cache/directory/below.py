@@ -168,7 +168,7 @@ class Below:
         else:
             self._writing[residents.name] -= 1
             for gone in done.evict:
-                places.block([gone], -1)
+                places.block_one(gone, -1)
                 self._evicting.discard(gone)
                 places.forget_unused(gone)
             if stored:
@@ -254,7 +254,7 @@ class Below:
             kind, key, node, tier, slot, evict=gone_keys, parent=parent, evict_nodes=gone, demotes=demotes
         )
         self.outbox.append(ticket)
-        self._places.block([node], 1)
+        self._places.block_one(node, 1)
         if demotes:
             self._demoting[node] = self._demoting.get(node, 0) + 1
 

@@ -131,7 +131,12 @@ class Directory:
         places = self._places
         places.access += 1
         chain = places.nodes.chain(keys)
-        missing = [index for index, node in enumerate(chain) if node < 0 or not places.held(node)]
+        in_host = places.host.state
+        missing = [
+            index
+            for index, node in enumerate(chain)
+            if node < 0 or (in_host[node] != RESIDENT and not places.held(node))
+        ]
         new: list[int] = []
         tickets: list[Ticket] = []
         end = len(keys)
@@ -188,7 +193,7 @@ class Directory:
                 if places.nodes.full:
                     break
                 node = chain[index] = places.add(key, parent, now)
-                places.block([node], 1)
+                places.block_one(node, 1)
             if not places.held(node):
                 places.parents[node] = parent
             places.adopt(node, parent, tenant)
@@ -229,7 +234,7 @@ class Directory:
         if done is None:
             return None
         places, node = self._places, done.node
-        places.block([node], -1)
+        places.block_one(node, -1)
         self._staging.discard(node)
         if done.ticket.kind in ("store", "stage"):
             self._complete_slot(done.ticket, node, failure)
@@ -371,7 +376,7 @@ class Directory:
         parent = chain[index - 1] if index else -1
         if node < 0:
             node = chain[index] = places.add(key, parent, now)
-            places.block([node], 1)
+            places.block_one(node, 1)
         places.parents[node] = parent
         places.ages.born(node, now)
         places.count_touch(node)
@@ -391,7 +396,7 @@ class Directory:
     def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
         places = self._places
         ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node])
-        places.block((node,), 1)
+        places.block_one(node, 1)
         return ticket
 
     def _complete_slot(self, ticket: Ticket, node: int, failure: str | None) -> None:

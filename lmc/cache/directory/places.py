@@ -131,6 +131,12 @@ class Places:
                 if node >= 0:
                     blocks[node] += by
 
+    def block_one(self, node: int, by: int) -> None:
+        """The same for one node; a chunk that only a remote tier knows has none (-1)."""
+        if node >= 0:
+            for residents in self.sets:
+                residents.blocks[node] += by
+
     def _block_parent(self, node: int, upper: ResidentSet, by: int) -> None:
         parent = self.parents[node]
         if parent >= 0:
