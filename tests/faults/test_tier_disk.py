@@ -301,6 +301,36 @@ def test_several_processes_evict_and_fill_the_same_folder(tmp_path: Path) -> Non
     assert len(files_under(tmp_path)) == len(list(tier.scan())), "no temporary file is left"
 
 
+def test_an_evictor_against_a_writer_of_the_same_chunk(tmp_path: Path) -> None:
+    """Two processes and one name: what a third reads is whole or absent, and the last word is the writer's."""
+
+    def write() -> None:
+        tier = DiskTier(tmp_path, SCOPE, fsync=False)
+        for turn in range(400):
+            content = contents(1)[turn % len(contents(1))]
+            tier.put(key(1), memoryview(content))
+            assert load(tier, 1) in {None, content}
+
+    def evict() -> None:
+        tier = DiskTier(tmp_path, SCOPE, fsync=False)
+        evicted = 0
+        while not (tmp_path / "stop").exists():
+            evicted += tier.contains([key(1)]) == [True]
+            tier.delete(key(1))
+        assert evicted > 20, "the two met"
+
+    writer, evictor = in_child(write), in_child(evict)
+    tier = DiskTier(tmp_path, SCOPE)
+    while os.waitid(os.P_PID, writer, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        assert load(tier, 1) in {None, *contents(1)}
+    (tmp_path / "stop").touch()
+    assert (exit_status(writer), exit_status(evictor)) == (0, 0)
+    (tmp_path / "stop").unlink()
+    tier.put(key(1), payload(1))
+    assert load(tier, 1) == payload(1)
+    assert files_under(tmp_path) == [chunk_file(tmp_path)] and chunk_file(tmp_path).name == key(1).hex()
+
+
 def test_a_folder_that_is_emptied_is_filled_again(tier: DiskTier, tmp_path: Path) -> None:
     tier.put(key(1), payload(1))
     shutil.rmtree(tmp_path)
