@@ -25,13 +25,16 @@ class RequestControl(BaseModel):
     """Answer with where the hit came from and why it ended there."""
 
 
+_NO_WISHES = RequestControl()
+
+
 def parse_control(
     parameters: Mapping[str, object] | None, request_id: str, field: str = "kv_transfer_params"
 ) -> RequestControl:
     """A request cannot be refused here; one whose wishes are unclear bypasses the cache, with a warning."""
     wishes = (parameters or {}).get("lmc")
     if wishes is None:
-        return RequestControl()
+        return _NO_WISHES
     try:
         return RequestControl.model_validate(wishes)
     except ValidationError as error:

@@ -377,8 +377,9 @@ class Directory:
         if node < 0:
             node = chain[index] = places.add(key, parent, now)
             places.block_one(node, 1)
-        places.parents[node] = parent
-        places.ages.born(node, now)
+        else:
+            places.parents[node] = parent
+            places.ages.born(node, now)
         places.count_touch(node)
         places.tenants.assign(node, tenant)
         places.take_slot(node)
