@@ -29,6 +29,7 @@ ALLOWED = {
         "lmc.cache.config",
         "lmc.cache.settings",
         "lmc.cache.record",
+        "lmc.cache.tiers.format",
         "lmc.errors",
         "lmc.units",
         "lmc.report",

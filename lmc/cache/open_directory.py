@@ -11,7 +11,7 @@ from lmc.cache.plan import WorkerReady
 from lmc.cache.policy.registry import get_policy
 from lmc.cache.presence import Presence
 from lmc.cache.tiers.base import Tier
-from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.format import TierScope, stored_bytes
 from lmc.cache.tiers.open import open_tiers
 from lmc.errors import ConfigError
 from lmc.units import format_count
@@ -28,15 +28,16 @@ def open_directory(
     A tier that one rank could not open is left out. Raises ConfigError when a capacity is less than one chunk.
     """
     chunk_bytes = ready[0].chunk_bytes * len(ready)
+    file_bytes = stored_bytes(ready[0].chunk_bytes) * len(ready)
     below = {}
     for name in ready[0].stored:
         if all(name in worker.stored for worker in ready):
-            below[name] = config.disk.capacity // chunk_bytes
+            below[name] = config.disk.capacity // file_bytes
             if below[name] == 0:
-                raise ConfigError(f"{name}.capacity is smaller than one chunk of {chunk_bytes} bytes")
+                raise ConfigError(f"{name}.capacity is smaller than one chunk of {file_bytes} bytes")
             if below[name] > _MOST_CHUNKS:
                 raise ConfigError(
-                    f"{name}.capacity is {format_count(below[name])} chunks of {chunk_bytes} bytes; at most "
+                    f"{name}.capacity is {format_count(below[name])} chunks of {file_bytes} bytes; at most "
                     f"{format_count(_MOST_CHUNKS)} can be kept track of; raise chunk_tokens or lower the capacity"
                 )
     remote = [name for name in REMOTE_TIERS if all(name in worker.remote for worker in ready)]

@@ -19,6 +19,7 @@ from lmc.cache.config import CacheConfig, quota_slots
 from lmc.cache.directory import HOST, Directory, Ticket
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy import get_policy
+from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.cost import CostModel
 from lmc.sim.router import Router, Routing
@@ -228,7 +229,9 @@ class _Replay:
         self.chunk_bytes = chunk_bytes
         self.fleet = fleet
         self.host_slots = _slots(config.host.capacity, chunk_bytes, "host.capacity")
-        self.disk_slots = _slots(config.disk.capacity, chunk_bytes, "disk.capacity") if config.disk.path else 0
+        self.disk_slots = (
+            _slots(config.disk.capacity, stored_bytes(chunk_bytes), "disk.capacity") if config.disk.path else 0
+        )
         self.store = SharedStore(fleet.shared_chunks) if fleet.shared_chunks else None
         self.clock = _Clock()
         self.counts: Counter[str] = Counter()

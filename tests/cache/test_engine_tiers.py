@@ -9,6 +9,7 @@ import pytest
 
 from lmc.cache.engine import Identity
 from lmc.cache.tiers.disk import DiskTier
+from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from tests.cache.instance import CHUNK_BYTES, Instance, chunk_files, prompt, settings, start
 
@@ -139,7 +140,12 @@ def test_reset_means_new_names_where_others_write(instances, tmp_path):
 
 def test_evictors_in_one_folder_never_break_a_reader(instances, tmp_path):
     """Each instance fills the folder beyond its capacity all the time; serve() compares every byte."""
-    shared = {"disk_path": tmp_path, "disk_shared": True, "lookup_deadline": 5, "disk_capacity": 20 * CHUNK_BYTES}
+    shared = {
+        "disk_path": tmp_path,
+        "disk_shared": True,
+        "lookup_deadline": 5,
+        "disk_capacity": 20 * stored_bytes(CHUNK_BYTES),
+    }
     few = {"host_capacity": 16 * CHUNK_BYTES}
     pair = [start(instances, **shared, **few) for _ in range(2)]
     errors: list[BaseException] = []

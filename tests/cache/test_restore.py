@@ -17,7 +17,7 @@ from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.registry import get_policy
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.inspect import inspect_file
-from tests.cache.instance import Instance, chunk_files, prompt, settings
+from tests.cache.instance import CHUNK_BYTES, Instance, chunk_files, prompt, settings
 from tests.contracts.tier import SCOPE, key, payload
 
 
@@ -89,19 +89,14 @@ def closed(folder: Path) -> int:
 def test_evictions_after_a_restart_take_children_first(tmp_path, num_ranks):
     shared = prompt(1, 24)
     prompts = [shared + prompt(seed, 24) for seed in (2, 3, 4)]
-    first = Instance(
-        settings(disk_path=tmp_path, disk_capacity=9 * 4096 * num_ranks, host_capacity=4 * 4096 * num_ranks), num_ranks
-    )
+    few = {"disk_path": tmp_path, "host_capacity": 40 * CHUNK_BYTES * num_ranks}
+    first = Instance(settings(**few), num_ranks)
     for tokens in prompts:
         first.serve(tokens)
     first.close()
-    room = first.engine.directory.usage()["disk"][1]
-    assert closed(tmp_path) <= room
-    small = settings(
-        disk_path=tmp_path,
-        disk_capacity=6 * first.workers[0].ready().chunk_bytes * num_ranks,
-        host_capacity=4 * 4096 * num_ranks,
-    )
+    assert closed(tmp_path) == 12
+    per_chunk = first.config.disk.capacity // first.engine.directory.usage()["disk"][1]
+    small = settings(**few, disk_capacity=6 * per_chunk)
     second = Instance(small, num_ranks)
     try:
         second.settle()

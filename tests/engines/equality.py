@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmc.cache.tiers.format import stored_bytes
 from tests import services
 from tests.engines.scenario import TIE, kv_bytes_per_token
 from tests.engines.traffic import Chances
@@ -129,7 +130,7 @@ def run_scenario(
         settings = {
             "chunk_tokens": CHUNK,
             "host.capacity": host_chunks * chunk_bytes,
-            "disk.capacity": disk_chunks * chunk_bytes,
+            "disk.capacity": disk_chunks * stored_bytes(chunk_bytes),
             "background_load_tokens": scenario.background_load_tokens,
             "metrics.enabled": False,
             "strict": True,

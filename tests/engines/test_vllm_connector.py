@@ -13,6 +13,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from lmc.cache.connectors.vllm.identity import request_identity
 from lmc.cache.keys import KeyChain, root
+from lmc.cache.tiers.format import stored_bytes
 from tests.engines.scenario import prompt
 from tests.engines.scheduler_side import DrivenSide
 
@@ -157,7 +158,7 @@ def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
 )
 @settings(deadline=None, max_examples=50)
 def test_events_replayed_give_what_the_tiers_hold(steps: list[tuple[int, int, str]]) -> None:
-    driven = side(slots=6, announces=True, stored={"disk": []}, **{"disk.capacity": 9 * 4096})
+    driven = side(slots=6, announces=True, stored={"disk": []}, **{"disk.capacity": 9 * stored_bytes(4096)})
     held: dict[str, dict[bytes, BlockStored]] = {"CPU": {}, "STORAGE": {}}
     for number, chunks, what in steps:
         if what == "reset":

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.policy import POLICIES
+from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim import full_replay, stack
 from lmc.sim.build import TraceBuilder
@@ -24,7 +25,7 @@ CHUNK_BYTES = 10
 
 
 def config(host: int, disk: int = 0, **more: object) -> CacheConfig:
-    below = {"disk": {"path": "/nowhere", "capacity": disk * CHUNK_BYTES}} if disk else {}
+    below = {"disk": {"path": "/nowhere", "capacity": disk * stored_bytes(CHUNK_BYTES)}} if disk else {}
     return CacheConfig.model_validate({"host": {"capacity": host * CHUNK_BYTES}, **below, **more})
 
 

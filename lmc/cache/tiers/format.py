@@ -37,6 +37,11 @@ _CHECKSUM = struct.Struct("<Q")
 _TEXT_BYTES = HEADER_BYTES - _FIXED.size
 
 
+def stored_bytes(chunk_bytes: int) -> int:
+    """What a chunk takes where it is persisted."""
+    return HEADER_BYTES + chunk_bytes
+
+
 class OtherVersion(Corrupt):
     """The header is of another version of lmc; to this one the chunk is absent."""
 
