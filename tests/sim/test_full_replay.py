@@ -58,6 +58,15 @@ def test_host_hits_equal_the_compiled_replay(trace: Trace, capacity: int, policy
     assert chunks(result) == expected.request_hits.tolist()
 
 
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_request_longer_than_the_host_leaves_the_policy_as_the_compiled_replay_does(policy: str) -> None:
+    """The live cache looks in vain for a place for the fifth chunk; the replay knows before that there is none."""
+    trace = requests((0.0, [1]), (1.0, [1, 2]), (2.0, [1, 3, 4, 5, 6]), (3.0, [7]), (4.0, [8, 9, 10]), (5.0, [1]))
+    result = full_replay.replay(trace, config(4, policy=policy), CHUNK_BYTES, Fleet())
+    (expected,) = replay_policy(trace, POLICIES[policy], [4], compiled=False)
+    assert chunks(result) == expected.request_hits.tolist()
+
+
 @settings(max_examples=150, deadline=None)
 @given(traces(), st.integers(0, 4), st.integers(1, 12))
 def test_a_larger_disk_below_the_host_hits_what_one_cache_of_its_size_hits(

@@ -137,9 +137,20 @@ def on_insert(state: State, node: int, now: int) -> None:
     add_child(state.chains, node)
 
 
+def low_may_go(state: State, blocked: Blocked) -> bool:
+    """Looked at first, because a search in vain must not demote them all. It passes no more nodes than are then demoted."""
+    head = state.stack.older.size - 1
+    node = state.stack.younger[head]
+    while node != head and (state.where[node] != LOW or blocked[node] != 0):
+        node = state.stack.younger[node]
+    return bool(node != head)
+
+
 def victim(state: State, blocked: Blocked) -> int:
     node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, blocked)
-    while node < 0 and state.size[LOW] > 0:
+    if node < 0 and not low_may_go(state, blocked):
+        return -1
+    while node < 0:
         demote_lowest(state)
         node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, blocked)
     return node

@@ -387,7 +387,9 @@ class NaiveLirs(Queues):
 
     def victim(self, blocked: IsBlocked) -> Key | None:
         key = self.oldest("high", blocked)
-        while key is None and self.size("low") > 0:
+        if all(self.place[low] != "low" or blocked(low) for low in self.stack):
+            return key
+        while key is None:
             self.demote()
             key = self.oldest("high", blocked)
         return key
