@@ -217,6 +217,8 @@ class Directory:
 
     def num_settled(self, keys: Sequence[ChunkKey]) -> int:
         """Leading chunks of keys that are stored or being stored; one that is still being staged may yet turn out to be corrupt."""
+        if not self._staging:
+            return len(keys)
         chain = self._places.nodes.chain(keys)
         return next((index for index, node in enumerate(chain) if node in self._staging), len(keys))
 

@@ -140,7 +140,7 @@ class Places:
     def _block_parent(self, node: int, upper: ResidentSet, by: int) -> None:
         parent = self.parents[node]
         if parent >= 0:
-            for residents in self.sets[self.sets.index(upper) :]:
+            for residents in self.sets if upper is self.host else self.sets[self.sets.index(upper) :]:
                 residents.blocks[parent] += by
             if by < 0:
                 self.forget_unused(parent)
