@@ -20,7 +20,7 @@ from lmc.cache.layout import KVLayout
 from lmc.cache.plan import RequestCopies
 from lmc.cache.transfer.backends import Backend
 from lmc.cache.transfer.pinned import Slab
-from lmc.cache.transfer.planner import Descriptors, Direction, plan
+from lmc.cache.transfer.planner import Descriptors, Direction, plan, plan_layers
 from lmc.cache.transfer.streams import Transfer, TransferStreams
 
 logger = logging.getLogger(__name__)
@@ -215,15 +215,13 @@ class BlockCopier:
     ) -> list[Descriptors] | None:
         """The copies of all of them, in one part or in one for each layer. None when that failed; the batches have then ended."""
         chunks = [chunk for request in requests for chunk in request.chunks]
-        parts = [range(index, index + 1) for index in range(len(self.layout.layers))] if by_layer else [None]
         try:
             blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
             slots = np.array([self._slab.address(chunk.slot) for chunk in chunks], dtype=np.uint64)
             edges = self._slab.boundaries
-            return [
-                plan(self.layout, blocks, slots, batches[0].direction, layers=layers, boundaries=edges)
-                for layers in parts
-            ]
+            if by_layer:
+                return plan_layers(self.layout, blocks, slots, batches[0].direction, boundaries=edges)
+            return [plan(self.layout, blocks, slots, batches[0].direction, boundaries=edges)]
         except Exception:  # as above
             logger.exception("lmc: %s of request %s cannot be planned", batches[0].direction, batches[0].request_id)
             for batch in batches:

@@ -85,6 +85,18 @@ class KVLayout:
         """The pieces of these layers (indices into self.layers), or whole regions for all of them."""
         if layers is None:
             return self._whole
+        if layers not in self._tables:
+            self._tables[layers] = self._table(self._pieces_of(layers))
+        return self._tables[layers]
+
+    @cached_property
+    def layer_pieces(self) -> PieceTable:
+        """The pieces of one layer after the other."""
+        return self._table(
+            [piece for index in range(len(self.layers)) for piece in self._pieces_of(range(index, index + 1))]
+        )
+
+    def _pieces_of(self, layers: range) -> list[Piece]:
         owned = (piece for index in layers for piece in self.layers[index].pieces)
         joined: list[Piece] = []
         for piece in sorted(owned, key=lambda piece: (piece.region, piece.offset)):
@@ -93,7 +105,12 @@ class KVLayout:
                 joined[-1] = Piece(last.region, last.offset, last.size + piece.size)
             else:
                 joined.append(piece)
-        return self._table(joined)
+        return joined
+
+    @cached_property
+    def _tables(self) -> dict[range, PieceTable]:
+        """Made once: a load layer by layer asks for each layer's every time."""
+        return {}
 
     @cached_property
     def _whole(self) -> PieceTable:

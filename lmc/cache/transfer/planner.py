@@ -103,6 +103,51 @@ def plan(
     return Descriptors(slot, engine, size, direction)
 
 
+def plan_layers(
+    layout: KVLayout,
+    block_ids: npt.NDArray[np.int64],
+    slot_addresses: Addresses,
+    direction: Direction,
+    *,
+    boundaries: Addresses | None = None,
+) -> list[Descriptors]:
+    """What plan() gives for each layer alone. Where all layers have as many pieces, it costs about what one plan() of all does."""
+    num_layers = len(layout.layers)
+    tables = [layout.pieces(range(index, index + 1)) for index in range(num_layers)]
+    num_chunks, num_pieces = len(slot_addresses), len(tables[0].size)
+    if num_chunks == 0 or len(block_ids) % num_chunks or any(len(table.size) != num_pieces for table in tables):
+        return [
+            plan(layout, block_ids, slot_addresses, direction, layers=range(index, index + 1), boundaries=boundaries)
+            for index in range(num_layers)
+        ]
+    blocks_per_chunk = len(block_ids) // num_chunks
+    _check(layout, block_ids, slot_addresses, direction, blocks_per_chunk)
+
+    table = layout.layer_pieces
+    shape = (num_layers, num_chunks, num_pieces, blocks_per_chunk)
+    blocks = block_ids.astype(np.uint64).reshape(1, num_chunks, 1, blocks_per_chunk)
+    position = np.arange(blocks_per_chunk, dtype=np.uint64)
+    starts = table.slot_start * np.uint64(blocks_per_chunk) + table.slot_offset
+    in_slot = starts[:, None] + table.slot_stride[:, None] * position
+    by_piece = (num_layers, 1, num_pieces, 1)
+    kept = np.flatnonzero(np.broadcast_to((block_ids >= 0).reshape(1, num_chunks, 1, blocks_per_chunk), shape).ravel())
+    engine = (table.base.reshape(by_piece) + blocks * table.stride.reshape(by_piece)).ravel()[kept]
+    slot = slot_addresses.reshape(1, num_chunks, 1, 1) + in_slot.reshape(num_layers, 1, num_pieces, blocks_per_chunk)
+    slot = slot.ravel()[kept]
+    size = np.broadcast_to(table.size.reshape(by_piece), shape).ravel()[kept]
+    share = len(kept) // num_layers
+    parts = []
+    for index in range(num_layers):
+        own = slice(index * share, (index + 1) * share)
+        merged = merge(engine[own], slot[own], size[own])
+        if boundaries is not None and len(boundaries):
+            merged = _split(*merged, boundaries)
+        engine_side, slot_side, sizes = merged
+        pair = (engine_side, slot_side) if direction is Direction.STORE else (slot_side, engine_side)
+        parts.append(Descriptors(*pair, sizes, direction))
+    return parts
+
+
 def _check(
     layout: KVLayout,
     block_ids: npt.NDArray[np.int64],

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmc.cache.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.backends.host import HostBackend
-from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, fragment, plan, slot_bytes
+from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, fragment, plan, plan_layers, slot_bytes
 from lmc.errors import TransferError
 from tests.contracts.transfer import Engine, Slots, block_tables, check_backend, engines, sglang_engine, vllm_engine
 
@@ -125,6 +126,39 @@ def test_all_layers_merge_as_the_whole_does(data: st.DataObject) -> None:
     assert np.array_equal(whole.src, layered.src)
     assert np.array_equal(whole.dst, layered.dst)
     assert np.array_equal(whole.size, layered.size)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.sampled_from(Direction))
+def test_all_layers_planned_at_once_are_each_layers_plan(data: st.DataObject, direction: Direction) -> None:
+    engine = data.draw(engines())
+    table = data.draw(block_tables(engine.layout.num_blocks))
+    blocks, slots = flat(table), Slots(len(table), slot_bytes(engine.layout, len(table[0])), 1)
+    inside = st.integers(0, int(slots.addresses.max() - slots.addresses.min()))
+    offsets = np.array(data.draw(st.lists(inside, max_size=4, unique=True)), dtype=np.uint64)
+    edges = np.sort(slots.addresses.min() + offsets)
+    together = plan_layers(engine.layout, blocks, slots.addresses, direction, boundaries=edges)
+    assert len(together) == len(engine.layout.layers)
+    for layer, found in enumerate(together):
+        alone = plan(
+            engine.layout, blocks, slots.addresses, direction, layers=range(layer, layer + 1), boundaries=edges
+        )
+        assert found.direction is direction
+        for name in ("src", "dst", "size"):
+            assert np.array_equal(getattr(found, name), getattr(alone, name))
+
+
+def test_layers_of_unlike_pieces_and_bad_tables_are_planned_or_refused_as_one_by_one() -> None:
+    size = 64
+    regions = tuple(Region(4096 * index, size, size) for index in range(3))
+    layers = (Layer(("a",), (Piece(0, 0, size), Piece(1, 0, size))), Layer(("b",), (Piece(2, 0, size),)))
+    layout = KVLayout("test", "cpu", 4, 8, regions, layers, "unlike")
+    slot = np.array([1 << 20], dtype=np.uint64)
+    found = plan_layers(layout, ids(3, 1), slot, Direction.LOAD)
+    assert [part.num_bytes for part in found] == [4 * size, 2 * size]
+    with pytest.raises(TransferError, match="block 8 does not exist"):
+        plan_layers(vllm_engine("LBHNC", torch.uint8).layout, ids(8, 1), slot, Direction.LOAD)
+    assert [len(part) for part in plan_layers(layout, ids(), slot[:0], Direction.LOAD)] == [0, 0]
 
 
 @settings(deadline=None)
