@@ -24,6 +24,7 @@ from lmc.cache.policy.lists import (
     Marks,
     add_child,
     drop_child,
+    head_of,
     make_chains,
     make_lists,
     oldest_free,
@@ -100,10 +101,6 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
 
 
 # Some functions below get the arrays that they need, not the state: compiled code copies what it passes on.
-
-
-def head_of(lists: Lists, number: int) -> int:
-    return lists.older.size - 1 - number
 
 
 def is_empty(lists: Lists, number: int) -> bool:
