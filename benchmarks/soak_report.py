@@ -193,9 +193,10 @@ def write_soak(soak: Soak, folder: Path, command: str) -> None:
     )
     last = soak.samples[-1]
     paused = _paused_s(soak.samples) / 60
+    tokens = f", {soak.prompt_tokens:,} prompt tokens" if soak.prompt_tokens else ""
     summary = (
         f"{last.at_s / 60:.0f} minutes of mixed traffic from two users on one engine (the client paused for {paused:.0f} of them): "
-        f"{sum(soak.statuses.values())} requests, {soak.prompt_tokens:,} prompt tokens. "
+        f"{sum(soak.statuses.values())} requests{tokens}. "
         f"{sum(bound.met for bound in bounds)} of {len(bounds)} bounds are met."
     )
     metadata = {"command": command} | describe_hardware() | describe_software()
