@@ -60,9 +60,13 @@ class SglangServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(self, tokens: list[int], *, max_tokens: int = 6, **more: Any) -> dict[str, Any]:
-        """tokens, logprobs, device (cached tokens in SGLang), loaded (those from lmc), seconds."""
+    def generate(
+        self, tokens: list[int], *, max_tokens: int = 6, wishes: dict[str, object] | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """tokens, logprobs, device (cached tokens in SGLang), loaded (those from lmc), explanation (if wished for), seconds."""
         sampling = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True}
+        if wishes is not None:
+            sampling["custom_params"] = {"lmc": wishes}
         body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, **more}
         started = time.perf_counter()
         answer = json.loads(self.post("/generate", body))
@@ -74,6 +78,7 @@ class SglangServer:
             "logprobs": [logprob for logprob, *_ in meta["output_token_logprobs"]],
             "device": details["device"],
             "loaded": details["host"],
+            "explanation": meta.get("lmc"),
             "seconds": seconds,
         }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from lmc.cache.tiers.format import HEADER_BYTES, checksum, decode, encode
 from tests.engines.scenario import prompt
 from tests.engines.sglang_server import SglangServer
+from tests.engines.vllm_driver import VllmDriver
 from tests.services import RedisServer, redis_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.timeout(1800)]
@@ -146,6 +149,22 @@ def test_generated_tokens_are_stored_once_a_prompt_repeats_them(first: SglangSer
     assert first.generate(conversation)["loaded"] == 192
 
 
+def test_a_request_may_bypass_the_cache_and_ask_why(first: SglangServer) -> None:
+    tokens = prompt(58, 200)
+    first.generate(tokens, wishes={"store": False})
+    first.settle()
+    first.flush()
+    cold = first.generate(tokens, wishes={"explain": True})
+    assert cold["explanation"][0] == {"prompt_tokens": 200, "hit_tokens": {"device": 0}, "miss": "never stored"}
+    first.settle()
+    first.flush()
+    assert first.generate(tokens, wishes={"bypass": True})["loaded"] == 0
+    first.flush()
+    warm = first.generate(tokens, wishes={"explain": True})
+    assert warm["loaded"] == 192
+    assert warm["explanation"][0] == {"prompt_tokens": 200, "hit_tokens": {"device": 0, "host": 192}, "miss": None}
+
+
 def test_nothing_is_left_over_and_everything_is_counted(first: SglangServer) -> None:
     first.generate(LONG)
     first.settle()
@@ -153,6 +172,38 @@ def test_nothing_is_left_over_and_everything_is_counted(first: SglangServer) -> 
     assert first.metric("lmc_hit_tokens_total", tier="host") > 0
     assert first.metric("lmc_device_tokens_total") > 0
     assert first.metric("lmc_failures_total", operation="load") == 0
+
+
+def test_vllm_beside_it_on_the_same_redis_never_meets_its_chunks(
+    first: SglangServer, redis: RedisServer, reference: dict[str, dict[str, Any]], tiny_llama: Path
+) -> None:
+    """Two real engines, one model, the same tokens and chunk size. What SGLang loads after this is in the last test of this file."""
+    first.generate(LONG)
+    first.settle()
+    held = chunks_by_namespace(redis)
+    (sglang,) = held
+    settings: dict[str, Any] = {"host.capacity": "256MiB", "redis.url": redis.url, "chunk_tokens": PAGE, "strict": True}
+    settings |= {"lookup_deadline": 5.0, "metrics.enabled": False}
+    python = str(Path(sys.prefix).parent / "vllm" / "bin" / "python")
+    answers = []
+    for _ in range(2):
+        with VllmDriver(tiny_llama, python=python, settings=settings) as vllm:
+            answers += vllm.generate([LONG], max_tokens=6)
+            vllm.call("settle")
+        now = chunks_by_namespace(redis)
+        assert now.pop(sglang) == held[sglang]
+        assert list(now.values()) == [len(LONG) // PAGE]
+    cold, warm = answers
+    assert (cold["cached"], warm["cached"]) == (0, 1984)
+    assert warm["tokens"] == cold["tokens"]
+    assert warm["logprobs"] == pytest.approx(cold["logprobs"], abs=TOLERANCE)
+    first.flush()
+    assert_same(first.generate(LONG), reference["long"])
+
+
+def chunks_by_namespace(redis: RedisServer) -> Counter[bytes]:
+    with redis.client() as client:
+        return Counter(key.rsplit(b":", 2)[0] for key in client.scan_iter(b"lmc:*"))
 
 
 @pytest.fixture(scope="module")

@@ -8,28 +8,47 @@ import pytest
 
 from lmc.model import EMBEDDED
 from tests.engines.sglang_server import SglangServer
-from tests.engines.test_sglang import assert_same
+from tests.engines.test_sglang import assert_same, files_of
+from tests.services import redis_server
 
-pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.service, pytest.mark.timeout(1800)]
 
 # Arbitrary token ids; 330 of them are 5 pages and a rest.
-PROMPT = [1 + (index * index * 7919 + 31 * index) % 20_000 for index in range(330)]
+ONE, OTHER = ([1 + (index * index * 7919 + 31 * index + shift) % 20_000 for index in range(330)] for shift in (0, 977))
 
 
-def test_cold_device_host_and_disk_answer_alike(tmp_path: Path) -> None:
-    settings: dict[str, object] = {"host.capacity": "512MiB", "disk.path": str(tmp_path / "disk")}
-    with SglangServer(EMBEDDED, tmp_path / "one", settings=settings) as one:
-        cold, device = one.generate(PROMPT), one.generate(PROMPT)
-        one.settle()
-        one.flush()
-        host = one.generate(PROMPT)
-    with SglangServer(EMBEDDED, tmp_path / "two", settings=settings) as two:
-        disk = two.generate(PROMPT)
-    assert [(one["device"], one["loaded"]) for one in (cold, device, host, disk)] == [
+def test_cold_device_host_disk_and_redis_answer_alike(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with redis_server(tmp_path) as redis:
+        settings: dict[str, object] = {
+            "host.capacity": "512MiB",
+            "disk.path": str(disk),
+            "redis.url": redis.url,
+            "lookup_deadline": 1.0,
+        }
+        with SglangServer(EMBEDDED, tmp_path / "one", settings=settings) as one:
+            other = one.generate(OTHER)
+            one.settle()
+            only_in_redis = files_of(disk)
+            cold, device = one.generate(ONE), one.generate(ONE)
+            one.settle()
+            one.flush()
+            host = one.generate(ONE)
+        assert len(only_in_redis) == 5
+        for file in only_in_redis:
+            file.unlink()
+        with SglangServer(EMBEDDED, tmp_path / "two", settings=settings) as two:
+            from_disk, from_redis = two.generate(ONE), two.generate(OTHER)
+            assert two.metric("lmc_hit_tokens_total", tier="disk") == 320
+            assert two.metric("lmc_hit_tokens_total", tier="redis") == 320
+    assert [(answer["device"], answer["loaded"]) for answer in (other, cold, device, host, from_disk, from_redis)] == [
+        (0, 0),
         (0, 0),
         (320, 0),
         (0, 320),
         (0, 320),
+        (0, 320),
     ]
-    for answer in (device, host, disk):
+    for answer in (device, host, from_disk):
         assert_same(answer, cold)
+    assert_same(from_redis, other)

@@ -30,12 +30,14 @@ ENVIRONMENT = {
 class VllmDriver:
     """Starts the engine; each call is one command."""
 
-    def __init__(self, model: Path, *, settings: dict[str, Any] | None, **options: Any) -> None:
-        """settings None: no connector at all."""
+    def __init__(
+        self, model: Path, *, settings: dict[str, Any] | None, python: str = sys.executable, **options: Any
+    ) -> None:
+        """settings None: no connector at all. python: of vLLM's environment, where the test runs in another one."""
         ranks = options.get("tensor_parallel_size", 1)
         cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks))} if ranks > 1 else {}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engines.vllm_driver"],
+            [python, "-m", "tests.engines.vllm_driver"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
