@@ -39,7 +39,7 @@ HOST_CHUNKS, DISK_CHUNKS = 32, 64
 
 @dataclass(frozen=True)
 class Case:
-    """What is changed of a workload so that a CPU gets through, its scenario, and KV space for about a third of 12 requests."""
+    """What is changed of a workload so that a CPU gets through, its scenario, and KV space for a few of 12 requests."""
 
     parts: dict[str, Any]
     scenario: Scenario
@@ -50,7 +50,7 @@ CASES = {
     "function-calling": Case(
         {"tools": {"pick": {"groups": 60, "per_group": 3, "min_prompt_tokens": 150, "max_prompt_tokens": 800}}},
         SCENARIOS[0],
-        96,
+        40,
     ),
     "multi-turn-chat": Case(
         {"chat": {"where": "row.history | length >= 3", "pick": {"sessions": 70, "max_prompt_tokens": 600}}},
@@ -60,7 +60,7 @@ CASES = {
     "document-qa": Case(
         {"questions": {"pick": {"groups": 7, "per_group": 14, "max_prompt_tokens": 660}}},
         SCENARIOS[2],
-        96,
+        40,
     ),
 }
 
@@ -195,7 +195,7 @@ def as_report(rows: list[dict[str, Any]]) -> Report:
     setups = dict.fromkeys(f"- {row['scenario']}: {row['about']}" for row in rows)
     text = "\n".join(
         [
-            f"{CONCURRENCY} requests at most, KV space for about a third of them, steps of {BATCHED_TOKENS} tokens; chunks of "
+            f"{CONCURRENCY} requests at most, KV space for a few of them, steps of {BATCHED_TOKENS} tokens; chunks of "
             f"{CHUNK} tokens, {HOST_CHUNKS} of them in host memory and {DISK_CHUNKS} on disk. A request is aborted with probability "
             f"{CHANCES.abort:g}, a load fails with {CHANCES.failed_load:g} and leaves garbage behind, a store with "
             f"{CHANCES.failed_store:g}. Model {TINY}: random weights, the prompts' ids folded into its {VOCABULARY}.",

@@ -51,7 +51,7 @@ SCENARIOS = (
         True,
         1,
         ("redis",),
-        {"write": "back", "lookup_deadline": 0.2},
+        {"write": "back", "lookup_deadline": 2.0},
     ),
     Scenario(
         "mixed",
@@ -59,7 +59,7 @@ SCENARIOS = (
         True,
         200,
         ("disk", "redis"),
-        {"store_decode": True, "load_deadline": 0.3, "lookup_deadline": 0.2},
+        {"store_decode": True, "load_deadline": 0.3, "lookup_deadline": 2.0},
         {"scheduling_policy": "priority"},
     ),
 )

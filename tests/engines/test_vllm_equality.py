@@ -59,4 +59,5 @@ def test_tokens_are_those_of_the_engine_without_lmc_and_nothing_is_left_over(
     assert verdict.comparison.requests + verdict.tally["aborted"] == len(REQUESTS)
     assert {name: number for name, number in verdict.leftovers.items() if number} == {}
     assert verdict.preemptions > 0 and verdict.tally["aborted"] > 0
-    assert all(verdict.loaded.get(tier, 0) > 0 for tier in ("host", *scenario.tiers))
+    assert verdict.loaded.get("host", 0) > 0
+    assert any(verdict.loaded.get(tier, 0) > 0 for tier in scenario.tiers)

@@ -51,7 +51,8 @@ def run_traffic(
     waiting = list(reversed(requests))
     running: dict[str, tuple[str, int | None]] = {}  # id -> (internal id, step at which it is aborted)
     target, progress = 1, time.monotonic()
-    while waiting or running or engine.engine_core.engine_core.scheduler.has_requests():
+    scheduler = engine.engine_core.engine_core.scheduler
+    while waiting or running or scheduler.has_requests():
         if generator.random() < 0.1:
             target = generator.randint(1, concurrency)
         while waiting and len(running) < target:
@@ -82,9 +83,14 @@ def run_traffic(
                 tally.aborted += 1
                 progress = time.monotonic()
         if generator.random() < chances.reset:
-            engine.reset_prefix_cache(generator.random() < chances.reset_running, True)
+            engine.reset_prefix_cache(generator.random() < chances.reset_running and _may_preempt_all(scheduler), True)
             tally.resets += 1
         assert time.monotonic() - progress < NO_PROGRESS_SECONDS, f"no progress; under way: {sorted(running)}"
+
+
+def _may_preempt_all(scheduler: Any) -> bool:
+    """vLLM refuses a reset that preempts (RuntimeError) while a load in the background holds blocks, of an aborted request too."""
+    return all(request.status.name in ("WAITING", "RUNNING", "PREEMPTED") for request in scheduler.requests.values())
 
 
 def outcome(output: Any) -> dict[str, Any]:
