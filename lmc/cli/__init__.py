@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -42,8 +44,13 @@ def _root(
     pass
 
 
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
 def main() -> None:
-    """Run the command; an LmcError becomes one line and its exit code."""
+    """Run the command; an LmcError becomes one line and its exit code. After SIGTERM it still stops the engines it has started."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except LmcError as error:
