@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lmc.bench.spans import client_id
 from lmc.serve.process import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.compat]
@@ -40,11 +41,10 @@ class Served:
     def metrics(self) -> str:
         return re.search(r"metrics=(\S+)", self.ready)[1]  # type: ignore[index]
 
-    def complete(self, prompt: str) -> dict[str, Any]:
+    def complete(self, prompt: str, request_id: str = "") -> dict[str, Any]:
         body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "temperature": 0}
-        request = urllib.request.Request(
-            f"{self.url}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
+        headers = {"content-type": "application/json", **({"X-Request-Id": request_id} if request_id else {})}
+        request = urllib.request.Request(f"{self.url}/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=120) as answer:
             return dict(json.load(answer))
 
@@ -92,7 +92,7 @@ def served(record: Path) -> Iterator[Served]:
 
 def test_the_ready_line_says_where_and_how_large(served: Served) -> None:
     assert served.url.startswith("http://127.0.0.1:")
-    assert re.search(r'tiers="host 5\d\d\.\d MiB \(\d+ chunks\), disk 100\.0 GiB \([\d,]+ chunks\)"', served.ready)
+    assert re.search(r'tiers="host 5\d\d\.\d MiB \(\d+ chunks\), disk 99\.9 GiB \([\d,]+ chunks\)"', served.ready)
 
 
 def test_a_repeated_prompt_comes_from_the_cache(served: Served) -> None:
@@ -117,6 +117,19 @@ def test_both_metrics_pages_count_the_hit(served: Served) -> None:
             return
         time.sleep(1)
     raise AssertionError("vLLM's metrics never showed the hit")
+
+
+def test_a_request_s_span_is_found_by_the_id_that_its_client_sent(served: Served) -> None:
+    prompt, hits = LICENCE[1000:4000] + "\nSummary:", 0
+    for number, request_id in enumerate(("lmc/0/part/0/0", "lmc/0/part/0/1")):
+        usage = served.complete(prompt, request_id)["usage"]
+        page = json.load(urllib.request.urlopen(served.metrics.removesuffix("/metrics") + "/requests"))
+        span = {client_id(span["request"]): span for span in page["requests"]}[request_id]
+        hits = usage["prompt_tokens_details"]["cached_tokens"] if number else hits
+        assert (span["tokens"], span["hit_tokens"].get("host", 0)) == (usage["prompt_tokens"], hits)
+        assert span["asked_s"] <= span["answered_s"] <= span["admitted_s"] <= page["now_s"]
+        assert (span["load_bytes"] > 0, span["load_seconds"] > 0) == (hits > 0, hits > 0)
+    assert hits > 0
 
 
 def test_a_clean_stop_ends_with_0_and_leaves_a_trace_that_sim_reads(served: Served, record: Path) -> None:
