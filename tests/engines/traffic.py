@@ -89,8 +89,11 @@ def run_traffic(
 
 
 def _may_preempt_all(scheduler: Any) -> bool:
-    """vLLM refuses a reset that preempts (RuntimeError) while a load in the background holds blocks, of an aborted request too."""
-    return all(request.status.name in ("WAITING", "RUNNING", "PREEMPTED") for request in scheduler.requests.values())
+    """vLLM refuses a reset that preempts (RuntimeError) while a request that does not run holds blocks: one whose load in the background
+    is under way, also after it was aborted, or has ended and the request has not been scheduled since."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    holders = {name for manager in managers for name, blocks in manager.req_to_blocks.items() if blocks}
+    return bool(holders <= {request.request_id for request in scheduler.running})
 
 
 def outcome(output: Any) -> dict[str, Any]:
