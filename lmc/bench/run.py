@@ -32,6 +32,7 @@ from lmc.bench.workload import Workload, nearest
 from lmc.errors import EngineError, RunError, WorkloadError
 
 WARM_UP_OUTPUT = 4
+SETTLE_S = 1.5  # vLLM's workers spin on a core for 1 s after their last step, and an arm that takes its turn then misses that core
 PROBE_TEXT = 'The KV cache of 2 engines: naïve façade, 100 % {"json": [1, 2.5]}\n\tdéjà vu'
 
 
@@ -128,9 +129,13 @@ class _Runner:
                 runs.append(await stack.enter_async_context(arm))
                 await runs[-1].prepare(self._warm_up(name), self._prime(), self._probe())
                 options.progress.load(name, len(self.plan.items))
+            last = runs[-1]
             for index, part in enumerate(split(self.plan, block or len(self.plan.items))):
                 for run in runs if index % 2 == 0 else runs[::-1]:
+                    if run is not last:
+                        await asyncio.sleep(SETTLE_S)
                     await run.measure(part, workload.limits)
+                    last = run
             for run in runs:
                 await run.finish()
         for run in runs:

@@ -21,7 +21,9 @@ from lmc.bench.records import read_records, read_results, write_results
 from lmc.bench.redis_server import started_redis
 from lmc.bench.render import build_report, write_report
 from lmc.bench.s3_server import BUCKET, started_s3
-from lmc.bench.workload import Arm
+from lmc.bench.schedule import Plan
+from lmc.bench.stages import ArmRun
+from lmc.bench.workload import Arm, Limits
 from lmc.cache.config import S3Config
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.format import TierScope
@@ -151,9 +153,21 @@ def test_an_arm_that_does_not_start(run_small: RunSmall) -> None:
 
 def test_arms_that_run_at_once_take_turns(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmc.bench.run.fit_together", lambda *_: True)
+    monkeypatch.setattr("lmc.bench.run.SETTLE_S", 0.3)
+    measured: list[tuple[str, float, float]] = []
+    measure = ArmRun.measure
+
+    async def note(self: ArmRun, plan: Plan, limits: Limits) -> None:
+        began = time.monotonic()
+        await measure(self, plan, limits)
+        measured.append((self.data.name, began, time.monotonic()))
+
+    monkeypatch.setattr(ArmRun, "measure", note)
     results, records = run_small(interleave=3)
     assert results.problems == []
     assert results.interleaved
+    for (name, _, ended), (following, began, _) in itertools.pairwise(measured):
+        assert (began - ended >= 0.3) == (name != following), "an arm waits until the one before it has come to rest"
     monkeypatch.undo()
     sequential, _ = run_small()
     assert [arm.hit_tokens for arm in results.arms] == [arm.hit_tokens for arm in sequential.arms]
