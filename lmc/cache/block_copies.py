@@ -85,10 +85,10 @@ class BlockCopier:
         False, and nothing is queued, where that gains nothing: where copies are done at once, where blocks hold all layers together, or
         where there is little to copy.
         """
-        batches = [self._batch(request, Direction.LOAD) for request in requests]
-        num_layers = len(self.layout.layers)
         if self._streams is None or not self._by_layer:
             return False
+        batches = [self._batch(request, Direction.LOAD) for request in requests]
+        num_layers = len(self.layout.layers)
         if sum(batch.num_bytes for batch in batches) < LAYER_BYTES * num_layers:
             return False
         parts = self._plan(batches, requests, by_layer=True)

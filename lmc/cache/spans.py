@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 KEEP = 8192
 
 
-@dataclass(slots=True)
-class Span:
+class Span(NamedTuple):
     """Times are seconds on the engine's clock. Loads add up batches; of several ranks, bytes add up and the slowest one's time counts."""
 
     request: str
@@ -48,11 +47,12 @@ class Spans:
         with self._lock:
             for request, (num_bytes, seconds) in loads.items():
                 if (span := self._spans.get(request)) is not None:
-                    span.load_bytes += num_bytes
-                    span.load_seconds += seconds
+                    self._spans[request] = span._replace(
+                        load_bytes=span.load_bytes + num_bytes, load_seconds=span.load_seconds + seconds
+                    )
 
     def read(self, newest: int = KEEP) -> dict[str, object]:
         """The newest spans, oldest of them first, and what the clock says now."""
-        with self._lock:
-            spans = [asdict(span) for span in list(self._spans.values())[max(0, len(self._spans) - newest) :]]
-        return {"now_s": self._clock(), "requests": spans}
+        with self._lock:  # held for no longer than a copy of references: the scheduler's thread waits for it
+            spans = list(self._spans.values())
+        return {"now_s": self._clock(), "requests": [span._asdict() for span in spans[max(0, len(spans) - newest) :]]}

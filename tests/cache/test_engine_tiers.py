@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -148,24 +149,13 @@ def test_evictors_in_one_folder_never_break_a_reader(instances, tmp_path):
     }
     few = {"host_capacity": 16 * CHUNK_BYTES}
     pair = [start(instances, **shared, **few) for _ in range(2)]
-    errors: list[BaseException] = []
 
     def work(instance: Instance, seed: int) -> None:
-        try:
-            for turn in range(40):
-                instance.serve(prompt((turn * seed) % 7, 20 + 8 * (turn % 4)))
-                instance.serve(prompt(100 * seed + turn % 5, 36))
-        except BaseException as error:
-            errors.append(error)
-            raise
+        for turn in range(40):
+            instance.serve(prompt((turn * seed) % 7, 20 + 8 * (turn % 4)))
+            instance.serve(prompt(100 * seed + turn % 5, 36))
 
-    threads = [
-        threading.Thread(target=work, args=(instance, seed)) for instance, seed in zip(pair, (1, 3), strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, pair, (1, 3)))
     assert all(instance.metric("staged_chunks_total", tier="disk") > 0 for instance in pair)
     assert all(instance.metric("evicted_chunks_total", tier="disk") > 0 for instance in pair)

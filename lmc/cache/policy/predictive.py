@@ -103,6 +103,11 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
 # Some functions below get the arrays that they need, not the state: compiled code copies what it passes on.
 
 
+def ghosts_of(state: State) -> int:
+    """The head of the ghosts' list, which comes behind those of all groups."""
+    return head_of(state.members, state.size.size)
+
+
 def is_empty(lists: Lists, number: int) -> bool:
     head = head_of(lists, number)
     return bool(lists.younger[head] == head)
@@ -345,7 +350,7 @@ def on_evict(state: State, node: int) -> None:
     state.where[node] = GHOST
     state.counter[NUM_GHOSTS] += 1
     members = state.members
-    put_before(members, members.older.size - 1 - state.size.size, node)
+    put_before(members, ghosts_of(state), node)
     parent = drop_child(state.chains, node)
     if parent >= 0:
         group = int(state.group[parent])
@@ -360,7 +365,7 @@ def release(state: State) -> int:
     if state.counter[NUM_GHOSTS] <= GHOSTS * state.counter[CAPACITY]:
         return -1
     members = state.members
-    node = members.younger[members.older.size - 1 - state.size.size]
+    node = members.younger[ghosts_of(state)]
     unlink(members, node)
     state.counter[NUM_GHOSTS] -= 1
     state.where[node] = NOWHERE

@@ -96,18 +96,22 @@ class Breaker:
     @contextmanager
     def _call(self) -> Iterator[None]:
         trial = self._admit()
+        answered = False
         try:
             yield
+            answered = True
         except (KeyError, TierFull, Corrupt):
-            self._succeeded()
+            answered = True
             raise
         except TierError as error:
             self._failed(trial, error)
+            trial = False
             raise
-        except BaseException:
-            self._abandoned(trial)
-            raise
-        self._succeeded()
+        finally:
+            if answered:
+                self._succeeded()
+            elif trial:
+                self._abandoned()
 
     def _admit(self) -> bool:
         """Whether the call that may go ahead is the trial. Raises TierOpen when no call may."""
@@ -143,8 +147,7 @@ class Breaker:
                 )
             self._state, self._open_until = "open", self._now() + self._wait
 
-    def _abandoned(self, trial: bool) -> None:
-        """The call ended for a reason that says nothing about the server, such as an interrupt."""
+    def _abandoned(self) -> None:
+        """The trial ended for a reason that says nothing about the server, such as an interrupt."""
         with self._lock:
-            if trial:
-                self._state = "open"
+            self._state = "open"

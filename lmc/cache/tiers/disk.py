@@ -166,11 +166,9 @@ class DiskTier:
                 target.parent.mkdir(exist_ok=True)
                 self._sync_folder(self._folder)
             temporary.rename(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         finally:
             os.close(fd)
+            temporary.unlink(missing_ok=True)  # renamed if all went well
         try:
             self._sync_folder(target.parent)
         except OSError:

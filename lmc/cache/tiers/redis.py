@@ -133,12 +133,15 @@ class RedisTier:
         pool = client.connection_pool if self._config.mode != "cluster" else node_pool(client, name)
         idle = self._idle.setdefault(pool, [])
         connection = _pop_usable(idle, pool) or pool.get_connection()
+        in_step = False
         try:
             yield Wire(connection._sock, self._config.timeout)
-        except BaseException:
-            _discard(connection, pool)
-            raise
-        idle.append(connection)
+            in_step = True
+        finally:
+            if in_step:
+                idle.append(connection)
+            else:
+                _discard(connection, pool)
 
     @contextmanager
     def _named_errors(self, action: str, key: ChunkKey | None) -> Iterator[Redis | RedisCluster]:
@@ -172,9 +175,8 @@ def _pop_usable(idle: list[AbstractConnection], pool: ConnectionPool) -> Abstrac
         poll.register(connection._sock, select.POLLIN)
         if connection.pid == os.getpid() and not poll.poll(0):
             return connection
-        _discard(
-            connection, pool
-        )  # the server has closed it, or it belongs to the process that this one was forked from
+        # The server has closed it, or it belongs to the process that this one was forked from.
+        _discard(connection, pool)
     return None
 
 

@@ -33,9 +33,8 @@ class Wire:
 
     def __init__(self, sock: socket.socket, seconds: float) -> None:
         self._sock = sock
-        self._encrypted = isinstance(
-            sock, ssl.SSLSocket
-        )  # TLS has neither sendmsg nor recvmsg_into, and no time-out of the kernel's
+        # TLS has neither sendmsg nor recvmsg_into, and no time-out of the kernel's.
+        self._encrypted = isinstance(sock, ssl.SSLSocket)
         if not self._encrypted:
             sock.settimeout(None)
         self._deadline = time.monotonic() + seconds

@@ -11,9 +11,8 @@ from lmc.cache.keys import ChunkKey
 class AskedPins:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
-        self._waiting: dict[
-            str, tuple[Sequence[ChunkKey], float]
-        ] = {}  # owner -> keys, not all of them stored, and expiry
+        # owner -> keys, not all of them stored, and expiry
+        self._waiting: dict[str, tuple[Sequence[ChunkKey], float]] = {}
 
     def ask(self, rid: str, keys: Sequence[ChunkKey], expires: float, now: float) -> None:
         """Keep these chunks until the expiry, those that are yet to be stored as well."""

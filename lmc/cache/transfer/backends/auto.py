@@ -35,10 +35,9 @@ class AutoBackend:
         self._run_now = run_now
         self._forced = forced
         self.threads = threads
-        self.chosen: Counter[tuple[str, str]] = (
-            Counter()
-        )  # (backend, direction) -> batches, for metrics, as the next one
-        self.refused: Counter[str] = Counter()  # "backend: reason" -> batches
+        # For metrics: (backend, direction) -> batches, and "backend: reason" -> batches.
+        self.chosen: Counter[tuple[str, str]] = Counter()
+        self.refused: Counter[str] = Counter()
 
     def refuses(self, descriptors: Descriptors) -> str:
         return "" if self._accepting(descriptors) else "no backend takes these copies"
