@@ -21,13 +21,13 @@ import orjson
 import yaml
 
 from lmc.bench.machine import describe_hardware, describe_software
+from lmc.bench.outputs import TIE_LOGPROB
 from lmc.bench.prompts import build_prompts
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Workload, overlay
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 from tests.engines.equality import BATCHED_TOKENS, CHANCES, CHUNK, SCENARIOS, Scenario, Verdict, run_scenario
-from tests.engines.scenario import TIE
 from tests.engines.tiny_model import VOCABULARY, make_tiny_llama
 from tests.engines.vllm_driver import VllmDriver
 
@@ -144,7 +144,7 @@ def as_report(rows: list[dict[str, Any]]) -> Report:
     worst = max(row["comparison"]["logprob_error"] for row in rows)
     summary = (
         f"{compared} completed requests of {len({row['workload'] for row in rows})} workloads: {different} with a wrong token, "
-        f"{ties} that took another way at a tie (two best log-probabilities less than {TIE:g} apart). "
+        f"{ties} that took another way at a tie (two best log-probabilities less than {TIE_LOGPROB:g} apart). "
         f"Largest difference of a chosen token's log-probability: {worst:.1e}. "
         f"Left over at the end (pins, operations, requests, blocks, ...): {left}."
     )

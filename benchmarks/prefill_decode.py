@@ -24,7 +24,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 
-from benchmarks.replicas import BYPASS, ENGINE, computed, tool_prompts, wrong_token
+from benchmarks.replicas import BYPASS, ENGINE, check_answers, computed, tool_prompts
 from lmc.bench.arms import Launcher, Server
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.machine import describe_hardware, describe_software
@@ -136,8 +136,7 @@ async def run(rounds: int, model: str, scratch: Path) -> Result:
                 found = await longest_gap(http, itself, stream, target, long)
                 gaps[name].append(max(found))
                 usual += found
-    wanted = {outcome.request.id: outcome for outcome in alone}
-    wrong = [why for outcome in split if (why := wrong_token(outcome, wanted)) is not None and why != "tie"]
+    wrong = check_answers(split, alone).differences
     return Result(split, alone, gaps, float(np.median(usual)), wrong)
 
 

@@ -26,12 +26,13 @@ import aiohttp
 import numpy as np
 import psutil
 
-from benchmarks.replicas import ENGINE, computed, tool_prompts, wrong_token
+from benchmarks.replicas import ENGINE, check_answers, computed, tool_prompts
 from lmc.bench.arms import Launcher, Server
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import read_counters
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.bench.prompts import Request
+from lmc.bench.records import OutputCheck
 from lmc.bench.redis_server import started_redis
 from lmc.bench.workload import Arm
 from lmc.model import EMBEDDED, resolve_model
@@ -87,8 +88,7 @@ class Result:
     lost: list[str]
     down_s: float
     restarted_hits: dict[str, float]  # tokens by tier
-    ties: int
-    differences: list[str]
+    check: OutputCheck
 
 
 def kill(server: Server) -> None:
@@ -133,11 +133,10 @@ async def run(requests: int, model: str, seed: int, scratch: Path) -> Result:
         for _ in range(requests):
             await traffic.send_one(AFTER)
         counters = await read_counters(http, restarted.metrics)
-        wanted = {request.id: await computed(http, up["a"], request) for request in prompts}
-    wrong = [found for answer in traffic.answers if (found := wrong_token(answer.outcome, wanted)) is not None]
-    differences = [found for found in wrong if found != "tie"]
+        wanted = [await computed(http, up["a"], request) for request in prompts]
+    check = check_answers([answer.outcome for answer in traffic.answers], wanted)
     hits = counters.by_label("lmc_hit_tokens_total", "tier")
-    return Result(traffic.answers, traffic.lost, down_s, hits, len(wrong) - len(differences), differences)
+    return Result(traffic.answers, traffic.lost, down_s, hits, check)
 
 
 def phases_table(answers: Sequence[Answer]) -> Table:
@@ -167,10 +166,11 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
     cold = [answer for answer in back if not answer.outcome.cached_tokens]
     from_redis = result.restarted_hits.get("redis", 0)
     moved = sum(answer.failed_over for answer in result.answers)
-    compared = f"{len(result.answers)} answers, {result.ties} numerical ties, {len(result.differences)} differences"
+    check = result.check
+    compared = f"{check.compared_requests} answers, {check.ties} numerical ties, {len(check.differences)} differences"
     return [
         ("no request is lost", f"{len(result.lost)} lost, {moved} taken over", not result.lost and moved > 0),
-        ("every answer is the one without the cache", compared, not result.differences),
+        ("every answer is the one without the cache", compared, not check.differences),
         ("the restarted replica computes no prompt that Redis holds", f"{len(cold)} of {len(back)}", not cold),
         ("its first hits come from Redis", f"{from_redis:,.0f} tokens", from_redis > 0),
     ]
@@ -211,7 +211,7 @@ def main() -> int:
         for table in section.items:
             assert isinstance(table, Table)
             print_table(table)
-    for difference in result.differences + result.lost:
+    for difference in result.check.differences + result.lost:
         print(difference, file=sys.stderr)
     write_file(options.out / "report.md", report_markdown(report))
     rows = [

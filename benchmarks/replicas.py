@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
 
 from lmc.bench.arms import Server
 from lmc.bench.client import Outcome, Target, complete
-from lmc.bench.outputs import TIE_LOGPROB
+from lmc.bench.outputs import compare_outputs
 from lmc.bench.prompts import Request, build_prompts
+from lmc.bench.records import OutputCheck, to_record
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Engine, load_workload
 from lmc.errors import RunError
@@ -47,12 +48,14 @@ async def computed(http: aiohttp.ClientSession, server: Server, request: Request
     return outcome
 
 
-def wrong_token(outcome: Outcome, wanted: Mapping[str, Outcome]) -> str | None:
-    """None: the answer is the wanted one. "tie": it left it where the two best tokens were all but equal. Else what is wrong."""
-    reference = wanted[outcome.request.id]
-    for place, (token, right) in enumerate(zip(outcome.tokens, reference.tokens, strict=True)):
-        if token != right:
-            if reference.gaps[place] < TIE_LOGPROB:
-                return "tie"
-            return f"{outcome.request.id}: token {place} is {token}, not {right}"
-    return None
+def check_answers(answers: Sequence[Outcome], wanted: Sequence[Outcome]) -> OutputCheck:
+    """Each answer against the one without the cache. Raises RunError when there is none to compare with."""
+    check = compare_outputs(
+        "cache",
+        [to_record("cache", 0, outcome, None) for outcome in answers],
+        "computed",
+        [to_record("computed", 0, outcome, None) for outcome in wanted],
+    )
+    if check.compared_requests != len(answers):
+        raise RunError(f"only {check.compared_requests} of {len(answers)} answers could be compared")
+    return check

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmc.bench.outputs import TIE_LOGPROB
 from lmc.cache.tiers.format import stored_bytes
 from tests import services
-from tests.engines.scenario import TIE, kv_bytes_per_token
+from tests.engines.scenario import kv_bytes_per_token
 from tests.engines.traffic import Chances
 from tests.engines.vllm_driver import VllmDriver
 
@@ -85,12 +86,12 @@ class Comparison:
             gap = wanted["gaps"][step]
             if token != expected:
                 where = f"{name}: token {step} is {token} instead of {expected}, gap {gap:.6f}"
-                (self.ties if gap < TIE else self.differences).append(where)
+                (self.ties if gap < TIE_LOGPROB else self.differences).append(where)
                 break
             self.tokens += 1
             error = abs(got["logprobs"][step] - wanted["logprobs"][step])
             self.logprob_error = max(self.logprob_error, error)
-            if error >= TIE:
+            if error >= TIE_LOGPROB:
                 self.differences.append(f"{name}: token {step}'s log-probability is off by {error:.6f}")
                 break
 

@@ -7,10 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from lmc.bench.outputs import TIE_LOGPROB
 from tests.engines.tiny_model import VOCABULARY
 from tests.engines.vllm_driver import VllmDriver
-
-TIE = 1e-3  # where the two best log-probabilities lie closer, the batch's shape may decide
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -37,6 +36,6 @@ def assert_same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None
     for one, reference in zip(got, wanted, strict=True):
         for step, (token, expected) in enumerate(zip(one["tokens"], reference["tokens"], strict=True)):
             if token != expected:
-                assert reference["gaps"][step] < TIE, f"step {step}: token {token} instead of {expected}"
+                assert reference["gaps"][step] < TIE_LOGPROB, f"step {step}: token {token} instead of {expected}"
                 break
-            assert abs(one["logprobs"][step] - reference["logprobs"][step]) < TIE
+            assert abs(one["logprobs"][step] - reference["logprobs"][step]) < TIE_LOGPROB
