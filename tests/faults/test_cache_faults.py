@@ -79,6 +79,7 @@ def test_a_disk_that_cannot_be_read(instances, warm, monkeypatch, caplog):
     assert (served.loaded, served.miss) == (0, "load failed")
     assert failures(instance, "stage", "error") >= 1
     assert "Input/output error" in caplog.text and "stage of chunk" in caplog.text
+    instance.serve(TOKENS)  # stores the chunks whose failing copies outlasted the first request
     assert instance.serve(TOKENS).loaded == 48
 
 
@@ -91,6 +92,7 @@ def test_an_io_thread_that_crashes_at_a_load(instances, warm, monkeypatch, caplo
     assert (served.loaded, served.miss) == (0, "load failed")
     assert failures(instance, "stage", "crash") == 6
     assert "stage of chunk" in caplog.text and "crashed" in caplog.text and type(error).__name__ in caplog.text
+    instance.serve(TOKENS)  # stores the chunks whose failing copies outlasted the first request
     assert instance.serve(TOKENS).loaded == 48
     assert instance.engine.directory.num_open == instance.engine.directory.num_pins == 0
 
