@@ -131,9 +131,8 @@ def _take(chunk: Any, outcome: Outcome, now: float) -> None:  # Any: one parsed 
             if ids is None:
                 ids = [int(token.removeprefix(TOKEN_ID_PREFIX)) for token in logprobs["tokens"]]
             outcome.tokens += ids
-            for best in logprobs["top_logprobs"]:
-                first, *others = sorted(best.values(), reverse=True)
-                outcome.gaps.append(first - others[0] if others else math.inf)  # unknown, so it excuses nothing
+            chosen = logprobs.get("token_logprobs") or [-math.inf] * count
+            outcome.gaps += map(gap_to_second, chosen, logprobs["top_logprobs"])
         else:
             count = 1 if choice.get("text") else 0
         if count:
@@ -144,6 +143,15 @@ def _take(chunk: Any, outcome: Outcome, now: float) -> None:  # Any: one parsed 
         outcome.output_tokens = usage.get("completion_tokens") or 0
         details = usage.get("prompt_tokens_details") or {}
         outcome.cached_tokens = details.get("cached_tokens")
+
+
+def gap_to_second(chosen: float, best: dict[str, float]) -> float:
+    """Best minus second best log-probability of a greedy token; infinite where unknown, which excuses nothing.
+
+    SGLang names tokens by their texts, so that two tokens of one text leave only the lesser one in `best`.
+    """
+    first, *others = sorted({chosen, *best.values()} if len(best) == 1 else best.values(), reverse=True)
+    return first - others[0] if others else math.inf
 
 
 def _finish(outcome: Outcome, now: float) -> None:

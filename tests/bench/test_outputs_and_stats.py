@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.bench.bars import judge_bars
+from lmc.bench.client import gap_to_second
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.records import RequestRecord
 from lmc.bench.selfcheck import SelfCheck
@@ -46,6 +47,20 @@ def test_only_a_tie_of_the_reference_excuses_a_difference() -> None:
     assert len(not_tied.differences) == 1
     at_the_edge = compare_outputs("b", [record("b", tokens=[5, 9, 1])], "a", [record("a", gaps=[0.5, 0.001, 0.5])])
     assert len(at_the_edge.differences) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "best", "gap"),
+    [
+        (-0.5, {"a": -0.5, "b": -1.5}, 1.0),
+        (-0.5, {"a": -0.5, "b": -0.5}, 0.0),
+        (-0.5, {"same text": -0.75}, 0.25),  # SGLang: both tokens read "same text"
+        (-0.5, {"a": -0.5}, np.inf),
+        (-np.inf, {"a": -0.5}, np.inf),
+    ],
+)
+def test_the_gap_between_the_two_best(chosen: float, best: dict[str, float], gap: float) -> None:
+    assert gap_to_second(chosen, best) == gap
 
 
 def test_a_missing_token_is_a_difference() -> None:
