@@ -4,8 +4,10 @@
 
 Two users in a closed loop send conversations of three workloads, prompts that nobody sent before, and requests that they give up. The host
 tier holds a part of the conversations and the disk tier not all of them, so both evict all the time. Every ten seconds the memory of every
-process is read. At the end the engine's own record is replayed through the simulator with the same settings, and the cache is cleared: a
-pin, a slot or a copy that was lost on the way would show. Exits with 1 when one of the bounds is missed.
+process is read. Prompts have a few lengths only: vLLM on a CPU keeps matrix kernels for every length that it meets, and so grows by some
+megabytes with each new one, with or without lmc. At the end the engine's own record is replayed through the simulator with the same
+settings, and the cache is cleared: a pin, a slot or a copy that was lost on the way would show. Exits with 1 when one of the bounds is
+missed.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from lmc.units import parse_size
 
 WORKLOADS = ("document-qa", "function-calling", "multi-turn-chat")
 LONGEST = 1400  # tokens of a prompt
+STEP, REST = 128, 37  # lengths of prompts: whole steps and a rest
 CONTEXT = 2048
 OUTPUT_TOKENS = 8
 EVERY_S = 10.0
@@ -63,7 +66,8 @@ class Traffic:
         while True:
             if choose.random() < RANDOM_SHARE:
                 number += 1
-                prompt = random_tokens(self.tokenizer, choose.randrange(200, LONGEST), self.seed, "fresh", user, number)
+                length = few_lengths(choose.randrange(200, LONGEST))
+                prompt = random_tokens(self.tokenizer, length, self.seed, "fresh", user, number)
                 session = [Request("fresh", number, 0, prompt, OUTPUT_TOKENS)]
             else:
                 session = choose.choice(self.sessions)
@@ -180,6 +184,11 @@ class Run:
         )
 
 
+def few_lengths(length: int) -> int:
+    """The largest of the prompts' lengths that is not above this one."""
+    return (length - REST) // STEP * STEP + REST
+
+
 def _role(process: psutil.Process) -> str:
     """vLLM names its processes; the API server and lmc's own are told apart by their command."""
     words = process.cmdline()
@@ -207,7 +216,8 @@ def make_traffic(model: Path, seed: int) -> Traffic:
     for name in WORKLOADS:
         prompts = build_prompts(load_workload(folder / f"{name}.yaml"), tokenizer, folder)
         for session in prompts.sessions:
-            sessions.append([turn for turn in session if len(turn.prompt) <= LONGEST])
+            turns = [turn for turn in session if STEP <= len(turn.prompt) <= LONGEST]
+            sessions.append([replace(turn, prompt=turn.prompt[: few_lengths(len(turn.prompt))]) for turn in turns])
     return Traffic(tokenizer, [session for session in sessions if session], seed)
 
 
