@@ -24,7 +24,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Csv = Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")]
 Window = Annotated[str, typer.Option(help="all, or last-half: the first half only warms the cache up.")]
-TokenBytes = Annotated[int, typer.Option(min=0, help="KV bytes of a token, where the trace does not say it.")]
+TokenBytes = Annotated[str, typer.Option(help="KV bytes of a token, where the trace does not say it: 192KiB.")]
 CapacityBlocks = Annotated[
     str | None, typer.Option(help="Capacities in blocks, comma separated: 1000, 1% of the unique blocks, inf.")
 ]
@@ -43,7 +43,7 @@ def run(
     capacity_blocks: CapacityBlocks = None,
     capacity_tokens: Annotated[str | None, typer.Option(help="Capacities in tokens: 3M,10M.")] = None,
     capacity_bytes: Annotated[str | None, typer.Option(help="Capacities in bytes: 64GiB,1TiB.")] = None,
-    token_bytes: TokenBytes = 0,
+    token_bytes: TokenBytes = "0",
     chunk_tokens: Annotated[
         str | None, typer.Option(help="Chunk sizes, multiples of the trace's block; only full chunks are cached.")
     ] = None,
@@ -64,10 +64,10 @@ def run(
     from lmc.sim import capacity, show
     from lmc.sim.policy_replay import ReplayOptions
     from lmc.sim.study import run_study, sample_study
-    from lmc.units import parse_seconds
+    from lmc.units import parse_seconds, parse_size
 
     capacities = capacity.CapacityOptions(
-        split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), token_bytes
+        split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), parse_size(token_bytes)
     )
     if not capacities.blocks + capacities.tokens + capacities.sizes:
         capacities = capacity.DEFAULT
@@ -117,7 +117,7 @@ def ttl(
     trace = source.load()
     sizes = capacity.resolve(capacity.CapacityOptions(split_list(capacity_blocks)), trace)
     plane = show_planes.ttl_plane(trace, split_list(ttls), sizes, show.parse_window(window))
-    output(plane.table, plane.json, plane.table, trace.notes, json, csv)
+    output(plane.table, plane.json, plane.table, plane.notes, json, csv)
 
 
 @app.command()
@@ -131,20 +131,22 @@ def tiers(
         bool, typer.Option("--exclusive", help="A block is in one tier only; default: lower tiers see every touch.")
     ] = False,
     cost: CostFile = None,
-    token_bytes: TokenBytes = 0,
+    token_bytes: TokenBytes = "0",
     window: Window = "all",
     json: Json = False,
     csv: Csv = None,
 ) -> None:
     """Hits by tier for every combination of sizes; with --cost also time to first token and money."""
     from lmc.sim import show, show_planes
+    from lmc.units import parse_size
 
+    size = parse_size(token_bytes)
     trace = source.load()
     sizes = {"host": split_list(host), "disk": split_list(disk), "remote": split_list(remote)}
     if sizes["remote"] == ("0",):
         del sizes["remote"]
-    grid = show_planes.tiers(trace, sizes, show.parse_window(window), read_cost(cost), exclusive, token_bytes)
-    output(grid.table, grid.json, grid.table, trace.notes, json, csv)
+    grid = show_planes.tiers(trace, sizes, show.parse_window(window), read_cost(cost), exclusive, size)
+    output(grid.table, grid.json, grid.table, grid.notes, json, csv)
 
 
 @app.command()
@@ -162,7 +164,7 @@ def groups(
     trace = source.load()
     sizes = capacity.resolve(capacity.CapacityOptions(split_list(capacity_blocks)), trace)
     rows = show_planes.groups(trace, sizes, show.parse_window(window))
-    output(rows.table, rows.json, rows.table, trace.notes, json, csv)
+    output(rows.table, rows.json, rows.table, rows.notes, json, csv)
 
 
 @app.command()
@@ -176,17 +178,19 @@ def replay(
     ] = "round-robin",
     shared: Annotated[str, typer.Option(help="Capacity of a remote tier that all instances share; 0: none.")] = "0",
     cost: CostFile = None,
-    token_bytes: TokenBytes = 0,
+    token_bytes: TokenBytes = "0",
     window: Window = "all",
     json: Json = False,
     csv: Csv = None,
 ) -> None:
     """Replay through the live cache's own directory: all tiers, write modes, TTL, instances, on a virtual clock."""
     from lmc.sim import replay_show, show
+    from lmc.units import parse_size
 
-    result = replay_show.run(source.load(), config, instances, routing, shared, read_cost(cost), token_bytes)
+    size = parse_size(token_bytes)
+    result = replay_show.run(source.load(), config, instances, routing, shared, read_cost(cost), size)
     shown = replay_show.show(result, show.parse_window(window), timed=cost is not None)
-    output(shown.table, shown.json, shown.table, result.trace.notes, json, csv)
+    output(shown.table, shown.json, shown.table, shown.notes, json, csv)
 
 
 @app.command()
@@ -202,7 +206,7 @@ def tune(
         float | None, typer.Option(help="Most rent for the tiers, by the prices in --cost.")
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Policies to try; default: all.")] = None,
-    token_bytes: TokenBytes = 0,
+    token_bytes: TokenBytes = "0",
     cost: CostFile = None,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="Write settings for lmc serve --config.")] = None,
     json: Json = False,
@@ -212,13 +216,14 @@ def tune(
     from lmc.sim import tune as tuning
     from lmc.sim import tune_show
     from lmc.sim.policies import check_policies
+    from lmc.units import parse_size
 
-    model = read_cost(cost)
+    model, size = read_cost(cost), parse_size(token_bytes)
     trace = source.load()
     names = split_list(policy)
     check_policies(names)
     budget = tuning.make_budget(memory, disk, dollars_per_hour, model)
-    tuned = tuning.tune(trace, tuning.known_token_bytes(trace, token_bytes, model), budget, names, model)
+    tuned = tuning.tune(trace, tuning.known_token_bytes(trace, size, model), budget, names, model)
     if out is not None:
         tune_show.write_settings(tuned, out, disk_path)
     table = tune_show.front_table(tuned)

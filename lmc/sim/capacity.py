@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -30,6 +31,17 @@ def resolve(options: CapacityOptions, trace: Trace) -> list[float]:
         *(_blocks(text, trace) for text in options.blocks),
         *(_whole_blocks(text, parse_count(text), trace.block_tokens, trace) for text in options.tokens),
         *(_whole_blocks(text, parse_size(text), block_bytes(options, trace), trace) for text in options.sizes),
+    ]
+
+
+def warn_small(trace: Trace, capacities: Iterable[float]) -> list[str]:
+    """A note when the smallest capacity, in blocks, does not hold the longest request."""
+    small = min(capacities, default=math.inf)
+    if small >= trace.longest:
+        return []
+    return [
+        f"capacity {small:,.0f} is below the longest request of {trace.source} ({trace.longest:,} blocks): "
+        "such a request keeps its first blocks only; raise the capacity to hold whole requests"
     ]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmc.report import Cell, Column, Table
 from lmc.sim import projections
-from lmc.sim.capacity import parse_tier
+from lmc.sim.capacity import parse_tier, warn_small
 from lmc.sim.cost import CostModel
 from lmc.sim.groups import group_hits
 from lmc.sim.show import WINDOWS, show_capacity, trace_json
@@ -22,6 +22,11 @@ from lmc.units import format_seconds, parse_seconds
 class Shown:
     table: Table
     json: dict[str, Any]  # Any: JSON
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the table must know."""
+        return tuple(self.json["notes"])
 
 
 def ttl_plane(trace: Trace, ttls: Sequence[str], capacities: Sequence[float], window: Window) -> Shown:
@@ -51,7 +56,8 @@ def ttl_plane(trace: Trace, ttls: Sequence[str], capacities: Sequence[float], wi
     ]
     note = f"Hit tokens in % of {total:,} input tokens; {WINDOWS[window]}. LRU; a touch renews the time to live."
     return Shown(
-        Table(f"Hits by time to live and capacity, {trace.source}", columns, rows, note), _json(trace, window, records)
+        Table(f"Hits by time to live and capacity, {trace.source}", columns, rows, note),
+        _json(trace, window, records, capacities),
     )
 
 
@@ -91,7 +97,11 @@ def tiers(
         breaks = {name: cost.break_even_tokens(name) for name in names}
         shown = [f"{name} {'never' if tokens is None else f'{tokens:,} tokens'}" for name, tokens in breaks.items()]
         parts.append(f"Loading beats recomputing from: {', '.join(shown)}. Times without queueing.")
-    json = {**_json(trace, window, records), "exclusive": exclusive, "break_even_tokens": breaks}
+    json = {
+        **_json(trace, window, records, filter(None, blocks["host"])),
+        "exclusive": exclusive,
+        "break_even_tokens": breaks,
+    }
     return Shown(Table(f"Hits by tier, {trace.source}", columns, rows, " ".join(parts)), json)
 
 
@@ -135,7 +145,9 @@ def groups(trace: Trace, capacities: Sequence[float], window: Window) -> Shown:
         Column("hits in its quota", "% of its tokens"),
     ]
     note = f"{WINDOWS[window]}. LRU. Quotas: the split of the capacity with the most hit tokens; groups then share nothing."
-    return Shown(Table(f"Hits by group, {trace.source}", columns, rows, note), _json(trace, window, records))
+    return Shown(
+        Table(f"Hits by group, {trace.source}", columns, rows, note), _json(trace, window, records, capacities)
+    )
 
 
 def _point_json(point: TierPoint) -> dict[str, Any]:  # Any: JSON
@@ -158,8 +170,14 @@ def _point_cells(point: TierPoint) -> list[Cell]:
     return cells
 
 
-def _json(trace: Trace, window: Window, records: list[dict[str, Any]]) -> dict[str, Any]:  # Any: JSON
-    return {"trace": trace_json(trace), "window": window, "rows": records, "notes": list(trace.notes)}
+def _json(
+    trace: Trace,
+    window: Window,
+    records: list[dict[str, Any]],  # Any: JSON
+    capacities: Iterable[float],
+) -> dict[str, Any]:
+    notes = [*trace.notes, *warn_small(trace, capacities)]
+    return {"trace": trace_json(trace), "window": window, "rows": records, "notes": notes}
 
 
 def _with_commas(size: int | str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,12 +69,7 @@ def run_study(
         profile = stack.profile(chunked)
         curve = stack.hit_curve(profile, window)
         curves[chunked.block_tokens] = curve
-        small = min(sizes, default=math.inf)
-        if small < chunked.longest:
-            notes.append(
-                f"capacity {small:,.0f} is below the longest request of {trace.source} ({chunked.longest:,} blocks): "
-                "such a request keeps its first blocks only; raise the capacity to hold whole requests"
-            )
+        notes += capacity.warn_small(chunked, sizes)
         token_bytes = (
             capacities.token_bytes or chunked.block_bytes // chunked.block_tokens or (cost.token_bytes if cost else 0)
         )
@@ -111,8 +105,10 @@ def sample_study(
         raise ConfigError("--shards estimates lru only; leave --policy out")
     rows: list[Row] = []
     accesses = 0
+    notes = list(trace.notes)
     for chunked in [coarsen(trace, size) for size in chunk_sizes] or [trace]:
         sizes = capacity.resolve(capacities, chunked)
+        notes += capacity.warn_small(chunked, sizes)
         found = shards.estimate(chunked, rate, sizes, window)
         accesses += found.sampled_blocks
         first = chunked.first_request(window)
@@ -122,5 +118,7 @@ def sample_study(
             hit_tokens = round(found.token_hit_rate[index] * tokens)
             error = float(found.error[index])
             rows.append(Row("lru", chunked.block_tokens, size, hit_blocks, blocks, hit_tokens, tokens, error))
-    note = f"estimated from {rate:.4g} of the blocks, {accesses:,} sampled accesses in all; error is the standard error"
-    return Study(trace, window, rows, {}, (*trace.notes, note))
+    notes.append(
+        f"estimated from {rate:.4g} of the blocks, {accesses:,} sampled accesses in all; error is the standard error"
+    )
+    return Study(trace, window, rows, {}, tuple(notes))

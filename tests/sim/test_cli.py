@@ -78,6 +78,7 @@ def test_table_csv_and_picture(trace: Path, tmp_path: Path) -> None:
         (("--capacity-blocks", "many"), "many"),
         (("--capacity-tokens", "100"), "holds no block"),
         (("--capacity-bytes", "1GiB"), "--token-bytes"),
+        (("--capacity-bytes", "1GiB", "--token-bytes", "lots"), "'lots' is not a size"),
         (("--chunk-tokens", "700"), "choose a multiple of 512"),
         (("--chunk-tokens", "51200"), "choose a smaller chunk size"),
         (("--policy", "magic"), "unknown eviction policy 'magic'"),
@@ -94,7 +95,10 @@ def test_bad_arguments_are_one_line(trace: Path, arguments: tuple[str, ...], mes
 
 
 def test_speed_scales_arrivals_and_says_so(trace: Path) -> None:
-    rows = {speed: json.loads(run("ttl", trace, "--ttl", "0.6s", "--speed", speed, "--json")) for speed in ("1", "2")}
+    rows = {
+        speed: json.loads(run("ttl", trace, "--ttl", "0.6s", "--capacity-blocks", "inf", "--speed", speed, "--json"))
+        for speed in ("1", "2")
+    }
     hits = {speed: rows[speed]["rows"][-1]["hit_tokens"] for speed in rows}
     assert hits == {"1": 1024, "2": 2524}
     assert rows["2"]["notes"] == ["requests arrive 2 times as fast as recorded"] and not rows["1"]["notes"]
@@ -121,9 +125,26 @@ def test_prompts_take_a_tokenizer_by_file_or_folder(tmp_path: Path) -> None:
             run("describe", prompts, "--tokenizer", bad)
 
 
-def test_a_small_capacity_is_reported_as_a_note(trace: Path) -> None:
-    result = json.loads(run(trace, "--capacity-blocks", "2", "--json"))
-    assert any("below the longest request" in note for note in result["notes"])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--capacity-blocks", "2"), ("--capacity-blocks", "2", "--shards", "1")]
+    + [(verb, "--capacity-blocks", "2") for verb in ("ttl", "groups")]
+    + [("tiers", "--host", "0,2", "--disk", "0")],
+)
+def test_a_small_capacity_is_reported_as_a_note(trace: Path, arguments: tuple[str, ...]) -> None:
+    verb = arguments[:1] if "-" not in arguments[0] else ()
+    result = json.loads(run(*verb, trace, *arguments[len(verb) :], "--json"))
+    [note] = [note for note in result["notes"] if "below the longest request" in note]
+    assert (
+        note.startswith(f"capacity 2 is below the longest request of {trace.name} (") and "raise the capacity" in note
+    )
+
+
+def test_token_bytes_is_a_size(trace: Path) -> None:
+    options = ("--capacity-bytes", "100MiB", "--json")
+    [row] = json.loads(run(trace, "--token-bytes", "10KiB", *options))["rows"]
+    assert row["capacity_blocks"] == 20
+    assert row == json.loads(run(trace, "--token-bytes", "10240", *options))["rows"][0]
 
 
 def test_help_imports_neither_torch_nor_an_engine() -> None:
