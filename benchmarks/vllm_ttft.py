@@ -57,6 +57,7 @@ def measure(model: Path, tier: str, settings: dict[str, Any], tokens: int, round
             measured.add(source, seconds)
 
         engine.generate([list(range(5, 5 + 2 * BLOCK))], max_tokens=2)  # warms up
+        engine.call("settle")  # a slot whose chunk is being written holds nothing new
         engine.call("reset_device")
         for prompt in prompts:
             first_token(prompt, "cold")
