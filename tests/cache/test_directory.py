@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 
@@ -214,6 +215,23 @@ def test_what_is_in_use_is_not_cleared():
     assert directory.clear() == 1
     settle(directory, loads)
     assert directory.clear() == 0
+
+
+def test_a_prompt_longer_than_the_host_asks_for_no_victim_in_vain():
+    asked = []
+
+    def victim(state, blocked):
+        asked.append(lru.victim(state, blocked))
+        return asked[-1]
+
+    lru = get_policy("lru")
+    directory = Directory(4, {}, dataclasses.replace(lru, victim=victim))
+    put(directory, keys("a", 3))
+    assert len(put(directory, keys("b", 10))) == 4 and len(asked) == 3
+    assert put(directory, keys("b", 12)) == [] and len(asked) == 3
+    assert -1 not in asked
+    assert directory.lookup(keys("b", 12), 0.0).miss == Miss.NO_ROOM
+    assert len(put(directory, keys("a", 2))) == 2, "another prompt gets room"
 
 
 def test_nodes_find_what_was_added_and_not_removed():

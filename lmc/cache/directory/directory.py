@@ -142,8 +142,10 @@ class Directory:
         end = len(keys)
         if missing:
             places.block(chain, 1)
+            # A prompt longer than the host: its own chunks never make room for it, so nobody is asked for one that may go.
+            room = places.host.capacity - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
             for index in missing:
-                ticket = self._store_one(keys[index], chain, index, tenant, now)
+                ticket = self._store_one(keys[index], chain, index, tenant, now) if len(new) < room else None
                 if ticket is None:
                     self.counts.stores_dropped += len(missing) - len(new)
                     places.misses.note(keys[index], Miss.NO_ROOM)
