@@ -395,13 +395,3 @@ class CacheEngine:
 
     def _root_for_people(self, tenant: str, lora: str) -> ChunkKey:
         return root(self.namespace, lora=lora, tenant=tenant)
-
-
-def describe_tiers(usage: Mapping[str, tuple[int, int]], chunk_bytes: int) -> str:
-    """One line for people: "host 1.5 GiB (256 chunks), disk 100 GiB (17,000 chunks)"."""
-    from lmc.units import format_count, format_size
-
-    return ", ".join(
-        f"{tier} {format_size(slots * chunk_bytes)} ({format_count(slots)} chunks)"
-        for tier, (_, slots) in usage.items()
-    )

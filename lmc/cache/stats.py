@@ -1,8 +1,11 @@
-"""The state of a running cache in numbers, as /stats gives it and `lmc cache stats` shows it."""
+"""The state of a running cache in numbers, as /stats gives it and `lmc cache stats` shows it, and its tiers in a line for the log."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from lmc.units import format_count, format_size
 
 if TYPE_CHECKING:
     from lmc.cache.engine import CacheEngine
@@ -47,3 +50,11 @@ def collect_stats(engine: CacheEngine) -> dict[str, object]:
         "totals": totals,
         "by_label": by_label,
     }
+
+
+def describe_tiers(usage: Mapping[str, tuple[int, int]], chunk_bytes: int) -> str:
+    """One line for people: "host 1.5 GiB (256 chunks), disk 100 GiB (17,000 chunks)"."""
+    return ", ".join(
+        f"{tier} {format_size(slots * chunk_bytes)} ({format_count(slots)} chunks)"
+        for tier, (_, slots) in usage.items()
+    )

@@ -22,11 +22,11 @@ from lmc.cache.connectors.sglang.asked_pins import AskedPins
 from lmc.cache.connectors.sglang.copies import Copies
 from lmc.cache.connectors.sglang.prompts import PageKeys, Prompt, unsupported
 from lmc.cache.connectors.sglang.waiting import agree, watch_queue
-from lmc.cache.engine import describe_tiers
 from lmc.cache.keys import Namespace
 from lmc.cache.layout import KVLayout
 from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies
 from lmc.cache.settings import load_settings
+from lmc.cache.stats import describe_tiers
 from lmc.errors import ConfigError, LayoutError, LmcError
 from lmc.model import weights_digest
 

@@ -17,8 +17,9 @@ from lmc.cache.connectors.vllm.messages import Introduction
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.directory import HOST
-from lmc.cache.engine import CacheEngine, Identity, describe_tiers
+from lmc.cache.engine import CacheEngine, Identity
 from lmc.cache.plan import Plan, Report, WorkerReady
+from lmc.cache.stats import describe_tiers
 from lmc.errors import LmcError
 
 if TYPE_CHECKING:
