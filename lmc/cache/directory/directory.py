@@ -5,6 +5,7 @@ to be copied) and believes only what complete() reports. The simulator runs this
 
     directory.py    what requests, reports and people ask for
     places.py       nodes, slots, states, parents, blocks
+    host_slots.py   copies into host slots and out of them
     below.py        what is written to the tiers below the host
     removal.py      what is taken out of all tiers
     restore.py      what a tier held before the start
@@ -18,19 +19,18 @@ from dataclasses import dataclass
 
 from lmc.cache.directory.ages import TtlMode
 from lmc.cache.directory.below import Below, Counts, WriteMode
+from lmc.cache.directory.host_slots import HostSlots
 from lmc.cache.directory.misses import Miss
-from lmc.cache.directory.operations import Kind, Operations, Ticket
+from lmc.cache.directory.operations import Operations, Ticket
 from lmc.cache.directory.pins import Pins
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.removal import Removal
-from lmc.cache.directory.resident import ABSENT, INCOMING, RESIDENT, SPOILED
+from lmc.cache.directory.resident import ABSENT, INCOMING, RESIDENT
 from lmc.cache.directory.restore import restore
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
 
-CORRUPT = "corrupt"  # the one cause that makes the directory delete a chunk of others
-_CHUNK_IS_FINE = ("late", "unavailable")  # causes that say nothing about the chunk
 _REMOTE_KEYS = 65_536
 
 
@@ -82,8 +82,7 @@ class Directory:
         )
         self._removal = Removal(self._places, self._below, self.counts)
         self._pins = Pins(self._places)
-        self._staging: set[int] = set()
-        self._spoiled: set[int] = set()
+        self._host_slots = HostSlots(self._places, self._below, self._operations, self._remotes, self.counts)
         self.changes = self._places.changes
         self._now = float("-inf")
 
@@ -145,7 +144,7 @@ class Directory:
             # A prompt longer than the host: its own chunks never make room for it, so nobody is asked for one that may go.
             room = places.host.capacity - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
             for index in missing:
-                ticket = self._store_one(keys[index], chain, index, tenant, now) if len(new) < room else None
+                ticket = self._host_slots.store(keys[index], chain, index, tenant, now) if len(new) < room else None
                 if ticket is None:
                     self.counts.stores_dropped += len(missing) - len(new)
                     places.misses.note(keys[index], Miss.NO_ROOM)
@@ -188,7 +187,11 @@ class Directory:
             if node >= 0 and places.host.state[node] in (INCOMING, RESIDENT):
                 continue
             tier = self._source(key, node, now)
-            if tier is None or (node >= 0 and places.host.state[node] != ABSENT) or not self._make_room(tenant):
+            if (
+                tier is None
+                or (node >= 0 and places.host.state[node] != ABSENT)
+                or not self._host_slots.make_room(tenant)
+            ):
                 break
             parent = chain[index - 1] if index else -1
             if node < 0:
@@ -199,9 +202,7 @@ class Directory:
             if not places.held(node):
                 places.parents[node] = parent
             places.adopt(node, parent, tenant)
-            places.take_slot(node)
-            tickets.append(self._issue("stage", node, tier))
-            self._staging.add(node)
+            tickets.append(self._host_slots.stage(node, tier))
             new.append(node)
         places.insert(places.host, new)
         places.block(chain, -1)
@@ -219,17 +220,18 @@ class Directory:
 
     def num_settled(self, keys: Sequence[ChunkKey]) -> int:
         """Leading chunks of keys that are stored or being stored; one that is still being staged may yet turn out to be corrupt."""
-        if not self._staging:
+        staging = self._host_slots.staging
+        if not staging:
             return len(keys)
         chain = self._places.nodes.chain(keys)
-        return next((index for index, node in enumerate(chain) if node in self._staging), len(keys))
+        return next((index for index, node in enumerate(chain) if node in staging), len(keys))
 
     def load(self, keys: Sequence[ChunkKey]) -> list[Ticket]:
         """Promise that the host slots of keys stay as they are until the returned operations complete. All keys must be in host."""
         nodes = self._places.nodes.chain(keys)
         if any(node < 0 or not self._places.host.readable(node) for node in nodes):
             raise KeyError("a chunk to load is not in host memory")
-        return [self._issue("load", node, HOST) for node in nodes]
+        return [self._host_slots.load(node) for node in nodes]
 
     def complete(self, operation: int, failure: str | None, now: float) -> Ticket | None:
         """An operation ended on all ranks; failure is a word for its cause. Returns its ticket, or None if the operation is not open."""
@@ -237,21 +239,14 @@ class Directory:
         done = self._operations.close(operation)
         if done is None:
             return None
-        places, node = self._places, done.node
-        places.block_one(node, -1)
-        self._staging.discard(node)
-        if done.ticket.kind in ("store", "stage"):
-            self._complete_slot(done.ticket, node, failure)
-        elif done.ticket.kind == "write":
+        self._places.block_one(done.node, -1)
+        if done.ticket.kind == "write":
             self._below.complete_write(done, failure is None)
         elif done.ticket.kind == "delete":
             self._below.complete_delete(done)
-        elif failure is not None and places.host.readable(node):
-            places.host.state[node] = SPOILED
-            places.misses.note(done.ticket.key, Miss.LOAD_FAILED)
-            self._spoiled.add(node)
-        if self._spoiled:
-            self._drop_spoiled()
+        else:
+            self._host_slots.complete(done, failure)
+        self._host_slots.free_spoiled()
         return done.ticket
 
     def take_tickets(self) -> list[Ticket]:
@@ -370,67 +365,3 @@ class Directory:
         if node >= 0 and self._places.held(node):
             return Miss.EXPIRED if self._places.ages.expired(node, now) else Miss.IN_FLIGHT
         return self._places.misses.reason(key)
-
-    def _store_one(self, key: ChunkKey, chain: list[int], index: int, tenant: str, now: float) -> Ticket | None:
-        places, node = self._places, chain[index]
-        if node >= 0 and places.host.state[node] != ABSENT:
-            return None  # a failed load still has transfers under way
-        if not self._make_room(tenant) or (node < 0 and places.nodes.full):
-            return None
-        parent = chain[index - 1] if index else -1
-        if node < 0:
-            node = chain[index] = places.add(key, parent, now)
-            places.block_one(node, 1)
-        else:
-            places.parents[node] = parent
-            places.ages.born(node, now)
-        places.count_touch(node)
-        places.tenants.assign(node, tenant)
-        places.take_slot(node)
-        return self._issue("store", node, HOST)
-
-    def _make_room(self, tenant: str) -> bool:
-        places = self._places
-        if places.tenants.at_quota(tenant):
-            node = places.tenants.oldest(tenant, places.host.blocks)
-            if node < 0:
-                return False
-            self._below.evict_from_host(node, "quota")
-        return self._below.make_room()
-
-    def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
-        places = self._places
-        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node])
-        places.block_one(node, 1)
-        return ticket
-
-    def _complete_slot(self, ticket: Ticket, node: int, failure: str | None) -> None:
-        places = self._places
-        if failure is None:
-            places.arrive(places.host, node)
-            self._below.after_store(node)
-            return
-        places.misses.note(ticket.key, Miss.STORE_FAILED if ticket.kind == "store" else Miss.LOAD_FAILED)
-        if ticket.kind == "stage":
-            residents = places.set_of(ticket.tier)
-            if residents is not None and residents.readable(node):
-                if failure not in _CHUNK_IS_FINE:
-                    self._below.delete(residents, node)
-            else:
-                self._forget_remote(ticket, failure)
-        places.leave_host(node)
-
-    def _forget_remote(self, ticket: Ticket, failure: str) -> None:
-        for remote in self._remotes:
-            if remote.name == ticket.tier:
-                remote.forget(ticket.key)
-                if failure == CORRUPT:
-                    self._below.delete_remote(remote, ticket.key)
-
-    def _drop_spoiled(self) -> None:
-        """Free the slots of failed loads to which no transfer refers any more."""
-        busy = {operation.node for operation in self._operations}
-        for node in [node for node in self._spoiled if node not in busy]:
-            self._spoiled.remove(node)
-            self.counts.gone(HOST, "failed")
-            self._places.leave_host(node)

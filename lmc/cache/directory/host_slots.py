@@ -1,0 +1,114 @@
+"""Copies into host slots and out of them: the room that they need, and what follows when they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmc.cache.directory.below import Below, Counts
+from lmc.cache.directory.misses import Miss
+from lmc.cache.directory.operations import Kind, Operation, Operations, Ticket
+from lmc.cache.directory.places import HOST, Places
+from lmc.cache.directory.remote import RemoteKeys
+from lmc.cache.directory.resident import ABSENT, SPOILED
+from lmc.cache.keys import ChunkKey
+
+CORRUPT = "corrupt"  # the one cause that makes the directory delete a chunk of others
+_CHUNK_IS_FINE = ("late", "unavailable")  # causes that say nothing about the chunk
+
+
+class HostSlots:
+    def __init__(
+        self, places: Places, below: Below, operations: Operations, remotes: Sequence[RemoteKeys], counts: Counts
+    ) -> None:
+        self.staging: set[int] = set()  # nodes on their way from a tier below
+        self._spoiled: set[int] = set()  # nodes whose load failed and whose slot other transfers still use
+        self._places = places
+        self._below = below
+        self._operations = operations
+        self._remotes = remotes
+        self._counts = counts
+
+    def make_room(self, tenant: str) -> bool:
+        """See to it that a slot is free, and that the tenant may take it."""
+        places = self._places
+        if places.tenants.at_quota(tenant):
+            node = places.tenants.oldest(tenant, places.host.blocks)
+            if node < 0:
+                return False
+            self._below.evict_from_host(node, "quota")
+        return self._below.make_room()
+
+    def store(self, key: ChunkKey, chain: list[int], index: int, tenant: str, now: float) -> Ticket | None:
+        """Take a slot for the chunk at index, whose blocks hold it now; its node, if new, goes into chain. None: no room."""
+        places, node = self._places, chain[index]
+        if node >= 0 and places.host.state[node] != ABSENT:
+            return None  # a failed load still has transfers under way
+        if not self.make_room(tenant) or (node < 0 and places.nodes.full):
+            return None
+        parent = chain[index - 1] if index else -1
+        if node < 0:
+            node = chain[index] = places.add(key, parent, now)
+            places.block_one(node, 1)
+        else:
+            places.parents[node] = parent
+            places.ages.born(node, now)
+        places.count_touch(node)
+        places.tenants.assign(node, tenant)
+        places.take_slot(node)
+        return self._issue("store", node, HOST)
+
+    def stage(self, node: int, tier: str) -> Ticket:
+        """Take a slot, for which there is room, for a chunk of a tier below."""
+        self._places.take_slot(node)
+        self.staging.add(node)
+        return self._issue("stage", node, tier)
+
+    def load(self, node: int) -> Ticket:
+        return self._issue("load", node, HOST)
+
+    def complete(self, done: Operation, failure: str | None) -> None:
+        """A store, a stage or a load ended."""
+        ticket, node, places = done.ticket, done.node, self._places
+        self.staging.discard(node)
+        if ticket.kind == "load":
+            if failure is not None and places.host.readable(node):
+                places.host.state[node] = SPOILED
+                places.misses.note(ticket.key, Miss.LOAD_FAILED)
+                self._spoiled.add(node)
+        elif failure is None:
+            places.arrive(places.host, node)
+            self._below.after_store(node)
+        else:
+            places.misses.note(ticket.key, Miss.STORE_FAILED if ticket.kind == "store" else Miss.LOAD_FAILED)
+            if ticket.kind == "stage":
+                self._doubt_source(ticket, node, failure)
+            places.leave_host(node)
+
+    def free_spoiled(self) -> None:
+        """Free the slots of failed loads to which no transfer refers any more."""
+        if not self._spoiled:
+            return
+        busy = {operation.node for operation in self._operations}
+        for node in [node for node in self._spoiled if node not in busy]:
+            self._spoiled.remove(node)
+            self._counts.gone(HOST, "failed")
+            self._places.leave_host(node)
+
+    def _doubt_source(self, ticket: Ticket, node: int, failure: str) -> None:
+        """A stage failed: where the chunk cannot be read, it counts as absent."""
+        residents = self._places.set_of(ticket.tier)
+        if residents is not None and residents.readable(node):
+            if failure not in _CHUNK_IS_FINE:
+                self._below.delete(residents, node)
+            return
+        for remote in self._remotes:
+            if remote.name == ticket.tier:
+                remote.forget(ticket.key)
+                if failure == CORRUPT:
+                    self._below.delete_remote(remote, ticket.key)
+
+    def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
+        places = self._places
+        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node])
+        places.block_one(node, 1)
+        return ticket
