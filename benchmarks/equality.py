@@ -210,7 +210,7 @@ def as_report(rows: list[dict[str, Any]]) -> Report:
     )
     commits = ", ".join(sorted({row["software"].get("commit", "?") for row in rows}))
     metadata = {
-        "command": "python -m benchmarks.equality --out reports/equality, with --model tiny too",
+        "command": "; ".join(_command(model) for model in dict.fromkeys(row["model"] for row in rows)),
         **describe_hardware(),
         **{name: value for name, value in rows[-1]["software"].items() if name != "commit"},
         "commit": commits,
@@ -221,6 +221,10 @@ def as_report(rows: list[dict[str, Any]]) -> Report:
         [Section("Results", text, [equality, trouble, ties_table])],
         metadata,
     )
+
+
+def _command(model: str) -> str:
+    return "python -m benchmarks.equality --out reports/equality" + (f" --model {TINY}" if model == TINY else "")
 
 
 def _listed(counts: dict[str, int]) -> str:
