@@ -38,7 +38,6 @@ from lmc.cache.plan import (
 )
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.breaker import Breaker, TierOpen
-from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction
 from lmc.errors import Corrupt, TierError, TierFull
@@ -97,8 +96,7 @@ class CacheWorker:
                 continue
             try:
                 stored[name] = [key for key, _ in tier.scan()]
-                if isinstance(tier, DiskTier):
-                    parents.update(tier.parents(stored[name]))
+                parents.update(tier.parents(stored[name]))
             except TierError as error:
                 warnings.append(str(error))
         return WorkerReady(

@@ -18,6 +18,7 @@ from lmc.cache.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.open import open_worker
 from lmc.cache.plan import Plan, Report
 from lmc.cache.settings import load_settings
+from lmc.cache.tiers.format import FORMAT
 from lmc.cache.transfer.backends import Backend
 from lmc.cache.transfer.planner import Descriptors
 from lmc.cache.transfer.runtimes import ThreadRuntime
@@ -196,7 +197,7 @@ def prompt(seed: int, num_tokens: int) -> list[int]:
 
 
 def chunk_files(folder: Path, rank: int = 0) -> list[Path]:
-    return sorted(path for path in folder.glob(f"v2/*/r{rank}/??/*") if path.is_file())
+    return sorted(path for path in folder.glob(f"{FORMAT}/*/r{rank}/??/*") if path.is_file())
 
 
 def _layout(blocks: np.ndarray) -> KVLayout:

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.service]
 
 TIMEOUT = 0.5  # of calls that the tests let run into it
 PATIENCE = 10.0  # of calls that must not run into it
+SOON = 6.0  # for calls that end by the time-out, on a busy machine too
 MEGABYTES = TierScope(SCOPE.namespace, 0, SCOPE.layout, 3_000_000)
 
 
@@ -43,6 +44,14 @@ def server(shared_server: RedisServer) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def tier(server: RedisServer) -> Iterator[RedisTier]:
+    opened = open_tier(server.port, timeout=PATIENCE)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def hasty(server: RedisServer) -> Iterator[RedisTier]:
+    """A tier whose time-out is short enough to be run into."""
     opened = open_tier(server.port)
     yield opened
     opened.close()
@@ -77,38 +86,39 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 @every_call
 def test_a_paused_server_costs_no_more_than_the_time_out(
-    server: RedisServer, tier: RedisTier, call: Callable[[RedisTier], object]
+    server: RedisServer, hasty: RedisTier, call: Callable[[RedisTier], object]
 ) -> None:
-    tier.put(key(1), payload(1))
+    hasty.put(key(1), payload(1))
     server.pause()
-    with ends_within(2.0), pytest.raises(TierError, match=r"127\.0\.0\.1.*(?i:tim)"):
-        call(tier)
+    with ends_within(SOON), pytest.raises(TierError, match=r"127\.0\.0\.1.*(?i:tim)"):
+        call(hasty)
     server.resume()
-    call(tier)
+    call(hasty)
 
 
-def test_a_late_reply_is_not_taken_for_the_next_one(server: RedisServer, tier: RedisTier) -> None:
+def test_a_late_reply_is_not_taken_for_the_next_one(server: RedisServer, hasty: RedisTier) -> None:
     for number in (1, 2):
-        tier.put(key(number), payload(number))
+        hasty.put(key(number), payload(number))
     for _ in range(5):
         server.pause()
         with pytest.raises(TierError):
-            load(tier, 1)
+            load(hasty, 1)
         server.resume()
-        assert load(tier, 2) == payload(2)
+        assert load(hasty, 2) == payload(2)
 
 
-def test_a_breaker_spares_the_wait(server: RedisServer, tier: RedisTier) -> None:
-    breaker = Breaker(tier, threshold=2, first_wait=0.2)
+def test_a_breaker_spares_the_wait(server: RedisServer, hasty: RedisTier) -> None:
+    now = 0.0
+    breaker = Breaker(hasty, threshold=2, first_wait=0.2, now=lambda: now)
     breaker.put(key(1), payload(1))
     server.pause()
     for _ in range(2):
         with pytest.raises(TierError):
             load(breaker, 1)
-    with ends_within(0.1), pytest.raises(TierOpen, match="redis tier: failed 2 times in a row"):
+    with ends_within(TIMEOUT), pytest.raises(TierOpen, match="redis tier: failed 2 times in a row"):
         load(breaker, 1)
     server.resume()
-    time.sleep(0.2)
+    now = 0.3
     assert load(breaker, 1) == payload(1)
     assert breaker.state == "closed"
 
@@ -119,7 +129,7 @@ def test_a_killed_server_is_an_error_until_it_is_back(tmp_path: Path, call: Call
         tier = open_tier(first.port)
         tier.put(key(1), payload(1))
         first.kill()
-        with ends_within(2.0), pytest.raises(TierError, match=f"127.0.0.1:{first.port}: cannot"):
+        with ends_within(SOON), pytest.raises(TierError, match=f"127.0.0.1:{first.port}: cannot"):
             call(tier)
     with services.redis_server(tmp_path, port=first.port):
         assert load(tier, 1) is None
@@ -172,7 +182,7 @@ def test_a_cluster_that_loses_a_master_serves_what_the_others_hold(tmp_path: Pat
         nodes[2].kill()
         outcomes = []
         for number in range(30):
-            with ends_within(4.0):
+            with ends_within(SOON):
                 try:
                     assert load(tier, number) == payload(number)
                     outcomes.append("chunk")
@@ -184,10 +194,10 @@ def test_a_cluster_that_loses_a_master_serves_what_the_others_hold(tmp_path: Pat
 
 
 HEADER_POSITIONS = [0, 7, 8, 9, 10, 12, 19, 20, 28, 36, 40, 71, 72, 75, 76, 91, 92, 200, HEADER_BYTES - 1]
-PAYLOAD_POSITIONS = [HEADER_BYTES + place for place in (0, 1, 4095, 4096, 20_000, CHUNK_BYTES - 2, CHUNK_BYTES - 1)]
+PAYLOAD_POSITIONS = [0, 1, 4095, 4096, 20_000, CHUNK_BYTES - 2, CHUNK_BYTES - 1]
 
 
-@pytest.mark.parametrize("position", HEADER_POSITIONS + PAYLOAD_POSITIONS)
+@pytest.mark.parametrize("position", PAYLOAD_POSITIONS + [CHUNK_BYTES + place for place in HEADER_POSITIONS])
 def test_a_flipped_bit_is_never_served(server: RedisServer, tier: RedisTier, position: int) -> None:
     tier.put(key(1), payload(1))
     with server.client() as client:
@@ -201,7 +211,9 @@ def test_a_flipped_bit_is_never_served(server: RedisServer, tier: RedisTier, pos
     assert load(tier, 1) == payload(1)
 
 
-@pytest.mark.parametrize("size", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + CHUNK_BYTES - 1, 60_000])
+@pytest.mark.parametrize(
+    "size", [0, 1, HEADER_BYTES, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + HEADER_BYTES - 1, 60_000]
+)
 def test_a_value_of_a_wrong_size_is_corrupt_and_can_be_replaced(
     server: RedisServer, tier: RedisTier, size: int
 ) -> None:
@@ -259,32 +271,32 @@ def test_a_server_that_returns_garbage(front: Proxy, reply: bytes) -> None:
     assert load(tier, 1) == payload(1)
     replies = iter([reply])
     front.to_client = lambda _: next(replies, b"")
-    with ends_within(2.0), pytest.raises(TierError):
+    with ends_within(SOON), pytest.raises(TierError):
         load(tier, 1)
     front.to_client = None
     assert load(tier, 2) == payload(2)
     tier.close()
 
 
-@pytest.mark.parametrize("passed", [0, 1, 9, 100, HEADER_BYTES + 9, 100_000, 2_999_999, 3_004_000])
+@pytest.mark.parametrize("passed", [0, 1, 9, 100, 100_000, 2_999_999, 3_000_010, 3_004_000])
 def test_a_connection_reset_inside_a_value(front: Proxy, passed: int) -> None:
     tier = open_tier(front.port, MEGABYTES, PATIENCE)
     tier.put(key(1), payload(1, MEGABYTES.chunk_bytes))
     front.to_client = cut_after(passed)
-    with ends_within(PATIENCE / 2), pytest.raises(TierError, match=r"127\.0\.0\.1"):
+    with ends_within(PATIENCE - 1), pytest.raises(TierError, match=r"127\.0\.0\.1"):
         load(tier, 1, MEGABYTES.chunk_bytes)
     front.to_client = None
     assert load(tier, 1, MEGABYTES.chunk_bytes) == payload(1, MEGABYTES.chunk_bytes)
     tier.close()
 
 
-@pytest.mark.parametrize("passed", [0, 1, 50, HEADER_BYTES, 100_000, 2_999_999])
+@pytest.mark.parametrize("passed", [0, 1, 50, 100_000, 2_999_999, 3_000_200])
 def test_a_connection_reset_inside_a_store_changes_nothing(front: Proxy, passed: int) -> None:
     tier = open_tier(front.port, MEGABYTES, PATIENCE)
     tier.put(key(1), payload(1, MEGABYTES.chunk_bytes))
     front.to_server = cut_after(passed)
     for number in (1, 2):
-        with ends_within(PATIENCE / 2), pytest.raises(TierError, match=r"127\.0\.0\.1"):
+        with ends_within(PATIENCE - 1), pytest.raises(TierError, match=r"127\.0\.0\.1"):
             tier.put(key(number), payload(7, MEGABYTES.chunk_bytes))
         front.to_server = cut_after(passed)
     front.to_server = None
@@ -316,7 +328,7 @@ def test_a_trickle_ends_at_the_deadline(front: Proxy, direction: str) -> None:
         return data
 
     setattr(front, direction, trickle)
-    with ends_within(3.0), pytest.raises(TierError, match="timed out"):
+    with ends_within(SOON), pytest.raises(TierError, match="timed out"):
         if direction == "to_client":
             load(tier, 1, MEGABYTES.chunk_bytes)
         else:

@@ -35,5 +35,8 @@ class Tier(Protocol):
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
         """Each stored key and the bytes of its payload, oldest first where the medium knows."""
 
+    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
+        """The chunk before each of keys, as far as the tier can tell within seconds; keys as scan() lists them. Asked for at the start."""
+
     def close(self) -> None:
         """Release connections and files. Stored chunks stay."""

@@ -55,19 +55,21 @@ def read_chunk(source: str, out: memoryview) -> tuple[memoryview, int]:
     """
     fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size, wanted = os.fstat(fd).st_size, HEADER_BYTES + len(out)
-        if size != wanted:
-            raise Corrupt(f"the file has {size} bytes instead of {wanted}")
-        header = scratch.header
-        position = 0 if in_page_cache(fd, size) else _read_direct(fd, header, out)
-        hasher = xxhash.xxh3_64(out[: max(position - HEADER_BYTES, 0)])
+        header, wanted = scratch.header, HEADER_BYTES + len(out)
+        position = 0 if in_page_cache(fd, wanted) else _read_direct(fd, header, out)
+        hashed = max(position - HEADER_BYTES, 0)
+        hasher = xxhash.xxh3_64(out[:hashed])
         while position < wanted:
-            end = min(max(position, HEADER_BYTES) + _PIECE, wanted)
-            count = os.preadv(fd, _span(header, out, position, end), position)
-            if count == 0:
-                raise Corrupt(f"the file ended at byte {position} while it was read")
-            hasher.update(out[max(position - HEADER_BYTES, 0) : max(position + count - HEADER_BYTES, 0)])
+            count = os.preadv(fd, _span(header, out, position), position)
             position += count
+            if count == 0 or position > wanted:
+                break
+            ready = max(position - HEADER_BYTES, 0)
+            hasher.update(out[hashed:ready])
+            hashed = ready
+        if position != wanted:
+            size = position if position < wanted else os.fstat(fd).st_size
+            raise Corrupt(f"the file has {size} bytes instead of {wanted}")
         return header, hasher.intdigest()
     finally:
         os.close(fd)
@@ -100,17 +102,22 @@ def _is_cached(fd: int, start: int, length: int) -> bool:
     return failed != 0 or pages[0] * mmap.PAGESIZE >= length
 
 
-def _span(header: memoryview, out: memoryview, start: int, end: int) -> list[memoryview]:
-    """Where the bytes [start, end) of the file go."""
-    parts = [header[start:end]] if start < HEADER_BYTES else []
-    return [*parts, out[max(start - HEADER_BYTES, 0) : max(end - HEADER_BYTES, 0)]]
+def _span(header: memoryview, out: memoryview, start: int) -> list[memoryview]:
+    """Where a piece of the file from start on goes. One byte more than the file should have is asked for, which tells a longer file."""
+    piece = max(start - HEADER_BYTES, 0)
+    parts = [out[piece : piece + _PIECE]]
+    if start < HEADER_BYTES:
+        parts.insert(0, header[start:])
+    if piece + _PIECE >= len(out):
+        parts.append(scratch.last_page[:1])
+    return parts
 
 
 def _read_direct(fd: int, header: memoryview, out: memoryview) -> int:
-    """Read the file past the page cache, if that is possible; returns where it stopped."""
+    """Read the file past the page cache, if that is possible; returns where it stopped, beyond the end of out if the file is longer."""
     size = HEADER_BYTES + len(out)
     tail = size % HEADER_BYTES  # direct reads are of whole pages; the kernel stops at the end of the file by itself
-    last = scratch.last_page[: HEADER_BYTES if tail else 0]
+    last = scratch.last_page
     position = 0
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
@@ -123,4 +130,4 @@ def _read_direct(fd: int, header: memoryview, out: memoryview) -> int:
     if position < size:
         return min(position, size - tail)
     out[len(out) - tail :] = last[:tail]
-    return size
+    return position

@@ -1,4 +1,7 @@
-"""The Redis (or Valkey) tier: one value per chunk, header page and payload, under lmc:v2:<namespace>:<rank>:<key>.
+"""The Redis (or Valkey) tier: one value per chunk, payload and header page, under lmc:v3:<namespace>:<rank>:<key>.
+
+The header comes last, because it holds the payload's checksum: that costs half when the payload has just been sent and lies in the CPU's
+cache, measured 0.13 ms in place of 0.23 for 4 MiB.
 
 redis-py connects, authenticates, encrypts and follows the topology, and does the small commands; values go over its sockets directly
 (redis_wire.py). Nothing is connected before the first call, so an unreachable server costs a TierError per call and not the start.
@@ -9,8 +12,10 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 from redis import Redis, RedisError
 from redis.cluster import RedisCluster
@@ -28,6 +33,8 @@ _FAILURES = (RedisError, RedisClusterException, OSError)
 _MOVED = ("MOVED", "ASK", "TRYAGAIN")
 _SCAN_COUNT = 1000
 
+T = TypeVar("T")
+
 
 class RedisTier:
     """Raises ConfigError for an address that cannot be right, and TierError for what goes wrong later."""
@@ -43,31 +50,38 @@ class RedisTier:
         self._prefix = f"lmc:{FORMAT}:{scope.namespace}:{scope.rank}:".encode()
         self._ttl_ms = None if config.ttl is None else max(1, round(config.ttl * 1000))
         self._client: Redis | RedisCluster | None = None
-        self._idle: dict[ConnectionPool, list[AbstractConnection]] = {}
+        self._idle: dict[ConnectionPool, list[_Line]] = {}
         self._opening = threading.Lock()
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         name = self._name(key)
-        header = self._scope.seal(key, data, parent)
+        self._scope.check_size(data)
+        seal = partial(self._scope.seal, key, data, parent)
         expiry = [] if self._ttl_ms is None else [b"PX", b"%d" % self._ttl_ms]
+
+        def store(wire: Wire) -> None:
+            wire.set(name, data, seal, HEADER_BYTES, *expiry)
+            wire.line()
+
         with self._named_errors("store", key) as client:
             try:
-                with self._wire(client, name) as wire:
-                    wire.command(b"SET", name, [header, data], *expiry)
-                    wire.line()
+                self._talk(client, name, store)
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
-                client.set(name, header + data, px=self._ttl_ms)
+                client.set(name, bytes(data) + seal(), px=self._ttl_ms)
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
         name = self._name(key)
         page = memoryview(bytearray(HEADER_BYTES))
+
+        def load(wire: Wire) -> int | None:
+            wire.command(b"GET", name)
+            return wire.bulk(out, page)
+
         with self._named_errors("load", key) as client:
             try:
-                with self._wire(client, name) as wire:
-                    wire.command(b"GET", name)
-                    found = wire.bulk(page, out)
+                found = self._talk(client, name, load)
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
@@ -102,6 +116,10 @@ class RedisTier:
             if len(key) == KEY_BYTES:
                 yield key, self._scope.chunk_bytes
 
+    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
+        """None: the server evicts by itself, in an order of its own."""
+        return {}
+
     def close(self) -> None:
         client = self._forget_client()
         if client is not None:
@@ -115,6 +133,9 @@ class RedisTier:
         return client
 
     def _connected(self) -> Redis | RedisCluster:
+        client = self._client
+        if client is not None:
+            return client
         if not self._opening.acquire(timeout=self._config.timeout):
             raise TimeoutError("another thread is still connecting")
         try:
@@ -124,24 +145,24 @@ class RedisTier:
         finally:
             self._opening.release()
 
-    @contextmanager
-    def _wire(self, client: Redis | RedisCluster, name: bytes) -> Iterator[Wire]:
-        """A connection of its own to name's server; closed when it may be out of step, else kept for the next call.
+    def _talk(self, client: Redis | RedisCluster, name: bytes, talk: Callable[[Wire], T]) -> T:
+        """talk() over a connection of its own to name's server; closed when it may be out of step, else kept for the next call.
 
         The pool's own taking and giving back costs 0.09 ms, a tenth of a load; so connections stay taken.
         """
         pool = client.connection_pool if self._config.mode != "cluster" else node_pool(client, name)
         idle = self._idle.setdefault(pool, [])
-        connection = _pop_usable(idle, pool) or pool.get_connection()
+        line = _pop_usable(idle) or _Line(pool, self._config.timeout)
         in_step = False
         try:
-            yield Wire(connection._sock, self._config.timeout)
+            answer = talk(line.wire)
             in_step = True
         finally:
             if in_step:
-                idle.append(connection)
+                idle.append(line)
             else:
-                _discard(connection, pool)
+                line.discard()
+        return answer
 
     @contextmanager
     def _named_errors(self, action: str, key: ChunkKey | None) -> Iterator[Redis | RedisCluster]:
@@ -165,24 +186,36 @@ class RedisTier:
         return f"redis tier at {self._address}: cannot {action} {'keys' if key is None else key.hex()}: {error}"
 
 
-def _pop_usable(idle: list[AbstractConnection], pool: ConnectionPool) -> AbstractConnection | None:
+class _Line:
+    """A connection taken from its pool, and what is made once for it: in a load each thing made anew would take a hundredth."""
+
+    def __init__(self, pool: ConnectionPool, seconds: float) -> None:
+        self._pool = pool
+        self._connection: AbstractConnection = pool.get_connection()
+        self.wire = Wire(self._connection._sock, seconds)
+        self._poll = select.poll()
+        self._poll.register(self._connection._sock, select.POLLIN)
+
+    @property
+    def usable(self) -> bool:
+        """False when the server has closed it, or it belongs to the process that this one was forked from."""
+        return self._connection.pid == os.getpid() and not self._poll.poll(0)
+
+    def discard(self) -> None:
+        self._connection.disconnect()
+        self._pool.release(self._connection)
+
+
+def _pop_usable(idle: list[_Line]) -> _Line | None:
     while idle:
         try:
-            connection = idle.pop()
+            line = idle.pop()
         except IndexError:
             break  # another thread took the last one
-        poll = select.poll()
-        poll.register(connection._sock, select.POLLIN)
-        if connection.pid == os.getpid() and not poll.poll(0):
-            return connection
-        # The server has closed it, or it belongs to the process that this one was forked from.
-        _discard(connection, pool)
+        if line.usable:
+            return line
+        line.discard()
     return None
-
-
-def _discard(connection: AbstractConnection, pool: ConnectionPool) -> None:
-    connection.disconnect()
-    pool.release(connection)
 
 
 def _get_moved(client: Redis | RedisCluster, name: bytes, page: memoryview, out: memoryview) -> int | None:
@@ -190,8 +223,8 @@ def _get_moved(client: Redis | RedisCluster, name: bytes, page: memoryview, out:
     value = client.get(name)
     if value is None:
         return None
-    if len(value) != len(page) + len(out):
-        raise Corrupt(f"the value has {len(value)} bytes instead of {len(page) + len(out)}")
-    page[:] = value[: len(page)]
-    out[:] = memoryview(value)[len(page) :]
+    if len(value) != len(out) + len(page):
+        raise Corrupt(f"the value has {len(value)} bytes instead of {len(out) + len(page)}")
+    out[:] = memoryview(value)[: len(out)]
+    page[:] = value[len(out) :]
     return checksum(out)

@@ -1,4 +1,4 @@
-"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v2/<namespace>/r<rank>/<key>.
+"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v3/<namespace>/r<rank>/<key>.
 
 obstore signs and sends the requests, and repeats one that failed in passing (a 5xx, a dropped connection) within the time-out. Objects are
 written by a single request, so they appear whole. How long they stay is the store's own rule.
@@ -88,6 +88,10 @@ class S3Tier:
                         found.append((entry["last_modified"], name))
         for _, name in sorted(found):
             yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
+
+    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
+        """None: the server evicts by itself, in an order of its own."""
+        return {}
 
     def close(self) -> None:
         """obstore closes its connections by itself."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lmc.cache.tiers import file_read
 from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.format import HEADER_BYTES, TierScope
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope
 from lmc.errors import TierError
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, OpenTier, TierContract, key, load, payload
 
@@ -31,7 +31,7 @@ class TestDiskTier(TierContract):
 
 def file_of(folder: Path, number: int, scope: TierScope = SCOPE) -> Path:
     name = key(number).hex()
-    return folder / "v2" / scope.namespace / f"r{scope.rank}" / name[:2] / name
+    return folder / FORMAT / scope.namespace / f"r{scope.rank}" / name[:2] / name
 
 
 def drop_from_page_cache(path: Path) -> None:
@@ -209,5 +209,5 @@ def test_a_header_of_another_version_is_absent_and_replaced(tmp_path: Path, monk
 
 def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TierError, match=r"^disk tier: cannot write in .*/file/v2/.*: Not a directory$"):
+    with pytest.raises(TierError, match=r"^disk tier: cannot write in .*/file/v3/.*: Not a directory$"):
         DiskTier(tmp_path / "file", SCOPE)

@@ -6,7 +6,7 @@ import itertools
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -14,17 +14,18 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmc.cache.tiers import redis_wire
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import Corrupt
 
-HEAD, BODY = 16, 3_000
-VALUE = random.Random(1).randbytes(HEAD + BODY)
+BODY, TAIL = 3_000, 16
+VALUE = random.Random(1).randbytes(BODY + TAIL)
 REPLY = b"$%d\r\n%s\r\n" % (len(VALUE), VALUE)
 
 
 @contextmanager
 def peer(sends: list[bytes], seconds: float = 10.0) -> Iterator[tuple[Wire, socket.socket]]:
-    """A wire whose other end sends these pieces one by one."""
+    """A wire whose other end answers a command with these pieces, one by one."""
     here, there = socket.socketpair()
 
     def send() -> None:
@@ -34,7 +35,9 @@ def peer(sends: list[bytes], seconds: float = 10.0) -> Iterator[tuple[Wire, sock
     with here, there:
         sender = threading.Thread(target=send)
         sender.start()
-        yield Wire(here, seconds), there
+        wire = Wire(here, seconds)
+        wire.command(b"GET", b"key")
+        yield wire, there
         sender.join()
 
 
@@ -43,21 +46,22 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in itertools.pairwise(bounds) if start < end]
 
 
-def receive(reply: bytes, places: list[int]) -> tuple[int | None, bytes, bytes]:
-    head, body = bytearray(HEAD), bytearray(BODY)
-    with peer(cut(reply, places), seconds=2.0) as (wire, _):
-        digest = wire.bulk(memoryview(head), memoryview(body))
-    return digest, bytes(head), bytes(body)
+def receive(reply: bytes, places: list[int], piece: int = 1 << 20) -> tuple[int | None, bytes, bytes]:
+    body, tail = bytearray(BODY), bytearray(TAIL)
+    with pytest.MonkeyPatch.context() as patch, peer(cut(reply, places), seconds=5.0) as (wire, _):
+        patch.setattr(redis_wire, "_PIECE", piece)
+        digest = wire.bulk(memoryview(body), memoryview(tail))
+    return digest, bytes(body), bytes(tail)
 
 
 places = st.lists(st.integers(0, 4_000), max_size=12)
 
 
 @settings(deadline=None)
-@given(places)
-def test_a_value_arrives_however_it_is_cut(places: list[int]) -> None:
-    digest, head, body = receive(REPLY, places)
-    assert head + body == VALUE
+@given(places, st.sampled_from([1 << 20, BODY, 1_000, 7]))
+def test_a_value_arrives_however_it_is_cut(places: list[int], piece: int) -> None:
+    digest, body, tail = receive(REPLY, places, piece)
+    assert body + tail == VALUE
     assert digest == xxhash.xxh3_64_intdigest(body)
 
 
@@ -99,15 +103,15 @@ def test_a_closed_connection_is_an_error() -> None:
     here, there = socket.socketpair()
     there.close()
     with here, pytest.raises(OSError):
-        Wire(here, 1.0).line()
+        Wire(here, 1.0).command(b"GET", b"key")
 
 
 def test_the_deadline_holds_for_the_whole_reply() -> None:
     with pytest.raises(TimeoutError), peer([REPLY[:-10]], seconds=0.1) as (wire, _):
-        wire.bulk(memoryview(bytearray(HEAD)), memoryview(bytearray(BODY)))
+        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(TAIL)))
     here, there = socket.socketpair()
     with here, there, pytest.raises(TimeoutError):
-        Wire(here, 0.1).command(b"SET", b"key", [memoryview(bytes(50_000_000))])  # nobody reads
+        Wire(here, 0.1).set(b"key", memoryview(bytes(50_000_000)), lambda: b"", 0)  # nobody reads
 
 
 def parse_command(data: bytes) -> list[bytes]:
@@ -126,33 +130,35 @@ def parse_command(data: bytes) -> list[bytes]:
     return arguments
 
 
-@settings(deadline=None)
-@given(
-    st.lists(st.one_of(st.binary(max_size=50), st.lists(st.binary(max_size=3_000), max_size=4)), min_size=1, max_size=6)
-)
-def test_a_command_says_its_arguments(arguments: list[bytes | list[bytes]]) -> None:
-    here, there = socket.socketpair()
-    with there:
-        with here:
-            Wire(here, 5.0).command(*arguments)
-        data = b"".join(iter(lambda: there.recv(65_536), b""))
-    joined = [argument if isinstance(argument, bytes) else b"".join(argument) for argument in arguments]
-    assert parse_command(data) == joined
-
-
-def test_a_large_command_is_sent_in_parts_to_a_slow_reader() -> None:
-    payload = random.Random(3).randbytes(5_000_001)
+def sent(send: Callable[[Wire], None]) -> bytes:
+    """What the peer receives; it reads slowly."""
     here, there = socket.socketpair()
     received = bytearray()
 
-    def read_slowly() -> None:
+    def read() -> None:
         while piece := there.recv(100_000):
             received.extend(piece)
 
-    reader = threading.Thread(target=read_slowly)
+    reader = threading.Thread(target=read)
     reader.start()
     with there:
         with here:
-            Wire(here, 30.0).command(b"SET", b"key", [payload[:4096], memoryview(payload)[4096:]])
+            send(Wire(here, 30.0))
         reader.join()
-    assert parse_command(bytes(received)) == [b"SET", b"key", payload]
+    return bytes(received)
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=3_000), min_size=1, max_size=6))
+def test_a_command_says_its_arguments(arguments: list[bytes]) -> None:
+    assert parse_command(sent(lambda wire: wire.command(*arguments))) == arguments
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.binary(max_size=50), st.integers(0, 2_000_000), st.binary(max_size=5_000), st.lists(st.binary(max_size=9)))
+def test_a_value_is_its_body_and_what_is_known_only_then(
+    name: bytes, body_bytes: int, tail: bytes, options: list[bytes]
+) -> None:
+    body = random.Random(3).randbytes(body_bytes)
+    data = sent(lambda wire: wire.set(name, memoryview(body), lambda: tail, len(tail), *options))
+    assert parse_command(data) == [b"SET", name, body + tail, *options]
