@@ -117,6 +117,7 @@ def test_a_damaged_file_of_one_rank_is_a_miss_and_is_replaced(instances, tmp_pat
     assert served.loaded == 0
     cause = "absent" if damage == "delete" else "corrupt"
     assert second.metric("failure_causes_total", operation="stage", tier="disk", cause=cause) > 0
+    second.serve(tokens)  # stores the chunks whose failing copies outlasted the first request
     assert second.serve(tokens).sources == {"host": 48}
     second.settle()
     second.close()

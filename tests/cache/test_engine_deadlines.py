@@ -50,15 +50,18 @@ def test_stages_that_nobody_waits_for_are_not_begun(instances, tmp_path, monkeyp
     first.serve(tokens)
     first.close()
     instance = start(instances, disk_path=tmp_path, load_deadline=0.05, io_threads=1)
-    get = DiskTier.get
+    get, begun = DiskTier.get, []
 
     def slow_get(self, key, out):
+        begun.append(key)
         time.sleep(0.1)
         get(self, key, out)
 
     monkeypatch.setattr(DiskTier, "get", slow_get)
     assert instance.serve(tokens).miss == "load deadline"
-    assert instance.metric("failure_causes_total", operation="stage", tier="disk", cause="late") == 5
+    assert len(begun) <= 1, "on a busy machine the thread may come too late for the first, too"
+    late = instance.metric("failure_causes_total", operation="stage", tier="disk", cause="late")
+    assert late == 6 - len(begun)
     assert len(chunk_files(tmp_path)) == 6
 
 

@@ -101,7 +101,7 @@ def test_close_gives_up_after_its_limit(tmp_path, monkeypatch, caplog):
     instance.serve(prompt(1, 50), settle=False)
     started = time.monotonic()
     instance.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 15, "its limit is 0.1 s, the writes would take 20"
     gate.set()
     assert "6 copies not done" in caplog.text
 
@@ -112,12 +112,15 @@ def test_close_gives_up_after_its_limit(tmp_path, monkeypatch, caplog):
 def test_instances_share_a_folder(instances, tmp_path):
     one = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=5)
     two = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=5)
-    tokens = prompt(1, 50)
-    one.serve(tokens)
-    written = time.monotonic()
-    assert two.serve(tokens).sources == {"disk": 48}
-    assert time.monotonic() - written < 1
-    assert two.serve(tokens).sources == {"host": 48}
+    seconds = []
+    for seed in (1, 2, 3):
+        tokens = prompt(seed, 50)
+        one.serve(tokens)
+        written = time.monotonic()
+        assert two.serve(tokens).sources == {"disk": 48}
+        seconds.append(time.monotonic() - written)
+        assert two.serve(tokens).sources == {"host": 48}
+    assert min(seconds) < 1, "the machine may be busy, but not each time"
     assert two.engine.directory.usage()["disk"][0] == 0, "the other one's chunks count against its own capacity"
 
 
