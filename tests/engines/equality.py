@@ -156,7 +156,7 @@ def run_scenario(
             comparison,
             tally,
             media,
-            int(engine.call("num_preemptions")),
+            int(engine.call("engine_metric", name="num_preemptions")),
             engine.call("by_label", name="lmc_hit_tokens_total", label="tier"),
             engine.call("by_label", name="lmc_misses_total", label="reason"),
             engine.call("by_label", name="lmc_failures_total", label="operation"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -41,8 +42,8 @@ class Served:
     def metrics(self) -> str:
         return re.search(r"metrics=(\S+)", self.ready)[1]  # type: ignore[index]
 
-    def complete(self, prompt: str, request_id: str = "") -> dict[str, Any]:
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    def complete(self, prompt: str, request_id: str = "", max_tokens: int = 8) -> dict[str, Any]:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         headers = {"content-type": "application/json", **({"X-Request-Id": request_id} if request_id else {})}
         request = urllib.request.Request(f"{self.url}/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=120) as answer:
@@ -114,6 +115,11 @@ def test_both_metrics_pages_count_the_hit(served: Served) -> None:
         page = urllib.request.urlopen(served.url.removesuffix("/v1") + "/metrics").read().decode()
         if found := re.search(pattern, page, re.MULTILINE):
             assert float(found[1]) == hits
+            if importlib.util.find_spec(
+                "vllm.v1.metrics.cache_hit_source"
+            ):  # else vLLM never asks where a hit came from
+                source = r'^vllm:prompt_tokens_cached_by_source_total\{[^}]*source="host"[^}]*\} (\S+)'
+                assert float(re.search(source, page, re.MULTILINE)[1]) == hits  # type: ignore[index]
             return
         time.sleep(1)
     raise AssertionError("vLLM's metrics never showed the hit")
@@ -130,6 +136,18 @@ def test_a_request_s_span_is_found_by_the_id_that_its_client_sent(served: Served
         assert span["asked_s"] <= span["answered_s"] <= span["admitted_s"] <= page["now_s"]
         assert (span["load_bytes"] > 0, span["load_seconds"] > 0) == (hits > 0, hits > 0)
     assert hits > 0
+
+
+def test_what_the_last_request_left_to_write_is_written_while_the_engine_is_idle(served: Served) -> None:
+    def stats() -> dict[str, Any]:
+        return dict(json.load(urllib.request.urlopen(served.metrics.removesuffix("/metrics") + "/stats")))
+
+    before = stats()["tiers"]["disk"]["chunks"]
+    served.complete(LICENCE[2000:5000] + "\nSummary:", max_tokens=1)  # the step that stores is the last one
+    deadline = time.monotonic() + 60
+    while (now := stats())["pending_operations"] or now["tiers"]["disk"]["chunks"] == before:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.1)
 
 
 def test_a_clean_stop_ends_with_0_and_leaves_a_trace_that_sim_reads(served: Served, record: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engines.scenario import assert_same, driver, prompt
-from tests.engines.tiny_model import make_tiny_mistral
+from tests.engines.tiny_model import make_tiny_gemma, make_tiny_mistral
 from tests.engines.vllm_driver import VllmDriver
 
 pytestmark = [pytest.mark.engine, pytest.mark.compat]
+
+TEXT = prompt(20, 500)
 
 
 @pytest.fixture(scope="module", params=[1_000_000, 1], ids=["before the pass", "in the background"])
@@ -74,7 +77,9 @@ def test_different_salts_share_nothing(cached: VllmDriver) -> None:
 def test_prompt_logprobs_are_computed_in_full(cached: VllmDriver) -> None:
     text = prompt(8, 200)
     cached.generate([text])
+    asked = cached.call("metric", name="lmc_requests_total", labels={})
     assert cached.generate([text], prompt_logprobs=1)[0]["cached"] == 0
+    assert cached.call("metric", name="lmc_requests_total", labels={}) == asked  # vLLM would ignore the answer
 
 
 def test_a_failed_load_is_recomputed_and_poisons_nothing(plain: VllmDriver, cached: VllmDriver) -> None:
@@ -132,18 +137,26 @@ def test_nothing_is_left_over(cached: VllmDriver) -> None:
     assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
 
 
-def test_a_restart_finds_the_disk_tier_warm(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
-    text = prompt(20, 500)
-    reference = plain.generate([text])
-    first = driver(tiny_llama, **{"disk.path": str(disk)})
-    assert_same(first.generate([text]), reference)
-    assert first.call("state")["usage"]["disk"][0] == 7
-    first.kill()
-    with driver(tiny_llama, **{"disk.path": str(disk)}) as second:
-        got = second.generate([text])
+@pytest.fixture(scope="module")
+def warm_disk(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk tier that an engine which was killed has left, with 7 chunks of TEXT."""
+    disk = tmp_path_factory.mktemp("warm")
+    engine = driver(tiny_llama, **{"disk.path": str(disk)})
+    engine.generate([TEXT])
+    assert engine.call("state")["usage"]["disk"][0] == 7
+    engine.kill()
+    return disk
+
+
+def test_a_restart_finds_the_disk_tier_warm(
+    tiny_llama: Path, plain: VllmDriver, warm_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "7")  # changes the hashes of vLLM's own blocks
+    with driver(tiny_llama, **{"disk.path": str(warm_disk)}) as engine:
+        got = engine.generate([TEXT])
         assert got[0]["cached"] == 448
-        assert_same(got, reference)
-        assert second.call("metric", name="lmc_hit_tokens_total", labels={"tier": "disk"}) == 448
+        assert_same(got, plain.generate([TEXT]))
+        assert engine.call("metric", name="lmc_hit_tokens_total", labels={"tier": "disk"}) == 448
 
 
 def test_corrupt_files_are_recomputed_and_replaced(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
@@ -191,41 +204,50 @@ def test_chunked_prefill_prefix_caching_and_preemption_together(tiny_llama: Path
     with driver(tiny_llama, options=options) as engine:
         for _ in range(2):
             assert_same(engine.generate(texts, max_tokens=60), reference)
-        assert engine.call("num_preemptions") > 0
+        assert engine.call("engine_metric", name="num_preemptions") > 0
         state = engine.call("state")
         assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
         assert state["free_blocks"] == 59
 
 
-def test_two_ranks_store_and_load_their_own_halves(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
-    text = prompt(40, 500)
-    reference = plain.generate([text])
-    options = {"tensor_parallel_size": 2}
-    with driver(tiny_llama, **{"disk.path": str(disk), "options": options}) as first:
-        assert_same(first.generate([text]), reference)
-        warm = first.generate([text])
+def test_two_ranks_store_and_load_their_own_halves(tiny_llama: Path, plain: VllmDriver, warm_disk: Path) -> None:
+    reference = plain.generate([TEXT])
+    settings: dict[str, Any] = {"disk.path": str(warm_disk), "options": {"tensor_parallel_size": 2}}
+    with driver(tiny_llama, **settings) as first:
+        cold = first.generate([TEXT])
+        assert cold[0]["cached"] == 0  # what one rank alone has stored is not for two
+        assert_same(cold, reference)
+        warm = first.generate([TEXT])
         assert warm[0]["cached"] == 448
         assert_same(warm, reference)
         first.call("settle")
-    files = {rank: sorted(disk.glob(f"v*/*/r{rank}/??/*")) for rank in (0, 1)}
-    assert [len(files[rank]) for rank in (0, 1)] == [7, 7]
+    (folder,) = (found.parent for found in warm_disk.glob("v*/*/r1"))
+    files = [sorted(folder.glob(f"r{rank}/??/*")) for rank in (0, 1)]
+    assert [len(found) for found in files] == [7, 7]
     files[1][0].unlink()  # one half of some chunk
-    with driver(tiny_llama, **{"disk.path": str(disk), "options": options}) as second:
-        got = second.generate([text])
+    with driver(tiny_llama, **settings) as second:
+        got = second.generate([TEXT])
         assert got[0]["cached"] < 448
         assert_same(got, reference)
 
 
-def test_a_sliding_window_is_refused_and_the_engine_runs(tmp_path: Path) -> None:
-    model = make_tiny_mistral(tmp_path / "mistral", window=64)
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (make_tiny_mistral, "a model with SlidingWindowSpec KV is not supported"),
+        (make_tiny_gemma, "a hybrid model with 2 KV cache groups is not supported"),
+    ],
+    ids=["sliding window", "hybrid"],
+)
+def test_a_model_that_drops_kv_is_refused_and_the_engine_runs(
+    tmp_path: Path, make: Callable[..., Path], why: str
+) -> None:
     text = prompt(50, 300)
-    with VllmDriver(model, settings=None) as engine:
-        reference = engine.generate([text])
-    with driver(model, strict=False) as engine:
-        for _ in range(2):
-            got = engine.generate([text])
-            assert got[0]["cached"] == 0
-            assert_same(got, reference)
+    with driver(make(tmp_path / "model", window=64), strict=False) as engine:
+        assert any(why in line for line in engine.log)
+        first, again = engine.generate([text]), engine.generate([text])
+        assert [first[0]["cached"], again[0]["cached"]] == [0, 0]
+        assert_same(again, first)
 
 
 def test_a_cache_that_cannot_start_leaves_the_engine_running(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:

@@ -13,11 +13,13 @@ from tests.engines.vllm_driver import VllmDriver
 pytestmark = pytest.mark.engine
 
 LAYERS, LAYER_SECONDS = 4, 0.02
+BLOCKS = 60  # the first of them is never used
 
 
 @pytest.fixture(scope="module")
 def layered(tiny_llama: Path) -> Iterator[VllmDriver]:
-    with driver(tiny_llama, background_load_tokens=1_000_000) as engine:
+    options = {"max_model_len": 1024, "num_gpu_blocks_override": BLOCKS}
+    with driver(tiny_llama, background_load_tokens=1_000_000, options=options) as engine:
         engine.call("load_by_layer")
         yield engine
 
@@ -59,6 +61,20 @@ def test_a_failure_in_any_layer_is_recomputed_and_poisons_nothing(
     assert again[0]["cached"] == 384  # stored anew
     assert_same(again, reference)
     assert layered.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
+
+
+def test_blocks_are_not_overwritten_before_a_store_has_read_them(plain: VllmDriver, layered: VllmDriver) -> None:
+    text = prompt(90, 400)
+    others = [prompt(91 + number, 600) for number in range(3)]  # 57 blocks: those of the first prompt among them
+    layered.call("delay_stores", seconds=1.0)
+    layered.generate([text], max_tokens=1)
+    past_lmc = {"kv_transfer_params": {"lmc": {"bypass": True}}}
+    layered.generate(others, max_tokens=1, extra_args=past_lmc)
+    layered.call("delay_stores", seconds=0.0)
+    layered.call("settle")
+    got = layered.generate([text])
+    assert got[0]["cached"] == 384
+    assert_same(got, plain.generate([text]))
 
 
 def test_nothing_is_left_over(layered: VllmDriver) -> None:

@@ -22,6 +22,15 @@ def make_tiny_mistral(folder: Path, *, window: int, seed: int = 0) -> Path:
     return _save(MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=window), folder, seed)
 
 
+def make_tiny_gemma(folder: Path, *, window: int, seed: int = 0) -> Path:
+    """Layers with sliding windows and layers with full attention in turn: two groups of KV cache that share memory."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    turns = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(**_SHAPE, sliding_window=window, layer_types=turns, query_pre_attn_scalar=32)
+    return _save(Gemma3ForCausalLM, config, folder, seed)
+
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,

@@ -34,6 +34,7 @@ class VllmDriver:
         self, model: Path, *, settings: dict[str, Any] | None, python: str = sys.executable, **options: Any
     ) -> None:
         """settings None: no connector at all. python: of vLLM's environment, where the test runs in another one."""
+        self.log: list[str] = []
         ranks = options.get("tensor_parallel_size", 1)
         cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks))} if ranks > 1 else {}
         self._process = subprocess.Popen(
@@ -70,6 +71,7 @@ class VllmDriver:
                 answer = json.loads(line.removeprefix("ANSWER "))
                 assert "error" not in answer, answer["error"]
                 return answer["value"]
+            self.log.append(line)
         raise AssertionError(f"the engine process ended in {command!r} with {self._process.wait()}")
 
     def generate(self, prompts: list[list[int]], **parameters: Any) -> list[dict[str, Any]]:
@@ -246,8 +248,9 @@ class _Engine:
                     found[sample.labels[label]] = found.get(sample.labels[label], 0) + int(sample.value)
         return found
 
-    def num_preemptions(self) -> float:
-        return float(sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions"))
+    def engine_metric(self, name: str) -> float:
+        """One of vLLM's own counters."""
+        return float(sum(metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:{name}"))
 
     def fail_loads(self, count: int, after: int = 0) -> None:
         """Loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
@@ -283,9 +286,10 @@ class _Engine:
         old = self.worker.copier
         copy = old.backend.execute
 
+        self.store_delay = 0.0
+
         def slow(descriptors: Any, *arguments: Any) -> None:
-            if descriptors.direction is Direction.LOAD:
-                time.sleep(0.02)
+            time.sleep(0.02 if descriptors.direction is Direction.LOAD else self.store_delay)
             copy(descriptors, *arguments)
 
         old.backend.execute = slow
@@ -302,6 +306,10 @@ class _Engine:
             return False
 
         self.worker.copier.start_layers = timed
+
+    def delay_stores(self, seconds: float) -> None:
+        """After load_by_layer(): a store reads its blocks so much later."""
+        self.store_delay = seconds
 
     def loads_by_layer(self) -> list[float]:
         return self.by_layer
