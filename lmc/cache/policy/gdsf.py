@@ -2,7 +2,8 @@
 
 Chunks have one size. A chunk costs the time to recompute it, which grows with its position in the chain because attention reads all
 chunks before it. The clock is the value of the last victim; it ages what is no longer touched. A parent is worth at least as much as any
-child, because it cannot go before it. The values are in a binary heap: O(log n) an operation.
+child, because it cannot go before it. A binary heap holds the chunks by the values that they had when they were last looked at. Values only
+grow, so the first chunk is brought up to date until it stays the first: a touch is O(1), an eviction amortised O(log n) for each touch.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ ATTENTION_DEPTH = (
 )
 
 
+class Heap(NamedTuple):
+    nodes: Int32  # (num_nodes,) the least valuable first
+    value: npt.NDArray[np.float64]  # (num_nodes,) by index, as it was when the heap last looked
+    touched: npt.NDArray[np.int64]  # (num_nodes,) as State's, likewise
+    place: Int32  # (num_nodes,) index of a node, -1 outside
+    size: Int32  # (1,)
+
+
 class State(NamedTuple):
     parents: Parents
-    heap: Int32  # (num_nodes,) nodes, the least valuable first
-    place: Int32  # (num_nodes,) index in the heap, -1 outside
-    size: Int32  # (1,) nodes in the heap
+    heap: Heap
     value: npt.NDArray[np.float64]  # (num_nodes,)
     least: npt.NDArray[np.float64]  # (num_nodes,) value of the best child so far
     touched: npt.NDArray[np.int64]  # (num_nodes,) order of touches, older goes first among equals
@@ -38,9 +45,13 @@ class State(NamedTuple):
 def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     return State(
         parents=parents,
-        heap=np.zeros(num_nodes, dtype=np.int32),
-        place=np.full(num_nodes, -1, dtype=np.int32),
-        size=np.zeros(1, dtype=np.int32),
+        heap=Heap(
+            nodes=np.zeros(num_nodes, dtype=np.int32),
+            value=np.zeros(num_nodes, dtype=np.float64),
+            touched=np.zeros(num_nodes, dtype=np.int64),
+            place=np.full(num_nodes, -1, dtype=np.int32),
+            size=np.zeros(1, dtype=np.int32),
+        ),
         value=np.zeros(num_nodes, dtype=np.float64),
         least=np.zeros(num_nodes, dtype=np.float64),
         touched=np.zeros(num_nodes, dtype=np.int64),
@@ -52,76 +63,79 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
     )
 
 
-def measure_depth(state: State, node: int) -> None:
+def measure_depth(parents: Parents, depth: Int32, node: int) -> None:
     """Walk up to the first ancestor of known depth and note the depth of all on the way, so that each is walked once."""
     steps = 0
     above = node
-    while above >= 0 and state.depth[above] == 0:
+    while above >= 0 and depth[above] == 0:
         steps += 1
-        above = state.parents[above]
-    depth = steps if above < 0 else steps + state.depth[above]
+        above = parents[above]
+    deep = steps if above < 0 else steps + depth[above]
     while steps > 0:
-        state.depth[node] = depth
-        node = state.parents[node]
-        depth -= 1
+        depth[node] = deep
+        node = parents[node]
+        deep -= 1
         steps -= 1
 
 
-def goes_first(state: State, node: int, other: int) -> bool:
-    if state.value[node] != state.value[other]:
-        return bool(state.value[node] < state.value[other])
-    return bool(state.touched[node] < state.touched[other])
-
-
-def put(state: State, index: int, node: int) -> None:
-    state.heap[index] = node
-    state.place[node] = index
-
-
-def sift_up(state: State, index: int) -> None:
-    node = state.heap[index]
+def place_up(heap: Heap, index: int, node: int, value: float, touched: int) -> int:
+    """Put a node at index or, where those above go later, further up. Returns where."""
     while index > 0:
         above = (index - 1) // 2
-        if not goes_first(state, node, state.heap[above]):
+        if heap.value[above] < value or (heap.value[above] == value and heap.touched[above] < touched):
             break
-        put(state, index, state.heap[above])
+        move(heap, above, index)
         index = above
-    put(state, index, node)
+    put(heap, index, node, value, touched)
+    return index
 
 
-def sift_down(state: State, index: int) -> None:
-    node = state.heap[index]
-    size = state.size[0]
+def place_down(heap: Heap, index: int, node: int, value: float, touched: int) -> None:
+    """Put a node at index or, where those below go first, further down."""
+    size = heap.size[0]
     while 2 * index + 1 < size:
         below = 2 * index + 1
-        if below + 1 < size and goes_first(state, state.heap[below + 1], state.heap[below]):
-            below += 1
-        if not goes_first(state, state.heap[below], node):
+        least, when = heap.value[below], heap.touched[below]
+        if below + 1 < size:
+            other = heap.value[below + 1]
+            if other < least or (other == least and heap.touched[below + 1] < when):
+                below += 1
+                least, when = other, heap.touched[below]
+        if value < least or (value == least and touched < when):
             break
-        put(state, index, state.heap[below])
+        move(heap, below, index)
         index = below
-    put(state, index, node)
+    put(heap, index, node, value, touched)
 
 
-def push(state: State, node: int) -> None:
-    put(state, state.size[0], node)
-    state.size[0] += 1
-    sift_up(state, state.size[0] - 1)
+def put(heap: Heap, index: int, node: int, value: float, touched: int) -> None:
+    heap.nodes[index] = node
+    heap.value[index] = value
+    heap.touched[index] = touched
+    heap.place[node] = index
 
 
-def remove(state: State, node: int) -> None:
-    index = state.place[node]
-    state.place[node] = -1
-    state.size[0] -= 1
-    if index == state.size[0]:
+def move(heap: Heap, source: int, index: int) -> None:
+    put(heap, index, heap.nodes[source], heap.value[source], heap.touched[source])
+
+
+def push(heap: Heap, node: int, value: float, touched: int) -> None:
+    heap.size[0] += 1
+    place_up(heap, heap.size[0] - 1, node, value, touched)
+
+
+def remove(heap: Heap, node: int) -> None:
+    index = heap.place[node]
+    heap.place[node] = -1
+    heap.size[0] -= 1
+    last = heap.size[0]
+    if index == last:
         return
-    moved = state.heap[state.size[0]]
-    put(state, index, moved)
-    sift_up(state, index)
-    sift_down(state, state.place[moved])
+    moved, value, touched = heap.nodes[last], heap.value[last], heap.touched[last]
+    place_down(heap, place_up(heap, index, moved, value, touched), moved, value, touched)
 
 
-def appraise(state: State, node: int) -> None:
+def on_hit(state: State, node: int, now: int) -> None:
     """Set the node's value and order for one more touch, and tell its parent, which is touched next."""
     state.touches[node] += 1
     state.total[0] += 1
@@ -134,34 +148,35 @@ def appraise(state: State, node: int) -> None:
         state.least[parent] = value
 
 
-def on_hit(state: State, node: int, now: int) -> None:
-    appraise(state, node)
-    sift_up(state, state.place[node])
-    sift_down(state, state.place[node])
-
-
 def on_insert(state: State, node: int, now: int) -> None:
-    measure_depth(state, node)
+    measure_depth(state.parents, state.depth, node)
     state.touches[node] = 0
-    appraise(state, node)
-    push(state, node)
+    on_hit(state, node, now)
+    push(state.heap, node, state.value[node], state.touched[node])
 
 
 def victim(state: State, blocked: Blocked) -> int:
+    heap = state.heap
     held = 0
-    while state.size[0] > 0 and blocked[state.heap[0]] != 0:
-        state.held[held] = state.heap[0]
-        held += 1
-        remove(state, state.heap[0])
-    node = state.heap[0] if state.size[0] > 0 else -1
+    while heap.size[0] > 0:
+        node = heap.nodes[0]
+        if heap.touched[0] != state.touched[node]:
+            place_down(heap, 0, node, state.value[node], state.touched[node])
+        elif blocked[node] != 0:
+            state.held[held] = node
+            held += 1
+            remove(heap, node)
+        else:
+            break
+    node = heap.nodes[0] if heap.size[0] > 0 else -1
     for index in range(held):
-        push(state, state.held[index])
+        push(heap, state.held[index], state.value[state.held[index]], state.touched[state.held[index]])
     return node
 
 
 def on_evict(state: State, node: int) -> None:
     state.clock[0] = max(state.clock[0], state.value[node])
-    remove(state, node)
+    remove(state.heap, node)
     state.depth[node] = 0
     state.least[node] = 0.0
 
