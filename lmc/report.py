@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from lmc.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -180,15 +182,18 @@ def to_json(value: Any) -> bytes:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: temporary file, then rename. Creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a whole file or nothing: temporary file, then rename. Creates the folder. Raises ConfigError where that is not allowed."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place") from None
 
 
 def new_axes(columns: int = 1, width: float = 7.0, height: float = 3.6) -> tuple[Any, list[Any]]:

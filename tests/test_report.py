@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from lmc import report
+from lmc.errors import ConfigError
 from lmc.report import Column, Figure, Report, Section, Table
 
 TABLE = Table(
@@ -109,8 +110,9 @@ def test_write_file_replaces_the_whole_file_and_leaves_nothing_behind(tmp_path: 
     report.write_file(path, "one")
     report.write_file(path, b"two")
     assert path.read_bytes() == b"two"
-    with pytest.raises(OSError):
-        report.write_file(tmp_path, "a folder is not a file")
+    for place in (tmp_path, path / "below.txt"):
+        with pytest.raises(ConfigError, match=f"^cannot write {re.escape(str(place))}: .*; choose another place$"):
+            report.write_file(place, "a folder is not a file, nor a file a folder")
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["a.txt", "new"]
 
 
