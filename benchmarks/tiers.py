@@ -195,7 +195,7 @@ def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Cont
         name, connection = names[number], connections[number % _CONNECTIONS]
         start = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, wanted)
         header = chunks.room[:HEADER_BYTES]
-        parts = [memoryview(start), chunks.source[number], header, memoryview(b"\r\n")]
+        parts = [memoryview(start), header, chunks.source[number], memoryview(b"\r\n")]
         while parts:
             sent = connection.sendmsg(parts)
             while parts and sent >= len(parts[0]):

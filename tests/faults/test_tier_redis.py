@@ -194,10 +194,10 @@ def test_a_cluster_that_loses_a_master_serves_what_the_others_hold(tmp_path: Pat
 
 
 HEADER_POSITIONS = [0, 7, 8, 9, 10, 12, 19, 20, 28, 36, 40, 71, 72, 75, 76, 91, 92, 200, HEADER_BYTES - 1]
-PAYLOAD_POSITIONS = [0, 1, 4095, 4096, 20_000, CHUNK_BYTES - 2, CHUNK_BYTES - 1]
+PAYLOAD_POSITIONS = [HEADER_BYTES + place for place in (0, 1, 4095, 4096, 20_000, CHUNK_BYTES - 2, CHUNK_BYTES - 1)]
 
 
-@pytest.mark.parametrize("position", PAYLOAD_POSITIONS + [CHUNK_BYTES + place for place in HEADER_POSITIONS])
+@pytest.mark.parametrize("position", HEADER_POSITIONS + PAYLOAD_POSITIONS)
 def test_a_flipped_bit_is_never_served(server: RedisServer, tier: RedisTier, position: int) -> None:
     tier.put(key(1), payload(1))
     with server.client() as client:
@@ -211,9 +211,7 @@ def test_a_flipped_bit_is_never_served(server: RedisServer, tier: RedisTier, pos
     assert load(tier, 1) == payload(1)
 
 
-@pytest.mark.parametrize(
-    "size", [0, 1, HEADER_BYTES, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + HEADER_BYTES - 1, 60_000]
-)
+@pytest.mark.parametrize("size", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + CHUNK_BYTES - 1, 60_000])
 def test_a_value_of_a_wrong_size_is_corrupt_and_can_be_replaced(
     server: RedisServer, tier: RedisTier, size: int
 ) -> None:

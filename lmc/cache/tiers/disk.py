@@ -1,7 +1,7 @@
 """The disk tier: one file per chunk, shared by any number of processes.
 
-    PATH/v3/<namespace>/r<rank>/<first byte of the key>/<key>     header page, then the payload
-    PATH/v3/<namespace>/r<rank>/tmp/                              chunks being written
+    PATH/v2/<namespace>/r<rank>/<first byte of the key>/<key>     header page, then the payload
+    PATH/v2/<namespace>/r<rank>/tmp/                              chunks being written
 
 A put writes a temporary file, syncs it and renames it, so a name always stands for a whole chunk (without fsync, after a power cut, for
 one that does not match its checksum). The writer holds a lock (flock) on its temporary file: one that can be locked has no writer any more,

@@ -22,7 +22,7 @@ import xxhash
 from lmc.cache.tiers.format import HEADER_BYTES, aligned_page
 from lmc.errors import Corrupt
 
-_PIECE = 2 << 20
+_PIECE = 4 << 20
 _EDGE = 16 << 10  # of the payload, at either end
 NOT_DIRECT = (
     errno.EINVAL,

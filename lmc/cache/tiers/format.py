@@ -1,11 +1,11 @@
-"""The persisted form of a chunk: one header page, and the payload as it was in the host slot.
+"""The persisted form of a chunk: one header page, then the payload as it was in the host slot.
 
-On disk and in S3 the header comes first, in Redis last. It is HEADER_BYTES long, so that the payload starts on a page. It says what the
+The same bytes lie on disk, in Redis and in S3. The header is HEADER_BYTES long, so that the payload starts on a page. It says what the
 payload is (namespace, rank, key, layout), which chunk comes before it, how long it is and what it hashes to, and carries a checksum of
 itself that covers the padding too. All numbers are little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets
 the chunks of another one.
 
-Version 2 added the parent, so that a restart knows which chunk continues which. In version 3 the header comes last in Redis.
+Version 2 added the parent, so that a restart knows which chunk continues which.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.errors import ConfigError, Corrupt
 
 HEADER_BYTES = 4096
-VERSION = 3
+VERSION = 2
 FORMAT = f"v{VERSION}"  # the part of a file's or a remote key's name that changes with the version
 
 _MAGIC = b"LMCCHUNK"
@@ -75,18 +75,15 @@ class TierScope:
             raise ConfigError(f"the layout fingerprint has {len(self.layout)} characters; at most {_TEXT_BYTES} fit")
 
     def seal(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> bytes:
-        """The header to store with data."""
-        self.check_size(data)
-        return bytes(self._header(key, parent or _NO_KEY, checksum(data)))
-
-    def check_size(self, data: memoryview) -> None:
+        """The header to store in front of data."""
         if len(data) != self.chunk_bytes:
             raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
+        return self._header(key, parent or _NO_KEY, checksum(data))
 
     def verify(self, key: ChunkKey, page: bytes | memoryview, payload_checksum: int) -> None:
         """Raises Corrupt unless page is the header of this key in this scope with a payload of that checksum."""
         parent = ChunkKey(bytes(page[_PARENT_AT : _PARENT_AT + KEY_BYTES]))  # any: the header's own checksum covers it
-        if self._header(key, parent, payload_checksum) == bytes(page):
+        if bytes(page) == self._header(key, parent, payload_checksum):
             return
         header = decode(page)
         found = (header.namespace, header.rank, header.layout, header.key, header.payload_bytes)
@@ -97,7 +94,7 @@ class TierScope:
             raise Corrupt(f"stored under another {' and '.join(wrong)}")
         raise Corrupt("the payload does not match its checksum")
 
-    def _header(self, key: ChunkKey, parent: ChunkKey, payload_checksum: int) -> bytearray:
+    def _header(self, key: ChunkKey, parent: ChunkKey, payload_checksum: int) -> bytes:
         page = bytearray(self._blank)
         page[_KEY_AT : _PARENT_AT + KEY_BYTES] = key + parent
         _CHECKSUM.pack_into(page, _PAYLOAD_CHECKSUM_AT, payload_checksum)
@@ -120,7 +117,7 @@ def aligned_page() -> memoryview:
 
 
 def encode(header: ChunkHeader) -> bytes:
-    return bytes(_seal_page(_unsealed(header)))
+    return _seal_page(_unsealed(header))
 
 
 def _unsealed(header: ChunkHeader) -> bytearray:
@@ -132,9 +129,9 @@ def _unsealed(header: ChunkHeader) -> bytearray:
     return page
 
 
-def _seal_page(page: bytearray) -> bytearray:
+def _seal_page(page: bytearray) -> bytes:
     _CHECKSUM.pack_into(page, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(page))
-    return page
+    return bytes(page)
 
 
 def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:

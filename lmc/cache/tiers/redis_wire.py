@@ -13,13 +13,13 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import xxhash
 
 from lmc.errors import Corrupt
 
-_PIECE = 4 << 20  # bytes received in one call, and hashed while they are in the CPU's last cache
+_PIECE = 1 << 20  # bytes received in one call, and hashed while they are in the CPU's cache and the server sends more
 _TLS_PIECE = 1 << 18
 _LONGEST_LINE = 4096
 _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
@@ -41,19 +41,16 @@ class Wire:
         self._seconds = seconds
         self._deadline = 0.0
 
-    def command(self, *arguments: bytes) -> None:
+    def command(self, *arguments: bytes | Sequence[bytes | memoryview]) -> None:
+        """Send a command; an argument that is a sequence is sent as its parts, one after the other."""
         self._deadline = time.monotonic() + self._seconds
-        self._send([memoryview(b"*%d\r\n%s" % (len(arguments), _strings(*arguments)))])
-
-    def set(self, name: bytes, body: memoryview, tail: Callable[[], bytes], tail_bytes: int, *options: bytes) -> None:
-        """SET name to body and what tail() returns, which is called when body has been sent.
-
-        A checksum of body then costs less: it lies in the CPU's cache, and the server still reads.
-        """
-        self._deadline = time.monotonic() + self._seconds
-        start = b"*%d\r\n%s" % (3 + len(options), _strings(b"SET", name))
-        self._send([memoryview(b"%s$%d\r\n" % (start, len(body) + tail_bytes)), body])
-        self._send([memoryview(b"%s\r\n%s" % (tail(), _strings(*options)))])
+        buffers = [memoryview(b"*%d\r\n" % len(arguments))]
+        for argument in arguments:
+            parts = [argument] if isinstance(argument, bytes) else argument
+            buffers.append(memoryview(b"$%d\r\n" % sum(len(part) for part in parts)))
+            buffers += [memoryview(part) for part in parts]
+            buffers.append(memoryview(b"\r\n"))
+        self._send(buffers)
 
     def line(self) -> bytes:
         """The reply to a command that is answered in one line. Raises ErrorReply."""
@@ -62,27 +59,35 @@ class Wire:
             raise Corrupt(f"the reply {line[:40]!r} is followed by {rest[:40]!r}")
         return line
 
-    def bulk(self, body: memoryview, tail: memoryview) -> int | None:
-        """Receive a value that must be exactly as long as body and tail; returns body's xxh3-64, or None when there is no value.
+    def bulk(self, head: memoryview, body: memoryview) -> int | None:
+        """Receive a value that must be exactly as long as head and body; returns body's xxh3-64, or None when there is no value.
 
         Raises ErrorReply, and Corrupt for anything else, after which the connection is out of step.
         """
-        wanted = b"$%d\r\n" % (len(body) + len(tail))
+        wanted = b"$%d\r\n" % (len(head) + len(body))
         start, end = bytearray(len(wanted)), bytearray(2)
-        left = [memoryview(start), body, tail, memoryview(end)]
-        received = hashed = 0
-        hasher = xxhash.xxh3_64()
-        while left:
-            count = self._receive(_front(left, _PIECE), whole=received >= len(start))
+        left = [memoryview(start), head, body, memoryview(end)]
+        before_body = len(start) + len(head)
+        received = 0
+        while received < before_body:
+            count = self._receive(left)
             _advance(left, count)
             received += count
             if start != wanted and (received >= len(start) or b"\r\n" in start):
-                begun = bytes(start + body[:_LONGEST_LINE] + tail)[: min(received, _LONGEST_LINE)]
-                self._no_value(begun, len(body) + len(tail))
+                begun = bytes(start + head + body[:_LONGEST_LINE])[: min(received, _LONGEST_LINE + 1)]
+                self._no_value(begun, len(head) + len(body))
                 return None
-            ready = min(max(received - len(start), 0), len(body))
-            hasher.update(body[hashed:ready])
-            hashed = ready
+        position = min(received - before_body, len(body))
+        hasher = xxhash.xxh3_64(body[:position])
+        while position < len(body):
+            piece = body[position : position + _PIECE]
+            count = self._receive([piece], whole=True)
+            hasher.update(piece[:count])
+            position += count
+        left = [memoryview(end)]
+        _advance(left, max(received - before_body - len(body), 0))
+        while left:
+            _advance(left, self._receive(left, whole=True))
         if end != b"\r\n":
             raise Corrupt(f"the value is followed by {bytes(end)!r}")
         return hasher.intdigest()
@@ -126,6 +131,8 @@ class Wire:
         try:
             if self._encrypted:
                 count = self._sock.recv_into(into[0])
+            elif len(into) == 1:
+                count = self._sock.recv_into(into[0], 0, socket.MSG_WAITALL if whole else 0)
             else:
                 count, _, _, _ = self._sock.recvmsg_into(into, 0, socket.MSG_WAITALL if whole else 0)
         except BlockingIOError:
@@ -145,21 +152,6 @@ class Wire:
             except BlockingIOError:
                 raise TimeoutError("timed out") from None
             _advance(buffers, count)
-
-
-def _strings(*arguments: bytes) -> bytes:
-    return b"".join(b"$%d\r\n%s\r\n" % (len(argument), argument) for argument in arguments)
-
-
-def _front(buffers: list[memoryview], limit: int) -> list[memoryview]:
-    """The first limit bytes of the buffers."""
-    front = []
-    for buffer in buffers:
-        front.append(buffer[:limit])
-        limit -= len(front[-1])
-        if limit == 0:
-            break
-    return front
 
 
 def _advance(buffers: list[memoryview], count: int) -> None:

@@ -1,4 +1,4 @@
-"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v3/<namespace>/r<rank>/<key>.
+"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v2/<namespace>/r<rank>/<key>.
 
 obstore signs and sends the requests, and repeats one that failed in passing (a 5xx, a dropped connection) within the time-out. Objects are
 written by a single request, so they appear whole. How long they stay is the store's own rule.

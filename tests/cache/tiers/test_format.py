@@ -33,11 +33,11 @@ def test_decode_reverses_encode(header: ChunkHeader) -> None:
     assert decode(page) == header
 
 
-def test_the_format_is_the_one_of_version_3() -> None:
+def test_the_format_is_the_one_of_version_2() -> None:
     """Chunks on disks and in stores out there start with these bytes; another form needs another version."""
     digest = hashlib.sha256(encode(HEADER)).hexdigest()
-    assert digest == "afced1ac2e679b68b5e0b071c0dc2d1f2f22d372270f19cdcbfb61195842f0ac"
-    assert encode(HEADER)[:10] == b"LMCCHUNK\x03\x00"
+    assert digest == "9c9f744b96ab644169acbb495c2fec8b69f3891b0dcd6b8c277bab307fc6c340"
+    assert encode(HEADER)[:10] == b"LMCCHUNK\x02\x00"
 
 
 def test_a_flipped_bit_anywhere_in_the_header_is_found() -> None:
@@ -67,7 +67,7 @@ def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(chunk_format, "VERSION", 1)
         page = encode(HEADER)
-    with pytest.raises(OtherVersion, match="version 1; this lmc reads version 3"):
+    with pytest.raises(OtherVersion, match="version 1; this lmc reads version 2"):
         decode(page)
 
 

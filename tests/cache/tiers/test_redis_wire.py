@@ -6,7 +6,7 @@ import itertools
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -18,8 +18,8 @@ from lmc.cache.tiers import redis_wire
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import Corrupt
 
-BODY, TAIL = 3_000, 16
-VALUE = random.Random(1).randbytes(BODY + TAIL)
+HEAD, BODY = 16, 3_000
+VALUE = random.Random(1).randbytes(HEAD + BODY)
 REPLY = b"$%d\r\n%s\r\n" % (len(VALUE), VALUE)
 
 
@@ -47,11 +47,11 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 
 
 def receive(reply: bytes, places: list[int], piece: int = 1 << 20) -> tuple[int | None, bytes, bytes]:
-    body, tail = bytearray(BODY), bytearray(TAIL)
+    head, body = bytearray(HEAD), bytearray(BODY)
     with pytest.MonkeyPatch.context() as patch, peer(cut(reply, places), seconds=5.0) as (wire, _):
         patch.setattr(redis_wire, "_PIECE", piece)
-        digest = wire.bulk(memoryview(body), memoryview(tail))
-    return digest, bytes(body), bytes(tail)
+        digest = wire.bulk(memoryview(head), memoryview(body))
+    return digest, bytes(head), bytes(body)
 
 
 places = st.lists(st.integers(0, 4_000), max_size=12)
@@ -60,8 +60,8 @@ places = st.lists(st.integers(0, 4_000), max_size=12)
 @settings(deadline=None)
 @given(places, st.sampled_from([1 << 20, BODY, 1_000, 7]))
 def test_a_value_arrives_however_it_is_cut(places: list[int], piece: int) -> None:
-    digest, body, tail = receive(REPLY, places, piece)
-    assert body + tail == VALUE
+    digest, head, body = receive(REPLY, places, piece)
+    assert head + body == VALUE
     assert digest == xxhash.xxh3_64_intdigest(body)
 
 
@@ -99,6 +99,12 @@ def test_a_reply_without_an_end_is_given_up() -> None:
         wire.line()
 
 
+@pytest.mark.parametrize("size", [4_097, 9_000])
+def test_garbage_as_long_as_a_value_is_judged_without_waiting_for_more(size: int) -> None:
+    with pytest.raises(Corrupt, match="starts with"), peer([b"x" * size]) as (wire, _):
+        wire.bulk(memoryview(bytearray(HEAD)), memoryview(bytearray(9_000)))
+
+
 def test_a_closed_connection_is_an_error() -> None:
     here, there = socket.socketpair()
     there.close()
@@ -108,10 +114,10 @@ def test_a_closed_connection_is_an_error() -> None:
 
 def test_the_deadline_holds_for_the_whole_reply() -> None:
     with pytest.raises(TimeoutError), peer([REPLY[:-10]], seconds=0.1) as (wire, _):
-        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(TAIL)))
+        wire.bulk(memoryview(bytearray(HEAD)), memoryview(bytearray(BODY)))
     here, there = socket.socketpair()
     with here, there, pytest.raises(TimeoutError):
-        Wire(here, 0.1).set(b"key", memoryview(bytes(50_000_000)), lambda: b"", 0)  # nobody reads
+        Wire(here, 0.1).command(b"SET", b"key", [memoryview(bytes(50_000_000))])  # nobody reads
 
 
 def parse_command(data: bytes) -> list[bytes]:
@@ -130,35 +136,33 @@ def parse_command(data: bytes) -> list[bytes]:
     return arguments
 
 
-def sent(send: Callable[[Wire], None]) -> bytes:
-    """What the peer receives; it reads slowly."""
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(st.binary(max_size=50), st.lists(st.binary(max_size=3_000), max_size=4)), min_size=1, max_size=6)
+)
+def test_a_command_says_its_arguments(arguments: list[bytes | list[bytes]]) -> None:
+    here, there = socket.socketpair()
+    with there:
+        with here:
+            Wire(here, 5.0).command(*arguments)
+        data = b"".join(iter(lambda: there.recv(65_536), b""))
+    joined = [argument if isinstance(argument, bytes) else b"".join(argument) for argument in arguments]
+    assert parse_command(data) == joined
+
+
+def test_a_large_command_is_sent_in_parts_to_a_slow_reader() -> None:
+    payload = random.Random(3).randbytes(5_000_001)
     here, there = socket.socketpair()
     received = bytearray()
 
-    def read() -> None:
+    def read_slowly() -> None:
         while piece := there.recv(100_000):
             received.extend(piece)
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read_slowly)
     reader.start()
     with there:
         with here:
-            send(Wire(here, 30.0))
+            Wire(here, 30.0).command(b"SET", b"key", [payload[:4096], memoryview(payload)[4096:]])
         reader.join()
-    return bytes(received)
-
-
-@settings(deadline=None)
-@given(st.lists(st.binary(max_size=3_000), min_size=1, max_size=6))
-def test_a_command_says_its_arguments(arguments: list[bytes]) -> None:
-    assert parse_command(sent(lambda wire: wire.command(*arguments))) == arguments
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.binary(max_size=50), st.integers(0, 2_000_000), st.binary(max_size=5_000), st.lists(st.binary(max_size=9)))
-def test_a_value_is_its_body_and_what_is_known_only_then(
-    name: bytes, body_bytes: int, tail: bytes, options: list[bytes]
-) -> None:
-    body = random.Random(3).randbytes(body_bytes)
-    data = sent(lambda wire: wire.set(name, memoryview(body), lambda: tail, len(tail), *options))
-    assert parse_command(data) == [b"SET", name, body + tail, *options]
+    assert parse_command(bytes(received)) == [b"SET", b"key", payload]
