@@ -53,12 +53,13 @@ def test_a_failure_in_any_layer_is_recomputed_and_poisons_nothing(
     plain: VllmDriver, layered: VllmDriver, after: int
 ) -> None:
     text = prompt(80 + after, 400)
-    reference = plain.generate([text])
+    longer = text + prompt(180 + after, 200)
+    reference = plain.generate([longer])
     layered.generate([text])
     layered.call("fail_loads", count=1, after=after)
-    assert_same(layered.generate([text]), reference)
-    again = layered.generate([text])
-    assert again[0]["cached"] == 384  # stored anew
+    assert_same(layered.generate([longer]), reference)
+    again = layered.generate([longer])
+    assert again[0]["cached"] == 576  # stored anew
     assert_same(again, reference)
     assert layered.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
 
@@ -66,9 +67,10 @@ def test_a_failure_in_any_layer_is_recomputed_and_poisons_nothing(
 def test_blocks_are_not_overwritten_before_a_store_has_read_them(plain: VllmDriver, layered: VllmDriver) -> None:
     text = prompt(90, 400)
     others = [prompt(91 + number, 600) for number in range(3)]  # 57 blocks: those of the first prompt among them
-    layered.call("delay_stores", seconds=1.0)
-    layered.generate([text], max_tokens=1)
     past_lmc = {"kv_transfer_params": {"lmc": {"bypass": True}}}
+    layered.generate(others, max_tokens=1, extra_args=past_lmc)  # so that the second time is quick
+    layered.call("delay_stores", seconds=2.0)
+    layered.generate([text], max_tokens=1)
     layered.generate(others, max_tokens=1, extra_args=past_lmc)
     layered.call("delay_stores", seconds=0.0)
     layered.call("settle")

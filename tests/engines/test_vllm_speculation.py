@@ -1,4 +1,7 @@
-"""Speculative decoding and a Redis that hangs, on one real engine: drafts are never stored, and nothing waits without a deadline."""
+"""Speculative decoding and a Redis that hangs, on one real engine that loads in the background.
+
+Drafts are never stored, no wait is without a deadline, and no failed load is tried for ever.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ def engine(tiny_llama: Path, redis: services.RedisServer) -> Iterator[VllmDriver
         "load_deadline": 0.5,
         "lookup_deadline": 0.5,
         "store_decode": True,
+        "background_load_tokens": 1,
     }
     guesses = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
     with driver(tiny_llama, options={"speculative_config": guesses}, **settings) as started:
@@ -94,6 +98,20 @@ def test_a_load_that_redis_does_not_send_is_a_miss(
     got = engine.generate([text], extra_args=EXPLAIN)
     assert explained(got) == ({"device": 0, "redis": 256}, None)
     assert_same(got, plain.generate([text]))
+
+
+def test_a_chunk_that_cannot_be_copied_is_not_offered_again(plain: VllmDriver, engine: VllmDriver) -> None:
+    """Redis still holds it, and vLLM looks a request up again whose load failed."""
+    text = prompt(6, 300)
+    engine.generate([text])
+    engine.call("settle")
+    before = engine.call("metric", name="lmc_failures_total", labels={"operation": "load"})
+    engine.call("fail_loads", count=1000)
+    got = engine.generate([text])
+    engine.call("fail_loads", count=0)
+    assert_same(got, plain.generate([text]))
+    failures = engine.call("metric", name="lmc_failures_total", labels={"operation": "load"}) - before
+    assert 0 < failures <= len(text) // CHUNK
 
 
 def test_nothing_is_left_over(engine: VllmDriver) -> None:

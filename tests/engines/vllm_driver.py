@@ -94,6 +94,7 @@ class VllmDriver:
 
 class _Engine:
     def start(self, model: str, settings: dict[str, Any] | None, options: dict[str, Any]) -> None:
+        self.loads_left: list[int] = []  # of fail_loads(): good ones, then bad ones
         from vllm import LLM
         from vllm.config.kv_events import KVEventsConfig
 
@@ -253,22 +254,25 @@ class _Engine:
         return float(sum(metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:{name}"))
 
     def fail_loads(self, count: int, after: int = 0) -> None:
-        """Loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
+        """From now on loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
         import ctypes
 
         from lmc.cache.transfer.planner import Direction
         from lmc.errors import TransferError
 
+        is_first = not self.loads_left
+        self.loads_left = [after, count]
+        if not is_first:
+            return
         backend = self.worker.copier.backend
         copy = backend.execute
-        good, left = [after], [count]
 
         def broken(descriptors: Any, *arguments: Any) -> None:
-            loading = descriptors.direction is Direction.LOAD
-            if loading and good[0] > 0:
-                good[0] -= 1
-            elif loading and left[0] > 0:
+            loading, left = descriptors.direction is Direction.LOAD, self.loads_left
+            if loading and left[0] > 0:
                 left[0] -= 1
+            elif loading and left[1] > 0:
+                left[1] -= 1
                 ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
                 raise TransferError("injected")
             copy(descriptors, *arguments)
