@@ -3,7 +3,8 @@
 Needs LMC_DATA_DIR; text sets need --tokenizer, a tokenizer.json. Every trace is replayed at 1, 3 and 10 % of its unique blocks. The share
 closed is (hits - LRU's) / (Belady's - LRU's), in block hits over the whole trace, cold start included. A trace where LRU is already within
 0.1 points of Belady says nothing about policies and is marked. Arrivals that a trace does not have are invented with fixed seeds; the note
-of each trace says how. Exit code 1 when `predictive` is below the best of LRU, ARC, S3-FIFO, LIRS and GDSF somewhere.
+of each trace says how. --made takes the traces of made_traces.py instead. Exit code 1 when `predictive` is below the best of LRU, ARC,
+S3-FIFO, LIRS and GDSF somewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import made_traces
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.policy import POLICIES
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, write_file
@@ -153,6 +155,34 @@ SOURCES = {
 }
 
 
+def conversation_window(first: float, last: float) -> Source:
+    return Source(
+        f"the conversation trace's requests from {first:.0%} to {last:.0%}",
+        lambda data, tokenizer: made_traces.window(conversation(data, tokenizer), first, last),
+    )
+
+
+def made(name: str, make: Callable[[], list[made_traces.Arrival]], note: str) -> Source:
+    return Source(note, lambda data, tokenizer: made_traces.trace_of(name, make()))
+
+
+MADE = {
+    "conversation-half-1": conversation_window(0, 0.5),
+    "conversation-half-2": conversation_window(0.5, 1),
+    "conversation-quarter-2": conversation_window(0.25, 0.5),
+    "popular": made("popular", lambda: made_traces.popular_prompts(1), "popular prompts, Zipf"),
+    "questions": made("questions", lambda: made_traces.document_questions(2), "questions to documents"),
+    "made-chats": made("made-chats", lambda: made_traces.chat_sessions(3), "chats with heavy-tailed pauses"),
+    "loop": made("loop", lambda: made_traces.loop(4), "a batch job in a loop"),
+    "chats-and-questions": made(
+        "chats-and-questions",
+        lambda: made_traces.together(made_traces.chat_sessions(5), made_traces.document_questions(6)),
+        "both at once",
+    ),
+}
+ALL = {**SOURCES, **MADE}
+
+
 @dataclass(frozen=True)
 class Judged:
     """One trace at one capacity."""
@@ -257,12 +287,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--traces", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    parser.add_argument("--made", action="store_true", help="the traces of made_traces.py instead of the recorded ones")
+    parser.add_argument("--traces", nargs="+", choices=list(ALL), default=list(SOURCES))
     arguments = parser.parse_args()
+    names = list(MADE) if arguments.made else arguments.traces
     data = Path(os.environ.get("LMC_DATA_DIR", "../shared/data"))
     judged = []
-    for name in arguments.traces:
-        source = SOURCES[name]
+    for name in names:
+        source = ALL[name]
         if source.text and arguments.tokenizer is None:
             print(f"{name}: left out, it needs --tokenizer", file=sys.stderr)
             continue
@@ -271,14 +303,19 @@ def main() -> int:
     for table in both:
         print_table(table)
     if arguments.out is not None:
-        notes = "; ".join(f"{name}: {SOURCES[name].note}" for name in arguments.traces)
+        notes = "; ".join(f"{name}: {ALL[name].note}" for name in names)
         metadata = {
             **describe_hardware(),
             **describe_software(),
-            "command": "python -m benchmarks.policies --tokenizer TOKENIZER",
+            "command": "python -m benchmarks.policies " + ("--made" if arguments.made else "--tokenizer TOKENIZER"),
             "traces": notes,
         }
-        page = Report("Eviction policies on recorded traces", "", [Section("Results", "", both)], metadata)
+        page = Report(
+            f"Eviction policies on {'made' if arguments.made else 'recorded'} traces",
+            "",
+            [Section("Results", "", both)],
+            metadata,
+        )
         write_file(arguments.out / "README.md", report_markdown(page))
     return 1 if any(case.lost for case in judged) else 0
 

@@ -6,9 +6,8 @@ brings, and whether the chunk is its last, which the next turn may complete to a
 ghosts, four for each place, tell it of mistakes. Nothing is set per workload.
 
 Chunks of one class that one request touched form a *group* and age together. Groups of one class and age bin share a list, oldest first; a
-tournament tree holds the value of each list, and the victim is the oldest chunk of the list with the least, or the youngest where value
-grows with age. A touch is amortised O(1) but for the tree, whose depth is fixed; a group crosses an age bin, at most some dozens in a life,
-in O(1).
+tournament tree holds the value of each list, and the victim is the oldest chunk of the list with the least. A touch is amortised O(1) but
+for the tree, whose depth is fixed; a group crosses an age bin, at most some dozens in a life, in O(1).
 """
 
 from __future__ import annotations
@@ -315,21 +314,16 @@ def on_insert(state: State, node: int, now: int) -> None:
 # Eviction
 
 
-def choose(state: State, number: int, blocked: Blocked) -> int:
-    """A node of a list that may go, or -1; groups whose nodes are all set aside leave the list.
-
-    The oldest, but where the list's next age is worth more, the youngest: it waits longest for that.
-    """
-    lists, value = state.lists, state.life.value
-    head = head_of(lists, number)
-    rising = (number + 1) % NUM_BINS > 0 and value[number + 1] > value[number]
-    group = lists.older[head] if rising else lists.younger[head]
+def oldest_of(state: State, number: int, blocked: Blocked) -> int:
+    """The oldest node of a list that may go, or -1; groups whose nodes are all set aside leave the list."""
+    head = head_of(state.lists, number)
+    group = state.lists.younger[head]
     node = -1
     while node < 0 and group != head:
-        following = lists.older[group] if rising else lists.younger[group]
+        following = state.lists.younger[group]
         node = oldest_free(state.members, head_of(state.members, group), state.chains, blocked)
         if is_empty(state.members, group):
-            unlink(lists, group)
+            unlink(state.lists, group)
         group = following
     return node
 
@@ -341,7 +335,7 @@ def victim(state: State, blocked: Blocked) -> int:
     while node < 0 and tree[1] != EMPTY:
         number = least_leaf(tree, int(counter[LOWEST]))
         counter[LOWEST] = number
-        node = choose(state, number, blocked)
+        node = oldest_of(state, number, blocked)
         if node < 0:
             state.held[num_held] = number
             num_held += 1

@@ -55,22 +55,6 @@ def test_the_tree_knows_every_list_and_the_edges_every_age(requests: list[list[i
             assert tree[predictive.LEAVES + number] == expected
 
 
-@pytest.mark.parametrize(("next_value", "age"), [(0.5, 10), (0.7, 8)])
-def test_where_value_grows_with_age_the_youngest_of_a_list_goes(next_value: float, age: int) -> None:
-    host = run_spec(SPEC, [[label] for label in range(20)], 99)
-    policy = host.policy
-    assert isinstance(policy, NodePolicy)
-    state = policy.state
-    number = predictive.LAST * NUM_BINS + 5
-    assert (state.life.lower[5], state.life.lower[6]) == (8, 11)
-    state.life.value[:] = 1.0
-    state.life.value[number : number + 2] = 0.5, next_value
-    for each in range(predictive.NUM_LISTS):
-        predictive.show(state.lists, state.tree, state.life.value, each)
-    blocked = np.zeros(state.where.size, dtype=np.int32)
-    assert predictive.victim(state, blocked) == policy.node_of[(19 - age,)]
-
-
 def test_classes_follow_turns_and_shared_beginnings() -> None:
     host = run_spec(SPEC, [[1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 6, 7], [1, 2, 8]], 99)
     policy = host.policy
