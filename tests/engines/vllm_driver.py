@@ -117,6 +117,19 @@ class _Engine:
             seed=0,
             **{"max_model_len": 4096, "block_size": 32, "enable_prefix_caching": False, **options},
         )
+        self._yield_between_steps()
+
+    def _yield_between_steps(self) -> None:
+        """As the engine of a server does while nothing can be computed; without it the steps keep other threads from the interpreter."""
+        step = self.core.step_fn
+
+        def step_and_yield() -> tuple[Any, bool]:
+            outputs, executed = step()
+            if not executed and self.core.scheduler.has_requests():
+                time.sleep(0.001)
+            return outputs, executed
+
+        self.core.step_fn = step_and_yield
 
     @property
     def core(self) -> Any:
