@@ -110,12 +110,11 @@ class _Engine:
             options["kv_events_config"] = KVEventsConfig(**options["kv_events_config"])
         self.llm = LLM(
             model,
-            dtype="float32",
             enforce_eager=True,
             skip_tokenizer_init=True,
             disable_log_stats=False,
             seed=0,
-            **{"max_model_len": 4096, "block_size": 32, "enable_prefix_caching": False, **options},
+            **{"dtype": "float32", "max_model_len": 4096, "block_size": 32, "enable_prefix_caching": False, **options},
         )
         self._yield_between_steps()
 
