@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 import numpy as np
@@ -21,6 +21,7 @@ from lmc.cache.keys import ChunkKey
 from lmc.cache.policy import get_policy
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
+from lmc.sim.capacity import warn_small
 from lmc.sim.cost import CostModel
 from lmc.sim.router import Router, Routing
 from lmc.sim.shared_store import SHARED, SharedStore
@@ -260,6 +261,7 @@ class _Replay:
             counts = instance.directory.counts
             self.counts.update({f"evicted from {tier}": total for tier, total in counts.evicted.items()})
             self.counts.update({"stores dropped": counts.stores_dropped, "writes dropped": counts.writes_dropped})
+        trace = replace(trace, notes=(*trace.notes, *warn_small(trace, [self.host_slots])))
         return ReplayResult(trace, self.hit_tokens, self.ttft_s, served, self.counts)
 
     def channel(self, tier: str) -> _Channel:

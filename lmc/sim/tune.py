@@ -20,6 +20,7 @@ import numpy as np
 from lmc.cache.policy import POLICIES
 from lmc.errors import ConfigError
 from lmc.sim.bootstrap import Interval, share_interval
+from lmc.sim.capacity import warn_small
 from lmc.sim.cost import CostModel
 from lmc.sim.policies import replay as replay_policy
 from lmc.sim.policy_replay import PLAIN, ReplayOptions
@@ -121,6 +122,7 @@ def tune(
         notes.append(
             "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
         )
+    notes += warn_small(trace, [chosen.host_bytes / (token_bytes * trace.block_tokens)])
     missed = max(points, key=lambda point: point.hit_rate)
     if missed.hit_rate > sized.hit_rate + _REGRET and chosen.dollars_per_million is None:
         notes.append(

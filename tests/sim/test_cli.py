@@ -140,6 +140,16 @@ def test_a_small_capacity_is_reported_as_a_note(trace: Path, arguments: tuple[st
     )
 
 
+@pytest.mark.parametrize("verb", ["replay", "tune"])
+def test_host_memory_below_a_request_is_a_note(trace: Path, tmp_path: Path, verb: str) -> None:
+    lines = [{**line, "timestamp": 10_000 * number + line["timestamp"]} for number in range(3) for line in LINES]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "lmc.yaml").write_text("chunk_tokens: 512\nhost: {capacity: 1MiB}\n")
+    options = {"replay": ("--config", tmp_path / "lmc.yaml"), "tune": ("--memory", "1MiB")}[verb]
+    result = json.loads(run(verb, trace, *options, "--token-bytes", "2KiB", "--json"))
+    assert any(f"is below the longest request of {trace.name} (" in note for note in result["notes"])
+
+
 def test_token_bytes_is_a_size(trace: Path) -> None:
     options = ("--capacity-bytes", "100MiB", "--json")
     [row] = json.loads(run(trace, "--token-bytes", "10KiB", *options))["rows"]
