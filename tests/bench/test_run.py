@@ -315,7 +315,8 @@ def test_command_line_writes_the_report_and_tells_by_exit_code(
 
 def test_ctrl_c_stops_the_engine(write_workload: WriteWorkload, model_folder: Path, tmp_path: Path) -> None:
     path = write_workload(bars=[], arms={"x": {**NONE, "args": ["--fault", "stall"]}})
-    code = (
+    code = (  # a job in the background of a shell begins with SIGINT ignored, and so would its children
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; from pathlib import Path; from lmc.bench.workload import load_workload;"
         "from lmc.bench.run import RunOptions, run_workload;"
         "path, model, serve, scratch = map(Path, sys.argv[1:]);"
