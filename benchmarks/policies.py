@@ -287,8 +287,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--made", action="store_true", help="the traces of made_traces.py instead of the recorded ones")
-    parser.add_argument("--traces", nargs="+", choices=list(ALL), default=list(SOURCES))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--made", action="store_true", help="the traces of made_traces.py instead of the recorded ones")
+    which.add_argument("--traces", nargs="+", choices=list(ALL), default=list(SOURCES))
     arguments = parser.parse_args()
     names = list(MADE) if arguments.made else arguments.traces
     data = Path(os.environ.get("LMC_DATA_DIR", "../shared/data"))

@@ -4,8 +4,8 @@
 
 Two users in a closed loop send conversations of three workloads, prompts that nobody sent before, and requests that they give up. The host
 tier holds a part of the conversations and the disk tier not all of them, so both evict all the time. Every ten seconds the memory of every
-process is read. Prompts have a few lengths only: vLLM on a CPU keeps matrix kernels for every length that it meets, and so grows by some
-megabytes with each new one, with or without lmc. At the end the engine's own record is replayed through the simulator with the same
+process is read. Prompts have a few lengths only: vLLM on a CPU grows with each new one, with or without lmc (it seems to keep
+matrix kernels for it). At the end the engine's own record is replayed through the simulator with the same
 settings, and the cache is cleared: a pin, a slot or a copy that was lost on the way would show. Exits with 1 when one of the bounds is
 missed.
 """

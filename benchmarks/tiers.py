@@ -281,8 +281,8 @@ def as_report(outcomes: list[Outcome], chunks: Chunks, rounds: int) -> Report:
     note = f"{len(chunks.keys)} chunks of {size}, one thread, {rounds} rounds; medians."
     summary = (
         "Speed of each tier against bare I/O of the same bytes in the same run. "
-        "The tier also computes or checks a checksum of every byte, at some 60 GB/s. That hides behind a disk; a load from the page cache "
-        "is a copy at memory speed, to which it adds a tenth and, while the machine's memory is faster, more."
+        "The tier also computes or checks a checksum of every byte. That hides behind a disk; to a load from the page cache, "
+        "which is a copy at memory speed, it adds, and the more the faster the memory is."
     )
     metadata = (
         {"command": "python -m benchmarks.tiers " + " ".join(sys.argv[1:])} | describe_hardware() | describe_software()

@@ -10,6 +10,7 @@ import typer
 
 from lmc.cli.default_command import DefaultCommandGroup
 from lmc.cli.trace_source import TraceSource, reads_trace
+from lmc.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from lmc.report import Table
@@ -64,7 +65,6 @@ def run(
     from lmc.sim import capacity, show
     from lmc.sim.policy_replay import ReplayOptions
     from lmc.sim.study import run_study, sample_study
-    from lmc.units import parse_seconds, parse_size
 
     capacities = capacity.CapacityOptions(
         split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), parse_size(token_bytes)
@@ -138,7 +138,6 @@ def tiers(
 ) -> None:
     """Hits by tier for every combination of sizes; with --cost also time to first token and money."""
     from lmc.sim import show, show_planes
-    from lmc.units import parse_size
 
     size = parse_size(token_bytes)
     trace = source.load()
@@ -185,7 +184,6 @@ def replay(
 ) -> None:
     """Replay through the live cache's own directory: all tiers, write modes, TTL, instances, on a virtual clock."""
     from lmc.sim import replay_show, show
-    from lmc.units import parse_size
 
     size = parse_size(token_bytes)
     result = replay_show.run(source.load(), config, instances, routing, shared, read_cost(cost), size)
@@ -216,7 +214,6 @@ def tune(
     from lmc.sim import tune as tuning
     from lmc.sim import tune_show
     from lmc.sim.policies import check_policies
-    from lmc.units import parse_size
 
     model, size = read_cost(cost), parse_size(token_bytes)
     trace = source.load()

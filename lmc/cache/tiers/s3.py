@@ -90,7 +90,7 @@ class S3Tier:
             yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
 
     def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
-        """None: the server evicts by itself, in an order of its own."""
+        """None: what leaves a bucket is for its life-cycle rules to say."""
         return {}
 
     def close(self) -> None:
