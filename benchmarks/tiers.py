@@ -1,7 +1,8 @@
 """How close each tier comes to bare I/O of the same bytes: python -m benchmarks.tiers [--chunk 4MiB] [--out reports/tiers].
 
-Tier and bare I/O take turns chunk by chunk, so that both see the same machine; times are medians over all chunks and rounds, and a ratio
-compares the tier with the bare way that is fastest by median. Exit code 1 when a bar is missed.
+Every way moves the same chunks, those of one prefix, in one go, and the ways take turns, so that all see the same machine. A tier does it
+as the cache does, on as many threads as io_threads says by default, and on one thread; so does bare I/O. Times are medians over the rounds.
+The bar compares the cache's way with the fastest bare loop, which is on one thread. Exit code 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from pathlib import Path
 import obstore
 
 from lmc.bench.machine import describe_hardware, describe_software
-from lmc.cache.config import RedisConfig, S3Config
+from lmc.cache.config import CacheConfig, RedisConfig, S3Config
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.disk import DiskTier
@@ -36,16 +38,16 @@ from lmc.report import Column, Report, Section, Table, print_table, report_markd
 from lmc.units import format_size, parse_size
 from tests import services
 
-_CONNECTIONS = (
-    4  # to Redis, each way: the kernel tunes each one's buffers by itself, which alone makes a difference of a third
-)
+THREADS: int = CacheConfig.model_fields["io_threads"].default
+# To Redis, each way: the kernel tunes each one's buffers by itself, which alone makes a difference of a third.
+_CONNECTIONS = THREADS
 
 Step = Callable[[int], object]  # does the chunk of that number
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A tier's way with a chunk, and the bare ways to move the same bytes."""
+    """A tier's way with a chunk, and the bare ways to move the same bytes. Steps of different numbers may run at the same time."""
 
     name: str
     bar: float | None
@@ -58,43 +60,44 @@ class Contest:
 class Outcome:
     name: str
     bar: float | None
-    chunk_bytes: int
-    bare_name: str
-    seconds: dict[str, list[float]]  # quartiles of each way, over all chunks and rounds
+    num_bytes: int  # of all chunks together
+    bare_name: str  # of the fastest bare loop
+    seconds: dict[str, dict[int, list[float]]]  # way -> threads -> quartiles over the rounds
 
-    @property
-    def ratio(self) -> float:
-        return self.seconds[self.bare_name][1] / self.seconds["tier"][1]
+    def ratio(self, threads: int, bare_threads: int = 1) -> float:
+        """Speed of the tier on so many threads, of the speed of the bare way."""
+        return self.seconds[self.bare_name][bare_threads][1] / self.seconds["tier"][threads][1]
 
     @property
     def reached(self) -> bool:
-        return self.bar is None or self.ratio >= self.bar
+        return self.bar is None or self.ratio(THREADS) >= self.bar
 
-    def gb_per_s(self, name: str) -> float:
-        return self.chunk_bytes / self.seconds[name][1] / 1e9
+    def gb_per_s(self, name: str, threads: int) -> float:
+        return self.num_bytes / self.seconds[name][threads][1] / 1e9
 
 
 @dataclass
 class Chunks:
-    """The same chunks for every contest: keys, a source and a destination slab, both touched."""
+    """The same chunks for every contest: keys, a source and a destination slab, and a page for each one's header, all touched."""
 
     keys: list[ChunkKey]
     source: list[memoryview]
     slots: list[memoryview]
-    room: memoryview  # header and payload of one chunk, for bare loops
+    headers: list[memoryview]
 
 
 def make_chunks(count: int, chunk_bytes: int) -> Chunks:
-    pitch = -(-chunk_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    source, target = (memoryview(mmap.mmap(-1, count * pitch)) for _ in range(2))
-    for start in range(0, count * pitch, pitch):
-        source[start : start + pitch] = os.urandom(pitch)
-        target[start : start + pitch] = bytes(pitch)
-    cut = [slice(start, start + chunk_bytes) for start in range(0, count * pitch, pitch)]
-    room = memoryview(mmap.mmap(-1, HEADER_BYTES + pitch))
-    room[:] = bytes(len(room))
+    """chunk_bytes: whole pages, so that a slot is aligned as O_DIRECT wants it."""
+    source, target = (memoryview(mmap.mmap(-1, count * chunk_bytes)) for _ in range(2))
+    cut = [slice(start, start + chunk_bytes) for start in range(0, count * chunk_bytes, chunk_bytes)]
+    for one in cut:
+        source[one] = os.urandom(chunk_bytes)
+        target[one] = bytes(chunk_bytes)
+    pages = memoryview(mmap.mmap(-1, count * HEADER_BYTES))
+    pages[:] = bytes(len(pages))
+    headers = [pages[start : start + HEADER_BYTES] for start in range(0, len(pages), HEADER_BYTES)]
     keys = [ChunkKey(os.urandom(32)) for _ in range(count)]
-    return Chunks(keys, [source[one] for one in cut], [target[one] for one in cut], room)
+    return Chunks(keys, [source[one] for one in cut], [target[one] for one in cut], headers)
 
 
 def store(tier: Tier, chunks: Chunks) -> Step:
@@ -110,25 +113,39 @@ def store_all(tier: Tier, chunks: Chunks) -> None:
         tier.put(key, data)
 
 
-def run(contest: Contest, chunks: Chunks, rounds: int) -> Outcome:
-    ways = {"tier": contest.tier} | contest.bare
-    names = list(ways)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def go(step: Step, count: int, pool: ThreadPoolExecutor, threads: int) -> None:
+    """All chunks, each thread every so manyth of them."""
+
+    def some(first: int) -> None:
+        for number in range(first, count, threads):
+            step(number)
+
+    if threads == 1:
+        some(0)
+    else:
+        list(pool.map(some, range(threads)))
+
+
+def run(contest: Contest, chunks: Chunks, rounds: int, pool: ThreadPoolExecutor) -> Outcome:
+    steps = {"tier": contest.tier} | contest.bare
+    ways = [(name, threads) for name in steps for threads in (1, THREADS)]
+    seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     count = len(chunks.keys)
-    for turn in range((rounds + 1) * count):
-        order = random.sample(names, len(names))  # one way may leave the caches, or the processor, to others
-        for place, name in enumerate(order):
-            number = (
-                turn + place * count // len(names)
-            ) % count  # not what another way has just brought into the CPU's cache
-            contest.before(number)
+    for turn in range(rounds + 1):
+        for name, threads in random.sample(
+            ways, len(ways)
+        ):  # one way may leave the caches, or the processor, to others
+            for number in range(count):
+                contest.before(number)
             started = time.perf_counter()
-            ways[name](number)
-            if turn >= count:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-    quartiles = {name: statistics.quantiles(seconds[name], n=4) for name in names}
-    best = min(contest.bare, key=lambda name: quartiles[name][1])
-    return Outcome(contest.name, contest.bar, len(chunks.source[0]), best, quartiles)
+            go(steps[name], count, pool, threads)
+            if turn:  # the first round warms up
+                seconds[name, threads].append(time.perf_counter() - started)
+    quartiles = {
+        name: {threads: statistics.quantiles(seconds[name, threads], n=4) for threads in (1, THREADS)} for name in steps
+    }
+    best = min(contest.bare, key=lambda name: quartiles[name][1][1])
+    return Outcome(contest.name, contest.bar, sum(map(len, chunks.source)), best, quartiles)
 
 
 def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
@@ -136,7 +153,6 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
     store_all(tier, chunks)
     files = [tier._file(key) for key in chunks.keys]
     wanted = HEADER_BYTES + scope.chunk_bytes
-    padded = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def drop(number: int) -> None:
         fd = os.open(files[number], os.O_RDONLY)
@@ -145,19 +161,17 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
 
     def read(flags: int) -> Step:
         def step(number: int) -> None:
-            whole_pages = wanted % mmap.PAGESIZE == 0
-            parts = [chunks.room[:HEADER_BYTES], chunks.slots[number]] if whole_pages else [chunks.room[:padded]]
             fd = os.open(files[number], os.O_RDONLY | flags)
-            done = os.preadv(fd, parts, 0)
+            done = os.preadv(fd, [chunks.headers[number], chunks.slots[number]], 0)
             os.close(fd)
             assert done == wanted
 
         return step
 
     def write(number: int) -> None:
-        temporary = folder / "bare.tmp"
+        temporary = folder / f"bare{number}.tmp"
         fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        written = os.writev(fd, [chunks.room[:HEADER_BYTES], chunks.source[number]])
+        written = os.writev(fd, [chunks.headers[number], chunks.source[number]])
         assert written == wanted
         os.fsync(fd)
         os.close(fd)
@@ -181,12 +195,13 @@ def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Cont
     names = [tiers[0]._name(key) for key in chunks.keys]
     wanted = HEADER_BYTES + scope.chunk_bytes
     around = len(b"$%d\r\n" % wanted) + 2
-    buffer = memoryview(bytearray(wanted + around))
+    buffers = [memoryview(bytearray(wanted + around)) for _ in tiers]
     connections = [socket.create_connection((services.LOCAL, port)) for _ in tiers]
 
     def receive(number: int) -> None:
         name, connection = names[number], connections[number % _CONNECTIONS]
         connection.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name))
+        buffer = buffers[number % _CONNECTIONS]
         got = 0
         while got < len(buffer):
             got += connection.recv_into(buffer[got:])
@@ -194,8 +209,7 @@ def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Cont
     def send(number: int) -> None:
         name, connection = names[number], connections[number % _CONNECTIONS]
         start = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, wanted)
-        header = chunks.room[:HEADER_BYTES]
-        parts = [memoryview(start), header, chunks.source[number], memoryview(b"\r\n")]
+        parts = [memoryview(start), chunks.headers[number], chunks.source[number], memoryview(b"\r\n")]
         while parts:
             sent = connection.sendmsg(parts)
             while parts and sent >= len(parts[0]):
@@ -213,8 +227,10 @@ def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Cont
 
     yield Contest("redis load", 0.85, tier_load, {"recv_into": receive})
     yield Contest("redis store", 0.85, tier_store, {"sendmsg": send})
-    for opened in (*connections, *tiers):
-        opened.close()
+    for connection in connections:
+        connection.close()
+    for tier in tiers:
+        tier.close()
 
 
 def s3_contests(endpoint: str, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
@@ -256,40 +272,47 @@ def contests(folder: Path, scope: TierScope, chunks: Chunks, stack: ExitStack) -
 
 
 def as_report(outcomes: list[Outcome], chunks: Chunks, rounds: int) -> Report:
-    columns = [
+    ways = [
         Column("case"),
-        Column("tier", "GB/s"),
         Column("fastest bare way"),
-        Column("bare", "GB/s"),
-        Column("tier/bare"),
-        Column("bar"),
-        Column("reached"),
+        Column("bare loop", "GB/s"),
+        Column(f"bare, {THREADS} threads", "GB/s"),
+        Column("tier, one thread", "GB/s"),
+        Column(f"tier, {THREADS} threads", "GB/s"),
     ]
-    rows = [
+    speeds: list[list[str | int | float | None]] = [
         [
             one.name,
-            one.gb_per_s("tier"),
             one.bare_name,
-            one.gb_per_s(one.bare_name),
-            one.ratio,
-            one.bar,
-            one.reached,
+            *(one.gb_per_s(name, threads) for name in (one.bare_name, "tier") for threads in (1, THREADS)),
         ]
         for one in outcomes
     ]
+    compared = [
+        Column("case"),
+        Column("the cache's way / bare loop"),
+        Column("bar"),
+        Column("reached"),
+        Column("one thread each"),
+        Column(f"{THREADS} threads each"),
+    ]
+    ratios: list[list[str | int | float | None]] = [
+        [one.name, one.ratio(THREADS), one.bar, one.reached, one.ratio(1), one.ratio(THREADS, THREADS)]
+        for one in outcomes
+    ]
     size = format_size(len(chunks.source[0]))
-    note = f"{len(chunks.keys)} chunks of {size}, one thread, {rounds} rounds; medians."
+    note = f"{len(chunks.keys)} chunks of {size} in one go, {rounds} rounds; medians."
     summary = (
-        "Speed of each tier against bare I/O of the same bytes in the same run. "
-        "The tier also computes or checks a checksum of every byte. That hides behind a disk; to a load from the page cache, "
-        "which is a copy at memory speed, it adds, and the more the faster the memory is."
+        f"Speed of each tier against bare I/O of the same bytes in the same run. The cache moves a prefix on {THREADS} threads "
+        "(io_threads); bare I/O is a plain loop over the same chunks. The tier also computes or checks a checksum of every byte, and takes "
+        "some time of the interpreter for each chunk. That hides behind a disk; on as many threads as the bare way, it adds to a copy at "
+        "memory speed, and the more the faster the memory is."
     )
+    tables = [Table("Tiers and bare I/O", compared, ratios, note), Table("Speeds", ways, speeds, note)]
     metadata = (
         {"command": "python -m benchmarks.tiers " + " ".join(sys.argv[1:])} | describe_hardware() | describe_software()
     )
-    return Report(
-        "Tiers against bare I/O", summary, [Section("Ratios", "", [Table("Tiers", columns, rows, note)])], metadata
-    )
+    return Report("Tiers against bare I/O", summary, [Section("Results", "", tables)], metadata)
 
 
 def main() -> int:
@@ -302,12 +325,20 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="write report.md and results.json here")
     options = parser.parse_args()
-    chunks = make_chunks(options.count, parse_size(options.chunk))
+    chunk_bytes = parse_size(options.chunk)
+    if chunk_bytes % mmap.PAGESIZE:
+        parser.error(f"--chunk {options.chunk} is not a whole number of pages of {mmap.PAGESIZE} bytes")
+    chunks = make_chunks(options.count, chunk_bytes)
     scope = TierScope("benchmark", 0, "benchmark", len(chunks.source[0]))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, ExitStack() as stack:
-        outcomes = [run(contest, chunks, options.rounds) for contest in contests(Path(folder), scope, chunks, stack)]
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+        outcomes = [
+            run(contest, chunks, options.rounds, pool) for contest in contests(Path(folder), scope, chunks, stack)
+        ]
     report = as_report(outcomes, chunks, options.rounds)
-    print_table(report.sections[0].items[0])
+    for item in report.sections[0].items:
+        if isinstance(item, Table):
+            print_table(item)
     if options.out is not None:
         write_file(options.out / "report.md", report_markdown(report))
         write_file(options.out / "results.json", to_json({"outcomes": outcomes, "metadata": report.metadata}))
