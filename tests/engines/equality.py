@@ -127,7 +127,7 @@ def run_scenario(
     """blocks: the engine's KV space, in blocks of 32 tokens."""
     chunk_bytes = CHUNK * kv_bytes_per_token(model)
     with ExitStack() as stack:
-        tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed))
+        tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed, chunk_bytes))
         settings = {
             "chunk_tokens": CHUNK,
             "host.capacity": host_chunks * chunk_bytes,
@@ -165,7 +165,9 @@ def run_scenario(
 
 
 @contextmanager
-def faulty_tiers(folder: Path, names: tuple[str, ...], seed: int) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+def faulty_tiers(
+    folder: Path, names: tuple[str, ...], seed: int, chunk_bytes: int
+) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
     """Settings of tiers that fail now and then, and the count of what was done to them."""
     settings: dict[str, Any] = {}
     done: dict[str, int] = {}
@@ -177,7 +179,7 @@ def faulty_tiers(folder: Path, names: tuple[str, ...], seed: int) -> Iterator[tu
         if "redis" in names:
             server = stack.enter_context(services.redis_server(folder))
             proxy = stack.enter_context(services.proxy(server.port))
-            proxy.to_client = _unreliable(generator, done)
+            proxy.to_client = _unreliable(generator, done, chunk_bytes)
             settings |= {"redis.url": f"redis://{services.LOCAL}:{proxy.port}/0"}
         yield settings, done
 
@@ -220,15 +222,16 @@ def _rot(folder: Path, generator: random.Random, done: dict[str, int]) -> Iterat
         thread.join()
 
 
-def _unreliable(generator: random.Random, done: dict[str, int]) -> services.Fault:
-    """A hundredth of the large pieces arrive with a flipped bit, a five-hundredth of all break the connection."""
+def _unreliable(generator: random.Random, done: dict[str, int], chunk_bytes: int) -> services.Fault:
+    """A bit flips in a tenth of the chunks; a connection breaks in a fiftieth of them, and in a five-hundredth of the short answers."""
 
     def fault(data: bytes) -> bytes:
+        share = len(data) / chunk_bytes  # an answer comes in pieces
         drawn = generator.random()
-        if drawn < 0.002:
+        if drawn < max(0.002, 0.02 * share):
             done["redis: reset"] = done.get("redis: reset", 0) + 1
             return services.Last(data[: len(data) // 2])
-        if drawn < 0.012 and len(data) > 4096:
+        if drawn > 1 - 0.1 * share and len(data) > 4096:
             done["redis: flipped"] = done.get("redis: flipped", 0) + 1
             place = len(data) // 2
             return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
