@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
@@ -10,10 +11,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.breaker import Breaker, TierOpen
+from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
-from tests.contracts.tier import key, payload
+from tests.contracts.tier import OpenTier, TierContract, key, payload
 
 SLOT = memoryview(bytearray(8))
+
+
+class TestClosedBreaker(TierContract):
+    """A tier behind a breaker is still a tier; Redis and S3 always are behind one."""
+
+    model_examples = 5
+
+    @pytest.fixture
+    def open_tier(self, tmp_path: Path) -> OpenTier:
+        return lambda scope: Breaker(DiskTier(tmp_path, scope))
 
 
 class ScriptedTier:
