@@ -229,12 +229,11 @@ def test_a_file_of_a_wrong_size_is_corrupt_and_can_be_replaced(
 def test_a_flipped_bit_at_any_byte_is_never_served(tier: DiskTier, tmp_path: Path) -> None:
     tier.put(key(1), payload(1))
     out = memoryview(bytearray(CHUNK_BYTES))
-    version = range(8, 10)
     with chunk_file(tmp_path).open("r+b", buffering=0) as file:
         raw = file.read()
         for position, byte in enumerate(raw):
             os.pwrite(file.fileno(), bytes([byte ^ 1 << position % 8]), position)
-            with pytest.raises(KeyError if position in version else Corrupt):
+            with pytest.raises(Corrupt):
                 tier.get(key(1), out)
             os.pwrite(file.fileno(), bytes([byte]), position)
     assert load(tier, 1) == payload(1)

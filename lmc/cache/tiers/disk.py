@@ -24,7 +24,7 @@ from pathlib import Path
 from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.cache.tiers.file_read import read_chunk, read_header
 from lmc.cache.tiers.file_write import write_chunk
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope, decode
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope, decode
 from lmc.errors import Corrupt, TierError, TierFull
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class DiskTier:
         try:
             header, found = read_chunk(source, out)
             self._scope.verify(key, header, found)
-        except (FileNotFoundError, OtherVersion):
+        except FileNotFoundError:
             raise KeyError(key) from None
         except Corrupt as error:
             raise Corrupt(f"disk tier: {source}: {error}") from None

@@ -42,10 +42,6 @@ def stored_bytes(chunk_bytes: int) -> int:
     return HEADER_BYTES + chunk_bytes
 
 
-class OtherVersion(Corrupt):
-    """The header is of another version of lmc; to this one the chunk is absent."""
-
-
 @dataclass(frozen=True)
 class ChunkHeader:
     namespace: str
@@ -135,7 +131,7 @@ def _seal_page(page: bytearray) -> bytes:
 
 
 def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:
-    """Read a header. Raises Corrupt, or OtherVersion when another version of lmc wrote it."""
+    """Read a header. Raises Corrupt, also when another version of lmc wrote it: names keep versions apart, so it does not belong there."""
     page = bytearray(raw)
     if len(page) != HEADER_BYTES:
         raise Corrupt(f"the header has {len(page)} bytes instead of {HEADER_BYTES}")
@@ -143,7 +139,7 @@ def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:
     if magic != _MAGIC:
         raise Corrupt("this is not a chunk of lmc")
     if version != VERSION:
-        raise OtherVersion(f"the header is of version {version}; this lmc reads version {VERSION}")
+        raise Corrupt(f"the header is of version {version}; this lmc reads version {VERSION}")
     _CHECKSUM.pack_into(page, _CHECKSUM_AT, 0)
     if xxhash.xxh3_64_intdigest(page) != own:
         raise Corrupt("the header does not match its checksum")

@@ -20,7 +20,7 @@ from redis.exceptions import RedisClusterException
 
 from lmc.cache.config import RedisConfig
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope, checksum
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope, checksum
 from lmc.cache.tiers.redis_connect import node_pool, open_client, parse_address
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
@@ -165,8 +165,6 @@ class RedisTier:
         try:
             client = self._connected()
             yield client
-        except OtherVersion:
-            raise KeyError(key) from None
         except Corrupt as error:
             raise Corrupt(self._message(action, key, error)) from None
         except ErrorReply as reply:

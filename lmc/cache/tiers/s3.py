@@ -18,7 +18,7 @@ from obstore.store import S3Store
 
 from lmc.cache.config import S3Config
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, OtherVersion, TierScope
+from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope
 from lmc.errors import ConfigError, Corrupt, TierError
 
 _RETRIES = 2
@@ -119,8 +119,6 @@ class S3Tier:
         where = f"{self._where}: cannot {action} {what}"
         try:
             yield
-        except OtherVersion:
-            raise KeyError(key) from None
         except Corrupt as error:
             raise Corrupt(f"{where}: {error}") from None
         except TimeoutError as error:

@@ -19,7 +19,7 @@ from lmc.cache.tiers import file_read
 from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope
-from lmc.errors import TierError
+from lmc.errors import Corrupt, TierError
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, OpenTier, TierContract, key, load, payload
 
 
@@ -200,12 +200,15 @@ def test_scan_ignores_what_is_no_chunk(tmp_path: Path) -> None:
     assert [found for found, _ in tier.scan()] == [key(1)]
 
 
-def test_a_header_of_another_version_is_absent_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_of_another_version_is_said_to_be_one_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(chunk_format, "VERSION", 0)
         DiskTier(tmp_path, replace(SCOPE)).put(key(1), payload(1))  # a new scope: a used one remembers its header
     tier = DiskTier(tmp_path, SCOPE)
-    assert load(tier, 1) is None
+    with pytest.raises(Corrupt, match="header is of version 0; this lmc reads version 2"):
+        load(tier, 1)
     tier.put(key(1), payload(2))
     assert load(tier, 1) == payload(2)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers import format as chunk_format
-from lmc.cache.tiers.format import HEADER_BYTES, ChunkHeader, OtherVersion, TierScope, decode, encode
+from lmc.cache.tiers.format import HEADER_BYTES, ChunkHeader, TierScope, decode, encode
 from lmc.errors import ConfigError, Corrupt
 from tests.contracts.tier import SCOPE, key, payload
 
@@ -67,7 +67,7 @@ def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(chunk_format, "VERSION", 1)
         page = encode(HEADER)
-    with pytest.raises(OtherVersion, match="version 1; this lmc reads version 2"):
+    with pytest.raises(Corrupt, match="version 1; this lmc reads version 2"):
         decode(page)
 
 
