@@ -110,6 +110,7 @@ def run_case(name: str, model: Path, seed: int, vocabulary: int | None) -> dict[
             blocks=CASES[name].blocks,
             context=CONTEXT,
             concurrency=CONCURRENCY,
+            rot_seconds=0.1 if vocabulary else 1.0,  # the embedded model takes ten times as long
         )
     return {
         "workload": name,

@@ -123,11 +123,12 @@ def run_scenario(
     blocks: int,
     context: int,
     concurrency: int = 12,
+    rot_seconds: float = 0.1,
 ) -> Verdict:
-    """blocks: the engine's KV space, in blocks of 32 tokens."""
+    """blocks: the engine's KV space, in blocks of 32 tokens. rot_seconds: from one damaged file to the next."""
     chunk_bytes = CHUNK * kv_bytes_per_token(model)
     with ExitStack() as stack:
-        tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed, chunk_bytes))
+        tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed, chunk_bytes, rot_seconds))
         settings = {
             "chunk_tokens": CHUNK,
             "host.capacity": host_chunks * chunk_bytes,
@@ -166,7 +167,7 @@ def run_scenario(
 
 @contextmanager
 def faulty_tiers(
-    folder: Path, names: tuple[str, ...], seed: int, chunk_bytes: int
+    folder: Path, names: tuple[str, ...], seed: int, chunk_bytes: int, rot_seconds: float
 ) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
     """Settings of tiers that fail now and then, and the count of what was done to them."""
     settings: dict[str, Any] = {}
@@ -175,7 +176,7 @@ def faulty_tiers(
     with ExitStack() as stack:
         if "disk" in names:
             settings |= {"disk.path": str(folder / "disk"), "disk.fsync": False}
-            stack.enter_context(_rot(folder / "disk", generator, done))
+            stack.enter_context(_rot(folder / "disk", generator, done, rot_seconds))
         if "redis" in names:
             server = stack.enter_context(services.redis_server(folder))
             proxy = stack.enter_context(services.proxy(server.port))
@@ -185,12 +186,12 @@ def faulty_tiers(
 
 
 @contextmanager
-def _rot(folder: Path, generator: random.Random, done: dict[str, int]) -> Iterator[None]:
-    """Every tenth of a second one file's bit flips, or its end or all of it is lost."""
+def _rot(folder: Path, generator: random.Random, done: dict[str, int], seconds: float) -> Iterator[None]:
+    """Every so many seconds one file's bit flips, or its end or all of it is lost."""
     ended = threading.Event()
 
     def work() -> None:
-        while not ended.wait(0.1):
+        while not ended.wait(seconds):
             files = [file for file in folder.glob("v*/*/r*/??/*") if file.is_file()]
             if not files:
                 continue
