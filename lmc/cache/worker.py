@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
 from lmc.cache.block_copies import BlockCopier
-from lmc.cache.config import REMOTE_TIERS
 from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.logs import Sparingly, facts
 from lmc.cache.plan import (
@@ -36,7 +35,7 @@ from lmc.cache.plan import (
     TierCopy,
     WorkerReady,
 )
-from lmc.cache.tiers.base import Tier
+from lmc.cache.tiers.base import BoundedTier, Tier
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction
@@ -92,7 +91,7 @@ class CacheWorker:
         stored = {}
         parents: dict[ChunkKey, ChunkKey] = {}
         for name, tier in self._tiers.items():
-            if name in REMOTE_TIERS:
+            if not isinstance(tier, BoundedTier):
                 continue
             try:
                 stored[name] = [key for key, _ in tier.scan()]
@@ -106,7 +105,7 @@ class CacheWorker:
             self._slab.num_slots,
             stored,
             self._copying,
-            tuple(name for name in self._tiers if name in REMOTE_TIERS),
+            tuple(name for name, tier in self._tiers.items() if not isinstance(tier, BoundedTier)),
             tuple(warnings),
             parents,
         )

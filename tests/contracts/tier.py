@@ -98,12 +98,6 @@ class TierContract:
         tier.delete(key(3))
         assert sorted(tier.scan()) == sorted((key(number), CHUNK_BYTES) for number in (0, 1, 2, 4))
 
-    def test_parents_are_those_that_were_put(self, tier: Tier) -> None:
-        """As far as the tier knows: some know none."""
-        tier.put(key(1), payload(1))
-        tier.put(key(2), payload(2), key(1))
-        assert tier.parents([key(1), key(2), key(3)]) in ({}, {key(2): key(1)})
-
     def test_another_object_sees_the_chunk(self, open_tier: OpenTier) -> None:
         first, second = open_tier(SCOPE), open_tier(SCOPE)
         first.put(key(1), payload(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lmc.cache.keys import ChunkKey
 
@@ -35,8 +35,13 @@ class Tier(Protocol):
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
         """Each stored key and the bytes of its payload, oldest first where the medium knows."""
 
-    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
-        """The chunk before each of keys, as far as the tier can tell within seconds; keys as scan() lists them. Asked for at the start."""
-
     def close(self) -> None:
         """Release connections and files. Stored chunks stay."""
+
+
+@runtime_checkable
+class BoundedTier(Tier, Protocol):
+    """A tier that evicts nothing by itself, so the directory decides what goes, and learns at the start what there is."""
+
+    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
+        """The chunk before each of keys, as far as the tier can tell within seconds; keys as scan() lists them."""

@@ -90,10 +90,6 @@ class Breaker:
             found = list(self._tier.scan())
         return iter(found)
 
-    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
-        with self._call():
-            return self._tier.parents(keys)
-
     def close(self) -> None:
         self._tier.close()
 

@@ -111,10 +111,6 @@ class RedisTier:
             if len(key) == KEY_BYTES:
                 yield key, self._scope.chunk_bytes
 
-    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
-        """None: the server evicts by itself, in an order of its own."""
-        return {}
-
     def close(self) -> None:
         client = self._forget_client()
         if client is not None:

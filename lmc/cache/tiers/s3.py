@@ -89,10 +89,6 @@ class S3Tier:
         for _, name in sorted(found):
             yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
 
-    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
-        """None: what leaves a bucket is for its life-cycle rules to say."""
-        return {}
-
     def close(self) -> None:
         """obstore closes its connections by itself."""
 

@@ -55,10 +55,6 @@ class ScriptedTier:
         self._reply()
         yield key(1), 8
 
-    def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
-        self._reply()
-        return {}
-
     def close(self) -> None:
         self.closed = True
 
@@ -95,9 +91,8 @@ def broken(threshold: int = 3) -> tuple[Breaker, ScriptedTier, Clock]:
         lambda tier: tier.contains([key(1)]),
         lambda tier: tier.delete(key(1)),
         lambda tier: list(tier.scan()),
-        lambda tier: tier.parents([key(1)]),
     ],
-    ids=["put", "get", "contains", "delete", "scan", "parents"],
+    ids=["put", "get", "contains", "delete", "scan"],
 )
 def test_an_open_breaker_makes_no_call(call: Callable[[Breaker], object]) -> None:
     breaker, tier, _ = broken()
