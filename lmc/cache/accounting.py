@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import Directory, Miss, Ticket
 from lmc.cache.keys import Namespace
+from lmc.cache.logs import Sparingly
 from lmc.cache.metrics import CacheMetrics
 from lmc.cache.plan import Report
 from lmc.cache.presence import Answer
 from lmc.cache.record import TraceRecorder
 from lmc.cache.request import CachedRequest
 from lmc.cache.spans import Span, Spans
+
+logger = logging.getLogger(__name__)
 
 DEVICE = "device"
 
@@ -35,6 +39,7 @@ class Accounting:
         self.metrics = _open_metrics(directory)
         self.metrics.chunk_bytes.set(chunk_bytes)
         self.spans = Spans(clock)
+        self._sparingly = Sparingly()
         self._recorder = None
         if config.record is not None:
             self._recorder = TraceRecorder(
@@ -65,6 +70,8 @@ class Accounting:
             metrics.miss_tokens.labels(why).inc(request.num_tokens - have)
         if why in (Miss.LOAD_DEADLINE, Miss.REMOTE_DEADLINE):
             metrics.waits.inc()
+            text = f"{why}: request {request_id} waits no longer and computes {request.num_tokens - have} tokens"
+            self._sparingly.warn(logger, why, text, request=request_id, cause=str(why))
         keys = request.chain.keys
         if request.sources:
             idle = self._directory.idle(keys[have // self._chunk_tokens - 1], now)
@@ -80,7 +87,7 @@ class Accounting:
         """A tier said what it holds, or failed to."""
         self.metrics.ask_seconds.labels(answer.tier).observe(answer.seconds)
         if answer.failure:
-            self.metrics.ask_failures.labels(answer.tier).inc()
+            self.metrics.ask_failures.labels(answer.tier, answer.failure).inc()
 
     def ended(self, ticket: Ticket, cause: str | None) -> None:
         """An operation ended on all ranks, well or for this cause."""

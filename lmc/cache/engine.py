@@ -248,7 +248,7 @@ class CacheEngine:
         if self._endpoint is not None:
             self._endpoint.close()
         if self._presence is not None:
-            self._presence.close()
+            self._presence.close(self.config.close_timeout)
 
     # Inside
 
@@ -268,8 +268,11 @@ class CacheEngine:
         self._learn()
         found = self.directory.lookup(keys[:limit], now)
         request.cut = None
-        if found.num_chunks < limit and not answered and self._wait_for_presence(request, keys[:limit], found, now):
-            return None
+        if found.num_chunks < limit:
+            if not answered and self._wait_for_presence(request, keys[:limit], found, now):
+                return None
+            if answered and request.question is not None and request.question.failed:
+                request.cut = Miss.REMOTE_FAILED
         if request.found is None:
             request.found = found
         first = computed // self.chunk_tokens

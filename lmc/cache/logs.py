@@ -56,12 +56,12 @@ class Sparingly:
         self._lock = threading.Lock()
         self._said: dict[Hashable, tuple[float, int]] = {}  # kind -> time of the last line, lines held back since
 
-    def held_back(self, kind: Hashable) -> int | None:
-        """None: keep silent. Otherwise say it; so many lines of this kind were held back before."""
+    def warn(self, logger: logging.Logger, kind: Hashable, text: str, **about: object) -> None:
+        """Log a warning with its facts, unless one of this kind was logged just now."""
         with self._lock:
             last, count = self._said.get(kind, (float("-inf"), 0))
-            if self._now() - last < self._seconds:
-                self._said[kind] = (last, count + 1)
-                return None
-            self._said[kind] = (self._now(), 0)
-            return count
+            silent = self._now() - last < self._seconds
+            self._said[kind] = (last, count + 1) if silent else (self._now(), 0)
+        if not silent:
+            more = f" ({count} more since the last such line)" if count else ""
+            logger.warning("lmc: %s%s", text, more, extra=facts(**about, held_back=count))

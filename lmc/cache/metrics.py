@@ -41,7 +41,7 @@ class CacheMetrics:
         self.wait_seconds = histogram("wait_seconds", "Time from a request's first lookup to its answer", _SECONDS)
         self.waits = counter("deadline_exceeded", "Lookups that did not wait for a tier any longer")
         self.ask_seconds = histogram("ask_seconds", "Time a tier took to say what it holds", _SECONDS, "tier")
-        self.ask_failures = counter("ask_failures", "Times that a tier could not say what it holds", "tier")
+        self.ask_failures = counter("ask_failures", "Times that a tier could not say what it holds", "tier", "cause")
         self.reuse_age = histogram("reuse_age_seconds", "Time since the last touch of a hit's last chunk", _AGES)
 
         self.stored_chunks = counter("stored_chunks", "Chunks stored in host memory")

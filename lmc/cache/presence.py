@@ -11,12 +11,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from lmc.cache.keys import ChunkKey
+from lmc.cache.logs import Sparingly
+from lmc.cache.plan import CRASH, ERROR, UNAVAILABLE
 from lmc.cache.tiers.base import Tier
+from lmc.cache.tiers.breaker import TierOpen
 from lmc.errors import TierError
 
 logger = logging.getLogger(__name__)
@@ -31,13 +35,14 @@ class Answer(NamedTuple):
     keys: Sequence[ChunkKey]
     present: Sequence[bool]
     seconds: float
-    failure: str = ""  # the tier could not be asked; keys is empty
+    failure: str = ""  # why the tier could not be asked, one of plan.CAUSES; keys is empty
 
 
 @dataclass
 class Question:
     keys: tuple[ChunkKey, ...]
     open: int = 0  # tiers that have not answered
+    failed: bool = False  # some tier could not be asked, so what is not known may be there
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -55,22 +60,20 @@ class Presence:
     def __init__(self, tiers: Mapping[str, Sequence[Tier]]) -> None:
         self._tiers = dict(tiers)
         self._pools = {name: ThreadPoolExecutor(_THREADS, thread_name_prefix=f"lmc-ask-{name}") for name in tiers}
-        self._waiting = dict.fromkeys(tiers, 0)
-        self._lock = threading.Lock()  # guards _waiting
+        self._asking: dict[str, set[Future[None]]] = {name: set() for name in tiers}
         self._answers: deque[Answer] = deque()
+        self._sparingly = Sparingly()
 
     def ask(self, keys: Sequence[ChunkKey]) -> Question:
         """Keys are consecutive chunks of a prefix. Returns at once; a tier that has too much to do is not asked."""
         question = Question(tuple(keys))
-        asked = []
-        for name in self._tiers:
-            with self._lock:
-                if self._waiting[name] < _WAITING:
-                    self._waiting[name] += 1
-                    asked.append(name)
+        asked = [name for name, asking in self._asking.items() if len(asking) < _WAITING]
         question.open = len(asked)
+        question.failed = len(asked) < len(self._tiers)
         for name in asked:
-            self._pools[name].submit(self._ask, name, question).add_done_callback(_complain)
+            asking = self._pools[name].submit(self._ask, name, question)
+            self._asking[name].add(asking)
+            asking.add_done_callback(partial(self._on_end, name))
         return question
 
     def answers(self) -> list[Answer]:
@@ -80,12 +83,13 @@ class Presence:
             found.append(self._answers.popleft())
         return found
 
-    def close(self) -> None:
-        """Calls under way end with their own time-outs, on their own."""
+    def close(self, timeout: float) -> None:
+        """Let calls under way end within timeout seconds, then release connections."""
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
-        for pool in self._pools.values():
-            pool.shutdown(wait=True)
+        _, late = wait([asking for of_tier in self._asking.values() for asking in list(of_tier)], timeout)
+        if late:
+            return  # a thread still uses its connection; the tier's own time-out ends it
         for ranks in self._tiers.values():
             for tier in ranks:
                 tier.close()
@@ -94,16 +98,17 @@ class Presence:
         started = time.perf_counter()
         keys: tuple[ChunkKey, ...] = ()
         present: list[bool] = []
-        failure = "a fault in lmc"
+        failure = CRASH
         try:
             present = self._leading(name, question.keys)
             keys, failure = question.keys[: len(present)], ""
+        except TierOpen:
+            failure = UNAVAILABLE  # the breaker has said so when it opened
         except TierError as error:
-            failure = str(error)
-            logger.debug("lmc: %s", error)
+            failure = ERROR
+            self._sparingly.warn(logger, name, str(error), operation="ask", tier=name, cause=ERROR)
         finally:
-            with self._lock:
-                self._waiting[name] -= 1
+            question.failed = question.failed or bool(failure)
             self._answers.append(Answer(name, keys, present, time.perf_counter() - started, failure))
             question.answered()
 
@@ -120,9 +125,9 @@ class Presence:
             size *= 4
         return present
 
-
-def _complain(asked: Future[None]) -> None:
-    """Name a fault in lmc itself; the question has been answered without it."""
-    error = None if asked.cancelled() else asked.exception()
-    if error is not None:
-        logger.error("lmc: asking a tier for chunks crashed", exc_info=error)
+    def _on_end(self, name: str, asked: Future[None]) -> None:
+        """Name a fault in lmc itself; the question has been answered without it."""
+        self._asking[name].discard(asked)
+        error = None if asked.cancelled() else asked.exception()
+        if error is not None:
+            logger.error("lmc: asking the %s tier for chunks crashed", name, exc_info=error)

@@ -17,7 +17,7 @@ from functools import partial
 
 from lmc.cache.block_copies import BlockCopier
 from lmc.cache.keys import ChunkKey, Namespace
-from lmc.cache.logs import Sparingly, facts
+from lmc.cache.logs import Sparingly
 from lmc.cache.plan import (
     ABSENT,
     CAUSES,
@@ -260,14 +260,10 @@ class CacheWorker:
             self._measure(f"{copy.tier} {copy.kind}", len(view), time.perf_counter() - started)
 
     def _complain(self, copy: TierCopy, error: TierError) -> None:
-        cause = _cause(error)
-        held_back = self._sparingly.held_back((copy.tier, copy.kind, cause))
-        if held_back is None:
-            return
-        more = f" ({held_back} more since the last such line)" if held_back else ""
-        key = copy.key.hex()
-        about = facts(operation=copy.kind, tier=copy.tier, cause=cause, key=key, rank=self._rank, held_back=held_back)
-        logger.warning("lmc: %s of chunk %s failed: %s%s", copy.kind, key[:16], error, more, extra=about)
+        cause, key = _cause(error), copy.key.hex()
+        text = f"{copy.kind} of chunk {key[:16]} failed: {error}"
+        about = {"operation": copy.kind, "tier": copy.tier, "cause": cause, "key": key, "rank": self._rank}
+        self._sparingly.warn(logger, (copy.tier, copy.kind, cause), text, **about)
 
     def _on_end(self, copy: TierCopy, future: Future[None]) -> None:
         """After a fault in lmc itself: say so, and let the operation end, so that its slot is free again."""

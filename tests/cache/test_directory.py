@@ -187,6 +187,17 @@ def test_pins_hold_until_they_are_given_up_or_expire():
     assert len(directory.store(keys("b", 1), 10.0)) == 1
 
 
+def test_a_pin_is_added_to_and_ends_at_the_expiry_given_last():
+    directory = make(4)
+    put(directory, keys("a", 3))
+    directory.pin(keys("a", 1), "me", 10.0)
+    assert directory.pin(keys("a", 3), "me", 20.0) == 3
+    directory.expire(15.0)
+    assert directory.store(keys("b", 4), 15.0)[1:] == []
+    assert directory.unpin("me") and not directory.unpin("me")
+    directory.check()
+
+
 def test_clearing_a_prefix_leaves_its_siblings():
     directory = make(8)
     root, one, other = keys("root", 1), keys("one", 2), keys("other", 2)

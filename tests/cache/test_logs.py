@@ -60,9 +60,16 @@ def test_lines_are_json_with_traces():
     assert "ValueError: x" in line["trace"]
 
 
-def test_repeated_lines_are_held_back_and_counted():
+def test_repeated_lines_are_held_back_and_counted(lines):
     now = 0.0
     sparingly = Sparingly(10.0, lambda: now)
-    assert [sparingly.held_back("a"), sparingly.held_back("a"), sparingly.held_back("b")] == [0, None, 0]
+
+    def say(*kinds: str) -> list[tuple[str, int]]:
+        lines.seek(lines.truncate(0))
+        for kind in kinds:
+            sparingly.warn(logging.getLogger("lmc.a"), kind, f"about {kind}", tier="disk")
+        return [(line["message"], line["held_back"]) for line in map(json.loads, lines.getvalue().splitlines())]
+
+    assert say("a", "a", "b") == [("about a", 0), ("about b", 0)]
     now = 10.0
-    assert [sparingly.held_back("a"), sparingly.held_back("a")] == [1, None]
+    assert say("a", "a") == [("about a (1 more since the last such line)", 1)]

@@ -22,6 +22,7 @@ class Tier:
         self.stored = stored
         self.broken = broken
         self.batches: list[int] = []
+        self.closed = False
         self.gate = threading.Event()
         self.gate.set()
 
@@ -49,7 +50,7 @@ def test_keys_are_asked_in_growing_batches_up_to_the_first_absent_one(stored, ba
     (answer,) = ask(presence)
     assert tier.batches == batches
     assert sum(answer.present) == min(stored, sum(batches)) and len(answer.keys) == len(answer.present)
-    presence.close()
+    presence.close(10)
     assert tier.closed
 
 
@@ -57,7 +58,7 @@ def test_a_chunk_is_there_when_it_is_there_for_every_rank():
     presence = Presence({"redis": [Tier(10), Tier(4), Tier(7)]})
     (answer,) = ask(presence)
     assert sum(answer.present) == 4
-    presence.close()
+    presence.close(10)
 
 
 def test_each_tier_answers_for_itself():
@@ -65,7 +66,7 @@ def test_each_tier_answers_for_itself():
     answers = {answer.tier: answer for answer in ask(presence)}
     assert answers["redis"].failure and not answers["redis"].keys
     assert sum(answers["s3"].present) == 5 and not answers["s3"].failure
-    presence.close()
+    presence.close(10)
 
 
 def test_a_tier_with_too_much_to_do_is_not_asked():
@@ -74,11 +75,38 @@ def test_a_tier_with_too_much_to_do_is_not_asked():
     presence = Presence({"redis": [tier]})
     questions = [presence.ask(KEYS) for _ in range(70)]
     assert [question.done for question in questions] == [False] * 64 + [True] * 6
+    assert [question.failed for question in questions] == [False] * 64 + [True] * 6
     tier.gate.set()
     wait_until(lambda: all(question.done for question in questions), "the answers", 10)
     assert len(presence.answers()) == 64
     assert len(ask(presence)) == 1
-    presence.close()
+    presence.close(10)
+
+
+def test_close_waits_no_longer_than_its_limit_for_a_tier_that_hangs():
+    tier = Tier(5)
+    tier.gate.clear()
+    presence = Presence({"redis": [tier]})
+    questions = [presence.ask(KEYS) for _ in range(5)]
+    presence.close(0.1)
+    assert not tier.closed, "its connection is in use"
+    assert not any(question.done for question in questions)
+    tier.gate.set()
+
+
+def test_what_could_not_be_asked_is_not_known(caplog):
+    tier = Tier(broken=True)
+    presence = Presence({"redis": [tier], "s3": [Tier(5)]})
+    question = presence.ask(KEYS)
+    wait_until(lambda: question.done, "the answer", 10)
+    assert question.failed
+    assert {answer.tier: answer.failure for answer in presence.answers()} == {"redis": "error", "s3": ""}
+    assert [record.getMessage() for record in caplog.records] == ["lmc: redis tier: injected"]
+    tier.broken = False
+    question = presence.ask(KEYS)
+    wait_until(lambda: question.done, "the answer", 10)
+    assert not question.failed
+    presence.close(10)
 
 
 def test_a_prompt_of_another_tenant_is_noticed():

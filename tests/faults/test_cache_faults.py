@@ -113,9 +113,9 @@ def test_a_crash_while_a_tier_is_asked_is_an_answer(instances, warm, monkeypatch
     patient = settings(disk_path=warm, disk_shared=True, lookup_deadline=3600)
     instances.append(instance := Instance(patient))
     monkeypatch.setattr(Presence, "_leading", _raises(RuntimeError("injected")))
-    assert instance.serve(prompt(2, 50)).miss == "never stored"
-    assert instance.metric("ask_failures_total", tier="disk") == 1
-    assert "asking a tier for chunks crashed" in caplog.text and "RuntimeError: injected" in caplog.text
+    assert instance.serve(prompt(2, 50)).miss == "remote failed"
+    assert instance.metric("ask_failures_total", tier="disk", cause="crash") == 1
+    assert "asking the disk tier for chunks crashed" in caplog.text and "RuntimeError: injected" in caplog.text
 
 
 def test_an_io_thread_that_hangs_delays_nobody_beyond_the_deadline(warm, monkeypatch, caplog):

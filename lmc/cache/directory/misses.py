@@ -25,6 +25,7 @@ class Miss(StrEnum):
     BELOW_MINIMUM = "below minimum"
     LOAD_DEADLINE = "load deadline"
     REMOTE_DEADLINE = "remote deadline"
+    REMOTE_FAILED = "remote failed"
 
 
 def evicted_from(tier: str) -> str:

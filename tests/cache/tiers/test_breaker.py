@@ -120,6 +120,12 @@ def test_an_answer_of_a_live_server_is_no_failure(answer: Exception) -> None:
             breaker.get(key(1), SLOT)
     assert breaker.state == "closed"
     assert breaker.counters.failures == 0
+    breaker, tier, clock = broken()
+    clock.seconds += 1
+    tier.answer = answer
+    with pytest.raises(type(answer)):
+        breaker.get(key(1), SLOT)
+    assert breaker.state == "closed", "it ends a trial well, too"
 
 
 def test_successes_in_between_keep_it_closed() -> None:
