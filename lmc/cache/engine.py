@@ -279,7 +279,7 @@ class CacheEngine:
         in_host = self._leading_in_host(found, first)
         if in_host < found.num_chunks and self._wait_for_staging(request_id, request, keys, first, found, now):
             return None
-        if in_host < request.found.num_chunks and request.cut is None:
+        if in_host < request.found.num_chunks and request.cut != Miss.LOAD_DEADLINE:
             request.cut = (found.miss if in_host == found.num_chunks else None) or request.short
         gain = in_host * self.chunk_tokens - computed
         if 0 < gain < self.config.min_load_tokens:
@@ -312,6 +312,8 @@ class CacheEngine:
         if self._presence is None:
             return False
         if request.question is None:
+            if request.stage_until is not None:
+                return False  # a load failed; what is found now would not be staged any more
             request.question = self._presence.ask(keys[found.num_chunks :])
             request.ask_until = now + self.config.lookup_deadline
         if now < request.ask_until:

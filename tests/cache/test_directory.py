@@ -70,6 +70,14 @@ def test_children_go_before_parents_and_the_reason_says_where_from():
     assert found.tiers == (HOST, HOST) and found.miss == evicted_from(HOST) == "evicted from host"
 
 
+def test_the_reason_names_the_tier_that_gave_a_chunk_up_last():
+    directory = make(1, disk=2)
+    for name in "abc":
+        put(directory, keys(name, 1))
+    assert directory.lookup(keys("a", 1), 0.0).miss == "evicted from disk"
+    assert directory.lookup(keys("b", 1), 0.0).tiers == ("disk",)
+
+
 def test_a_prompt_longer_than_the_host_keeps_its_head():
     directory = make(4)
     tickets = put(directory, keys("a", 6))
@@ -159,12 +167,26 @@ def test_a_queue_of_one_tier_does_not_hold_up_another():
     settle_all = [directory.complete(ticket.operation, None, 0.0) for ticket in directory.store(keys("a", 4), 0.0)]
     assert len(settle_all) == 4
     assert directory.num_writing == {"disk": 2, "redis": 2}
+    assert directory.counts.writes_dropped == 4, "two of each tier"
     for ticket in directory.take_tickets():
         if ticket.tier == "disk":
             directory.complete(ticket.operation, None, 0.0)
     directory.store(keys("a", 4), 0.0)
     assert directory.num_writing == {"disk": 2, "redis": 2}
-    assert directory.counts.writes_dropped > 0
+    assert directory.counts.writes_dropped == 6
+
+
+def test_what_is_not_written_is_counted():
+    full = make(2, disk=1)
+    put(full, keys("a", 1))
+    full.pin(keys("a", 1), "me", 10.0)
+    assert [ticket.kind for ticket in put(full, keys("b", 1))] == ["store"]
+    assert full.counts.writes_dropped == 1, "nothing on disk may go"
+    hurried = make(1, disk=4, write="back")
+    put(hurried, keys("a", 1))
+    put(hurried, keys("b", 1))
+    assert hurried.counts.writes_dropped == 1, "there was no time to write it"
+    assert hurried.lookup(keys("a", 1), 0.0).miss == "evicted from host"
 
 
 def test_restoring_keeps_the_youngest_and_names_the_rest():
