@@ -189,6 +189,19 @@ def test_what_is_not_written_is_counted():
     assert hurried.lookup(keys("a", 1), 0.0).miss == "evicted from host"
 
 
+@pytest.mark.parametrize("lost", ["disk", "redis"])
+def test_a_chunk_whose_write_failed_is_not_there_and_is_written_at_its_next_touch(lost):
+    directory = make(2, disk=4, remote=("redis",))
+    (store,) = directory.store(keys("a", 1), 0.0)
+    directory.complete(store.operation, None, 0.0)
+    for write in directory.take_tickets():
+        directory.complete(write.operation, "error" if write.tier == lost else None, 0.0)
+    assert lost not in directory.tiers_of(keys("a", 1)[0]) and len(directory.tiers_of(keys("a", 1)[0])) == 2
+    again = put(directory, keys("a", 1))
+    assert [(write.kind, write.tier) for write in again] == [("write", lost)]
+    assert len(directory.tiers_of(keys("a", 1)[0])) == 3
+
+
 def test_restoring_keeps_the_youngest_and_names_the_rest():
     directory = make(2, disk=3)
     assert directory.restore("disk", keys("a", 5), 0.0) == keys("a", 2)

@@ -97,17 +97,28 @@ def test_a_failed_load_is_recomputed_and_not_offered_again(instances, monkeypatc
     assert instance.serve(tokens).loaded == 48, "what was recomputed is stored again"
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_file_of_one_rank_is_a_miss_and_is_replaced(instances, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("flip", "payload does not match its checksum"),
+        ("truncate", "the file has 904 bytes instead of 4480"),
+        ("older", "the header is of version 1; this lmc reads version 2"),
+        ("delete", ""),  # another instance may do so
+    ],
+)
+def test_a_damaged_file_of_one_rank_is_a_miss_and_is_replaced(instances, tmp_path, caplog, damage, said):
     tokens = prompt(1, 50)
     first = Instance(settings(disk_path=tmp_path), 2)
     first.serve(tokens)
     first.close()
     second = start(instances, 2, disk_path=tmp_path)
     for file in chunk_files(tmp_path, rank=1):
+        content = bytearray(file.read_bytes())
         if damage == "flip":
-            content = bytearray(file.read_bytes())
             content[-1] ^= 1
+            file.write_bytes(content)
+        elif damage == "older":
+            content[8] = 1
             file.write_bytes(content)
         elif damage == "truncate":
             os.truncate(file, 5000 - 4096)
@@ -117,6 +128,7 @@ def test_a_damaged_file_of_one_rank_is_a_miss_and_is_replaced(instances, tmp_pat
     assert served.loaded == 0
     cause = "absent" if damage == "delete" else "corrupt"
     assert second.metric("failure_causes_total", operation="stage", tier="disk", cause=cause) > 0
+    assert said in caplog.text
     second.serve(tokens)  # stores the chunks whose failing copies outlasted the first request
     assert second.serve(tokens).sources == {"host": 48}
     second.settle()

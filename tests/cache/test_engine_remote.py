@@ -130,7 +130,7 @@ def test_an_unreachable_server_costs_a_warning_and_is_used_when_it_comes(tmp_pat
 
 
 @pytest.mark.fault
-def test_a_paused_server_delays_nobody_beyond_the_deadlines(tmp_path):
+def test_a_paused_server_delays_nobody_beyond_the_deadlines(tmp_path, caplog):
     with services.redis_server(tmp_path) as server:
         values = redis_settings(
             server, redis_timeout=60, lookup_deadline=0.2, load_deadline=0.5, disk_path=tmp_path / "disk"
@@ -147,6 +147,7 @@ def test_a_paused_server_delays_nobody_beyond_the_deadlines(tmp_path):
                     assert time.monotonic() - started < 15, "the deadlines end the wait, not the time-out"
                 assert instance.serve(tokens, settle=False).sources == {"host": 48}
                 assert instance.metric("misses_total", reason="remote deadline") > 0
+                assert "remote deadline: request" in caplog.text
             finally:
                 server.resume()
             instance.settle()
@@ -173,6 +174,11 @@ def test_instances_share_an_s3_bucket():
         }
         one, two = (Instance(settings(**values)) for _ in range(2))
         with running(one, two):
-            tokens = prompt(1, 50)
-            one.serve(tokens)
-            assert two.serve(tokens).sources == {"s3": 48}
+            seconds = []
+            for seed in (1, 2, 3):
+                tokens = prompt(seed, 50)
+                one.serve(tokens)
+                written = time.monotonic()
+                assert two.serve(tokens).sources == {"s3": 48}
+                seconds.append(time.monotonic() - written)
+            assert min(seconds) < 1, "the machine may be busy, but not each time"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from prometheus_client.metrics import MetricWrapperBase
 
 from lmc.cache.directory import Counts
 from lmc.cache.metrics import CacheMetrics
@@ -98,8 +99,30 @@ def test_the_dashboard_shows_every_metric_and_no_other(metrics):
     assert families - shown == {"lmc_stored_tokens_total"}  # stored chunks are shown
 
 
-def test_the_operations_page_names_every_metric(metrics):
+def labels_of(metrics: CacheMetrics) -> dict[str, tuple[str, ...]]:
+    return {one._name: one._labelnames for one in vars(metrics).values() if isinstance(one, MetricWrapperBase)}
+
+
+def test_the_dashboard_asks_for_labels_that_its_metrics_have(metrics):
+    labels = labels_of(metrics)
+    targets = [
+        target
+        for panel in json.loads((ROOT / "dashboards" / "lmc.json").read_text())["panels"]
+        for target in panel.get("targets", ())
+    ]
+    assert len(targets) > 30
+    for target in targets:
+        asked = {name for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for name in group.split(", ")} - {"le"}
+        asked |= set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat") or ""))
+        for name in re.findall(r"\blmc_\w+", target["expr"]):
+            family = re.sub(r"_(bucket|sum|count|total)$", "", name)
+            assert asked <= set(labels[family]) or family == "lmc_chunk_bytes", target  # it is joined on nothing
+        assert set(re.findall(r'(\w+)=~?"', target["expr"])) == {"instance"}, target
+
+
+def test_the_operations_page_names_every_metric_with_its_labels(metrics):
     page = (ROOT / "docs" / "operations.md").read_text()
     for family in metrics.registry.collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        assert f"`{name}" in page, name
+        labels = ",".join(labels_of(metrics)[family.name])
+        assert f"`{name}{{{labels}}}`" in page if labels else f"`{name}`" in page, name

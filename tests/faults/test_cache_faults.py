@@ -131,10 +131,10 @@ def test_an_io_thread_that_hangs_delays_nobody_beyond_the_deadline(warm, monkeyp
     finally:
         gate.set()
     assert time.monotonic() - started < 10
-    assert "copies not done within 0.2 s" in caplog.text
+    assert "copies not done within 0.2 s" in caplog.text and "load deadline: request" in caplog.text
 
 
-def test_a_rank_that_dies_before_it_has_loaded(instances, warm):
+def test_a_rank_that_dies_before_it_has_loaded(instances, warm, caplog):
     """Its part never arrives, so the request is computed; what it stored or staged last is never believed."""
     instances.append(instance := Instance(settings(disk_path=warm, load_deadline=0.2), 2))
     dead = instance.workers[1]
@@ -146,6 +146,7 @@ def test_a_rank_that_dies_before_it_has_loaded(instances, warm):
     assert gain == 0
     instance.engine.admit("r", 0, list(range(13)))
     assert instance.engine.explain("r")["miss"] == "load deadline"
+    assert "load deadline: request r waits no longer and computes 50 tokens" in caplog.text
     instance.engine.store("r", TOKENS, 50, 50, list(range(13)))
     instance.pump()
     instance.engine.finish("r")
