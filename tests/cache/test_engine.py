@@ -97,6 +97,27 @@ def test_a_failed_load_is_recomputed_and_not_offered_again(instances, monkeypatc
     assert instance.serve(tokens).loaded == 48, "what was recomputed is stored again"
 
 
+def test_chunks_that_a_request_failed_to_load_are_not_offered_to_it_again(instances, monkeypatch):
+    """Not even when another request has stored them anew: what fails each time must not be tried for ever."""
+    instance = start(instances)
+    tokens = prompt(1, 50)
+    instance.serve(tokens)
+    engine, (worker,) = instance.engine, instance.workers
+    assert engine.lookup("r", tokens, 0, Identity()) == 48
+    engine.admit("r", 48, list(range(13)))
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.copier, "backend", FailsOnce(worker.copier.backend))
+        plan = engine.take_plan()
+        worker.begin(plan)
+        worker.end(plan)
+        instance.pump()
+    instance.serve(tokens)
+    assert engine.lookup("r", tokens, 0, Identity()) == 0
+    assert engine.lookup("other", tokens, 0, Identity()) == 48
+    for name in ("r", "other"):
+        engine.finish(name)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
