@@ -263,6 +263,34 @@ def test_what_is_in_use_is_not_cleared():
     assert directory.clear() == 0
 
 
+def test_policies_see_touches_and_new_chunks_from_the_last_to_the_first():
+    """So a parent is younger than its child, and evictions find a leaf at once."""
+    seen = []
+
+    def note(what, call):
+        def noted(state, node, now):
+            seen.append((what, node))
+            call(state, node, now)
+
+        return noted
+
+    lru = get_policy("lru")
+    spec = dataclasses.replace(lru, on_insert=note("new", lru.on_insert), on_hit=note("touch", lru.on_hit))
+    directory = Directory(8, {}, spec)
+    put(directory, keys("a", 3))  # nodes 0, 1 and 2
+    put(directory, keys("a", 5))
+    assert seen == [
+        ("new", 2),
+        ("new", 1),
+        ("new", 0),
+        ("new", 4),
+        ("new", 3),
+        ("touch", 2),
+        ("touch", 1),
+        ("touch", 0),
+    ]
+
+
 def test_a_prompt_longer_than_the_host_asks_for_no_victim_in_vain():
     asked = []
 

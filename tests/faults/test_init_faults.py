@@ -1,0 +1,110 @@
+"""A cache that cannot be opened: vLLM's hooks go on without it and the log says why; with `strict` the engine is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from lmc.cache import open as open_module
+from lmc.cache.connectors.vllm import worker as worker_module
+from lmc.cache.connectors.vllm.connector import _settings
+from lmc.cache.connectors.vllm.messages import Introduction
+from lmc.cache.connectors.vllm.scheduler import SchedulerSide
+from lmc.cache.connectors.vllm.worker import WorkerSide
+from lmc.cache.engine import CacheEngine
+from lmc.cache.plan import Plan
+from lmc.errors import ConfigError, LayoutError
+from tests.cache.instance import BLOCK_TOKENS, Instance, prompt, settings
+
+pytestmark = pytest.mark.fault
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def unknown_layout(*_: object, **__: object) -> None:
+    raise LayoutError("layer 3: a KV cache of 7 dimensions is none that lmc knows")
+
+
+def open_worker_side(pipeline: int, **values: object) -> WorkerSide:
+    parallel = SimpleNamespace(pipeline_parallel_size=pipeline, rank=0)
+    side = WorkerSide(settings(**values), SimpleNamespace(parallel_config=parallel), None)  # type: ignore[arg-type]
+    side.open({})
+    return side
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "broken", "said"),
+    [
+        (2, None, "pipeline parallelism is not supported"),
+        (1, no_memory, "Cannot allocate memory"),
+        (1, unknown_layout, "7 dimensions"),
+    ],
+    ids=["settings", "memory", "layout"],
+)
+def test_a_worker_that_cannot_open_its_cache_does_without(monkeypatch, caplog, pipeline, broken, said):
+    monkeypatch.setattr(worker_module, "require_full_attention", broken)
+    worker = open_worker_side(pipeline)
+    assert "lmc: no cache on rank 0: " in caplog.text and said in caplog.text
+    worker.fence()
+    worker.begin(Plan(), None)  # type: ignore[arg-type]  # without a cache nobody looks at it
+    worker.wait_layer("layer0")
+    worker.end(Plan())
+    assert (worker.loaded(), worker.failed_blocks(), worker.report()) == (set(), set(), None)
+
+    scheduler = SchedulerSide(settings(), BLOCK_TOKENS)
+    scheduler.meet([worker.introduce()])
+    assert "running WITHOUT the cache" in caplog.text
+    assert_serves_on(scheduler)
+    worker.close()
+    with pytest.raises((ConfigError, LayoutError, OSError), match=said):
+        open_worker_side(pipeline, strict=True)
+
+
+def test_ranks_that_do_not_fit_together_do_without(instances, caplog):
+    instances.append(pair := Instance(settings(), 2))
+    one, other = (worker.ready() for worker in pair.workers)
+    other = dataclasses.replace(other, namespace=dataclasses.replace(other.namespace, revision="another"))
+    with pytest.raises(ConfigError, match="the ranks disagree on the namespace"):
+        CacheEngine(settings(), [one, other], BLOCK_TOKENS)
+    scheduler = SchedulerSide(settings(), BLOCK_TOKENS)
+    scheduler.meet([Introduction(one), Introduction(other)])
+    assert "running WITHOUT the cache: the ranks disagree" in caplog.text
+    assert_serves_on(scheduler)
+    strict = SchedulerSide(settings(strict=True), BLOCK_TOKENS)
+    with pytest.raises(ConfigError, match="disagree"):
+        strict.meet([Introduction(one), Introduction(other)])
+
+
+def test_host_memory_that_cannot_be_had_is_an_error_of_the_kind_that_workers_survive(monkeypatch):
+    monkeypatch.setattr(open_module, "open_slab", no_memory)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        Instance(settings())
+
+
+@pytest.mark.parametrize("extra", [{"setings": {}}, {"settings": {"hots.capacity": "1GiB"}}, {"chunk_tokens": 128}])
+def test_a_key_that_nobody_reads_is_refused(extra: dict[str, Any]) -> None:
+    transfer = SimpleNamespace(kv_connector_extra_config=extra)
+    with pytest.raises(ConfigError, match="unknown"):
+        _settings(SimpleNamespace(kv_transfer_config=transfer))  # type: ignore[arg-type]
+
+
+def assert_serves_on(scheduler: SchedulerSide) -> None:
+    request = Request("r", prompt(1, 50), SamplingParams(max_tokens=4), None)
+    assert scheduler.lookup(request, 0) == (0, False)
+    scheduler.admit(request, [1, 2, 3], 0)
+    output = SchedulerOutput.make_empty()
+    output.num_scheduled_tokens = {"r": 50}
+    assert not scheduler.plan(output)
+    assert scheduler.finish(request) is None
+    assert scheduler.reset() and not scheduler.busy
+    scheduler.close()
