@@ -35,6 +35,7 @@ TINY = "tiny"
 FOLDER = Path(__file__).parents[1] / "workloads"
 CONTEXT, CONCURRENCY = 896, 12
 HOST_CHUNKS, DISK_CHUNKS = 32, 64
+LONG_CHATS = "row.history | length >= 4 and row.history | map(attribute='bot') | join | length > 1200"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ CASES = {
         40,
     ),
     "multi-turn-chat": Case(
-        {"chat": {"where": "row.history | length >= 3", "pick": {"sessions": 70, "max_prompt_tokens": 600}}},
+        {"chat": {"where": LONG_CHATS, "pick": {"sessions": 60, "max_prompt_tokens": 800}}},
         SCENARIOS[1],
         40,
     ),

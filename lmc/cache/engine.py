@@ -236,6 +236,7 @@ class CacheEngine:
             return in_use == 0
         renamed = f"{self.namespace.revision} reset {secrets.token_hex(8)}"
         self.namespace = dataclasses.replace(self.namespace, revision=renamed)
+        self._salts = Salts(self.chunk_tokens)  # no prompt has come under the new names yet
         logger.warning("lmc: reset: from now on this instance shares no chunks with others")
         return True
 
