@@ -132,7 +132,9 @@ def test_a_chunk_of_the_disk_is_staged_with_its_parents():
     assert not directory.arriving(keys("a", 2)) and directory.num_settled(keys("a", 2)) == 2
 
 
-@pytest.mark.parametrize(("cause", "deleted"), [("corrupt", True), ("error", True), ("late", False)])
+@pytest.mark.parametrize(
+    ("cause", "deleted"), [("corrupt", True), ("error", True), ("late", False), ("unavailable", False)]
+)
 def test_a_failed_stage_deletes_what_cannot_be_read(cause, deleted):
     directory = make(2, disk=8)
     put(directory, keys("a", 2))
@@ -187,6 +189,19 @@ def test_what_is_not_written_is_counted():
     put(hurried, keys("b", 1))
     assert hurried.counts.writes_dropped == 1, "there was no time to write it"
     assert hurried.lookup(keys("a", 1), 0.0).miss == "evicted from host"
+
+
+@pytest.mark.parametrize("failure", [None, "error"])
+def test_write_back_gives_a_slot_up_when_the_chunk_is_below_and_not_before(failure):
+    directory = make(2, disk=4, write="back")
+    put(directory, keys("a", 1))
+    stored = directory.store(keys("b", 1), 0.0)
+    (write,) = directory.take_tickets()
+    assert (write.kind, write.key) == ("write", keys("a", 1)[0]), "one slot is kept free ahead of need"
+    assert directory.lookup(keys("a", 1), 0.0).tiers == (HOST,)
+    directory.complete(write.operation, failure, 0.0)
+    assert directory.lookup(keys("a", 1), 0.0).tiers == ((HOST,) if failure else ("disk",))
+    settle(directory, stored)
 
 
 @pytest.mark.parametrize("lost", ["disk", "redis"])
