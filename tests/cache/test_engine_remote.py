@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -81,6 +82,24 @@ def test_chunks_that_redis_evicted_are_misses(tmp_path):
             assert two.engine.directory.known_remote()["redis"] == 0
             assert two.serve(tokens).loaded == 0
             assert two.serve(tokens).loaded == 48
+
+
+def test_a_server_that_evicts_never_breaks_readers_or_writers(tmp_path):
+    """Two instances fill it beyond its memory all the time; serve() compares every byte."""
+    with services.redis_server(tmp_path, "--maxmemory-policy", "allkeys-random") as server, server.client() as client:
+        pair = [Instance(settings(**redis_settings(server), host_capacity=16 * CHUNK_BYTES)) for _ in range(2)]
+        with running(*pair):
+            client.config_set("maxmemory", client.info("memory")["used_memory"] + 300_000)
+
+            def work(instance: Instance, seed: int) -> None:
+                for turn in range(30):
+                    instance.serve(prompt((turn * seed) % 7, 20 + 8 * (turn % 4)))
+                    instance.serve(prompt(100 * seed + turn % 5, 36))
+
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(work, pair, (1, 3)))
+            assert all(instance.metric("staged_chunks_total", tier="redis") > 0 for instance in pair)
+            assert client.info("stats")["evicted_keys"] > 0
 
 
 def test_a_corrupt_value_is_deleted_and_replaced(tmp_path):

@@ -107,6 +107,9 @@ def suffer(instance: Instance, tier: str, fault: Fault, caplog: pytest.LogCaptur
     keys = KeyChain(root(instance.engine.namespace), CHUNK_TOKENS).extend(TOKENS)
     instance.engine.directory.learn(tier, keys, [True] * len(keys))  # as if it had been asked before
     served = instance.serve(TOKENS)
+    assert instance.metric("ask_seconds_count", tier=tier) == 0, (
+        "nothing was unknown, and a failed load is not waited for twice"
+    )
     if fault.load:
         assert (served.loaded, served.miss) == (0, "load failed")
         assert failed("stage", fault.load) > 0
