@@ -1,4 +1,4 @@
-"""The connector's scheduler half under vLLM's own objects, for what no engine on a CPU can be brought to do."""
+"""The connector's scheduler half under vLLM's own objects, step by step, for what an engine does only now and then or not on a CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def image(name: str, offset: int, length: int) -> MultiModalFeatureSpec:
     )
 
 
-# What a chunk's name depends on. vLLM runs no small multimodal model on a CPU that could be made here, so images are tested at this level.
+# What a chunk's name depends on
 
 
 def test_an_image_changes_the_names_of_its_chunks_and_of_all_that_follow() -> None:
@@ -76,7 +76,7 @@ def test_embeddings_of_a_prompt_are_in_its_names(dtype: torch.dtype) -> None:
     assert driven.serve(driven.request([0] * 300)) == 0
 
 
-# Async scheduling: vLLM plans a step before it has the output of the one before. On a CPU vLLM switches it off.
+# What is computed and whose ids are known (test_vllm_ahead.py has the engine itself plan ahead)
 
 
 def test_a_step_that_is_planned_ahead_stores_only_what_is_computed() -> None:
@@ -111,6 +111,18 @@ def test_drafts_of_speculative_decoding_are_not_stored() -> None:
     request.append_output_token_ids([3, 4, 5])
     request.num_computed_tokens = 64
     plan = driven.side.plan(driven.output({request.request_id: 1 + 4}))
+    assert [[chunk.blocks for chunk in one.chunks] for one in plan.stores] == [[(1, 2, 3, 4)]]
+    driven.report(plan)
+    driven.side.finish(request)
+
+
+def test_nothing_is_stored_from_a_block_that_the_request_does_not_hold() -> None:
+    driven = side()
+    driven.blocks[5] = 0  # vLLM's sign for one that was dropped or never filled, here in the second chunk
+    request = driven.request(prompt(7, 300))
+    driven.side.lookup(request, 0)
+    driven.side.admit(request, driven.blocks, 0)
+    plan = driven.side.plan(driven.output({request.request_id: 300}))
     assert [[chunk.blocks for chunk in one.chunks] for one in plan.stores] == [[(1, 2, 3, 4)]]
     driven.report(plan)
     driven.side.finish(request)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 VOCABULARY = 512
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
+def make_tiny_llama(folder: Path, *, seed: int = 0, kv_heads: int = 4) -> Path:
     """A 4-layer Llama with 512 token ids and no tokenizer; prompts are token ids."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _save(LlamaForCausalLM, LlamaConfig(**_SHAPE), folder, seed)
+    return _save(LlamaForCausalLM, LlamaConfig(**{**_SHAPE, "num_key_value_heads": kv_heads}), folder, seed)
 
 
 def make_tiny_mistral(folder: Path, *, window: int, seed: int = 0) -> Path:
@@ -29,6 +32,15 @@ def make_tiny_gemma(folder: Path, *, window: int, seed: int = 0) -> Path:
     turns = ["sliding_attention", "full_attention"] * 2
     config = Gemma3TextConfig(**_SHAPE, sliding_window=window, layer_types=turns, query_pre_attn_scalar=32)
     return _save(Gemma3ForCausalLM, config, folder, seed)
+
+
+def make_tiny_falcon(folder: Path, *, seed: int = 0) -> Path:
+    """Mamba and attention in every layer: two groups of KV cache, one of them of states that are no tokens' own."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    mamba = {"d_ssm": 512, "n_heads": 16, "d_head": 32, "d_state": 16, "n_groups": 1, "expand": 2, "chunk_size": 32}
+    config = FalconH1Config(**_SHAPE, **{f"mamba_{name}": value for name, value in mamba.items()})
+    return _save(FalconH1ForCausalLM, config, folder, seed)
 
 
 _SHAPE: dict[str, Any] = {
@@ -53,3 +65,63 @@ def _save(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     model_class(config).to(torch.float32).save_pretrained(folder)
     return folder
+
+
+IMAGE_TOKEN = VOCABULARY - 1
+IMAGE_TOKENS = 64  # that an image takes in a prompt, between two that enclose it and behind one that says it is whole
+IMAGE_SIDE = 64  # pixels
+
+
+def make_tiny_idefics(folder: Path, *, seed: int = 0) -> Path:
+    """The same Llama behind a random vision tower. IMAGE_TOKEN stands for an image and becomes IMAGE_TOKENS of them, and three others."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+    )
+
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIDE,
+        "patch_size": 8,
+        "initializer_range": 0.12,
+    }
+    config = Idefics3Config(
+        vision_config=vision,
+        text_config=LlamaConfig(**_SHAPE),
+        scale_factor=1,
+        image_token_id=IMAGE_TOKEN,
+        pad_token_id=1,
+        tie_word_embeddings=False,
+        vocab_size=VOCABULARY,
+    )
+    special = [
+        "<end_of_utterance>",
+        "<global-img>",
+        "<fake_token_around_image>",
+        "<image>",
+    ]  # the last of them is IMAGE_TOKEN
+    words = {f"w{number}": number for number in range(VOCABULARY - len(special))}
+    words |= {name: VOCABULARY - len(special) + index for index, name in enumerate(special)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")), additional_special_tokens=special
+    )
+    edge = {"longest_edge": IMAGE_SIDE}
+    images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    Idefics3Processor(images, tokenizer, image_seq_len=IMAGE_TOKENS).save_pretrained(folder)
+    return _save(Idefics3ForConditionalGeneration, config, folder, seed)
+
+
+def random_image(seed: int) -> Image:
+    import numpy as np
+    from PIL import Image as images
+
+    return images.fromarray(np.random.default_rng(seed).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8))

@@ -14,6 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.engines.ahead import schedule_ahead
+from tests.engines.inside_vllm import InsideVllm
+from tests.engines.tiny_model import random_image
 from tests.engines.traffic import Chances, Tally, break_copies, outcome, run_traffic
 
 ENVIRONMENT = {
@@ -92,9 +95,17 @@ class VllmDriver:
         self.close()
 
 
-class _Engine:
+_DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 4096,
+    "block_size": 32,
+    "enable_prefix_caching": False,
+    "skip_tokenizer_init": True,
+}
+
+
+class _Engine(InsideVllm):
     def start(self, model: str, settings: dict[str, Any] | None, options: dict[str, Any]) -> None:
-        self.loads_left: list[int] = []  # of fail_loads(): good ones, then bad ones
         from vllm import LLM
         from vllm.config.kv_events import KVEventsConfig
 
@@ -105,16 +116,18 @@ class _Engine:
         if settings is not None:
             config = load_settings(flags=settings).config
             os.environ.update(secrets(config))
-            options["kv_transfer_config"] = vllm_transfer_config(config)
+            role = options.pop("kv_role", "kv_both")
+            options["kv_transfer_config"] = {**vllm_transfer_config(config), "kv_role": role}
+        if options.get("async_scheduling"):
+            schedule_ahead()
         if "kv_events_config" in options:
             options["kv_events_config"] = KVEventsConfig(**options["kv_events_config"])
         self.llm = LLM(
             model,
             enforce_eager=True,
-            skip_tokenizer_init=True,
             disable_log_stats=False,
             seed=0,
-            **{"dtype": "float32", "max_model_len": 4096, "block_size": 32, "enable_prefix_caching": False, **options},
+            **{**_DEFAULTS, **options},
         )
         self._yield_between_steps()
 
@@ -130,38 +143,24 @@ class _Engine:
 
         self.core.step_fn = step_and_yield
 
-    @property
-    def core(self) -> Any:
-        return self.llm.llm_engine.engine_core.engine_core
-
-    @property
-    def connector(self) -> Any:
-        return self.core.scheduler.connector
-
-    @property
-    def cache(self) -> Any:
-        return self.connector._scheduler.engine
-
-    @property
-    def worker(self) -> Any:
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-        return get_kv_transfer_group()._worker.worker
-
     def generate(self, prompts: list[list[int]], parameters: dict[str, Any]) -> list[dict[str, Any]]:
-        """parameters: SamplingParams' own, and cache_salts and adapters ([name, id, folder]), one for each prompt."""
+        """parameters: SamplingParams' own, and cache_salts, adapters ([name, id, folder]) and images (lists of seeds), one for each."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
         salts = parameters.pop("cache_salts", [None] * len(prompts))
         adapters = [LoRARequest(*one) if one else None for one in parameters.pop("adapters", [None] * len(prompts))]
+        images = parameters.pop("images", [None] * len(prompts))
         sampling = SamplingParams(
             temperature=0, ignore_eos=True, detokenize=False, **{"max_tokens": 8, "logprobs": 2, **parameters}
         )
-        inputs = [
+        inputs: list[dict[str, Any]] = [
             {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
             for prompt, salt in zip(prompts, salts, strict=True)
         ]
+        for one, image in zip(inputs, images, strict=True):
+            if image:
+                one["multi_modal_data"] = {"image": [random_image(seed) for seed in image]}
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False, lora_request=adapters if any(adapters) else None)
         return [outcome(output) for output in outputs]
 
@@ -265,136 +264,9 @@ class _Engine:
         """One of vLLM's own counters."""
         return float(sum(metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:{name}"))
 
-    def fail_loads(self, count: int, after: int = 0) -> None:
-        """From now on loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
-        import ctypes
-
-        from lmc.cache.transfer.planner import Direction
-        from lmc.errors import TransferError
-
-        is_first = not self.loads_left
-        self.loads_left = [after, count]
-        if not is_first:
-            return
-        backend = self.worker.copier.backend
-        copy = backend.execute
-
-        def broken(descriptors: Any, *arguments: Any) -> None:
-            loading, left = descriptors.direction is Direction.LOAD, self.loads_left
-            if loading and left[0] > 0:
-                left[0] -= 1
-            elif loading and left[1] > 0:
-                left[1] -= 1
-                ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
-                raise TransferError("injected")
-            copy(descriptors, *arguments)
-
-        backend.execute = broken
-
-    def load_by_layer(self) -> None:
-        """From now on copies run on threads, as on a device's streams; loads go layer by layer, slowly: a missing wait shows."""
-        from lmc.cache import block_copies
-        from lmc.cache.transfer.planner import Direction
-        from lmc.cache.transfer.runtimes import ThreadRuntime
-        from lmc.cache.transfer.streams import TransferStreams
-
-        block_copies.LAYER_BYTES = 1
-        old = self.worker.copier
-        copy = old.backend.execute
-
-        self.store_delay = 0.0
-
-        def slow(descriptors: Any, *arguments: Any) -> None:
-            time.sleep(0.02 if descriptors.direction is Direction.LOAD else self.store_delay)
-            copy(descriptors, *arguments)
-
-        old.backend.execute = slow
-        streams = TransferStreams(ThreadRuntime(), old.backend)
-        self.worker.copier = block_copies.BlockCopier(old.layout, old._slab, old.backend, streams)
-        self.by_layer: list[float] = []  # seconds that start_load_kv took for each pass that loads by layer
-        start = self.worker.copier.start_layers
-
-        def timed(requests: Any) -> bool:
-            started = time.perf_counter()
-            if start(requests):
-                self.by_layer.append(time.perf_counter() - started)
-                return True
-            return False
-
-        self.worker.copier.start_layers = timed
-
-    def delay_stores(self, seconds: float) -> None:
-        """After load_by_layer(): a store reads its blocks so much later."""
-        self.store_delay = seconds
-
-    def loads_by_layer(self) -> list[float]:
-        return self.by_layer
-
-    def abort_while_loading(self, prompt: list[int]) -> None:
-        """Abort a request whose chunks are being loaded slowly."""
-        from vllm import SamplingParams
-
-        from lmc.cache.transfer.planner import Direction
-
-        backend = self.worker.copier.backend
-        copy = backend.execute
-
-        def slow(descriptors: Any, *arguments: Any) -> None:
-            if descriptors.direction is Direction.LOAD:
-                time.sleep(0.5)
-            copy(descriptors, *arguments)
-
-        backend.execute = slow
-        engine = self.llm.llm_engine
-        internal = engine.add_request("abandoned", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=50))
-        engine.step()
-        engine.abort_request([internal], internal=True)
-        while engine.has_unfinished_requests() or self.core.scheduler.has_requests():
-            engine.step()
-        backend.execute = copy
-
-    def crash_cache(self) -> None:
-        """The next lookup hits a fault in lmc itself."""
-
-        def broken(*_: Any) -> None:
-            raise ZeroDivisionError("injected")
-
-        self.cache.directory.lookup = broken
-
     def reset(self, running: bool = False) -> bool:
         self.settle()
         return bool(self.llm.reset_prefix_cache(reset_connector=True))
-
-    def watch_bytes(self) -> None:
-        """From now on, keep the block bytes of every store, and compare what a load leaves in the blocks with them."""
-        import ctypes
-
-        from lmc.cache.transfer.planner import Direction
-
-        copier, kept = self.worker.copier, {}
-        copy = copier._copy
-        self.compared, self.different = 0, 0
-
-        def read(block: int) -> bytes:
-            return b"".join(ctypes.string_at(address, size) for address, size in copier.layout.ranges(block))
-
-        def watched(batch: Any, request: Any) -> None:
-            copy(batch, request)
-            for chunk in request.chunks:
-                for index, block in enumerate(chunk.blocks):
-                    if block < 0:
-                        continue
-                    if batch.direction is Direction.STORE:
-                        kept[chunk.key, index] = read(block)
-                    elif (chunk.key, index) in kept:
-                        now = read(block)
-                        self.compared += len(now)
-                        self.different += now != kept[chunk.key, index]
-
-        copier._copy = watched
-
-    def watched(self) -> dict[str, int]:
-        return {"compared_bytes": self.compared, "different_blocks": self.different}
 
 
 def main() -> None:

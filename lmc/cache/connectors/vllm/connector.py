@@ -57,7 +57,7 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
             chunk_tokens_for(self._config, self._block_tokens)
             events = vllm_config.kv_events_config
             announces = events is not None and events.enable_kv_cache_events
-            self._side = SchedulerSide(self._config, self._block_tokens, announces)
+            self._side = SchedulerSide(_recoverable(self._config, vllm_config), self._block_tokens, announces)
         else:
             self._side = WorkerSide(self._config, vllm_config, kv_cache_config)
 
@@ -182,6 +182,17 @@ def _settings(vllm_config: VllmConfig) -> CacheConfig:
         raise ConfigError(f"unknown key {unknown[0]!r} in kv_connector_extra_config; there are settings and config")
     file = Path(extra["config"]) if extra.get("config") else None
     return load_settings(file, os.environ, extra.get("settings")).config
+
+
+def _recoverable(config: CacheConfig, vllm_config: VllmConfig) -> CacheConfig:
+    """The settings, with all loads in the background where vLLM goes on with wrong ids after one that failed before the pass.
+
+    That is where it plans a step before it has the output of the last (vLLM issue 45138), and with its second model runner (issue 49250). A
+    load in the background has ended, well or not, before its request is in a batch.
+    """
+    if vllm_config.scheduler_config.async_scheduling or vllm_config.use_v2_model_runner:
+        return config.model_copy(update={"background_load_tokens": 1})
+    return config
 
 
 def _log_like_vllm() -> None:

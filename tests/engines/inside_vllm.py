@@ -1,0 +1,180 @@
+"""What a test does inside a vLLM engine's process: break copies, slow them down, watch bytes and samples."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+
+class InsideVllm:
+    """The engine's objects. Any: vLLM ships no types, and what is replaced here is private."""
+
+    llm: Any
+    loads_left: list[int] | None = None  # of fail_loads(): good ones, then bad ones
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def connector(self) -> Any:
+        return self.core.scheduler.connector
+
+    @property
+    def cache(self) -> Any:
+        return self.connector._scheduler.engine
+
+    @property
+    def worker(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker.worker
+
+    def steps_in_flight(self) -> int:
+        """How many steps the engine plans before it must have the output of the first of them."""
+        return int(self.core.batch_queue_size)
+
+    def namespace(self) -> dict[str, Any]:
+        return asdict(self.cache.namespace)
+
+    def fail_loads(self, count: int, after: int = 0) -> None:
+        """From now on loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
+        import ctypes
+
+        from lmc.cache.transfer.planner import Direction
+        from lmc.errors import TransferError
+
+        is_first = self.loads_left is None
+        self.loads_left = [after, count]
+        if not is_first:
+            return
+        backend = self.worker.copier.backend
+        copy = backend.execute
+
+        def broken(descriptors: Any, *arguments: Any) -> None:
+            loading, left = descriptors.direction is Direction.LOAD, self.loads_left or [0, 0]
+            if loading and left[0] > 0:
+                left[0] -= 1
+            elif loading and left[1] > 0:
+                left[1] -= 1
+                ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
+                raise TransferError("injected")
+            copy(descriptors, *arguments)
+
+        backend.execute = broken
+
+    def load_by_layer(self) -> None:
+        """From now on copies run on threads, as on a device's streams; loads go layer by layer, slowly: a missing wait shows."""
+        from lmc.cache import block_copies
+        from lmc.cache.transfer.planner import Direction
+        from lmc.cache.transfer.runtimes import ThreadRuntime
+        from lmc.cache.transfer.streams import TransferStreams
+
+        block_copies.LAYER_BYTES = 1
+        old = self.worker.copier
+        copy = old.backend.execute
+
+        self.store_delay = 0.0
+
+        def slow(descriptors: Any, *arguments: Any) -> None:
+            time.sleep(0.02 if descriptors.direction is Direction.LOAD else self.store_delay)
+            copy(descriptors, *arguments)
+
+        old.backend.execute = slow
+        streams = TransferStreams(ThreadRuntime(), old.backend)
+        self.worker.copier = block_copies.BlockCopier(old.layout, old._slab, old.backend, streams)
+        self.by_layer: list[float] = []  # seconds that start_load_kv took for each pass that loads by layer
+        start = self.worker.copier.start_layers
+
+        def timed(requests: Any) -> bool:
+            started = time.perf_counter()
+            if start(requests):
+                self.by_layer.append(time.perf_counter() - started)
+                return True
+            return False
+
+        self.worker.copier.start_layers = timed
+
+    def delay_stores(self, seconds: float) -> None:
+        """After load_by_layer(): a store reads its blocks so much later."""
+        self.store_delay = seconds
+
+    def loads_by_layer(self) -> list[float]:
+        return self.by_layer
+
+    def abort_while_loading(self, prompt: list[int]) -> None:
+        """Abort a request whose chunks are being loaded slowly."""
+        from vllm import SamplingParams
+
+        from lmc.cache.transfer.planner import Direction
+
+        backend = self.worker.copier.backend
+        copy = backend.execute
+
+        def slow(descriptors: Any, *arguments: Any) -> None:
+            if descriptors.direction is Direction.LOAD:
+                time.sleep(0.5)
+            copy(descriptors, *arguments)
+
+        backend.execute = slow
+        engine = self.llm.llm_engine
+        internal = engine.add_request("abandoned", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=50))
+        engine.step()
+        engine.abort_request([internal], internal=True)
+        while engine.has_unfinished_requests() or self.core.scheduler.has_requests():
+            engine.step()
+        backend.execute = copy
+
+    def crash_cache(self) -> None:
+        """The next lookup hits a fault in lmc itself."""
+
+        def broken(*_: Any) -> None:
+            raise ZeroDivisionError("injected")
+
+        self.cache.directory.lookup = broken
+
+    def watch_bytes(self) -> None:
+        """From now on, keep the block bytes of every store, and compare what a load leaves in the blocks with them."""
+        import ctypes
+
+        from lmc.cache.transfer.planner import Direction
+
+        copier, kept = self.worker.copier, {}
+        copy = copier._copy
+        self.compared, self.different = 0, 0
+
+        def read(block: int) -> bytes:
+            return b"".join(ctypes.string_at(address, size) for address, size in copier.layout.ranges(block))
+
+        def watched(batch: Any, request: Any) -> None:
+            copy(batch, request)
+            for chunk in request.chunks:
+                for index, block in enumerate(chunk.blocks):
+                    if block < 0:
+                        continue
+                    if batch.direction is Direction.STORE:
+                        kept[chunk.key, index] = read(block)
+                    elif (chunk.key, index) in kept:
+                        now = read(block)
+                        self.compared += len(now)
+                        self.different += now != kept[chunk.key, index]
+
+        copier._copy = watched
+
+    def watched(self) -> dict[str, int]:
+        return {"compared_bytes": self.compared, "different_blocks": self.different}
+
+    def count_samples(self) -> None:
+        """From now on, count the tokens that the model chose."""
+        self.sampled = 0
+        update = self.core.scheduler.update_from_output
+
+        def counted(plan: Any, output: Any) -> Any:
+            self.sampled += sum(len(tokens) for tokens in output.sampled_token_ids)
+            return update(plan, output)
+
+        self.core.scheduler.update_from_output = counted
+
+    def samples(self) -> int:
+        return self.sampled
