@@ -1,0 +1,75 @@
+"""Other models than a dense Llama on the real engine: images in the prompt, KV heads that ranks share, recurrent layers.
+
+The two tests without the mark compat: on a CPU vLLM 0.30 itself loses the only image, and has no convolution in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt
+from tests.engines.tiny_model import IMAGE_TOKEN, make_tiny_falcon, make_tiny_idefics, make_tiny_llama
+
+pytestmark = pytest.mark.engine
+
+PAST_LMC = {"kv_transfer_params": {"lmc": {"bypass": True}}}
+
+
+def test_an_image_is_part_of_the_prompt(tmp_path: Path) -> None:
+    """The same tokens around another image share what comes before it, and nothing behind."""
+
+    def words(seed: int, length: int) -> list[int]:
+        return [word % 500 for word in prompt(seed, length)]
+
+    text = [*words(1, 70), IMAGE_TOKEN, *words(2, 100)]  # the image begins in the second chunk and ends in the third
+    with driver(make_tiny_idefics(tmp_path / "model"), options={"skip_tokenizer_init": False}) as engine:
+        cat, dog = (engine.generate([text], images=[[image]], extra_args=PAST_LMC) for image in (1, 2))
+        assert cat[0]["logprobs"] != dog[0]["logprobs"]  # they do change the output
+        for image, reference, cached in ((1, cat, 0), (2, dog, 64), (1, cat, 192), (2, dog, 192)):
+            got = engine.generate([text], images=[[image]])
+            assert got[0]["cached"] == cached
+            assert_same(got, reference)
+        both = engine.generate([text, text], images=[[2], [1]])  # in one batch
+        assert [one["cached"] for one in both] == [192, 192]
+        assert_same(both, [*dog, *cat])
+        two = [*text[:100], IMAGE_TOKEN, *text[100:]]  # the second begins in the third chunk
+        references = [engine.generate([two], images=[pair], extra_args=PAST_LMC) for pair in ([1, 2], [2, 1])]
+        for pair, reference in zip(([1, 2], [2, 1]), references, strict=True):
+            got = engine.generate([two], images=[pair])
+            assert got[0]["cached"] == 128
+            assert_same(got, reference)
+
+
+@pytest.mark.compat
+def test_ranks_that_hold_the_same_kv_head_store_and_load_each_its_copy(tmp_path: Path) -> None:
+    model, disk = make_tiny_llama(tmp_path / "model", kv_heads=1), tmp_path / "disk"
+    text, other = prompt(40, 500), prompt(41, 500)
+    chunk_bytes = 64 * kv_bytes_per_token(model)
+    settings = {"disk.path": str(disk), "host.capacity": 2 * 8 * chunk_bytes}
+    with driver(model, options={"tensor_parallel_size": 2}, **settings) as engine:
+        assert engine.call("namespace")["tp_size"] == 2  # one rank alone has the same layout
+        reference = engine.generate([text], extra_args=PAST_LMC)
+        for cached, tier in ((0, None), (448, "host"), (448, "disk")):
+            if tier == "disk":
+                engine.generate([other])  # takes nearly all of the host
+            engine.call("settle")
+            got = engine.generate([text])
+            assert got[0]["cached"] == cached
+            assert_same(got, reference)
+            assert tier is None or engine.call("metric", name="lmc_hit_tokens_total", labels={"tier": tier}) > 0
+    (folder,) = (found.parent for found in disk.glob("v*/*/r1"))
+    stored = [{file.name: file.read_bytes()[-chunk_bytes:] for file in folder.glob(f"r{rank}/??/*")} for rank in (0, 1)]
+    assert len(stored[0]) == 14
+    assert stored[0] == stored[1]  # vLLM gave both ranks the one head
+
+
+def test_a_model_with_recurrent_layers_is_refused_and_the_engine_runs(tmp_path: Path) -> None:
+    text = prompt(50, 300)
+    own_block = {"chunk_tokens": None, "options": {"block_size": None}}  # vLLM fits the block to the size of a state
+    with driver(make_tiny_falcon(tmp_path / "model"), strict=False, **own_block) as engine:
+        assert any("a hybrid model with 2 KV cache groups is not supported" in line for line in engine.log)
+        first, again = engine.generate([text]), engine.generate([text])
+        assert [first[0]["cached"], again[0]["cached"]] == [0, 0]
+        assert_same(again, first)
