@@ -234,13 +234,20 @@ class TestFork:
         tier = RedisTier(redis_config(url=server.url), SCOPE)
         for number in (1, 2):
             tier.put(key(number), payload(number))
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             right = False
             try:
+                assert load(tier, 1) == payload(1)  # while the parent's connection lies idle
+                assert all(line._connection.pid == os.getpid() for idle in tier._idle.values() for line in idle)
+                os.write(writer, b"x")
                 right = all(load(tier, 1) == payload(1) for _ in range(200))
             finally:
                 os._exit(0 if right else 1)
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
         assert all(load(tier, 2) == payload(2) for _ in range(200))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
