@@ -135,7 +135,8 @@ class CacheConfig(Section):
     min_load_tokens: int = Field(default=1, ge=1)
     """Load a hit only if it saves at least so many tokens; below that recomputing is quicker."""
     background_load_tokens: int = Field(default=4096, ge=1)
-    """Copy a hit of at least so many tokens in the background, while the batch goes on; a smaller one right before the forward pass."""
+    """Copy a hit of at least so many tokens in the background, while the batch goes on; a smaller one right before the forward pass.
+    With vLLM's async scheduling or its second model runner, every hit."""
     transfer_backend: Literal["auto", "host", "dma", "kernel", "staged", "torch"] = "auto"
     """What copies between engine blocks and host memory; auto measures at start which is fastest for which size."""
     load_deadline: Seconds = 5.0
