@@ -7,6 +7,31 @@ from dataclasses import asdict
 from typing import Any
 
 
+def _fail_next_load(_: Any, rank: int) -> None:
+    """In the process of each rank: the next load of this one leaves garbage and reports an error."""
+    import ctypes
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from lmc.cache.transfer.planner import Direction
+    from lmc.errors import TransferError
+
+    worker = get_kv_transfer_group()._worker.worker
+    if worker._rank != rank:
+        return
+    backend = worker.copier.backend
+    copy = backend.execute
+
+    def broken(descriptors: Any, *arguments: Any) -> None:
+        if descriptors.direction is Direction.LOAD:
+            backend.execute = copy
+            ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
+            raise TransferError("injected")
+        copy(descriptors, *arguments)
+
+    backend.execute = broken
+
+
 class InsideVllm:
     """The engine's objects. Any: vLLM ships no types, and what is replaced here is private."""
 
@@ -63,6 +88,10 @@ class InsideVllm:
             copy(descriptors, *arguments)
 
         backend.execute = broken
+
+    def fail_next_load(self, rank: int) -> None:
+        """The same for the next load only, of one rank of several."""
+        self.llm.collective_rpc(_fail_next_load, args=(rank,))
 
     def load_by_layer(self) -> None:
         """From now on copies run on threads, as on a device's streams; loads go layer by layer, slowly: a missing wait shows."""

@@ -43,7 +43,7 @@ def test_an_image_is_part_of_the_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.compat
-def test_ranks_that_hold_the_same_kv_head_store_and_load_each_its_copy(tmp_path: Path) -> None:
+def test_ranks_that_hold_the_same_kv_head_store_and_load_each_its_copy_and_fail_together(tmp_path: Path) -> None:
     model, disk = make_tiny_llama(tmp_path / "model", kv_heads=1), tmp_path / "disk"
     text, other = prompt(40, 500), prompt(41, 500)
     chunk_bytes = 64 * kv_bytes_per_token(model)
@@ -59,6 +59,13 @@ def test_ranks_that_hold_the_same_kv_head_store_and_load_each_its_copy(tmp_path:
             assert got[0]["cached"] == cached
             assert_same(got, reference)
             assert tier is None or engine.call("metric", name="lmc_hit_tokens_total", labels={"tier": tier}) > 0
+        engine.call("fail_next_load", rank=1)
+        assert_same(engine.generate([text]), reference)  # computed by both
+        assert engine.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
+        engine.call("settle")
+        got = engine.generate([text])
+        assert got[0]["cached"] == 448
+        assert_same(got, reference)
     (folder,) = (found.parent for found in disk.glob("v*/*/r1"))
     stored = [{file.name: file.read_bytes()[-chunk_bytes:] for file in folder.glob(f"r{rank}/??/*")} for rank in (0, 1)]
     assert len(stored[0]) == 14
