@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
+from lmc.cache.connectors.vllm.connector import _recoverable
 from lmc.cache.connectors.vllm.identity import request_identity
 from lmc.cache.keys import KeyChain, root
+from lmc.cache.settings import load_settings
 from lmc.cache.tiers.format import stored_bytes
 from tests.engines.scenario import prompt
 from tests.engines.scheduler_side import DrivenSide
@@ -126,6 +129,19 @@ def test_nothing_is_stored_from_a_block_that_the_request_does_not_hold() -> None
     assert [[chunk.blocks for chunk in one.chunks] for one in plan.stores] == [[(1, 2, 3, 4)]]
     driven.report(plan)
     driven.side.finish(request)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "second_runner", "tokens"), [(False, False, 4096), (True, False, 1), (False, True, 1), (True, True, 1)]
+)
+def test_loads_run_before_the_pass_only_where_vllm_can_recompute_one_that_fails(
+    ahead: bool, second_runner: bool, tokens: int
+) -> None:
+    config = load_settings(flags={"background_load_tokens": 4096}).config
+    vllm_config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=ahead), use_v2_model_runner=second_runner
+    )
+    assert _recoverable(config, vllm_config).background_load_tokens == tokens
 
 
 # Faults in lmc end the cache, not vLLM
