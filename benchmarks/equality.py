@@ -35,6 +35,7 @@ TINY = "tiny"
 FOLDER = Path(__file__).parents[1] / "workloads"
 CONTEXT, CONCURRENCY = 896, 12
 HOST_CHUNKS, DISK_CHUNKS = 32, 64
+OPEN_SESSIONS = 24
 LONG_CHATS = "row.history | length >= 4 and row.history | map(attribute='bot') | join | length > 1200"
 
 
@@ -67,16 +68,22 @@ CASES = {
 
 
 def requests_of(name: str, vocabulary: int | None) -> list[dict[str, Any]]:
-    """All requests of a workload, turn by turn, with outputs long enough to cross a block's end; ids folded into a smaller vocabulary."""
+    """All requests of a workload, so many sessions at a time, with outputs long enough to cross a block's end; ids folded into a smaller
+    vocabulary."""
     document = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     workload = Workload.model_validate(overlay(document, {"parts": CASES[name].parts}))
     prompts = build_prompts(workload, ModelTokenizer.load(resolve_model(EMBEDDED)), FOLDER)
-    mixed = [request for session in prompts.sessions for request in session]
-    random.Random(workload.seed).shuffle(mixed)
-    turns = sorted(mixed, key=lambda request: request.turn)
+    generator = random.Random(workload.seed)
+    waiting = [list(session) for session in prompts.sessions]
+    generator.shuffle(waiting)
+    requests = []
+    while waiting:
+        session = waiting[generator.randrange(min(OPEN_SESSIONS, len(waiting)))]
+        requests.append(session.pop(0))
+        waiting = [session for session in waiting if session]
     return [
         {"id": request.id, "prompt": _folded(request.prompt.tolist(), vocabulary), "output": 8 + number % 5 * 8}
-        for number, request in enumerate(turns)
+        for number, request in enumerate(requests)
     ]
 
 
@@ -198,7 +205,8 @@ def as_report(rows: list[dict[str, Any]]) -> Report:
     text = "\n".join(
         [
             f"{CONCURRENCY} requests at most, KV space for a few of them, steps of {BATCHED_TOKENS} tokens; chunks of "
-            f"{CHUNK} tokens, {HOST_CHUNKS} of them in host memory and {DISK_CHUNKS} on disk. A request is aborted with probability "
+            f"{CHUNK} tokens, {HOST_CHUNKS} of them in host memory and {DISK_CHUNKS} on disk. {OPEN_SESSIONS} sessions are open at a time. "
+            "A request is aborted with probability "
             f"{CHANCES.abort:g}, a load fails with {CHANCES.failed_load:g} and leaves garbage behind, a store with "
             f"{CHANCES.failed_store:g}. Model {TINY}: random weights, the prompts' ids folded into its {VOCABULARY}.",
             "",
