@@ -89,11 +89,16 @@ def run_traffic(
 
 
 def _may_preempt_all(scheduler: Any) -> bool:
-    """vLLM refuses a reset that preempts (RuntimeError) while a request that does not run holds blocks: one whose load in the background
-    is under way, also after it was aborted, or has ended and the request has not been scheduled since."""
+    """vLLM refuses a reset that preempts (RuntimeError) while blocks stay in use: those of a request that does not run, as its load in the
+    background is under way, also after it was aborted, or has ended and the request has not been scheduled since; and those that a step
+    planned ahead may still write."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     holders = {name for manager in managers for name, blocks in manager.req_to_blocks.items() if blocks}
-    return bool(holders <= {request.request_id for request in scheduler.running})
+    return (
+        holders <= {request.request_id for request in scheduler.running}
+        and not scheduler.deferred_frees
+        and all(scheduler._request_blocks_can_be_freed(request) for request in scheduler.running)
+    )
 
 
 def outcome(output: Any) -> dict[str, Any]:
