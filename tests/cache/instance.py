@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -194,6 +195,18 @@ def start(
 
 def prompt(seed: int, num_tokens: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, 1000, num_tokens)]
+
+
+def serve_side_by_side(pair: Sequence[Instance], turns: int) -> None:
+    """Two instances at the same time, with prompts of which some are common."""
+
+    def work(instance: Instance, seed: int) -> None:
+        for turn in range(turns):
+            instance.serve(prompt((turn * seed) % 7, 20 + 8 * (turn % 4)))
+            instance.serve(prompt(100 * seed + turn % 5, 36))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, pair, (1, 3)))
 
 
 def chunk_files(folder: Path, rank: int = 0) -> list[Path]:

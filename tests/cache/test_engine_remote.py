@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
 from lmc.errors import TierError
 from tests import services
-from tests.cache.instance import CHUNK_BYTES, NOBODY, Instance, prompt, settings
+from tests.cache.instance import CHUNK_BYTES, NOBODY, Instance, prompt, serve_side_by_side, settings
 
 pytestmark = pytest.mark.service
 
@@ -90,14 +89,7 @@ def test_a_server_that_evicts_never_breaks_readers_or_writers(tmp_path):
         pair = [Instance(settings(**redis_settings(server), host_capacity=16 * CHUNK_BYTES)) for _ in range(2)]
         with running(*pair):
             client.config_set("maxmemory", client.info("memory")["used_memory"] + 300_000)
-
-            def work(instance: Instance, seed: int) -> None:
-                for turn in range(30):
-                    instance.serve(prompt((turn * seed) % 7, 20 + 8 * (turn % 4)))
-                    instance.serve(prompt(100 * seed + turn % 5, 36))
-
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(work, pair, (1, 3)))
+            serve_side_by_side(pair, 30)
             assert all(instance.metric("staged_chunks_total", tier="redis") > 0 for instance in pair)
             assert client.info("stats")["evicted_keys"] > 0
 

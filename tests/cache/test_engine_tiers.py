@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,7 +11,7 @@ from lmc.cache.engine import Identity
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
-from tests.cache.instance import CHUNK_BYTES, Instance, chunk_files, prompt, settings, start
+from tests.cache.instance import CHUNK_BYTES, Instance, chunk_files, prompt, serve_side_by_side, settings, start
 
 # Write modes and bounds
 
@@ -153,13 +152,6 @@ def test_evictors_in_one_folder_never_break_a_reader(instances, tmp_path):
     }
     few = {"host_capacity": 16 * CHUNK_BYTES}
     pair = [start(instances, **shared, **few) for _ in range(2)]
-
-    def work(instance: Instance, seed: int) -> None:
-        for turn in range(40):
-            instance.serve(prompt((turn * seed) % 7, 20 + 8 * (turn % 4)))
-            instance.serve(prompt(100 * seed + turn % 5, 36))
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(work, pair, (1, 3)))
+    serve_side_by_side(pair, 40)
     assert all(instance.metric("staged_chunks_total", tier="disk") > 0 for instance in pair)
     assert all(instance.metric("evicted_chunks_total", tier="disk") > 0 for instance in pair)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from dataclasses import asdict
 from typing import Any
 
+from tests.engines.traffic import spoil
+
 
 def _fail_next_load(_: Any, rank: int) -> None:
     """In the process of each rank: the next load of this one leaves garbage and reports an error."""
-    import ctypes
-
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from lmc.cache.transfer.planner import Direction
-    from lmc.errors import TransferError
 
     worker = get_kv_transfer_group()._worker.worker
     if worker._rank != rank:
@@ -25,8 +25,7 @@ def _fail_next_load(_: Any, rank: int) -> None:
     def broken(descriptors: Any, *arguments: Any) -> None:
         if descriptors.direction is Direction.LOAD:
             backend.execute = copy
-            ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
-            raise TransferError("injected")
+            spoil(descriptors)
         copy(descriptors, *arguments)
 
     backend.execute = broken
@@ -65,10 +64,7 @@ class InsideVllm:
 
     def fail_loads(self, count: int, after: int = 0) -> None:
         """From now on loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
-        import ctypes
-
         from lmc.cache.transfer.planner import Direction
-        from lmc.errors import TransferError
 
         is_first = self.loads_left is None
         self.loads_left = [after, count]
@@ -83,8 +79,7 @@ class InsideVllm:
                 left[0] -= 1
             elif loading and left[1] > 0:
                 left[1] -= 1
-                ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
-                raise TransferError("injected")
+                spoil(descriptors)
             copy(descriptors, *arguments)
 
         backend.execute = broken
@@ -165,8 +160,6 @@ class InsideVllm:
 
     def watch_bytes(self) -> None:
         """From now on, keep the block bytes of every store, and compare what a load leaves in the blocks with them."""
-        import ctypes
-
         from lmc.cache.transfer.planner import Direction
 
         copier, kept = self.worker.copier, {}

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 NO_PROGRESS_SECONDS = 120.0
 
@@ -117,6 +117,14 @@ def outcome(output: Any) -> dict[str, Any]:
     }
 
 
+def spoil(descriptors: Any) -> NoReturn:
+    """End a load as one that breaks off: some bytes are garbage."""
+    from lmc.errors import TransferError
+
+    ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
+    raise TransferError("injected")
+
+
 def break_copies(backend: Any, seed: int, chances: Chances, tally: Tally) -> Callable[[], None]:
     """Make copies slow or fail at random, a failed load having written garbage; the returned function ends that."""
     from lmc.cache.transfer.planner import Direction
@@ -129,8 +137,7 @@ def break_copies(backend: Any, seed: int, chances: Chances, tally: Tally) -> Cal
         if descriptors.direction is Direction.LOAD:
             if drawn < chances.failed_load:
                 tally.failed_loads += 1
-                ctypes.memset(int(descriptors.dst[0]), 0x41, int(descriptors.size[0]))
-                raise TransferError("injected")
+                spoil(descriptors)
             if generator.random() < chances.slow_load:
                 time.sleep(0.1)
         elif drawn < chances.failed_store:

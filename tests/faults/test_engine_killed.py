@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.fault]
 
 def test_kill_during_stores_then_restart(tiny_llama: Path, plain: VllmDriver, disk: Path) -> None:
     engine = driver(tiny_llama, **{"disk.path": str(disk)})
-    in_the_middle = 0
     for number in range(3):
         texts = [prompt(100 * number + index, 700) for index in range(12)]
         before = num_files(disk)
@@ -24,8 +23,7 @@ def test_kill_during_stores_then_restart(tiny_llama: Path, plain: VllmDriver, di
         while num_files(disk) < before + 25 and time.monotonic() < deadline:
             time.sleep(0.002)
         engine.kill()
-        assert num_files(disk) >= before + 25
-        in_the_middle += num_files(disk) < before + 120
+        assert before + 25 <= num_files(disk) < before + 120, "the kill did not come in the middle of the stores"
         engine = driver(tiny_llama, **{"disk.path": str(disk)})
         got = engine.generate(texts)
         assert_same(got, plain.generate(texts))
@@ -34,7 +32,6 @@ def test_kill_during_stores_then_restart(tiny_llama: Path, plain: VllmDriver, di
         assert (state["open"], state["pins"]) == (0, 0)
         assert engine.call("metric", name="lmc_failures_total", labels={"operation": "stage"}) == 0
     engine.close()
-    assert in_the_middle, "no kill came in the middle of the stores; a busy machine may be late with one"
     assert not list(disk.glob("**/tmp/*"))
 
 

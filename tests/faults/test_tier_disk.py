@@ -314,7 +314,7 @@ def test_an_evictor_against_a_writer_of_the_same_chunk(tmp_path: Path) -> None:
         while not (tmp_path / "stop").exists():
             evicted += tier.contains([key(1)]) == [True]
             tier.delete(key(1))
-            if evicted == 20:
+            if evicted == 21:
                 (tmp_path / "met").touch()
 
     writer, evictor = in_child(write), in_child(evict)

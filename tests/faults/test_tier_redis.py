@@ -115,7 +115,7 @@ def test_a_breaker_spares_the_wait(server: RedisServer, hasty: RedisTier) -> Non
     for _ in range(2):
         with pytest.raises(TierError):
             load(breaker, 1)
-    with pytest.raises(TierOpen, match="redis tier: failed 2 times in a row"):
+    with ends_within(TIMEOUT), pytest.raises(TierOpen, match="redis tier: failed 2 times in a row"):
         load(breaker, 1)
     server.resume()
     now = 0.3

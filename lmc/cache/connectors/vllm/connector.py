@@ -191,6 +191,10 @@ def _recoverable(config: CacheConfig, vllm_config: VllmConfig) -> CacheConfig:
     load in the background has ended, well or not, before its request is in a batch.
     """
     if vllm_config.scheduler_config.async_scheduling or vllm_config.use_v2_model_runner:
+        logging.getLogger(__name__).info(
+            "lmc: every load runs in the background, whatever background_load_tokens says: "
+            "as it is set up, vLLM cannot recompute one that fails before the pass"
+        )
         return config.model_copy(update={"background_load_tokens": 1})
     return config
 
