@@ -1,8 +1,7 @@
 """Read a stored chunk from a file into a slot, by whichever way is faster.
 
 A file that is in the page cache is copied from there, a piece at a time, and hashed while the piece is still in the CPU's cache. Another is
-read with O_DIRECT straight into the slot in one call, which also leaves the page cache to others. Measured on one virtual disk with 4 MiB
-files: 8-11 GB/s from the page cache; from the disk 1.4-1.9 GB/s directly against 0.4-1.2 GB/s buffered.
+read with O_DIRECT straight into the slot in one call, which also leaves the page cache to others. benchmarks/tiers.py times both ways.
 
 Whether a file is in the page cache is asked with cachestat (Linux 6.5); older kernels always read buffered. Reading
 with RWF_NOWAIT would tell too, but makes Linux 6 read ahead, and the disk then reads everything twice.
@@ -22,7 +21,7 @@ import xxhash
 from lmc.cache.tiers.format import HEADER_BYTES, aligned_page
 from lmc.errors import Corrupt
 
-_PIECE = 4 << 20
+_PIECE = 1 << 20  # fits the CPU's second cache, so that the hash does not wait for memory
 _EDGE = 16 << 10  # of the payload, at either end
 NOT_DIRECT = (
     errno.EINVAL,
