@@ -1,8 +1,9 @@
 """How close each tier comes to bare I/O of the same bytes: python -m benchmarks.tiers [--chunk 4MiB] [--out reports/tiers].
 
 Every way moves the same chunks, those of one prefix, in one go, and the ways take turns, so that all see the same machine. A tier does it
-as the cache does, on as many threads as io_threads says by default, and on one thread; so does bare I/O. Times are medians over the rounds.
-The bar holds for the cache's way and for one thread, both against the fastest bare loop on one. Exit code 1 when a bar is missed.
+as the cache does, on as many threads as io_threads or redis.connections says by default, and on one thread; so does bare I/O. Times are
+medians over the rounds. The bar holds for the cache's way and for one thread, both against the fastest bare loop on one. Exit code 1 when a
+bar is missed.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ from lmc.cache.config import CacheConfig, RedisConfig, S3Config
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.format import HEADER_BYTES, TierScope
+from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
 from lmc.cache.tiers.redis import RedisTier
 from lmc.cache.tiers.s3 import S3Tier
+from lmc.cache.worker import yield_to_the_engine
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 from lmc.units import format_size, parse_size
 from tests import services
 
-THREADS: int = CacheConfig.model_fields["io_threads"].default
+IO_THREADS: int = CacheConfig.model_fields["io_threads"].default
 # To Redis, each way: the kernel tunes each one's buffers by itself, which alone makes a difference of a third.
-_CONNECTIONS = THREADS
+CONNECTIONS: int = RedisConfig.model_fields["connections"].default
 
 Step = Callable[[int], object]  # does the chunk of that number
 
@@ -54,6 +56,8 @@ class Contest:
     tier: Step
     bare: dict[str, Step]
     before: Step = lambda _: None  # not timed
+    threads: int = IO_THREADS  # of the cache
+    writes: bool = False  # on threads of low priority, as the cache's writers are
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Outcome:
     bar: float | None
     num_bytes: int  # of all chunks together
     bare_name: str  # of the fastest bare loop
+    threads: int  # of the cache
     seconds: dict[str, dict[int, list[float]]]  # way -> threads -> quartiles over the rounds
 
     def ratio(self, threads: int, bare_threads: int = 1) -> float:
@@ -70,7 +75,7 @@ class Outcome:
 
     @property
     def reached(self) -> bool:
-        return self.bar is None or min(self.ratio(1), self.ratio(THREADS)) >= self.bar
+        return self.bar is None or min(self.ratio(1), self.ratio(self.threads)) >= self.bar
 
     def gb_per_s(self, name: str, threads: int) -> float:
         return self.num_bytes / self.seconds[name][threads][1] / 1e9
@@ -78,12 +83,12 @@ class Outcome:
 
 @dataclass
 class Chunks:
-    """The same chunks for every contest: keys, a source and a destination slab, and a page for each one's header, all touched."""
+    """The same chunks for every contest: keys, a source and a destination slab, and a page for each one's footer, all touched."""
 
     keys: list[ChunkKey]
     source: list[memoryview]
     slots: list[memoryview]
-    headers: list[memoryview]
+    footers: list[memoryview]
 
 
 def make_chunks(count: int, chunk_bytes: int) -> Chunks:
@@ -93,11 +98,11 @@ def make_chunks(count: int, chunk_bytes: int) -> Chunks:
     for one in cut:
         source[one] = os.urandom(chunk_bytes)
         target[one] = bytes(chunk_bytes)
-    pages = memoryview(mmap.mmap(-1, count * HEADER_BYTES))
+    pages = memoryview(mmap.mmap(-1, count * FOOTER_BYTES))
     pages[:] = bytes(len(pages))
-    headers = [pages[start : start + HEADER_BYTES] for start in range(0, len(pages), HEADER_BYTES)]
+    footers = [pages[start : start + FOOTER_BYTES] for start in range(0, len(pages), FOOTER_BYTES)]
     keys = [ChunkKey(os.urandom(32)) for _ in range(count)]
-    return Chunks(keys, [source[one] for one in cut], [target[one] for one in cut], headers)
+    return Chunks(keys, [source[one] for one in cut], [target[one] for one in cut], footers)
 
 
 def store(tier: Tier, chunks: Chunks) -> Step:
@@ -126,9 +131,14 @@ def go(step: Step, count: int, pool: ThreadPoolExecutor, threads: int) -> None:
         list(pool.map(some, range(threads)))
 
 
-def run(contest: Contest, chunks: Chunks, rounds: int, pool: ThreadPoolExecutor) -> Outcome:
+def run(contest: Contest, chunks: Chunks, rounds: int) -> Outcome:
+    with ThreadPoolExecutor(contest.threads, initializer=yield_to_the_engine if contest.writes else None) as pool:
+        return run_in(pool, contest, chunks, rounds)
+
+
+def run_in(pool: ThreadPoolExecutor, contest: Contest, chunks: Chunks, rounds: int) -> Outcome:
     steps = {"tier": contest.tier} | contest.bare
-    ways = [(name, threads) for name in steps for threads in (1, THREADS)]
+    ways = [(name, threads) for name in steps for threads in (1, contest.threads)]
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     count = len(chunks.keys)
     for turn in range(rounds + 1):
@@ -141,18 +151,18 @@ def run(contest: Contest, chunks: Chunks, rounds: int, pool: ThreadPoolExecutor)
             go(steps[name], count, pool, threads)
             if turn:  # the first round warms up
                 seconds[name, threads].append(time.perf_counter() - started)
-    quartiles = {
-        name: {threads: statistics.quantiles(seconds[name, threads], n=4) for threads in (1, THREADS)} for name in steps
-    }
+    quartiles: dict[str, dict[int, list[float]]] = {name: {} for name in steps}
+    for name, threads in ways:
+        quartiles[name][threads] = statistics.quantiles(seconds[name, threads], n=4)
     best = min(contest.bare, key=lambda name: quartiles[name][1][1])
-    return Outcome(contest.name, contest.bar, sum(map(len, chunks.source)), best, quartiles)
+    return Outcome(contest.name, contest.bar, sum(map(len, chunks.source)), best, contest.threads, quartiles)
 
 
 def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
     tier = DiskTier(folder, scope)
     store_all(tier, chunks)
     files = [tier._file(key) for key in chunks.keys]
-    wanted = HEADER_BYTES + scope.chunk_bytes
+    wanted = FOOTER_BYTES + scope.chunk_bytes
 
     def drop(number: int) -> None:
         fd = os.open(files[number], os.O_RDONLY)
@@ -162,7 +172,7 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
     def read(flags: int) -> Step:
         def step(number: int) -> None:
             fd = os.open(files[number], os.O_RDONLY | flags)
-            done = os.preadv(fd, [chunks.headers[number], chunks.slots[number]], 0)
+            done = os.preadv(fd, [chunks.slots[number], chunks.footers[number]], 0)
             os.close(fd)
             assert done == wanted
 
@@ -171,7 +181,7 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
     def write(number: int) -> None:
         temporary = folder / f"bare{number}.tmp"
         fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        written = os.writev(fd, [chunks.headers[number], chunks.source[number]])
+        written = os.writev(fd, [chunks.source[number], chunks.footers[number]])
         assert written == wanted
         os.fsync(fd)
         os.close(fd)
@@ -180,36 +190,36 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
         os.fsync(parent)
         os.close(parent)
 
-    bare = {"buffered read": read(0), "O_DIRECT read": read(os.O_DIRECT)}
     for number in range(len(files)):
         read(0)(number)
-    yield Contest("disk load, in page cache", 0.85, load(tier, chunks), bare)
+    yield Contest("disk load, in page cache", 0.85, load(tier, chunks), {"buffered read": read(0)})
+    bare = {"buffered read": read(0), "O_DIRECT read": read(os.O_DIRECT)}
     yield Contest("disk load, not in page cache", 0.85, load(tier, chunks), bare, drop)
-    yield Contest("disk store, synced", None, store(tier, chunks), {"write, fsync, rename": write})
+    yield Contest("disk store, synced", None, store(tier, chunks), {"write, fsync, rename": write}, writes=True)
 
 
 def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
     settings = RedisConfig(url=f"redis://{services.LOCAL}:{port}", timeout=30.0)
-    tiers = [RedisTier(settings, scope) for _ in range(_CONNECTIONS)]
+    tiers = [RedisTier(settings, scope) for _ in range(CONNECTIONS)]
     store_all(tiers[0], chunks)
     names = [tiers[0]._name(key) for key in chunks.keys]
-    wanted = HEADER_BYTES + scope.chunk_bytes
+    wanted = FOOTER_BYTES + scope.chunk_bytes
     around = len(b"$%d\r\n" % wanted) + 2
     buffers = [memoryview(bytearray(wanted + around)) for _ in tiers]
     connections = [socket.create_connection((services.LOCAL, port)) for _ in tiers]
 
     def receive(number: int) -> None:
-        name, connection = names[number], connections[number % _CONNECTIONS]
+        name, connection = names[number], connections[number % CONNECTIONS]
         connection.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name))
-        buffer = buffers[number % _CONNECTIONS]
+        buffer = buffers[number % CONNECTIONS]
         got = 0
         while got < len(buffer):
             got += connection.recv_into(buffer[got:])
 
     def send(number: int) -> None:
-        name, connection = names[number], connections[number % _CONNECTIONS]
+        name, connection = names[number], connections[number % CONNECTIONS]
         start = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, wanted)
-        parts = [memoryview(start), chunks.headers[number], chunks.source[number], memoryview(b"\r\n")]
+        parts = [memoryview(start), chunks.source[number], chunks.footers[number], memoryview(b"\r\n")]
         while parts:
             sent = connection.sendmsg(parts)
             while parts and sent >= len(parts[0]):
@@ -220,13 +230,13 @@ def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Cont
         assert answer == b"+OK\r\n", answer
 
     def tier_load(number: int) -> None:
-        tiers[number % _CONNECTIONS].get(chunks.keys[number], chunks.slots[number])
+        tiers[number % CONNECTIONS].get(chunks.keys[number], chunks.slots[number])
 
     def tier_store(number: int) -> None:
-        tiers[number % _CONNECTIONS].put(chunks.keys[number], chunks.source[number])
+        tiers[number % CONNECTIONS].put(chunks.keys[number], chunks.source[number])
 
-    yield Contest("redis load", 0.85, tier_load, {"recv_into": receive})
-    yield Contest("redis store", 0.85, tier_store, {"sendmsg": send})
+    yield Contest("redis load", 0.85, tier_load, {"recv_into": receive}, threads=CONNECTIONS)
+    yield Contest("redis store", 0.85, tier_store, {"sendmsg": send}, threads=CONNECTIONS, writes=True)
     for connection in connections:
         connection.close()
     for tier in tiers:
@@ -276,37 +286,46 @@ def as_report(outcomes: list[Outcome], chunks: Chunks, rounds: int) -> Report:
         Column("case"),
         Column("fastest bare way"),
         Column("bare loop", "GB/s"),
-        Column(f"bare, {THREADS} threads", "GB/s"),
+        Column("bare, the cache's threads", "GB/s"),
         Column("tier, one thread", "GB/s"),
-        Column(f"tier, {THREADS} threads", "GB/s"),
+        Column("tier, the cache's threads", "GB/s"),
     ]
     speeds: list[list[str | int | float | None]] = [
         [
             one.name,
             one.bare_name,
-            *(one.gb_per_s(name, threads) for name in (one.bare_name, "tier") for threads in (1, THREADS)),
+            *(one.gb_per_s(name, threads) for name in (one.bare_name, "tier") for threads in (1, one.threads)),
         ]
         for one in outcomes
     ]
     compared = [
         Column("case"),
+        Column("the cache's threads"),
         Column("the cache's way / bare loop"),
         Column("bar"),
         Column("reached"),
         Column("one thread each"),
-        Column(f"{THREADS} threads each"),
+        Column("the cache's threads each"),
     ]
     ratios: list[list[str | int | float | None]] = [
-        [one.name, one.ratio(THREADS), one.bar, one.reached, one.ratio(1), one.ratio(THREADS, THREADS)]
+        [
+            one.name,
+            one.threads,
+            one.ratio(one.threads),
+            one.bar,
+            one.reached,
+            one.ratio(1),
+            one.ratio(one.threads, one.threads),
+        ]
         for one in outcomes
     ]
     size = format_size(len(chunks.source[0]))
     note = f"{len(chunks.keys)} chunks of {size} in one go, {rounds} rounds; medians."
     summary = (
-        f"Speed of each tier against bare I/O of the same bytes in the same run. The cache moves a prefix on {THREADS} threads "
-        "(io_threads); bare I/O is a plain loop over the same chunks. The tier also computes or checks a checksum of every byte, and takes "
-        "some time of the interpreter for each chunk. That hides behind a disk; on as many threads as the bare way, it adds to a copy at "
-        "memory speed, and the more the faster the memory is."
+        "Speed of each tier against bare I/O of the same bytes in the same run. The cache moves a prefix on several threads (io_threads, "
+        "redis.connections); bare I/O is a plain loop over the same chunks. The tier also computes or checks a checksum of every byte, "
+        "and takes some time of the interpreter for each chunk. That hides behind a disk; on as many threads as the bare way, it adds to "
+        "a copy at memory speed, and the more the faster the memory is."
     )
     tables = [Table("Tiers and bare I/O", compared, ratios, note), Table("Speeds", ways, speeds, note)]
     metadata = (
@@ -331,10 +350,7 @@ def main() -> int:
     chunks = make_chunks(options.count, chunk_bytes)
     scope = TierScope("benchmark", 0, "benchmark", len(chunks.source[0]))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-        outcomes = [
-            run(contest, chunks, options.rounds, pool) for contest in contests(Path(folder), scope, chunks, stack)
-        ]
+        outcomes = [run(contest, chunks, options.rounds) for contest in contests(Path(folder), scope, chunks, stack)]
     report = as_report(outcomes, chunks, options.rounds)
     for item in report.sections[0].items:
         if isinstance(item, Table):

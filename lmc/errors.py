@@ -10,7 +10,7 @@ LmcError
  ├─ RunError         a benchmark or a replay failed               exit 1
  ├─ TierError        a tier failed to put, get or delete          becomes a miss
  │   ├─ TierFull     no room left
- │   └─ Corrupt      stored bytes do not match their header
+ │   └─ Corrupt      stored bytes do not match their footer
  └─ TransferError    a copy between engine and cache failed       becomes a miss
 
 A message is one line: what is wrong, where, and what to do.

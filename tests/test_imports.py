@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "lmc": set(),
     "lmc.errors": set(),
+    "lmc.compiled": set(),
     "lmc.units": {"lmc.errors"},
     "lmc.model": {"lmc.errors"},
     "lmc.report": {"lmc.errors", "lmc.units"},
-    "lmc.cache": {"lmc.cache", "lmc.errors", "lmc.units", "lmc.model", "lmc.report"},
+    "lmc.cache": {"lmc.cache", "lmc.compiled", "lmc.errors", "lmc.units", "lmc.model", "lmc.report"},
     "lmc.cache.policy": {"lmc.cache.policy", "lmc.errors"},
     "lmc.sim": {
         "lmc.sim",
@@ -30,6 +31,7 @@ ALLOWED = {
         "lmc.cache.settings",
         "lmc.cache.record",
         "lmc.cache.tiers.format",
+        "lmc.compiled",
         "lmc.errors",
         "lmc.units",
         "lmc.report",

@@ -78,6 +78,9 @@ class RedisConfig(Section):
     """Time to live of a value in Redis; none: Redis's own eviction decides."""
     timeout: Seconds = 1.0
     """Limit for one socket operation."""
+    connections: int = Field(default=2, ge=1, le=256)
+    """Values on their way at once, per rank: so many in, and so many out. One thread of Redis serves them all, so more gain something only
+    with a cluster or over a slow network."""
 
 
 class S3Config(Section):
@@ -144,7 +147,7 @@ class CacheConfig(Section):
     lookup_deadline: Seconds = 0.05
     """A request waits at most so long for a remote tier to say what it holds."""
     io_threads: int = Field(default=4, ge=1, le=256)
-    """Threads per rank for each tier below the host: so many for reads, and so many for writes."""
+    """Threads per rank for each tier below the host: so many for reads, and so many for writes. For Redis see redis.connections."""
     queue_depth: int = Field(default=1024, ge=1)
     """Writes that may wait, per rank and tier below the host; beyond that a write is dropped and counted."""
     close_timeout: Seconds = 10.0

@@ -50,7 +50,7 @@ def open_worker(
         BlockCopier(layout, slab, backend, open_streams(layout.device, backend)),
         tiers,
         partial(read_copying, backend, slab),
-        io_threads=config.io_threads,
+        io_threads={name: config.redis.connections if name == "redis" else config.io_threads for name in tiers},
         close_timeout=config.close_timeout,
         warnings=[*warnings, *([slab.problem] if slab.problem else [])],
     )

@@ -47,7 +47,10 @@ WRITE_NICENESS = 10  # a tenth of the weight of an ordinary thread: enough to ge
 
 
 class CacheWorker:
-    """Chunks between an engine's KV cache (the copier's), a slab of host slots and tiers by name."""
+    """Chunks between an engine's KV cache (the copier's), a slab of host slots and tiers by name.
+
+    io_threads: by tier, how many read and how many write at once.
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class CacheWorker:
         tiers: Mapping[str, Tier],
         copying: Callable[[], CopyReading],
         *,
-        io_threads: int,
+        io_threads: Mapping[str, int],
         close_timeout: float = 10.0,
         warnings: Sequence[str] = (),
     ) -> None:
@@ -72,9 +75,9 @@ class CacheWorker:
         self._warnings = tuple(warnings)
         self._close_timeout = close_timeout
         # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
-        self._readers = {name: ThreadPoolExecutor(io_threads, thread_name_prefix=f"lmc-{name}-read") for name in tiers}
+        self._readers = {name: ThreadPoolExecutor(io_threads[name], f"lmc-{name}-read") for name in tiers}
         self._writers = {
-            name: ThreadPoolExecutor(io_threads, f"lmc-{name}-write", initializer=_yield_to_the_engine)
+            name: ThreadPoolExecutor(io_threads[name], f"lmc-{name}-write", initializer=yield_to_the_engine)
             for name in tiers
         }
         self._under_way: set[Future[None]] = set()
@@ -287,7 +290,7 @@ class CacheWorker:
             self._report.transfers.append((what, num_bytes, seconds))
 
 
-def _yield_to_the_engine() -> None:
+def yield_to_the_engine() -> None:
     """Nobody waits for a write, and on a CPU engine a core that writes is missing from the forward pass."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(os.getpriority(os.PRIO_PROCESS, 0), WRITE_NICENESS))
 

@@ -60,13 +60,13 @@ def _as_text(found: Inspection) -> str:
     from lmc.units import format_size
 
     lines = [f"{found.path}: {found.problem or 'ok'}"]
-    if found.header is not None:
-        header = found.header
-        lines.append(f"  namespace {header.namespace}  rank {header.rank}  key {header.key.hex()}")
-        if header.parent is not None:
-            lines.append(f"  continues {header.parent.hex()}")
-        lines.append(f"  layout {header.layout}")
-        lines.append(f"  payload {format_size(header.payload_bytes)}  xxh3 {header.checksum:016x}")
+    if found.footer is not None:
+        footer = found.footer
+        lines.append(f"  namespace {footer.namespace}  rank {footer.rank}  key {footer.key.hex()}")
+        if footer.parent is not None:
+            lines.append(f"  continues {footer.parent.hex()}")
+        lines.append(f"  layout {footer.layout}")
+        lines.append(f"  payload {format_size(footer.payload_bytes)}  xxh3 {footer.checksum:016x}")
     return "\n".join(lines)
 
 
@@ -74,15 +74,15 @@ def _as_json(found: Inspection) -> str:
     import orjson
 
     record: dict[str, object] = {"file": str(found.path), "file_bytes": found.file_bytes, "problem": found.problem}
-    if found.header is not None:
-        header = found.header
+    if found.footer is not None:
+        footer = found.footer
         record |= {
-            "namespace": header.namespace,
-            "rank": header.rank,
-            "key": header.key.hex(),
-            "parent": header.parent.hex() if header.parent else None,
-            "layout": header.layout,
-            "payload_bytes": header.payload_bytes,
-            "xxh3": f"{header.checksum:016x}",
+            "namespace": footer.namespace,
+            "rank": footer.rank,
+            "key": footer.key.hex(),
+            "parent": footer.parent.hex() if footer.parent else None,
+            "layout": footer.layout,
+            "payload_bytes": footer.payload_bytes,
+            "xxh3": f"{footer.checksum:016x}",
         }
     return orjson.dumps(record).decode()

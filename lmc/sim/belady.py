@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from lmc.compiled import compiled
 from lmc.errors import ConfigError
-from lmc.sim.compiled import compiled
 from lmc.sim.policy_replay import PolicyHits
 from lmc.sim.trace import Int32, Int64, Trace
 
@@ -37,7 +37,7 @@ def replay(trace: Trace, capacities: Iterable[int], *, workers: int | None = Non
     ]
 
 
-@compiled
+@compiled()
 def _next_use(ids: Int32, starts: Int64, num_unique: int) -> Int32:
     """(num_blocks,) the next request that uses the same block, or the number of requests."""
     num_requests = starts.size - 1
@@ -50,7 +50,7 @@ def _next_use(ids: Int32, starts: Int64, num_unique: int) -> Int32:
     return next_use
 
 
-@compiled
+@compiled()
 def _replay(ids: Int32, starts: Int64, num_unique: int, next_use: Int32, capacity: int) -> tuple[Int32, int, int]:
     num_requests = starts.size - 1
     hits = np.zeros(num_requests, dtype=np.int32)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lmc.compiled import compiled
 from lmc.errors import TraceError
-from lmc.sim.compiled import compiled
 from lmc.sim.trace import Int32, Int64, Trace
 
 
@@ -151,7 +151,7 @@ class TraceBuilder:
             )
 
 
-@compiled
+@compiled()
 def _number_by_first_use(raw: Int64, low: int, table: Int32, ids: Int32) -> int:
     num_unique = 0
     for index in range(raw.size):
@@ -163,7 +163,7 @@ def _number_by_first_use(raw: Int64, low: int, table: Int32, ids: Int32) -> int:
     return num_unique
 
 
-@compiled
+@compiled()
 def _find_parents(ids: Int32, starts: Int64, parents: Int32) -> tuple[int, int]:
     """Fill parents (-2 = not seen yet); returns (request, position) of the first block with two parents, or (-1, -1)."""
     for request in range(starts.size - 1):

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from lmc.sim.compiled import compiled
+from lmc.compiled import compiled
 from lmc.sim.stack import HitCurve, StackProfile, hit_curve, request_hits
 from lmc.sim.trace import Int32, Int64, Window
 
@@ -78,7 +78,7 @@ def _differences(reached: list[Hits]) -> list[Hits]:
     return [(now[0] - before[0], now[1] - before[1]) for now, before in zip(reached, below, strict=True)]
 
 
-@compiled
+@compiled()
 def _squares(
     request: Int32, first: Int32, length: Int32, above: Int32, input_tokens: Int64, block_tokens: int, num_unique: int
 ) -> Int64:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lmc.sim.compiled import compiled
+from lmc.compiled import compiled
 from lmc.sim.stack import StackProfile
 from lmc.sim.trace import Int32, Int64
 
@@ -23,7 +23,7 @@ def sessions_of(stack: StackProfile) -> tuple[Int32, bool]:
     return _infer(stack.request, stack.first, stack.length, stack.previous, full), False
 
 
-@compiled
+@compiled()
 def _infer(request: Int32, first: Int32, length: Int32, previous: Int32, full: Int64) -> Int32:
     follows = np.full(full.size, -1, dtype=np.int32)
     for row in range(request.size):  # the last row of a request is its deepest segment

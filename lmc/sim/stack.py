@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lmc.sim.compiled import compiled
+from lmc.compiled import compiled
 from lmc.sim.trace import Float64, Int32, Int64, Trace, Window
 
 Marks = npt.NDArray[np.bool_]
@@ -88,7 +88,7 @@ def request_hits(stack: StackProfile, capacity: float, max_age_s: float = np.inf
     return np.bincount(stack.request, weights=hits, minlength=stack.trace.num_requests).astype(np.int64)
 
 
-@compiled
+@compiled()
 def _walk(ids: Int32, starts: Int64, num_unique: int) -> tuple[Int32, Int32, Int32, Int32, Int32]:
     """Requests take *slots* in order of time; a slot counts the blocks that its request was the last to touch, and a Fenwick tree sums
     them up. When all slots are taken, those of live requests are closed up."""
@@ -163,7 +163,7 @@ def _walk(ids: Int32, starts: Int64, num_unique: int) -> tuple[Int32, Int32, Int
     return request_of[:rows], first_of[:rows], length_of[:rows], above_of[:rows], previous_of[:rows]
 
 
-@compiled
+@compiled()
 def _close_up(slots: Int32, last: Int32) -> int:
     """Move live slots together, in order, and tell the blocks. Returns how many there are."""
     moved = np.empty(slots.shape[0], dtype=np.int32)
@@ -179,7 +179,7 @@ def _close_up(slots: Int32, last: Int32) -> int:
     return live
 
 
-@compiled
+@compiled()
 def _grow_slots(slots: Int32, size: int) -> Int32:
     if size == slots.shape[0]:
         return slots
@@ -188,7 +188,7 @@ def _grow_slots(slots: Int32, size: int) -> Int32:
     return grown
 
 
-@compiled
+@compiled()
 def _sum_up(counts: Int32, size: int) -> Int32:
     """A Fenwick tree of `size` nodes over the counts."""
     tree = np.zeros(size + 1, dtype=np.int32)
@@ -200,14 +200,14 @@ def _sum_up(counts: Int32, size: int) -> Int32:
     return tree
 
 
-@compiled
+@compiled()
 def _grow(old: Int32, room: int) -> Int32:
     grown = np.empty(room, dtype=np.int32)
     grown[: old.size] = old
     return grown
 
 
-@compiled
+@compiled()
 def _curves(
     request: Int32,
     first: Int32,

@@ -123,7 +123,7 @@ def test_chunks_that_a_request_failed_to_load_are_not_offered_to_it_again(instan
     [
         ("flip", "payload does not match its checksum"),
         ("truncate", "the file has 904 bytes instead of 4480"),
-        ("older", "the header is of version 1; this lmc reads version 2"),
+        ("older", "the footer is of version 1; this lmc reads version 3"),
         ("delete", ""),  # another instance may do so
     ],
 )
@@ -136,10 +136,10 @@ def test_a_damaged_file_of_one_rank_is_a_miss_and_is_replaced(instances, tmp_pat
     for file in chunk_files(tmp_path, rank=1):
         content = bytearray(file.read_bytes())
         if damage == "flip":
-            content[-1] ^= 1
+            content[0] ^= 1
             file.write_bytes(content)
         elif damage == "older":
-            content[8] = 1
+            content[CHUNK_BYTES + 8] = 1
             file.write_bytes(content)
         elif damage == "truncate":
             os.truncate(file, 5000 - 4096)

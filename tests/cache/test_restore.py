@@ -61,7 +61,7 @@ def test_what_is_kept_and_what_evictions_leave_is_prefix_closed(forest, capacity
 
 
 @given(st.lists(st.integers(0, 9)), st.dictionaries(st.integers(0, 9), st.integers(0, 9)))
-def test_any_nonsense_in_headers_leaves_every_key_once(order, above):
+def test_any_nonsense_in_footers_leaves_every_key_once(order, above):
     keys = [name(number) for number in order]
     parents = {name(child): name(parent) for child, parent in above.items()}
     assert sorted(youngest_first(keys, parents)) == sorted(set(keys))
@@ -80,9 +80,9 @@ def test_a_chunk_is_as_young_as_the_youngest_that_continues_it():
 
 def closed(folder: Path) -> int:
     """Checks that no file lacks its parent; returns how many there are."""
-    headers = [inspect_file(path).header for path in chunk_files(folder)]
-    keys = {header.key for header in headers if header}
-    assert all(header is not None and header.parent in {None, *keys} for header in headers)
+    footers = [inspect_file(path).footer for path in chunk_files(folder)]
+    keys = {footer.key for footer in footers if footer}
+    assert all(footer is not None and footer.parent in {None, *keys} for footer in footers)
     return len(keys)
 
 
@@ -112,7 +112,7 @@ def test_evictions_after_a_restart_take_children_first(tmp_path, num_ranks):
         second.close()
 
 
-def test_parents_come_from_the_headers(tmp_path, caplog, monkeypatch):
+def test_parents_come_from_the_footers(tmp_path, caplog, monkeypatch):
     tier = DiskTier(tmp_path, SCOPE)
     for number in range(5):
         tier.put(key(number), payload(number), key(number - 1) if number else None)
@@ -126,7 +126,7 @@ def test_parents_come_from_the_headers(tmp_path, caplog, monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
     assert len(tier.parents(listed, seconds=2.0)) < 3
-    assert "headers in" in caplog.text and "within 2 s" in caplog.text
+    assert "footers in" in caplog.text and "within 2 s" in caplog.text
 
 
 def test_the_parent_changes_nothing_of_what_is_loaded(tmp_path):

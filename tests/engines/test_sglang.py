@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmc.cache.tiers.format import HEADER_BYTES, checksum, decode, encode
+from lmc.cache.tiers.format import FOOTER_BYTES, checksum, decode, encode
 from tests.engines.scenario import prompt
 from tests.engines.sglang_server import SglangServer
 from tests.engines.vllm_driver import VllmDriver
@@ -248,11 +248,12 @@ def damage(files: list[Path]) -> None:
 
 
 def fill_with_noise(file: Path) -> None:
-    """Other bytes under a valid header: what no checksum can tell from the truth."""
+    """Other bytes before a valid footer: what no checksum can tell from the truth."""
     content = file.read_bytes()
-    header, size = decode(content[:HEADER_BYTES]), len(content) - HEADER_BYTES
+    size = len(content) - FOOTER_BYTES
+    footer = decode(content[size:])
     noise = np.random.default_rng(0).standard_normal(size // 4).astype(np.float32).tobytes()
-    file.write_bytes(encode(replace(header, checksum=checksum(noise))) + noise)
+    file.write_bytes(noise + encode(replace(footer, checksum=checksum(noise))))
 
 
 def test_a_new_process_loads_from_disk(second: SglangServer, reference: dict[str, dict[str, Any]]) -> None:

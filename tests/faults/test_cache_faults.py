@@ -14,9 +14,10 @@ import pytest
 from lmc.cache.engine import Identity
 from lmc.cache.plan import Plan, Report
 from lmc.cache.presence import Presence
+from lmc.cache.tiers import read_loop
 from lmc.cache.tiers.disk import DiskTier
 from tests.cache.instance import CHUNK_BYTES, Instance, chunk_files, prompt, settings
-from tests.faults.test_tier_disk import exit_status, in_child
+from tests.faults.test_tier_disk import exit_status, in_child, pretend_cached
 
 pytestmark = pytest.mark.fault
 
@@ -71,10 +72,16 @@ def test_a_disk_that_refuses_writes(instances, tmp_path, monkeypatch, caplog, nu
     assert len(chunk_files(tmp_path)) == 6
 
 
-def test_a_disk_that_cannot_be_read(instances, warm, monkeypatch, caplog):
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_disk_that_cannot_be_read(instances, warm, monkeypatch, caplog, cached):
     instances.append(instance := Instance(settings(disk_path=warm)))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", _fails(errno.EIO))
+        if cached:
+            patch.setattr(read_loop, "read_and_hash", lambda *_: (0, 0, True))
+        else:
+            pretend_cached(patch, False)
+        for call in ("pread", "preadv"):
+            patch.setattr(os, call, _fails(errno.EIO))
         served = instance.serve(TOKENS)
     assert (served.loaded, served.miss) == (0, "load failed")
     assert failures(instance, "stage", "error") >= 1

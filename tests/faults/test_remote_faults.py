@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lmc.cache.keys import KeyChain, root
+from lmc.cache.tiers.format import FOOTER_BYTES
 from tests import services
 from tests.cache.instance import CHUNK_TOKENS, Instance, prompt, settings
 from tests.services import Last, Proxy, RedisServer
@@ -72,12 +73,14 @@ REDIS_FAULTS = {
         "error",
     ),
     "reset": Fault(to_client(lambda data: Last(data[:3])), "reset|closed", "error", "error", "error"),
-    "bit flipped": Fault(
-        change_values(lambda value: value[:-1] + bytes([value[-1] ^ 1])), "checksum", "corrupt", "", ""
-    ),
+    "bit flipped": Fault(change_values(lambda value: bytes([value[0] ^ 1]) + value[1:]), "checksum", "corrupt", "", ""),
     "truncated": Fault(change_values(lambda value: value[:-1]), "bytes instead of", "corrupt", "", ""),
     "older version": Fault(
-        change_values(lambda value: value[:8] + b"\x01" + value[9:]), "header is of version 1", "corrupt", "", ""
+        change_values(lambda value: value[: 8 - FOOTER_BYTES] + b"\x01" + value[9 - FOOTER_BYTES :]),
+        "footer is of version 1",
+        "corrupt",
+        "",
+        "",
     ),
 }
 S3_FAULTS = {

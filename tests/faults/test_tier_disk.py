@@ -17,16 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from lmc.cache.tiers import file_read
+from lmc.cache.tiers import file_read, read_loop
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope
+from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope
 from lmc.errors import Corrupt, TierError, TierFull
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
 
 pytestmark = pytest.mark.fault
 
 NUMBERS = 6
-FULL = HEADER_BYTES + CHUNK_BYTES  # bytes of a chunk's file
+FULL = FOOTER_BYTES + CHUNK_BYTES  # bytes of a chunk's file
 
 
 @pytest.fixture
@@ -67,6 +67,17 @@ def contents(number: int) -> tuple[bytes, bytes]:
     return bytes(payload(number)), bytes(payload(number + 100))
 
 
+def pretend_cached(patch: pytest.MonkeyPatch, cached: bool) -> None:
+    """Reads take the way of a file that is in the page cache, or of one that is not."""
+    if cached:
+        patch.setattr(file_read, "EDGE", 0)
+    else:
+        plain = read_loop.read_and_hash
+        patch.setattr(
+            read_loop, "read_and_hash", lambda *given: (-1, 0, False) if given[3] else plain(*given)
+        )  # asked for an edge
+
+
 def test_kill_at_a_random_point_of_a_store(tmp_path: Path) -> None:
     """200 writers are killed: what they stored is whole, what they acknowledged is there, what they left half-done is removed."""
     chance = random.Random(5)
@@ -105,7 +116,7 @@ def test_kill_at_a_random_point_of_a_store(tmp_path: Path) -> None:
     assert killed_inside_a_store > 20, "the kills hit stores"
 
 
-@pytest.mark.parametrize("limit", [0, 100, HEADER_BYTES, HEADER_BYTES + 1, HEADER_BYTES + CHUNK_BYTES - 1])
+@pytest.mark.parametrize("limit", [0, 100, FOOTER_BYTES, FOOTER_BYTES + 1, FOOTER_BYTES + CHUNK_BYTES - 1])
 def test_a_file_that_may_not_grow_further_is_a_full_tier(tier: DiskTier, tmp_path: Path, limit: int) -> None:
     """The kernel cuts the write short at the limit, as a full disk does."""
 
@@ -171,7 +182,7 @@ def test_a_store_whose_folder_cannot_be_synced_is_taken_back(
     assert files_under(tmp_path) == []
 
 
-@pytest.mark.parametrize("call", ["open", "preadv"])
+@pytest.mark.parametrize("call", ["open", "preadv", "pread"])
 def test_a_failed_load_names_file_and_cause(tier: DiskTier, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     tier.put(key(1), payload(1))
 
@@ -180,9 +191,33 @@ def test_a_failed_load_names_file_and_cause(tier: DiskTier, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        with pytest.raises(TierError, match=f"cannot load .*{key(1).hex()}: Input/output error"):
+        pretend_cached(patch, call == "pread")
+        if call == "pread":  # which asks what the compiled code met
+            patch.setattr(read_loop, "read_and_hash", lambda *_: (0, 0, True))
+        with pytest.raises(TierError, match=f"cannot load .*{key(1).hex()}: Input/output error") as caught:
             load(tier, 1)
+    assert type(caught.value) is TierError
     assert load(tier, 1) == payload(1)
+
+
+def test_a_failure_that_the_compiled_code_meets(
+    tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not injected: the kernel reads no folder. Also a failure that is over before Python asks for it costs no chunk."""
+    pretend_cached(monkeypatch, True)
+    tier.put(key(1), payload(1))
+    path = chunk_file(tmp_path)
+    path.rename(path.with_suffix(".aside"))
+    path.mkdir()
+    with pytest.raises(TierError, match=f"cannot load .*{key(1).hex()}: Is a directory") as caught:
+        load(tier, 1)
+    assert type(caught.value) is TierError
+    path.rmdir()
+    path.with_suffix(".aside").rename(path)
+    monkeypatch.setattr(read_loop, "read_and_hash", lambda *_: (4096, 0, True))
+    with pytest.raises(TierError, match="a read failed and then did not") as caught:
+        load(tier, 1)
+    assert type(caught.value) is TierError
 
 
 def test_other_failed_calls_are_tier_errors(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +244,7 @@ def test_a_read_only_folder_fails_at_open(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize(
     "size",
-    [0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, 20_000, 40_960, FULL - 1, FULL + 1, 45_056, 50_000],
+    [0, 1, FOOTER_BYTES - 1, FOOTER_BYTES, FOOTER_BYTES + 1, 20_000, 40_960, FULL - 1, FULL + 1, 45_056, 50_000],
 )
 def test_a_file_of_a_wrong_size_is_corrupt_and_can_be_replaced(
     tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, cached: bool
@@ -217,7 +252,7 @@ def test_a_file_of_a_wrong_size_is_corrupt_and_can_be_replaced(
     """Whichever way it is read; the size is what a read of the file finds, so it may also change meanwhile."""
     tier.put(key(1), payload(1))
     os.truncate(chunk_file(tmp_path), size)
-    monkeypatch.setattr(file_read, "in_page_cache", lambda fd, size: cached)
+    pretend_cached(monkeypatch, cached)
     with pytest.raises(Corrupt, match=f"{key(1).hex()}: the file has {size} bytes instead of 44096"):
         load(tier, 1)
     assert list(tier.scan()) == []
@@ -253,7 +288,7 @@ def test_a_chunk_under_another_s_name_is_not_served(tier: DiskTier, tmp_path: Pa
 def test_a_chunk_of_zeros_is_not_served(tier: DiskTier, tmp_path: Path) -> None:
     """What some file systems leave after a power cut: the right length, no bytes."""
     tier.put(key(1), payload(1))
-    chunk_file(tmp_path).write_bytes(bytes(HEADER_BYTES + CHUNK_BYTES))
+    chunk_file(tmp_path).write_bytes(bytes(FOOTER_BYTES + CHUNK_BYTES))
     with pytest.raises(Corrupt, match="not a chunk"):
         load(tier, 1)
 

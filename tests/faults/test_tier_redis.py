@@ -13,7 +13,7 @@ import pytest
 
 from lmc.cache.config import RedisConfig
 from lmc.cache.tiers.breaker import Breaker, TierOpen
-from lmc.cache.tiers.format import HEADER_BYTES, TierScope
+from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
 from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import Corrupt, TierError, TierFull
 from tests import services
@@ -196,11 +196,12 @@ def test_a_cluster_that_loses_a_master_serves_what_the_others_hold(tmp_path: Pat
         assert outcomes.count("error") > 3
 
 
-HEADER_POSITIONS = [0, 7, 8, 9, 10, 12, 19, 20, 28, 36, 40, 71, 72, 75, 76, 91, 92, 200, HEADER_BYTES - 1]
-PAYLOAD_POSITIONS = [HEADER_BYTES + place for place in (0, 1, 4095, 4096, 20_000, CHUNK_BYTES - 2, CHUNK_BYTES - 1)]
+IN_FOOTER = [0, 7, 8, 9, 10, 12, 19, 20, 28, 36, 40, 71, 72, 75, 76, 91, 92, 200, FOOTER_BYTES - 1]
+FOOTER_POSITIONS = [CHUNK_BYTES + place for place in IN_FOOTER]
+PAYLOAD_POSITIONS = [0, 1, 4095, 4096, 20_000, CHUNK_BYTES - 2, CHUNK_BYTES - 1]
 
 
-@pytest.mark.parametrize("position", HEADER_POSITIONS + PAYLOAD_POSITIONS)
+@pytest.mark.parametrize("position", FOOTER_POSITIONS + PAYLOAD_POSITIONS)
 def test_a_flipped_bit_is_never_served(server: RedisServer, tier: RedisTier, position: int) -> None:
     tier.put(key(1), payload(1))
     with server.client() as client:
@@ -214,7 +215,7 @@ def test_a_flipped_bit_is_never_served(server: RedisServer, tier: RedisTier, pos
     assert load(tier, 1) == payload(1)
 
 
-@pytest.mark.parametrize("size", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + CHUNK_BYTES - 1, 60_000])
+@pytest.mark.parametrize("size", [0, 1, FOOTER_BYTES - 1, FOOTER_BYTES, FOOTER_BYTES + CHUNK_BYTES - 1, 60_000])
 def test_a_value_of_a_wrong_size_is_corrupt_and_can_be_replaced(
     server: RedisServer, tier: RedisTier, size: int
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from lmc.cache.config import S3Config
 from lmc.cache.tiers.breaker import Breaker, TierOpen
-from lmc.cache.tiers.format import HEADER_BYTES
+from lmc.cache.tiers.format import FOOTER_BYTES
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.errors import Corrupt, TierError
 from tests import services
@@ -166,13 +166,13 @@ def test_damage_on_the_way_is_found(front: Proxy, tier: S3Tier) -> None:
     with pytest.raises(Corrupt, match="payload does not match its checksum"):
         load(tier, 1)
     front.to_client = lambda data: data.replace(SCOPE.layout.encode(), b"x" * len(SCOPE.layout))
-    with pytest.raises(Corrupt, match="header does not match its checksum"):
+    with pytest.raises(Corrupt, match="footer does not match its checksum"):
         load(tier, 1)
     front.to_client = None
     assert load(tier, 1) == payload(1)
 
 
-@pytest.mark.parametrize("size", [0, 1, HEADER_BYTES, HEADER_BYTES + CHUNK_BYTES - 1, 60_000])
+@pytest.mark.parametrize("size", [0, 1, FOOTER_BYTES, FOOTER_BYTES + CHUNK_BYTES - 1, 60_000])
 def test_an_object_of_a_wrong_size_is_corrupt_and_can_be_replaced(tier: S3Tier, size: int) -> None:
     obstore.put(tier._store, tier._name(key(1)), bytes(size))
     with pytest.raises(Corrupt, match=f"the object has {size} bytes instead of 44096"):
@@ -182,7 +182,10 @@ def test_an_object_of_a_wrong_size_is_corrupt_and_can_be_replaced(tier: S3Tier, 
     assert load(tier, 1) == payload(2)
 
 
-@pytest.mark.parametrize("position", [0, 8, 9, 12, 40, 80, 3000, HEADER_BYTES, 20_000, HEADER_BYTES + CHUNK_BYTES - 1])
+IN_FOOTER = [0, 8, 9, 12, 40, 80, 3000, FOOTER_BYTES - 1]
+
+
+@pytest.mark.parametrize("position", [0, 20_000, CHUNK_BYTES - 1, *(CHUNK_BYTES + place for place in IN_FOOTER)])
 def test_a_flipped_bit_is_never_served(tier: S3Tier, position: int) -> None:
     tier.put(key(1), payload(1))
     stored = bytearray(obstore.get(tier._store, tier._name(key(1))).bytes())

@@ -1,7 +1,7 @@
 """The disk tier: one file per chunk, shared by any number of processes.
 
-    PATH/v2/<namespace>/r<rank>/<first byte of the key>/<key>     header page, then the payload
-    PATH/v2/<namespace>/r<rank>/tmp/                              chunks being written
+    PATH/v3/<namespace>/r<rank>/<first byte of the key>/<key>     the payload, then the footer
+    PATH/v3/<namespace>/r<rank>/tmp/                              chunks being written
 
 A put writes a temporary file, syncs it and renames it, so a name always stands for a whole chunk (without fsync, after a power cut, for
 one that does not match its checksum). The writer holds a lock (flock) on its temporary file: one that can be locked has no writer any more,
@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.cache.tiers.file_read import read_chunk, read_header
+from lmc.cache.tiers.file_read import read_chunk, read_footer, read_loop
 from lmc.cache.tiers.file_write import write_chunk
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope, decode
+from lmc.cache.tiers.format import FORMAT, TierScope, checksum, decode, stored_bytes
 from lmc.errors import Corrupt, TierError, TierFull
 
 _log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class DiskTier:
         self._temporary = self._folder / "tmp"
         self._process = secrets.token_hex(8)
         self._serial = itertools.count()
+        read_loop()  # takes a second when it was never compiled: better now than in the first load
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
             fd, probe = self._create()
@@ -65,9 +66,10 @@ class DiskTier:
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         target = self._file(key)
-        header = self._scope.seal(key, data, parent)
+        self._scope.check_size(data)
+        footer = self._scope.seal(key, checksum(data), parent)
         try:
-            self._write(target, header, data)
+            self._write(target, data, footer)
         except OSError as error:
             kind = TierFull if error.errno in _NO_ROOM else TierError
             raise kind(f"disk tier: cannot store {target}: {error.strerror}") from error
@@ -75,8 +77,8 @@ class DiskTier:
     def get(self, key: ChunkKey, out: memoryview) -> None:
         source = self._file_name(key)
         try:
-            header, found = read_chunk(source, out)
-            self._scope.verify(key, header, found)
+            footer, found = read_chunk(source, out)
+            self._scope.verify(key, footer, found)
         except FileNotFoundError:
             raise KeyError(key) from None
         except Corrupt as error:
@@ -108,23 +110,23 @@ class DiskTier:
             yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
 
     def parents(self, keys: Sequence[ChunkKey], seconds: float = _PARENTS_SECONDS) -> dict[ChunkKey, ChunkKey]:
-        """The chunk before each of keys, where there is one, as their headers say.
+        """The chunk before each of keys, where there is one, as their footers say.
 
-        keys are oldest first; when not all headers can be read in time, those of the oldest are left out.
+        keys are oldest first; when not all footers can be read in time, those of the oldest are left out.
         """
         until = time.monotonic() + seconds
         found = {}
         for number, key in enumerate(reversed(keys)):
             if time.monotonic() > until:
-                text = "lmc: disk tier: read %d of %d headers in %s within %g s; of the other chunks no parent is known"
+                text = "lmc: disk tier: read %d of %d footers in %s within %g s; of the other chunks no parent is known"
                 _log.warning(text, number, len(keys), self._folder, seconds)
                 break
             try:
-                header = decode(read_header(self._file_name(key)))
+                footer = decode(read_footer(self._file_name(key), self._scope.chunk_bytes))
             except (OSError, Corrupt):
                 continue  # a load will say what is wrong with it
-            if header.key == key and header.parent is not None:
-                found[key] = header.parent
+            if footer.key == key and footer.parent is not None:
+                found[key] = footer.parent
         return found
 
     def close(self) -> None:
@@ -156,10 +158,10 @@ class DiskTier:
                 raise
             os.close(fd)  # a scan came between open and lock
 
-    def _write(self, target: Path, header: bytes, data: memoryview) -> None:
+    def _write(self, target: Path, data: memoryview, footer: bytes) -> None:
         fd, temporary = self._create()
         try:
-            write_chunk(fd, header, data)
+            write_chunk(fd, data, footer)
             if self._fsync:
                 os.fsync(fd)
             if not target.parent.is_dir():
@@ -197,7 +199,7 @@ class DiskTier:
                         status = entry.stat()
                     except FileNotFoundError:
                         continue  # another process evicted it
-                    if status.st_size == HEADER_BYTES + self._scope.chunk_bytes:
+                    if status.st_size == stored_bytes(self._scope.chunk_bytes):
                         yield status.st_mtime_ns, entry.name
 
     def _remove_leftovers(self) -> None:

@@ -9,26 +9,27 @@ from __future__ import annotations
 import fcntl
 import os
 
-from lmc.cache.tiers.file_read import NOT_DIRECT, scratch
-from lmc.cache.tiers.format import HEADER_BYTES
+from lmc.cache.tiers.file_read import NOT_DIRECT, PAGE, scratch
 
 
-def write_chunk(fd: int, header: bytes, data: memoryview) -> None:
-    """Fill an empty file with header and data. Raises OSError."""
-    page = scratch.header
-    page[:] = header
-    position = _write_direct(fd, page, data)
-    while position < HEADER_BYTES + len(data):
-        parts = [page[position:]] if position < HEADER_BYTES else []
-        position += os.pwritev(fd, [*parts, data[max(position - HEADER_BYTES, 0) :]], position)
+def write_chunk(fd: int, data: memoryview, footer: bytes) -> None:
+    """Fill an empty file with data and footer. Raises OSError."""
+    page = scratch.pages[: len(footer)]
+    page[:] = footer
+    position = _write_direct(fd, data, page)
+    while position < len(data) + len(page):
+        parts = [data[position:]] if position < len(data) else []
+        position += os.pwritev(fd, [*parts, page[max(position - len(data), 0) :]], position)
 
 
-def _write_direct(fd: int, page: memoryview, data: memoryview) -> int:
+def _write_direct(fd: int, data: memoryview, page: memoryview) -> int:
     """Write whole pages past the page cache, if that is possible; returns where it stopped."""
+    tail = len(data) % PAGE
+    parts = [data, page] if tail == 0 else [data[: len(data) - tail]]
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        return os.pwritev(fd, [page, data[: len(data) - len(data) % HEADER_BYTES]], 0)
+        return os.pwritev(fd, parts, 0)
     except OSError as error:
         if error.errno not in NOT_DIRECT:
             raise

@@ -1,16 +1,15 @@
-"""The persisted form of a chunk: one header page, then the payload as it was in the host slot.
+"""The persisted form of a chunk: the payload as it was in the host slot, then one page of footer.
 
-The same bytes lie on disk, in Redis and in S3. The header is HEADER_BYTES long, so that the payload starts on a page. It says what the
-payload is (namespace, rank, key, layout), which chunk comes before it, how long it is and what it hashes to, and carries a checksum of
-itself that covers the padding too. All numbers are little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets
-the chunks of another one.
+The same bytes lie on disk, in Redis and in S3. The footer says what the payload is (namespace, rank, key, layout), which chunk comes before
+it, how long it is and what it hashes to, and carries a checksum of itself that covers the padding too. It comes last, so that a payload can
+be hashed while it is being sent, piece by piece, and is FOOTER_BYTES long, so that direct output ends on a page. All numbers are
+little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets the chunks of another one.
 
-Version 2 added the parent, so that a restart knows which chunk continues which.
+Version 2 added the parent, so that a restart knows which chunk continues which; version 3 put the header of before behind the payload.
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,30 +19,34 @@ import xxhash
 from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.errors import ConfigError, Corrupt
 
-HEADER_BYTES = 4096
-VERSION = 2
+FOOTER_BYTES = 4096
+VERSION = 3
 FORMAT = f"v{VERSION}"  # the part of a file's or a remote key's name that changes with the version
 
 _MAGIC = b"LMCCHUNK"
 _NO_KEY = ChunkKey(bytes(KEY_BYTES))  # stands for the parent of the first chunk of a prefix
 
-# magic, version, header bytes, header checksum, payload bytes, payload checksum, rank, key, parent, namespace length, layout length
+# magic, version, footer bytes, footer checksum, payload bytes, payload checksum, rank, key, parent, namespace length, layout length
 _FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}s{KEY_BYTES}sHH")
-_CHECKSUM_AT = struct.calcsize("<8sHH")
-_PAYLOAD_CHECKSUM_AT = struct.calcsize("<8sHHQQ")
-_KEY_AT = struct.calcsize("<8sHHQQQI")
-_PARENT_AT = _KEY_AT + KEY_BYTES
+_START = struct.Struct("<8sHH")
 _CHECKSUM = struct.Struct("<Q")
-_TEXT_BYTES = HEADER_BYTES - _FIXED.size
+_PAYLOAD = struct.Struct("<QQI")  # bytes, checksum, rank; then comes the key
+_CHECKSUM_AT = _START.size
+_PAYLOAD_AT = _CHECKSUM_AT + _CHECKSUM.size
+_KEY_AT = _PAYLOAD_AT + _PAYLOAD.size
+_PARENT_AT = _KEY_AT + KEY_BYTES
+_LENGTHS_AT = _PARENT_AT + KEY_BYTES
+_TEXT_BYTES = FOOTER_BYTES - _FIXED.size
+_THIS_VERSION = _START.pack(_MAGIC, VERSION, FOOTER_BYTES)
 
 
 def stored_bytes(chunk_bytes: int) -> int:
     """What a chunk takes where it is persisted."""
-    return HEADER_BYTES + chunk_bytes
+    return chunk_bytes + FOOTER_BYTES
 
 
 @dataclass(frozen=True)
-class ChunkHeader:
+class ChunkFooter:
     namespace: str
     rank: int
     layout: str
@@ -70,19 +73,28 @@ class TierScope:
         if len(self.namespace.encode()) + len(self.layout.encode()) > _TEXT_BYTES:
             raise ConfigError(f"the layout fingerprint has {len(self.layout)} characters; at most {_TEXT_BYTES} fit")
 
-    def seal(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> bytes:
-        """The header to store in front of data."""
+    def check_size(self, data: memoryview) -> None:
+        """Raises ConfigError unless data is as long as a chunk."""
         if len(data) != self.chunk_bytes:
             raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
-        return self._header(key, parent or _NO_KEY, checksum(data))
 
-    def verify(self, key: ChunkKey, page: bytes | memoryview, payload_checksum: int) -> None:
-        """Raises Corrupt unless page is the header of this key in this scope with a payload of that checksum."""
-        parent = ChunkKey(bytes(page[_PARENT_AT : _PARENT_AT + KEY_BYTES]))  # any: the header's own checksum covers it
-        if bytes(page) == self._header(key, parent, payload_checksum):
-            return
-        header = decode(page)
-        found = (header.namespace, header.rank, header.layout, header.key, header.payload_bytes)
+    def seal(self, key: ChunkKey, payload_checksum: int, parent: ChunkKey | None = None) -> bytes:
+        """The footer to store behind a payload of that checksum."""
+        page = bytearray(self._blank)
+        page[_PAYLOAD_AT:_LENGTHS_AT] = self._payload(key, payload_checksum) + (parent or _NO_KEY)
+        return _seal_page(page)
+
+    def verify(self, key: ChunkKey, page: memoryview, payload_checksum: int) -> None:
+        """Raises Corrupt unless page is the footer of this key in this scope with a payload of that checksum."""
+        if (
+            page[_PAYLOAD_AT:_PARENT_AT] == self._payload(key, payload_checksum)
+            and page[_LENGTHS_AT : _LENGTHS_AT + len(self._texts)] == self._texts
+            and page[:_CHECKSUM_AT] == _THIS_VERSION
+            and page[_CHECKSUM_AT:_PAYLOAD_AT] == _page_checksum(page)
+        ):
+            return  # any parent: the page's checksum covers it
+        footer = decode(page)
+        found = (footer.namespace, footer.rank, footer.layout, footer.key, footer.payload_bytes)
         wanted = (self.namespace, self.rank, self.layout, key, self.chunk_bytes)
         names = ("namespace", "rank", "layout", "key", "size")
         wrong = [name for name, have, want in zip(names, found, wanted, strict=True) if have != want]
@@ -90,62 +102,65 @@ class TierScope:
             raise Corrupt(f"stored under another {' and '.join(wrong)}")
         raise Corrupt("the payload does not match its checksum")
 
-    def _header(self, key: ChunkKey, parent: ChunkKey, payload_checksum: int) -> bytes:
-        page = bytearray(self._blank)
-        page[_KEY_AT : _PARENT_AT + KEY_BYTES] = key + parent
-        _CHECKSUM.pack_into(page, _PAYLOAD_CHECKSUM_AT, payload_checksum)
-        return _seal_page(page)
+    def _payload(self, key: ChunkKey, payload_checksum: int) -> bytes:
+        return _PAYLOAD.pack(self.chunk_bytes, payload_checksum, self.rank) + key
 
     @cached_property
     def _blank(self) -> bytes:
-        return bytes(_unsealed(ChunkHeader(self.namespace, self.rank, self.layout, _NO_KEY, self.chunk_bytes, 0)))
+        return bytes(_unsealed(ChunkFooter(self.namespace, self.rank, self.layout, _NO_KEY, self.chunk_bytes, 0)))
+
+    @cached_property
+    def _texts(self) -> bytes:
+        """Namespace and layout, and their lengths before them."""
+        used = _FIXED.size + len(self.namespace.encode()) + len(self.layout.encode())
+        return self._blank[_LENGTHS_AT:used]
 
 
 def checksum(data: memoryview | bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def aligned_page() -> memoryview:
-    """Room for a header, aligned so that O_DIRECT can fill it."""
-    room = bytearray(2 * HEADER_BYTES)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % HEADER_BYTES
-    return memoryview(room)[start : start + HEADER_BYTES]
+def encode(footer: ChunkFooter) -> bytes:
+    return _seal_page(_unsealed(footer))
 
 
-def encode(header: ChunkHeader) -> bytes:
-    return _seal_page(_unsealed(header))
-
-
-def _unsealed(header: ChunkHeader) -> bytearray:
-    namespace, layout = header.namespace.encode(), header.layout.encode()
-    numbers = [VERSION, HEADER_BYTES, 0, header.payload_bytes, header.checksum, header.rank]
-    page = bytearray(HEADER_BYTES)
-    _FIXED.pack_into(page, 0, _MAGIC, *numbers, header.key, header.parent or _NO_KEY, len(namespace), len(layout))
+def _unsealed(footer: ChunkFooter) -> bytearray:
+    namespace, layout = footer.namespace.encode(), footer.layout.encode()
+    numbers = [VERSION, FOOTER_BYTES, 0, footer.payload_bytes, footer.checksum, footer.rank]
+    page = bytearray(FOOTER_BYTES)
+    _FIXED.pack_into(page, 0, _MAGIC, *numbers, footer.key, footer.parent or _NO_KEY, len(namespace), len(layout))
     page[_FIXED.size : _FIXED.size + len(namespace) + len(layout)] = namespace + layout
     return page
 
 
 def _seal_page(page: bytearray) -> bytes:
-    _CHECKSUM.pack_into(page, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(page))
+    page[_CHECKSUM_AT:_PAYLOAD_AT] = _page_checksum(page)
     return bytes(page)
 
 
-def decode(raw: bytes | bytearray | memoryview) -> ChunkHeader:
-    """Read a header. Raises Corrupt, also when another version of lmc wrote it: names keep versions apart, so it does not belong there."""
+def _page_checksum(page: bytes | bytearray | memoryview) -> bytes:
+    """xxh3-64 of the page with zeros where its checksum is, as it is stored."""
+    hasher = xxhash.xxh3_64(page[:_CHECKSUM_AT])
+    hasher.update(bytes(_CHECKSUM.size))
+    hasher.update(page[_PAYLOAD_AT:])
+    return _CHECKSUM.pack(hasher.intdigest())
+
+
+def decode(raw: bytes | bytearray | memoryview) -> ChunkFooter:
+    """Read a footer. Raises Corrupt, also when another version of lmc wrote it: names keep versions apart, so it does not belong there."""
     page = bytearray(raw)
-    if len(page) != HEADER_BYTES:
-        raise Corrupt(f"the header has {len(page)} bytes instead of {HEADER_BYTES}")
-    magic, version, _, own, payload_bytes, digest, rank, key, parent, *lengths = _FIXED.unpack_from(page)
+    if len(page) != FOOTER_BYTES:
+        raise Corrupt(f"the footer has {len(page)} bytes instead of {FOOTER_BYTES}")
+    magic, version, _, _, payload_bytes, digest, rank, key, parent, *lengths = _FIXED.unpack_from(page)
     if magic != _MAGIC:
-        raise Corrupt("this is not a chunk of lmc")
+        raise Corrupt("this is not a chunk of lmc, or not all of one")
     if version != VERSION:
-        raise Corrupt(f"the header is of version {version}; this lmc reads version {VERSION}")
-    _CHECKSUM.pack_into(page, _CHECKSUM_AT, 0)
-    if xxhash.xxh3_64_intdigest(page) != own:
-        raise Corrupt("the header does not match its checksum")
+        raise Corrupt(f"the footer is of version {version}; this lmc reads version {VERSION}")
+    if page[_CHECKSUM_AT:_PAYLOAD_AT] != _page_checksum(page):
+        raise Corrupt("the footer does not match its checksum")
     text = bytes(page[_FIXED.size :])
     namespace, layout = text[: lengths[0]], text[lengths[0] : sum(lengths)]
-    return ChunkHeader(
+    return ChunkFooter(
         namespace.decode(),
         rank,
         layout.decode(),

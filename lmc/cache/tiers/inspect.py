@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmc.cache.tiers.format import HEADER_BYTES, ChunkHeader, checksum, decode
+from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, checksum, decode
 from lmc.errors import ConfigError, Corrupt
 
 
@@ -15,7 +15,7 @@ from lmc.errors import ConfigError, Corrupt
 class Inspection:
     path: Path
     file_bytes: int
-    header: ChunkHeader | None  # None when it cannot be read
+    footer: ChunkFooter | None  # None when it cannot be read
     problem: str | None  # None when all is well
 
 
@@ -31,20 +31,22 @@ def find_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def inspect_file(path: Path) -> Inspection:
-    """Check header, length and checksum. Raises ConfigError when the file cannot be read."""
-    header = None
+    """Check footer, length and checksum. Raises ConfigError when the file cannot be read."""
+    footer = None
     problem: str | None = None
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            header = decode(file.read(HEADER_BYTES))
-            if size != HEADER_BYTES + header.payload_bytes:
-                raise Corrupt(f"the payload has {size - HEADER_BYTES} bytes instead of {header.payload_bytes}")
+            payload_bytes = max(size - FOOTER_BYTES, 0)
+            file.seek(payload_bytes)
+            footer = decode(file.read(FOOTER_BYTES))
+            if payload_bytes != footer.payload_bytes:
+                raise Corrupt(f"the payload has {payload_bytes} bytes instead of {footer.payload_bytes}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-                if checksum(view[HEADER_BYTES:]) != header.checksum:
+                if checksum(view[:payload_bytes]) != footer.checksum:
                     raise Corrupt("the payload does not match its checksum")
     except Corrupt as error:
         problem = str(error)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    return Inspection(path, size, header, problem)
+    return Inspection(path, size, footer, problem)

@@ -1,4 +1,4 @@
-"""The Redis (or Valkey) tier: one value per chunk, header page and payload, under lmc:v2:<namespace>:<rank>:<key>.
+"""The Redis (or Valkey) tier: one value per chunk, payload and footer, under lmc:v3:<namespace>:<rank>:<key>.
 
 redis-py connects, authenticates, encrypts and follows the topology, and does the small commands; values go over its sockets directly
 (redis_wire.py). Nothing is connected before the first call, so an unreachable server costs a TierError per call and not the start.
@@ -20,7 +20,7 @@ from redis.exceptions import RedisClusterException
 
 from lmc.cache.config import RedisConfig
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope, checksum
+from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, checksum
 from lmc.cache.tiers.redis_connect import node_pool, open_client, parse_address
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
@@ -51,11 +51,14 @@ class RedisTier:
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         name = self._name(key)
-        header = self._scope.seal(key, data, parent)
+        self._scope.check_size(data)
         expiry = [] if self._ttl_ms is None else [b"PX", b"%d" % self._ttl_ms]
 
+        def footer(payload_checksum: int) -> bytes:
+            return self._scope.seal(key, payload_checksum, parent)
+
         def store(wire: Wire) -> None:
-            wire.command(b"SET", name, [header, data], *expiry)
+            wire.set(name, data, footer, expiry)
             wire.line()
 
         with self._named_errors("store", key) as client:
@@ -64,15 +67,20 @@ class RedisTier:
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
-                client.set(name, header + data, px=self._ttl_ms)
+                client.set(name, bytes(data) + footer(checksum(data)), px=self._ttl_ms)
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
         name = self._name(key)
-        page = memoryview(bytearray(HEADER_BYTES))
+        footer = memoryview(bytearray(FOOTER_BYTES))
+
+        def verified(found: int | None) -> int | None:
+            if found is not None:
+                self._scope.verify(key, footer, found)
+            return found
 
         def load(wire: Wire) -> int | None:
             wire.command(b"GET", name)
-            return wire.bulk(page, out)
+            return verified(wire.bulk(out, footer))  # here: a connection that brings garbage is not used again
 
         with self._named_errors("load", key) as client:
             try:
@@ -80,10 +88,9 @@ class RedisTier:
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
-                found = _get_moved(client, name, page, out)
+                found = verified(_get_moved(client, name, out, footer))
             if found is None:
                 raise KeyError(key)
-            self._scope.verify(key, page, found)
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         if not keys:
@@ -207,13 +214,13 @@ def _pop_usable(idle: list[_Line]) -> _Line | None:
     return None
 
 
-def _get_moved(client: Redis | RedisCluster, name: bytes, page: memoryview, out: memoryview) -> int | None:
+def _get_moved(client: Redis | RedisCluster, name: bytes, out: memoryview, footer: memoryview) -> int | None:
     """GET while the cluster moves the key's slot: redis-py follows the redirections, at the price of copies."""
     value = client.get(name)
     if value is None:
         return None
-    if len(value) != len(page) + len(out):
-        raise Corrupt(f"the value has {len(value)} bytes instead of {len(page) + len(out)}")
-    page[:] = value[: len(page)]
-    out[:] = memoryview(value)[len(page) :]
+    if len(value) != len(out) + len(footer):
+        raise Corrupt(f"the value has {len(value)} bytes instead of {len(out) + len(footer)}")
+    out[:] = memoryview(value)[: len(out)]
+    footer[:] = value[len(out) :]
     return checksum(out)

@@ -1,4 +1,4 @@
-"""The S3 tier: one object per chunk, header page and payload, in any S3-compatible store, under PREFIX/v2/<namespace>/r<rank>/<key>.
+"""The S3 tier: one object per chunk, payload and footer, in any S3-compatible store, under PREFIX/v3/<namespace>/r<rank>/<key>.
 
 obstore signs and sends the requests, and repeats one that failed in passing (a 5xx, a dropped connection) within the time-out. Objects are
 written by a single request, so they appear whole. How long they stay is the store's own rule.
@@ -18,7 +18,7 @@ from obstore.store import S3Store
 
 from lmc.cache.config import S3Config
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope
+from lmc.cache.tiers.format import FORMAT, TierScope, checksum, stored_bytes
 from lmc.errors import ConfigError, Corrupt, TierError
 
 _RETRIES = 2
@@ -42,10 +42,11 @@ class S3Tier:
         self._store = _open(config)
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
-        header = self._scope.seal(key, data, parent)
+        self._scope.check_size(data)
+        footer = self._scope.seal(key, checksum(data), parent)
         with self._named_errors("store", key):
             try:
-                obstore.put(self._store, self._name(key), [header, data], use_multipart=False)
+                obstore.put(self._store, self._name(key), [data, footer], use_multipart=False)
             except FileNotFoundError as error:
                 raise OSError(_first_line(error)) from error
 
@@ -58,10 +59,10 @@ class S3Tier:
                     raise OSError("there is no such bucket") from error
                 raise KeyError(key) from None
             size = answer.meta["size"]
-            if size != HEADER_BYTES + len(out):
-                raise Corrupt(f"the object has {size} bytes instead of {HEADER_BYTES + len(out)}")
+            if size != stored_bytes(len(out)):
+                raise Corrupt(f"the object has {size} bytes instead of {stored_bytes(len(out))}")
             value = memoryview(answer.bytes())
-            self._scope.verify(key, value[:HEADER_BYTES], _copy(value[HEADER_BYTES:], out))
+            self._scope.verify(key, value[len(out) :], _copy(value[: len(out)], out))
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """One HEAD request per key, many at once; all together end within the time-out."""
@@ -84,7 +85,7 @@ class S3Tier:
             for page in obstore.list(self._store, self._folder, chunk_size=_LIST_PAGE):
                 for entry in page:
                     name = entry["path"].rpartition("/")[2]
-                    if entry["size"] == HEADER_BYTES + self._scope.chunk_bytes and _is_key(name):
+                    if entry["size"] == stored_bytes(self._scope.chunk_bytes) and _is_key(name):
                         found.append((entry["last_modified"], name))
         for _, name in sorted(found):
             yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes

@@ -11,16 +11,18 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.cache.tiers import file_read
+from lmc.cache.tiers import file_read, read_loop
 from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.format import FORMAT, HEADER_BYTES, TierScope
+from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope
 from lmc.errors import Corrupt, TierError
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, OpenTier, TierContract, key, load, payload
+from tests.faults.test_tier_disk import pretend_cached
 
 
 class TestDiskTier(TierContract):
@@ -62,10 +64,10 @@ def test_every_way_of_reading_gives_the_same_bytes(size: int, cached: list[bool]
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
             for index, wanted in enumerate(cached):
                 if wanted:
-                    os.pread(file.fileno(), 1, index * (size + HEADER_BYTES) // len(cached))
+                    os.pread(file.fileno(), 1, index * (size + FOOTER_BYTES) // len(cached))
         slot = memoryview(mmap.mmap(-1, size + offset))[offset:]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(file_read, "_PIECE", piece)
+            patch.setattr(read_loop, "PIECE", piece)
             tier.get(key(1), slot)
         assert slot == payload(1, size)
 
@@ -73,7 +75,7 @@ def test_every_way_of_reading_gives_the_same_bytes(size: int, cached: list[bool]
 def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = DiskTier(tmp_path, SCOPE)
     tier.put(key(1), payload(1))
-    monkeypatch.setattr(file_read, "in_page_cache", lambda fd, size: False)
+    pretend_cached(monkeypatch, False)
     plain = os.preadv
     refused = []
 
@@ -81,7 +83,7 @@ def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             refused.append(offset)
             raise OSError(errno.EINVAL, "no direct I/O")
-        return plain(fd, [buffer[:1000] for buffer in buffers[:1]], offset)  # and it reads little at a time
+        return plain(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", refuse)
     assert load(tier, 1) == payload(1)
@@ -90,7 +92,7 @@ def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.
 
 @settings(deadline=None)
 @given(
-    size=st.integers(1, 5 * HEADER_BYTES), offset=st.sampled_from([0, 1, 512, HEADER_BYTES]), step=st.integers(1, 9000)
+    size=st.integers(1, 5 * FOOTER_BYTES), offset=st.sampled_from([0, 1, 512, FOOTER_BYTES]), step=st.integers(1, 9000)
 )
 def test_writes_of_any_size_alignment_and_length_of_step(size: int, offset: int, step: int) -> None:
     """Direct where the memory allows, the rest through the page cache; the kernel may write less than asked in each call."""
@@ -111,8 +113,8 @@ def test_writes_of_any_size_alignment_and_length_of_step(size: int, offset: int,
         tier.put(key(1), slot)
         content = file_of(Path(name), 1, scope).read_bytes()
     assert direct == [0]
-    assert content[HEADER_BYTES:] == slot
-    assert len(content) == HEADER_BYTES + size
+    assert content[:size] == slot
+    assert len(content) == size + FOOTER_BYTES
 
 
 def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,24 +133,33 @@ def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest
 
 def test_the_page_cache_is_told_from_the_disk(tmp_path: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall(file_read._CACHESTAT, -1, None, None, 0)
+    libc.syscall(read_loop._CACHESTAT, -1, None, None, 0)
     kernel_says = ctypes.get_errno() == errno.EBADF
     path = tmp_path / "file"
     path.write_bytes(bytes(100_001))
+    payload_bytes = 100_001 - FOOTER_BYTES
+    ends = (0, payload_bytes - file_read.EDGE)
+
+    def in_page_cache(fd: int) -> bool:
+        return all(read_loop._is_cached(fd, start, file_read.EDGE) for start in ends)
+
     fd = os.open(path, os.O_RDONLY)
-    assert file_read.in_page_cache(fd, 100_001)
+    assert in_page_cache(fd)
     drop_from_page_cache(path)
-    assert file_read.in_page_cache(fd, 100_001) == (not kernel_says)
+    assert in_page_cache(fd) == (not kernel_says)
+    out, behind = np.zeros(payload_bytes, np.uint8), np.zeros(FOOTER_BYTES, np.uint8)
+    size = read_loop.read_and_hash(fd, out, behind, file_read.EDGE, read_loop.PIECE)[0]
+    assert size == (-1 if kernel_says else 100_001)
+    drop_from_page_cache(path)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    os.pread(fd, 1, 50_000)
-    assert file_read.in_page_cache(fd, 100_001) == (not kernel_says)
-    for position in (0, HEADER_BYTES):  # the header, and the payload's first page
+    for position in (50_000, 100_000, 0):  # also the footer, and the payload's first page
         os.pread(fd, 1, position)
-        assert file_read.in_page_cache(fd, 100_001) == (not kernel_says)
+        assert in_page_cache(fd) == (not kernel_says)
     os.pread(fd, 100_001, 0)
-    assert file_read.in_page_cache(fd, 100_001)
+    assert in_page_cache(fd)
+    assert read_loop.read_and_hash(fd, out, behind, file_read.EDGE, read_loop.PIECE)[0] == 100_001
     os.close(fd)
-    assert file_read.in_page_cache(fd, 100_001), "when the call fails, reads are buffered"
+    assert in_page_cache(fd), "when the call fails, reads are buffered"
 
 
 def test_files_are_found_by_another_process(tmp_path: Path) -> None:
@@ -196,18 +207,18 @@ def test_scan_ignores_what_is_no_chunk(tmp_path: Path) -> None:
     (chunk.parent.parent / "lost+found").mkdir()
     older = tmp_path / "v0" / SCOPE.namespace / "r0" / "ab"
     older.mkdir(parents=True)
-    (older / ("ab" * 32)).write_bytes(bytes(HEADER_BYTES + CHUNK_BYTES))
+    (older / ("ab" * 32)).write_bytes(bytes(FOOTER_BYTES + CHUNK_BYTES))
     assert [found for found, _ in tier.scan()] == [key(1)]
 
 
-def test_a_header_of_another_version_is_said_to_be_one_and_replaced(
+def test_a_footer_of_another_version_is_said_to_be_one_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(chunk_format, "VERSION", 0)
-        DiskTier(tmp_path, replace(SCOPE)).put(key(1), payload(1))  # a new scope: a used one remembers its header
+        DiskTier(tmp_path, replace(SCOPE)).put(key(1), payload(1))  # a new scope: a used one remembers its footer
     tier = DiskTier(tmp_path, SCOPE)
-    with pytest.raises(Corrupt, match="header is of version 0; this lmc reads version 2"):
+    with pytest.raises(Corrupt, match="footer is of version 0; this lmc reads version 3"):
         load(tier, 1)
     tier.put(key(1), payload(2))
     assert load(tier, 1) == payload(2)
@@ -215,5 +226,5 @@ def test_a_header_of_another_version_is_said_to_be_one_and_replaced(
 
 def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TierError, match=r"^disk tier: cannot write in .*/file/v2/.*: Not a directory$"):
+    with pytest.raises(TierError, match=r"^disk tier: cannot write in .*/file/v3/.*: Not a directory$"):
         DiskTier(tmp_path / "file", SCOPE)

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers import format as chunk_format
-from lmc.cache.tiers.format import HEADER_BYTES, ChunkHeader, TierScope, decode, encode
+from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, TierScope, decode, encode
 from lmc.errors import ConfigError, Corrupt
 from tests.contracts.tier import SCOPE, key, payload
 
-HEADER = ChunkHeader("0123456789abcdef", 3, "vllm-16t-18432b", key(1), 40_000, 0x1122334455667788, key(2))
+FOOTER = ChunkFooter("0123456789abcdef", 3, "vllm-16t-18432b", key(1), 40_000, 0x1122334455667788, key(2))
 
-headers = st.builds(
-    ChunkHeader,
+footers = st.builds(
+    ChunkFooter,
     namespace=st.text("0123456789abcdef", min_size=1, max_size=16),
     rank=st.integers(0, 2**32 - 1),
     layout=st.text(max_size=200),
@@ -26,48 +26,48 @@ headers = st.builds(
 )
 
 
-@given(headers)
-def test_decode_reverses_encode(header: ChunkHeader) -> None:
-    page = encode(header)
-    assert len(page) == HEADER_BYTES
-    assert decode(page) == header
+@given(footers)
+def test_decode_reverses_encode(footer: ChunkFooter) -> None:
+    page = encode(footer)
+    assert len(page) == FOOTER_BYTES
+    assert decode(page) == footer
 
 
-def test_the_format_is_the_one_of_version_2() -> None:
-    """Chunks on disks and in stores out there start with these bytes; another form needs another version."""
-    digest = hashlib.sha256(encode(HEADER)).hexdigest()
-    assert digest == "9c9f744b96ab644169acbb495c2fec8b69f3891b0dcd6b8c277bab307fc6c340"
-    assert encode(HEADER)[:10] == b"LMCCHUNK\x02\x00"
+def test_the_format_is_the_one_of_version_3() -> None:
+    """Chunks on disks and in stores out there end with these bytes; another form needs another version."""
+    digest = hashlib.sha256(encode(FOOTER)).hexdigest()
+    assert digest == "afced1ac2e679b68b5e0b071c0dc2d1f2f22d372270f19cdcbfb61195842f0ac"
+    assert encode(FOOTER)[:10] == b"LMCCHUNK\x03\x00"
 
 
-def test_a_flipped_bit_anywhere_in_the_header_is_found() -> None:
-    page = bytearray(encode(HEADER))
-    for position in range(HEADER_BYTES):
+def test_a_flipped_bit_anywhere_in_the_footer_is_found() -> None:
+    page = bytearray(encode(FOOTER))
+    for position in range(FOOTER_BYTES):
         bit = 1 << position % 8
         page[position] ^= bit
         with pytest.raises(Corrupt):
             decode(page)
         page[position] ^= bit
-    assert decode(page) == HEADER
+    assert decode(page) == FOOTER
 
 
-@given(st.binary(max_size=HEADER_BYTES + 10))
+@given(st.binary(max_size=FOOTER_BYTES + 10))
 def test_garbage_is_corrupt(raw: bytes) -> None:
     with pytest.raises(Corrupt):
         decode(raw)
 
 
-@given(st.binary(min_size=HEADER_BYTES - 10, max_size=HEADER_BYTES - 10))
+@given(st.binary(min_size=FOOTER_BYTES - 10, max_size=FOOTER_BYTES - 10))
 def test_garbage_behind_magic_and_version_is_corrupt(rest: bytes) -> None:
     with pytest.raises(Corrupt, match="checksum"):
-        decode(encode(HEADER)[:10] + rest)
+        decode(encode(FOOTER)[:10] + rest)
 
 
 def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(chunk_format, "VERSION", 1)
-        page = encode(HEADER)
-    with pytest.raises(Corrupt, match="version 1; this lmc reads version 2"):
+        page = encode(FOOTER)
+    with pytest.raises(Corrupt, match="version 1; this lmc reads version 3"):
         decode(page)
 
 
@@ -81,7 +81,8 @@ def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_verify_says_what_differs(other: TierScope, said: str) -> None:
-    sealed, digest = SCOPE.seal(key(1), payload(1)), chunk_format.checksum(payload(1))
+    digest = chunk_format.checksum(payload(1))
+    sealed = memoryview(SCOPE.seal(key(1), digest))
     SCOPE.verify(key(1), sealed, digest)
     with pytest.raises(Corrupt, match=said):
         other.verify(key(1), sealed, digest)

@@ -41,13 +41,14 @@ def test_a_folder_as_json(chunk: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda raw: raw[:-1], "the payload has 39999 bytes instead of 40000"),
-        (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "payload does not match its checksum"),
-        (lambda raw: raw[:100] + b"x" + raw[101:], "header does not match its checksum"),
-        (lambda raw: b"x" + raw[1:], "not a chunk of lmc"),
-        (lambda raw: raw[:8] + b"\x09" + raw[9:], "the header is of version 9"),
-        (lambda raw: raw[:50], "the header has 50 bytes"),
-        (lambda raw: b"", "the header has 0 bytes"),
+        (lambda raw: raw[1:], "the payload has 39999 bytes instead of 40000"),
+        (lambda raw: raw[:-1], "not a chunk of lmc, or not all of one"),
+        (lambda raw: bytes([raw[0] ^ 1]) + raw[1:], "payload does not match its checksum"),
+        (lambda raw: raw[:40_100] + b"x" + raw[40_101:], "footer does not match its checksum"),
+        (lambda raw: raw[:40_000] + b"x" + raw[40_001:], "not a chunk of lmc"),
+        (lambda raw: raw[:40_008] + b"\x09" + raw[40_009:], "the footer is of version 9"),
+        (lambda raw: raw[:50], "the footer has 50 bytes"),
+        (lambda raw: b"", "the footer has 0 bytes"),
     ],
 )
 def test_a_damaged_chunk(chunk: Path, damage: object, said: str) -> None:

@@ -6,7 +6,7 @@ import itertools
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.cache.tiers import redis_wire
+from lmc.cache.tiers.format import FOOTER_BYTES
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import Corrupt
 
-HEAD, BODY = 16, 3_000
-VALUE = random.Random(1).randbytes(HEAD + BODY)
+BODY, FOOTER = 3_000, 16
+VALUE = random.Random(1).randbytes(BODY + FOOTER)
 REPLY = b"$%d\r\n%s\r\n" % (len(VALUE), VALUE)
 
 
@@ -47,11 +48,11 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 
 
 def receive(reply: bytes, places: list[int], piece: int = 1 << 20) -> tuple[int | None, bytes, bytes]:
-    head, body = bytearray(HEAD), bytearray(BODY)
+    body, footer = bytearray(BODY), bytearray(FOOTER)
     with pytest.MonkeyPatch.context() as patch, peer(cut(reply, places), seconds=5.0) as (wire, _):
         patch.setattr(redis_wire, "_PIECE", piece)
-        digest = wire.bulk(memoryview(head), memoryview(body))
-    return digest, bytes(head), bytes(body)
+        digest = wire.bulk(memoryview(body), memoryview(footer))
+    return digest, bytes(body), bytes(footer)
 
 
 places = st.lists(st.integers(0, 4_000), max_size=12)
@@ -60,8 +61,8 @@ places = st.lists(st.integers(0, 4_000), max_size=12)
 @settings(deadline=None)
 @given(places, st.sampled_from([1 << 20, BODY, 1_000, 7]))
 def test_a_value_arrives_however_it_is_cut(places: list[int], piece: int) -> None:
-    digest, head, body = receive(REPLY, places, piece)
-    assert head + body == VALUE
+    digest, body, footer = receive(REPLY, places, piece)
+    assert body + footer == VALUE
     assert digest == xxhash.xxh3_64_intdigest(body)
 
 
@@ -102,7 +103,7 @@ def test_a_reply_without_an_end_is_given_up() -> None:
 @pytest.mark.parametrize("size", [4_097, 9_000])
 def test_garbage_as_long_as_a_value_is_judged_without_waiting_for_more(size: int) -> None:
     with pytest.raises(Corrupt, match="starts with"), peer([b"x" * size]) as (wire, _):
-        wire.bulk(memoryview(bytearray(HEAD)), memoryview(bytearray(9_000)))
+        wire.bulk(memoryview(bytearray(9_000)), memoryview(bytearray(FOOTER)))
 
 
 def test_a_closed_connection_is_an_error() -> None:
@@ -114,10 +115,10 @@ def test_a_closed_connection_is_an_error() -> None:
 
 def test_the_deadline_holds_for_the_whole_reply() -> None:
     with pytest.raises(TimeoutError), peer([REPLY[:-10]], seconds=0.1) as (wire, _):
-        wire.bulk(memoryview(bytearray(HEAD)), memoryview(bytearray(BODY)))
+        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)))
     here, there = socket.socketpair()
     with here, there, pytest.raises(TimeoutError):
-        Wire(here, 0.1).command(b"SET", b"key", [memoryview(bytes(50_000_000))])  # nobody reads
+        Wire(here, 0.1).set(b"key", memoryview(bytes(50_000_000)), lambda _: b"")  # nobody reads
 
 
 def parse_command(data: bytes) -> list[bytes]:
@@ -136,33 +137,50 @@ def parse_command(data: bytes) -> list[bytes]:
     return arguments
 
 
-@settings(deadline=None)
-@given(
-    st.lists(st.one_of(st.binary(max_size=50), st.lists(st.binary(max_size=3_000), max_size=4)), min_size=1, max_size=6)
-)
-def test_a_command_says_its_arguments(arguments: list[bytes | list[bytes]]) -> None:
-    here, there = socket.socketpair()
-    with there:
-        with here:
-            Wire(here, 5.0).command(*arguments)
-        data = b"".join(iter(lambda: there.recv(65_536), b""))
-    joined = [argument if isinstance(argument, bytes) else b"".join(argument) for argument in arguments]
-    assert parse_command(data) == joined
-
-
-def test_a_large_command_is_sent_in_parts_to_a_slow_reader() -> None:
-    payload = random.Random(3).randbytes(5_000_001)
+def sent(say: Callable[[Wire], None], bytes_at_once: int = 1 << 20) -> bytes:
+    """What the other end of a wire reads."""
     here, there = socket.socketpair()
     received = bytearray()
 
-    def read_slowly() -> None:
-        while piece := there.recv(100_000):
+    def read() -> None:
+        while piece := there.recv(bytes_at_once):
             received.extend(piece)
 
-    reader = threading.Thread(target=read_slowly)
+    reader = threading.Thread(target=read)
     reader.start()
     with there:
         with here:
-            Wire(here, 30.0).command(b"SET", b"key", [payload[:4096], memoryview(payload)[4096:]])
+            say(Wire(here, 30.0))
         reader.join()
-    assert parse_command(bytes(received)) == [b"SET", b"key", payload]
+    return bytes(received)
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=50), min_size=1, max_size=6))
+def test_a_command_says_its_arguments(arguments: list[bytes]) -> None:
+    assert parse_command(sent(lambda wire: wire.command(*arguments))) == arguments
+
+
+def footer(checksum: int) -> bytes:
+    return checksum.to_bytes(8, "little") * (FOOTER_BYTES // 8)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 5_000),
+    st.sampled_from([1 << 20, 5_000, 1_000, 7]),
+    st.lists(st.binary(max_size=9), max_size=2),
+    st.integers(0, 2**32),
+)
+def test_a_value_is_sent_with_its_checksum_behind_it(size: int, piece: int, options: list[bytes], seed: int) -> None:
+    body = random.Random(seed).randbytes(size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis_wire, "_PIECE", piece)
+        command = parse_command(sent(lambda wire: wire.set(b"key", memoryview(body), footer, options)))
+    assert command == [b"SET", b"key", body + footer(xxhash.xxh3_64_intdigest(body)), *options]
+
+
+def test_a_large_value_is_sent_in_parts_to_a_slow_reader() -> None:
+    body = random.Random(3).randbytes(5_000_001)
+    command = parse_command(sent(lambda wire: wire.set(b"key", memoryview(body), footer), 100_000))
+    assert command == [b"SET", b"key", body + footer(xxhash.xxh3_64_intdigest(body))]

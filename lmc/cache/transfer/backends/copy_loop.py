@@ -7,14 +7,12 @@ the processor's own prefetcher starts anew on every scattered piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.core import cgutils, typing
 from numba.extending import intrinsic
 
-from lmc.cache.transfer.planner import Addresses
+from lmc.compiled import compiled
 
 _LINE = 64  # bytes of a cache line, and of one vector store
 _STEP = 4 * _LINE
@@ -23,8 +21,7 @@ _PREFETCHED_LINES = 16
 _word = types.uintp
 _memmove = types.ExternalFunction("memmove", typing.signature(_word, _word, _word, _word))
 
-_SIGNATURE = "void(uint64[::1], uint64[::1], uint64[::1])"
-_Loop = Callable[[Addresses, Addresses, Addresses], None]  # sources, destinations, sizes
+_SIGNATURE = "void(uint64[::1], uint64[::1], uint64[::1])"  # sources, destinations, sizes
 
 # Numba gives these functions their types, so they have none for mypy.
 
@@ -74,21 +71,13 @@ def _fence(typing_context):  # type: ignore[no-untyped-def]
     return types.void(), generate
 
 
-def _compiled(function: _Loop) -> _Loop:
-    try:
-        compiled: _Loop = njit(_SIGNATURE, nogil=True, cache=True)(function)
-    except RuntimeError:  # Numba finds no folder that it may write to: compile anew in every process
-        compiled = njit(_SIGNATURE, nogil=True)(function)
-    return compiled
-
-
-@_compiled
+@compiled(_SIGNATURE)
 def copy_loop(src, dst, size):  # type: ignore[no-untyped-def]
     for index in range(len(size)):
         _memmove(dst[index], src[index], size[index])
 
 
-@_compiled
+@compiled(_SIGNATURE)
 def stream_loop(src, dst, size):  # type: ignore[no-untyped-def]
     count = len(size)
     for index in range(count):
