@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import mmap
 import struct
+import sys
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -19,7 +22,8 @@ from numba.extending import intrinsic
 
 from lmc.compiled import compiled
 
-SHORTEST = 241  # bytes of a payload; XXH3 hashes shorter ones in other ways
+# Bytes of a payload that is hashed here. XXH3 treats shorter ones in other ways, and reads numbers as little-endian.
+SHORTEST = 241 if sys.byteorder == "little" else sys.maxsize
 PIECE = 1 << 19  # with the same piece of the file it fits the second cache, which is 1 MiB or more in servers
 
 _CACHESTAT = 451  # the system call's number on every architecture
@@ -74,63 +78,66 @@ _syscall = types.ExternalFunction(
 # Numba gives these functions their types, so they have none for mypy.
 
 
-def _each(value: int) -> object:
-    return ir.Constant(_vector, [value] * 8)
+def _constant(values: Iterable[int]) -> Any:
+    return ir.Constant(_vector, [int(value) for value in values])
+
+
+def _each(value: int) -> Any:
+    return _constant([value] * 8)
+
+
+def _load(builder: Any, address: Any, alignment: int = 1) -> Any:
+    return builder.load(builder.inttoptr(address, _vector.as_pointer()), align=alignment)
+
+
+def _add_stripe(builder: Any, words: Any, keys: Any, products: Any, sums: Any) -> tuple[Any, Any]:
+    """(products, sums) with one more stripe. Each word of sums belongs to the accumulator beside its own; see _accumulated."""
+    keyed = builder.xor(words, keys)
+    product = builder.mul(builder.and_(keyed, _each(_LOW)), builder.lshr(keyed, _each(32)))
+    return builder.add(products, product), builder.add(sums, words)
+
+
+def _accumulated(builder: Any, products: Any, sums: Any) -> Any:
+    """Additions commute, so one exchange of neighbours does for all stripes."""
+    neighbours = ir.Constant(ir.VectorType(ir.IntType(32), 8), [1, 0, 3, 2, 5, 4, 7, 6])
+    return builder.add(products, builder.shuffle_vector(sums, _each(0), neighbours))
 
 
 @intrinsic
-def _mix_stripes(typing_context, accumulators, data, keys, count):  # type: ignore[no-untyped-def]
-    """Mix count stripes at the address data, of any alignment, into the eight words at accumulators."""
+def _mix_blocks(typing_context, accumulators, data, count):  # type: ignore[no-untyped-def]
+    """Mix count blocks at the address data, of any alignment, into the eight words at accumulators."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        accumulators, data, keys, count = arguments
-        where = builder.inttoptr(accumulators, _vector.as_pointer())
-        products, words_sum = cgutils.alloca_once(builder, _vector), cgutils.alloca_once(builder, _vector)
-        builder.store(builder.load(where, align=8), products)
-        builder.store(_each(0), words_sum)
-
-        def eight_words(address: object, index: object, step: int) -> object:
-            offset = builder.mul(index, ir.Constant(_word, step))
-            return builder.load(builder.inttoptr(builder.add(address, offset), _vector.as_pointer()), align=1)
-
-        def add(total: object, value: object) -> None:
-            builder.store(builder.add(builder.load(total), value), total)
-
-        with cgutils.for_range_slice(builder, ir.Constant(_word, 0), count, ir.Constant(_word, 1)) as (stripe, _):
-            words = eight_words(data, stripe, _STRIPE)
-            keyed = builder.xor(words, eight_words(keys, stripe, 8))
-            add(products, builder.mul(builder.and_(keyed, _each(_LOW)), builder.lshr(keyed, _each(32))))
-            add(words_sum, words)
-        # Each word goes to the accumulator beside its own. Sums commute, so one exchange at the end does for all stripes.
-        neighbours = ir.Constant(ir.VectorType(ir.IntType(32), 8), [1, 0, 3, 2, 5, 4, 7, 6])
-        exchanged = builder.shuffle_vector(builder.load(words_sum), _each(0), neighbours)
-        builder.store(builder.add(builder.load(products), exchanged), where, align=8)
+        accumulators, data, count = arguments
+        total = cgutils.alloca_once(builder, _vector)
+        builder.store(_load(builder, accumulators, 8), total)
+        end = builder.mul(count, ir.Constant(_word, _BLOCK))
+        with cgutils.for_range_slice(builder, ir.Constant(_word, 0), end, ir.Constant(_word, _BLOCK)) as (start, _):
+            products, sums = builder.load(total), _each(0)
+            for stripe in range(_STRIPES):
+                words = _load(builder, builder.add(builder.add(data, start), ir.Constant(_word, stripe * _STRIPE)))
+                products, sums = _add_stripe(builder, words, _constant(_KEYS[stripe : stripe + 8]), products, sums)
+            mixed = _accumulated(builder, products, sums)
+            mixed = builder.xor(builder.xor(mixed, builder.lshr(mixed, _each(47))), _constant(_KEYS[_STRIPES:]))
+            builder.store(builder.mul(mixed, _each(_PRIME32_1)), total)
+        builder.store(builder.load(total), builder.inttoptr(accumulators, _vector.as_pointer()), align=8)
         return context.get_dummy_value()
 
-    return types.void(_uint64, _uint64, _uint64, _uint64), generate
+    return types.void(_uint64, _uint64, _uint64), generate
 
 
 @intrinsic
-def _scramble(typing_context, accumulators):  # type: ignore[no-untyped-def]
-    """What ends a block."""
+def _mix_stripe(typing_context, accumulators, data, keys):  # type: ignore[no-untyped-def]
+    """Mix one stripe, with the eight keys at the address keys."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        where = builder.inttoptr(arguments[0], _vector.as_pointer())
-        value = builder.load(where, align=8)
-        value = builder.xor(value, builder.lshr(value, _each(47)))
-        value = builder.xor(value, ir.Constant(_vector, [int(key) for key in _KEYS[_STRIPES:]]))
-        builder.store(builder.mul(value, _each(_PRIME32_1)), where, align=8)
+        accumulators, data, keys = arguments
+        before, words = _load(builder, accumulators, 8), _load(builder, data)
+        mixed = _accumulated(builder, *_add_stripe(builder, words, _load(builder, keys, 8), before, _each(0)))
+        builder.store(mixed, builder.inttoptr(accumulators, _vector.as_pointer()), align=8)
         return context.get_dummy_value()
 
-    return types.void(_uint64), generate
-
-
-@compiled()
-def _mix_blocks(accumulators, address, count):  # type: ignore[no-untyped-def]
-    into, keys = _uint64(accumulators.ctypes.data), _uint64(_KEYS.ctypes.data)
-    for block in range(count):
-        _mix_stripes(into, _uint64(address + block * _BLOCK), keys, _uint64(_STRIPES))
-        _scramble(into)
+    return types.void(_uint64, _uint64, _uint64), generate
 
 
 @compiled()
@@ -148,13 +155,13 @@ def _folded_product(first, second):  # type: ignore[no-untyped-def]
 @compiled()
 def _digest(accumulators, address, size, mixed):  # type: ignore[no-untyped-def]
     """XXH3-64 of size bytes at address, of which `mixed`, whole blocks but never all, are in the accumulators."""
-    count = (size - mixed - 1) // _BLOCK
-    _mix_blocks(accumulators, address + mixed, count)
-    mixed += count * _BLOCK
-    into = _uint64(accumulators.ctypes.data)
-    whole = (size - mixed - 1) // _STRIPE
-    _mix_stripes(into, _uint64(address + mixed), _uint64(_KEYS.ctypes.data), _uint64(whole))
-    _mix_stripes(into, _uint64(address + size - _STRIPE), _uint64(_LAST_STRIPE_KEYS.ctypes.data), _uint64(1))
+    into, keys = _uint64(accumulators.ctypes.data), _uint64(_KEYS.ctypes.data)
+    blocks = (size - mixed - 1) // _BLOCK
+    _mix_blocks(into, _uint64(address + mixed), _uint64(blocks))
+    mixed += blocks * _BLOCK
+    for stripe in range((size - mixed - 1) // _STRIPE):
+        _mix_stripe(into, _uint64(address + mixed + stripe * _STRIPE), keys + _uint64(8 * stripe))
+    _mix_stripe(into, _uint64(address + size - _STRIPE), _uint64(_LAST_STRIPE_KEYS.ctypes.data))
     digest = _uint64(size) * _uint64(_PRIME64_1)
     for pair in range(4):
         digest += _folded_product(
@@ -199,7 +206,7 @@ def read_and_hash(fd, payload, rest, edge, piece):  # type: ignore[no-untyped-de
         position += count
         if mixed < size:
             blocks = (min(position, size) - mixed - 1) // _BLOCK
-            _mix_blocks(accumulators, address + mixed, blocks)
+            _mix_blocks(_uint64(accumulators.ctypes.data), _uint64(address + mixed), _uint64(blocks))
             mixed += blocks * _BLOCK
     hashed = position >= size and size >= SHORTEST
     digest = _digest(accumulators, address, size, mixed) if hashed else _uint64(0)
