@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lmc.cache.tiers.format import FOOTER_BYTES
 from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt
 from tests.engines.tiny_model import IMAGE_TOKEN, make_tiny_falcon, make_tiny_idefics, make_tiny_llama
 
@@ -67,7 +68,9 @@ def test_ranks_that_hold_the_same_kv_head_store_and_load_each_its_copy_and_fail_
         assert got[0]["cached"] == 448
         assert_same(got, reference)
     (folder,) = (found.parent for found in disk.glob("v*/*/r1"))
-    stored = [{file.name: file.read_bytes()[-chunk_bytes:] for file in folder.glob(f"r{rank}/??/*")} for rank in (0, 1)]
+    stored = [
+        {file.name: file.read_bytes()[:-FOOTER_BYTES] for file in folder.glob(f"r{rank}/??/*")} for rank in (0, 1)
+    ]
     assert len(stored[0]) == 14
     assert stored[0] == stored[1]  # vLLM gave both ranks the one head
 

@@ -90,6 +90,33 @@ def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.
     assert refused == [0]
 
 
+@pytest.mark.parametrize("payload_bytes", [40_960, 40_000])
+@pytest.mark.parametrize("change", [-40_000, -FOOTER_BYTES, -1, 0, 1, FOOTER_BYTES, 50_000])
+def test_a_direct_read_finds_the_size_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, payload_bytes: int, change: int
+) -> None:
+    scope = replace(SCOPE, chunk_bytes=payload_bytes)
+    tier = DiskTier(tmp_path, scope)
+    tier.put(key(1), payload(1, payload_bytes))
+    os.truncate(file_of(tmp_path, 1, scope), payload_bytes + FOOTER_BYTES + change)
+    slot = memoryview(mmap.mmap(-1, payload_bytes))  # aligned as O_DIRECT wants it
+    plain, read = os.preadv, []
+
+    def note(fd: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(plain(fd, buffers, offset))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", note)
+    pretend_cached(monkeypatch, False)
+    if change == 0:
+        tier.get(key(1), slot)
+        assert slot == payload(1, payload_bytes)
+    else:
+        with pytest.raises(Corrupt, match=f"has {payload_bytes + FOOTER_BYTES + change} bytes instead"):
+            tier.get(key(1), slot)
+    assert len(read) == 1
+
+
 @settings(deadline=None)
 @given(
     size=st.integers(1, 5 * FOOTER_BYTES), offset=st.sampled_from([0, 1, 512, FOOTER_BYTES]), step=st.integers(1, 9000)
@@ -135,31 +162,27 @@ def test_the_page_cache_is_told_from_the_disk(tmp_path: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall(read_loop._CACHESTAT, -1, None, None, 0)
     kernel_says = ctypes.get_errno() == errno.EBADF
+    size = 100_001
     path = tmp_path / "file"
-    path.write_bytes(bytes(100_001))
-    payload_bytes = 100_001 - FOOTER_BYTES
-    ends = (0, payload_bytes - file_read.EDGE)
+    path.write_bytes(bytes(size))
+    out, behind = np.zeros(size - FOOTER_BYTES, np.uint8), np.zeros(FOOTER_BYTES, np.uint8)
 
-    def in_page_cache(fd: int) -> bool:
-        return all(read_loop._is_cached(fd, start, file_read.EDGE) for start in ends)
+    def read(fd: int) -> int:
+        return int(read_loop.read_and_hash(fd, out, behind, file_read.EDGE, read_loop.PIECE)[0])
 
     fd = os.open(path, os.O_RDONLY)
-    assert in_page_cache(fd)
-    drop_from_page_cache(path)
-    assert in_page_cache(fd) == (not kernel_says)
-    out, behind = np.zeros(payload_bytes, np.uint8), np.zeros(FOOTER_BYTES, np.uint8)
-    size = read_loop.read_and_hash(fd, out, behind, file_read.EDGE, read_loop.PIECE)[0]
-    assert size == (-1 if kernel_says else 100_001)
-    drop_from_page_cache(path)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    for position in (50_000, 100_000, 0):  # also the footer, and the payload's first page
-        os.pread(fd, 1, position)
-        assert in_page_cache(fd) == (not kernel_says)
-    os.pread(fd, 100_001, 0)
-    assert in_page_cache(fd)
-    assert read_loop.read_and_hash(fd, out, behind, file_read.EDGE, read_loop.PIECE)[0] == 100_001
+    assert read(fd) == size, "it was just written"
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+    start, end = (0, file_read.EDGE), (len(out) - file_read.EDGE, file_read.EDGE)
+    for cached in ([], [(50_000, 1)], [(size - 1, 1)], [(0, 1)], [start], [end], [start, (len(out) - 1, 1)]):
+        drop_from_page_cache(path)
+        for position, length in cached:
+            os.pread(fd, length, position)
+        assert read(fd) == (-1 if kernel_says else size)
+    os.pread(fd, *reversed(end))
+    assert read(fd) == size, "the ends of the payload count, not what lies between"
     os.close(fd)
-    assert in_page_cache(fd), "when the call fails, reads are buffered"
+    assert read_loop._is_cached(fd, 0, 1), "when the call fails, reads are buffered"
 
 
 def test_files_are_found_by_another_process(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -116,6 +117,11 @@ def test_a_closed_connection_is_an_error() -> None:
 def test_the_deadline_holds_for_the_whole_reply() -> None:
     with pytest.raises(TimeoutError), peer([REPLY[:-10]], seconds=0.1) as (wire, _):
         wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)))
+    with pytest.raises(TimeoutError), peer([REPLY[:100]], seconds=1.0) as (wire, there):
+        started = time.monotonic()
+        threading.Timer(0.7, there.sendall, [REPLY[100:-10]]).start()
+        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)))
+    assert time.monotonic() - started < 1.5, "what came late gave it no new second"
     here, there = socket.socketpair()
     with here, there, pytest.raises(TimeoutError):
         Wire(here, 0.1).set(b"key", memoryview(bytes(50_000_000)), lambda _: b"")  # nobody reads
