@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import TierError
 from tests import services
 from tests.cache.instance import CHUNK_BYTES, NOBODY, Instance, prompt, serve_side_by_side, settings
@@ -47,6 +50,34 @@ def test_a_chunk_written_by_one_is_a_hit_of_the_other_within_a_second(tmp_path, 
             assert two.metric("ask_seconds_count", tier="redis") == 3
             assert two.metric("written_chunks_total", tier="redis") == 0, "what is there is not written again"
             assert len(server.client().keys("*")) == 3 * 6 * num_ranks
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_so_many_values_are_on_their_way_at_once(tmp_path, monkeypatch, connections):
+    """Each way; six chunks would take more."""
+    lock, busy, most = threading.Lock(), Counter(), Counter()
+
+    def slowly(call, *arguments):
+        with lock:
+            busy[call] += 1
+            most[call] = max(most[call], busy[call])
+        time.sleep(0.05)
+        try:
+            return call(*arguments)
+        finally:
+            with lock:
+                busy[call] -= 1
+
+    put, get = RedisTier.put, RedisTier.get
+    monkeypatch.setattr(RedisTier, "put", lambda *arguments: slowly(put, *arguments))
+    monkeypatch.setattr(RedisTier, "get", lambda *arguments: slowly(get, *arguments))
+    with services.redis_server(tmp_path) as server:
+        values = redis_settings(server, redis_connections=connections)
+        one, two = (Instance(settings(**values)) for _ in range(2))
+        with running(one, two):
+            one.serve(prompt(1, 50))
+            assert two.serve(prompt(1, 50)).sources == {"redis": 48}
+    assert most == {put: connections, get: connections}
 
 
 def test_the_first_tier_that_has_a_chunk_serves_it_and_others_get_a_copy(tmp_path):
