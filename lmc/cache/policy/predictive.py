@@ -2,8 +2,10 @@
 
 At each touch a chunk falls into a class. Chunks that more requests used than its conversation has turns are *shared*: their class is how
 often they were touched and how long before. All others follow the fate of their request: their class is its turn, how many new chunks it
-brings, and whether the chunk is its last, which the next turn may complete to another one. reuse.py learns what becomes of a class by age;
-ghosts, four for each place, tell it of mistakes. Nothing is set per workload.
+brings, and whether the chunk is its last, which the next turn may complete to another one. When a request leaves the path of another
+between two chunks that were touched equally often so far, a conversation went back and on from there: what the other touched beyond is
+*overtaken*, a class of its own, and begins to age anew. reuse.py learns what becomes of a class by age; ghosts, four for each place, tell
+it of mistakes. Nothing is set per workload.
 
 Chunks of one class that one request touched form a *group* and age together. Groups of one class and age bin share a list, oldest first; a
 tournament tree holds the value of each list, and the victim is the oldest chunk of the list with the least. A touch is amortised O(1) but
@@ -38,8 +40,8 @@ from lmc.cache.policy.tournament import EMPTY, Float64, least_leaf, make_tree, s
 NOWHERE, RESIDENT, GHOST = range(3)
 GHOSTS = 4  # for each place
 STEPS = 4  # each feature of a class has so many values
-BODY, LAST, SHARED = 0, STEPS**2, 2 * STEPS**2  # the first class of each kind
-NUM_CLASSES = 3 * STEPS**2
+BODY, LAST, SHARED, OVERTAKEN = 0, STEPS**2, 2 * STEPS**2, 3 * STEPS**2  # the first class of each kind
+NUM_CLASSES = OVERTAKEN + 1
 NUM_LISTS = NUM_CLASSES * NUM_BINS
 LEAVES = 2048  # of the tree: a power of two, at least NUM_LISTS
 MOST = 250  # touches and turns are counted up to here
@@ -47,7 +49,7 @@ SMOOTH = 0.01  # weight of the newest request in the mean
 APPRAISALS = 192  # while the cache is touched through, but 64 touches apart or more
 
 # Entries of State.counter
-NOW, LENGTH, TURN, KIND, TOUCHES, DUE, NEXT, NUM_GHOSTS, CAPACITY, FREE, LOWEST = range(11)
+NOW, LENGTH, TURN, KIND, TOUCHES, DUE, NEXT, NUM_GHOSTS, CAPACITY, FREE, LOWEST, LEFT = range(12)
 
 
 class State(NamedTuple):
@@ -56,6 +58,7 @@ class State(NamedTuple):
     where: Marks  # (num_nodes,)
     uses: Marks  # (num_nodes,) touches before the last one, as far as is remembered
     turns: Marks  # (num_nodes,) turn of the request that touched it last, the first is 0
+    child: Int32  # (num_nodes,) the chunk that came next in the request that touched it last, or -1
     group: Int32  # (num_nodes,) of nodes that are somewhere
     lists: Lists  # groups that have members, one list for each class and bin
     recency: Lists  # one list of all groups; free groups are chained by `younger`
@@ -73,7 +76,8 @@ class State(NamedTuple):
 
 
 def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
-    counter = np.zeros(11, dtype=np.int64)
+    counter = np.zeros(12, dtype=np.int64)
+    counter[LEFT] = -1
     counter[CAPACITY] = capacity
     recency = make_lists(num_nodes, 1)
     recency.younger[:num_nodes] = np.arange(1, num_nodes + 1, dtype=np.int32)  # all free
@@ -83,6 +87,7 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
         where=np.zeros(num_nodes, dtype=np.uint8),
         uses=np.zeros(num_nodes, dtype=np.uint8),
         turns=np.zeros(num_nodes, dtype=np.uint8),
+        child=np.full(num_nodes, -1, dtype=np.int32),
         group=np.zeros(num_nodes, dtype=np.int32),
         lists=make_lists(num_nodes, NUM_LISTS),
         recency=recency,
@@ -133,16 +138,14 @@ def list_of(state: State, group: int) -> int:
     return int(state.kind[group]) * NUM_BINS + int(state.bins[group])
 
 
-def open_group(state: State, kind: int) -> int:
-    """A new group of this request, youngest of all, without members."""
-    counter, recency = state.counter, state.recency
+def enter(state: State, group: int, kind: int) -> None:
+    """A group of this request, youngest of all."""
+    recency = state.recency
     if state.newest[kind] < 0:
         learn(state, kind)
-    group = int(counter[FREE])
-    counter[FREE] = recency.younger[group]
     state.kind[group] = kind
     state.bins[group] = 0
-    state.last[group] = counter[NOW]
+    state.last[group] = state.counter[NOW]
     state.newest[kind] = group
     head = head_of(recency, 0)
     put_before(recency, head, group)
@@ -150,6 +153,22 @@ def open_group(state: State, kind: int) -> int:
     while k < NUM_BINS and state.edges[k] == head:
         state.edges[k] = group
         k += 1
+
+
+def leave(state: State, group: int) -> None:
+    """A group ages no more."""
+    k = int(state.bins[group])
+    while k < NUM_BINS and state.edges[k] == group:
+        state.edges[k] = state.recency.younger[group]
+        k += 1
+    unlink(state.recency, group)
+
+
+def open_group(state: State, kind: int) -> int:
+    """A new group without members."""
+    group = int(state.counter[FREE])
+    state.counter[FREE] = state.recency.younger[group]
+    enter(state, group, kind)
     return group
 
 
@@ -157,19 +176,51 @@ def shrink(state: State, group: int) -> None:
     """One node less; a group without nodes is free."""
     state.size[group] -= 1
     if state.size[group] == 0:
-        k = int(state.bins[group])
-        while k < NUM_BINS and state.edges[k] == group:
-            state.edges[k] = state.recency.younger[group]
-            k += 1
-        unlink(state.recency, group)
+        leave(state, group)
         state.recency.younger[group] = state.counter[FREE]
         state.counter[FREE] = group
 
 
+def show_group(state: State, group: int) -> None:
+    """As the youngest of its list."""
+    number = list_of(state, group)
+    put_before(state.lists, head_of(state.lists, number), group)
+    show(state.lists, state.tree, state.life.value, number)
+
+
 def hide_if_empty(state: State, group: int) -> None:
     if is_empty(state.members, group):
-        unlink(state.lists, group)
-        show(state.lists, state.tree, state.life.value, list_of(state, group))
+        hide(state, group)
+
+
+def hide(state: State, group: int) -> None:
+    unlink(state.lists, group)
+    show(state.lists, state.tree, state.life.value, list_of(state, group))
+
+
+def overtake(state: State) -> None:
+    """What remains of the request whose path the current one has left: its groups, neighbours in recency, change their class."""
+    child = int(state.counter[LEFT])
+    state.counter[LEFT] = -1
+    if child < 0 or state.where[child] == NOWHERE:
+        return
+    recency, last = state.recency, state.last
+    head = head_of(recency, 0)
+    group = int(state.group[child])
+    request = last[group]
+    while recency.older[group] != head and last[recency.older[group]] == request:
+        group = int(recency.older[group])
+    while group != head and last[group] == request:
+        following = int(recency.younger[group])
+        if state.kind[group] != OVERTAKEN:
+            chosen_from = not is_empty(state.members, group)
+            if chosen_from:
+                hide(state, group)
+            leave(state, group)
+            enter(state, group, OVERTAKEN)
+            if chosen_from:
+                show_group(state, group)
+        group = following
 
 
 def take_member(state: State, node: int) -> None:
@@ -238,17 +289,33 @@ def step(amount: int, base: int) -> int:
     return result
 
 
+def left_by(state: State, node: int, following: int) -> int:
+    """The chunk after node on the path that the running request leaves there, or -1. On its own path, `following` comes next."""
+    child = int(state.child[node])
+    if child < 0 or child == following or state.where[child] == NOWHERE:
+        return -1
+    group = state.group[child]
+    together = state.last[group] == state.last[state.group[node]] and state.kind[group] != OVERTAKEN
+    alike = state.uses[child] == state.uses[node] and state.uses[node] < MOST
+    return child if together and alike else -1
+
+
 def begin_request(state: State, node: int, now: int) -> None:
-    """node is the last chunk of a new request: find where its new chunks begin, and let time pass."""
+    """node is the last chunk of a new request: find where its new chunks begin and whose path it leaves there, and let time pass."""
     counter = state.counter
     if counter[NOW] > 0:
+        overtake(state)
         end_request(state)
     counter[NOW] = now
     counter[LENGTH] = 0
+    state.child[node] = -1
     new = 0
+    following = -1
     while node >= 0 and state.where[node] != RESIDENT:
         new += 1
+        following = node
         node = state.chains.parents[node]
+    counter[LEFT] = left_by(state, node, following) if node >= 0 else -1
     # The turn before touched its new chunks once. What was touched more often is the beginning of many conversations.
     turn = min(int(state.turns[node]) + 1, MOST) if node >= 0 and state.uses[node] == 0 else 0
     counter[TURN] = turn
@@ -271,14 +338,15 @@ def start_life(state: State, node: int, uses: int, bin_: int) -> None:
     if group < 0 or state.last[group] != counter[NOW] or state.kind[group] != kind or state.size[group] == 0:
         group = open_group(state, kind)
     if is_empty(members, group):
-        number = list_of(state, group)
-        put_before(state.lists, head_of(state.lists, number), group)
-        show(state.lists, state.tree, state.life.value, number)
+        show_group(state, group)
     put_before(members, head_of(members, group), node)
     state.size[group] += 1
     state.group[node] = group
     state.uses[node] = uses
     state.turns[node] = turn
+    parent = state.chains.parents[node]
+    if parent >= 0:
+        state.child[parent] = node
 
 
 def touch_again(state: State, node: int) -> None:
@@ -329,6 +397,7 @@ def oldest_of(state: State, number: int, blocked: Blocked) -> int:
 
 
 def victim(state: State, blocked: Blocked) -> int:
+    overtake(state)
     tree, counter = state.tree, state.counter
     num_held = 0
     node = -1

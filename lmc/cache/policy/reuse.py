@@ -23,7 +23,7 @@ NUM_BINS = 39  # up to a million requests
 FIRST_GUESS = 0.1  # share of chunks touched again in a bin, before anything is known
 FADES = 0.8  # a chance that is carried on to the next bin
 KEEP = 0.99  # of old counts, each time a class is appraised
-LEAN = 1.0  # requests' worth of chunks that the guess counts as
+LEAN = 3.0  # requests' worth of chunks that the guess counts as
 LEAN_ON_AGES = 4.0  # as many for the younger ages
 
 

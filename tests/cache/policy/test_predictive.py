@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lmc.cache.policy import POLICIES, predictive
 from lmc.cache.policy.reuse import KEEP, NUM_BINS, appraise, count, index, make_life
 from lmc.cache.policy.tournament import EMPTY
-from tests.contracts.policy import Host, NodePolicy, run_spec, workloads
+from tests.contracts.policy import Host, Key, NodePolicy, run_spec, workloads
 
 SPEC = predictive.SPEC
 
@@ -68,10 +68,52 @@ def test_classes_follow_turns_and_shared_beginnings() -> None:
         return int(state.turns[node_of[labels]])
 
     assert [turn(1, 2, 3), turn(1, 2, 4, 5), turn(1, 2, 4, 6, 7), turn(1, 2, 8)] == [0, 1, 2, 0]
-    assert kind(1, 2, 3) == kind(1, 2, 8) == predictive.LAST
+    assert kind(1, 2, 8) == predictive.LAST
+    assert kind(1, 2, 3) == kind(1, 2, 4, 5) == predictive.OVERTAKEN
     assert kind(1, 2, 4, 6, 7) == predictive.LAST + predictive.STEPS
     assert kind(1, 2, 4, 6) == predictive.BODY + predictive.STEPS
     assert kind(1, 2) == predictive.SHARED + predictive.STEPS - 2  # three touches before, the last one just now
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(), st.integers(2, 14))
+def test_overtaken_is_what_a_request_left_beyond_chunks_of_the_same_past(
+    requests: list[list[int]], capacity: int
+) -> None:
+    """Against a plain account of who touched what last, how often, and what came next there."""
+    policy = NodePolicy(SPEC, capacity, max(map(len, requests)))
+    host = Host(policy, capacity)
+    last: dict[Key, int] = {}
+    uses: dict[Key, int] = {}
+    following: dict[Key, Key | None] = {}
+    overtaken: dict[Key, int] = {}  # since which request
+    for number, labels in enumerate(requests):
+        host.request(labels)
+        predictive.overtake(policy.state)  # as the next request will
+        where = policy.state.where
+        remembered = {key for key, node in policy.node_of.items() if where[node] != predictive.NOWHERE}
+        chain = [key for depth in range(len(labels)) if (key := tuple(labels[: depth + 1])) in host.there]
+        found = host.hits[-1]
+        left = following[chain[found - 1]] if 0 < found < len(chain) else None
+        if left is not None and left != chain[found] and left in remembered and left not in overtaken:
+            branch = chain[found - 1]
+            if last[left] == last[branch] and uses[left] == uses[branch]:
+                for key in last:
+                    if last[key] == last[branch] and key not in chain:
+                        overtaken.setdefault(key, number)
+        for key, after in zip(chain, [*chain[1:], None], strict=True):
+            uses[key] = uses[key] + 1 if key in uses else 0
+            last[key] = number
+            following[key] = after
+        overtaken = {key: since for key, since in overtaken.items() if key in remembered and key not in chain}
+        for forgotten in set(last) - remembered:
+            del last[forgotten], uses[forgotten], following[forgotten]
+        state = policy.state
+        groups = {key: state.group[policy.node_of[key]] for key in remembered}
+        seen = {
+            key: state.last[group] - 1 for key, group in groups.items() if state.kind[group] == predictive.OVERTAKEN
+        }
+        assert seen == overtaken
 
 
 chances = st.lists(st.floats(0.0, 1.0), min_size=NUM_BINS, max_size=NUM_BINS)
