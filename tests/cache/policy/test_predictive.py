@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -80,7 +82,68 @@ def test_classes_follow_turns_and_shared_beginnings() -> None:
 def test_overtaken_is_what_a_request_left_beyond_chunks_of_the_same_past(
     requests: list[list[int]], capacity: int
 ) -> None:
-    """Against a plain account of who touched what last, how often, and what came next there."""
+    follow_paths(requests, capacity)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_overtaken_chunks_are_forgotten_like_others(seed: int) -> None:
+    """So many requests that the numbers of chunks are used again and again."""
+    generator = random.Random(seed)
+    requests = [[0]]
+    for number in range(300):
+        path = requests[-1 - generator.randrange(min(len(requests), 4))]
+        path = path[: generator.randint(1, len(path))][:8]
+        requests.append([*path, *range(10 * number + 10, 10 * number + 11 + generator.randrange(4))])
+    follow_paths(requests, generator.randint(2, 12))
+
+
+def test_overtaken_before_the_next_victim() -> None:
+    host = run_spec(SPEC, [[1, 2, 3], [1, 2, 4]], 4)
+    policy = host.policy
+    assert isinstance(policy, NodePolicy)
+    policy.victim(host.blocked)
+    assert policy.state.kind[policy.state.group[policy.node_of[1, 2, 3]]] == predictive.OVERTAKEN
+
+
+@pytest.mark.parametrize("between", range(12, 28))
+def test_a_request_leaves_a_path_that_is_forgotten_about_then(between: int) -> None:
+    """The branch stays, pinned, while the ghost behind it goes, before the request or at its end."""
+    host = run_spec(SPEC, [[1, 2, 3]], 5)
+    policy = host.policy
+    assert isinstance(policy, NodePolicy)
+    host.pins.update([(1,), (1, 2)])
+    for label in range(between):
+        host.request([100 + label])
+    host.request([7, 8, 9])  # more ghosts at once: the request below may get the number of the one behind the branch
+    host.request([1, 2, 4, 5, 6])
+    predictive.overtake(policy.state)
+    left = {(1, 2, 3)}
+    for label in range(30):
+        state = policy.state
+        known = {
+            key: int(state.group[node])
+            for key, node in policy.node_of.items()
+            if state.where[node] != predictive.NOWHERE
+        }
+        assert {key for key, group in known.items() if state.kind[group] == predictive.OVERTAKEN} <= left
+        assert all(state.size[group] == list(known.values()).count(group) for group in known.values())
+        host.request([200 + label])
+
+
+def test_counts_at_their_limit_say_nothing_about_a_path_that_was_left() -> None:
+    kinds = []
+    for times in (predictive.MOST, predictive.MOST + 1):
+        host = run_spec(SPEC, [[1, 2, 3]] * times + [[1, 2, 4]], 9)
+        policy = host.policy
+        assert isinstance(policy, NodePolicy)
+        predictive.overtake(policy.state)
+        kinds.append(int(policy.state.kind[policy.state.group[policy.node_of[1, 2, 3]]]))
+    assert kinds[0] == predictive.OVERTAKEN
+    assert kinds[1] == predictive.SHARED + predictive.STEPS - 1
+
+
+def follow_paths(requests: list[list[int]], capacity: int) -> None:
+    """The policy beside a plain account of who touched what last, how often, and what came next there."""
     policy = NodePolicy(SPEC, capacity, max(map(len, requests)))
     host = Host(policy, capacity)
     last: dict[Key, int] = {}
