@@ -110,6 +110,8 @@ class Launcher:
                 ready = await asyncio.wait_for(_ready_line(process, sink), self.engine.start_timeout)
                 drain = asyncio.create_task(_copy_rest(process, sink))
                 url = ready["url"].rstrip("/")
+                if ready.get("cache") == "FAILED":
+                    raise EngineError(f"arm {name}: the cache did not start{_first_error(log)}")
                 pages = [url.removesuffix("/v1") + "/metrics"] + ([ready["metrics"]] if "metrics" in ready else [])
                 model = await _served_model(url, None)
                 yield Server(url, model, list(dict.fromkeys(pages)), self.shown(command), log, process, ready)

@@ -27,16 +27,19 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def require_free_port(host: str, port: int, what: str) -> None:
-    """Raises ConfigError when the port cannot be listened on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} for {what}: {error.strerror}; choose another port"
-            ) from None
+def hold_port(host: str, port: int, what: str) -> socket.socket:
+    """A socket on the port (0: a free one) that keeps others off it until closed; servers, which set SO_REUSEADDR, can listen there.
+
+    Raises ConfigError when the port cannot be had.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+    except OSError as error:
+        held.close()
+        raise ConfigError(f"cannot listen on {host}:{port} for {what}: {error.strerror}; choose another port") from None
+    return held
 
 
 def run_engine(command: EngineCommand, url: str, ready_timeout: float, on_ready: Callable[[], None]) -> int:

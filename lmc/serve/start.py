@@ -7,14 +7,17 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
 from lmc.errors import ConfigError
 from lmc.model import resolve_model
 from lmc.serve.engines import check_engine, engine_command
-from lmc.serve.process import free_port, require_free_port, run_engine
+from lmc.serve.process import hold_port, run_engine
 from lmc.units import format_count, format_size
+
+_PAGE_SECONDS = 30.0  # a busy machine may keep the metrics page waiting; where nobody listens, the answer comes at once
 
 
 @dataclass(frozen=True)
@@ -30,37 +33,33 @@ class ServeOptions:
 
 def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]) -> int:
     """Run until the engine ends; returns the exit code. Raises ConfigError, ModelError, EngineError before anything is started."""
-    require_free_port(options.host, options.port, "the engine")
+    hold_port(options.host, options.port, "the engine").close()
     metrics_url = None
-    if options.cache:
-        _check_folders(config)
-        config, metrics_url = _with_metrics_port(config)
-    check_engine(options.engine, config if options.cache else None, options.engine_arguments)
-    model = resolve_model(options.model)
-    command = engine_command(
-        options.engine,
-        model,
-        options.host,
-        options.port,
-        config if options.cache else None,
-        ["--served-model-name", options.model, *options.engine_arguments],
-    )
-    url = f"http://{options.host}:{options.port}"
+    with ExitStack() as stack:
+        if options.cache:
+            _check_folders(config)
+        if options.cache and config.metrics.enabled:
+            # The engine listens there only after many seconds, in which the port must not become another connection's.
+            held = stack.enter_context(hold_port(config.metrics.host, config.metrics.port, "metrics"))
+            metrics = config.metrics.model_copy(update={"port": held.getsockname()[1]})
+            config = config.model_copy(update={"metrics": metrics})
+            metrics_url = f"http://{metrics.host}:{metrics.port}/metrics"
+        check_engine(options.engine, config if options.cache else None, options.engine_arguments)
+        model = resolve_model(options.model)
+        command = engine_command(
+            options.engine,
+            model,
+            options.host,
+            options.port,
+            config if options.cache else None,
+            ["--served-model-name", options.model, *options.engine_arguments],
+        )
+        url = f"http://{options.host}:{options.port}"
 
-    def on_ready() -> None:
-        say(f"ready url={url}/v1 {_describe_cache(options.cache, metrics_url)}")
+        def on_ready() -> None:
+            say(f"ready url={url}/v1 {_describe_cache(options.cache, metrics_url)}")
 
-    return run_engine(command, url, options.ready_timeout, on_ready)
-
-
-def _with_metrics_port(config: CacheConfig) -> tuple[CacheConfig, str | None]:
-    metrics = config.metrics
-    if not metrics.enabled:
-        return config, None
-    port = metrics.port or free_port(metrics.host)
-    require_free_port(metrics.host, port, "metrics")
-    fixed = config.model_copy(update={"metrics": metrics.model_copy(update={"port": port})})
-    return fixed, f"http://{metrics.host}:{port}/metrics"
+        return run_engine(command, url, options.ready_timeout, on_ready)
 
 
 def _check_folders(config: CacheConfig) -> None:
@@ -84,7 +83,7 @@ def _describe_cache(wanted: bool, metrics_url: str | None) -> str:
     if metrics_url is None:
         return "cache=on metrics=off"
     try:
-        with urllib.request.urlopen(metrics_url, timeout=5) as answer:
+        with urllib.request.urlopen(metrics_url, timeout=_PAGE_SECONDS) as answer:
             text = answer.read().decode()
     except (urllib.error.URLError, OSError):
         return "cache=FAILED (see the log above; the engine runs without it)"

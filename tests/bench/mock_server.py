@@ -210,7 +210,11 @@ async def serve(args: argparse.Namespace) -> None:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", args.port).start()
-    sys.stdout.write(f"ready url=http://127.0.0.1:{args.port}/v1\n")
+    state = ""
+    if args.fault == "no-cache":
+        sys.stderr.write("lmc: no room for the host tier\n")
+        state = " cache=FAILED (see the log above)"
+    sys.stdout.write(f"ready url=http://127.0.0.1:{args.port}/v1{state}\n")
     sys.stdout.flush()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

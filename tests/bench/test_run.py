@@ -141,6 +141,12 @@ def test_missing_cached_tokens_are_not_zero(run_small: RunSmall) -> None:
     assert {record.cached_tokens for record in records if record.arm == "x"} == {None}
 
 
+def test_an_arm_whose_cache_does_not_start(run_small: RunSmall) -> None:
+    """Its engine runs without it, so the load would measure the engine alone."""
+    with pytest.raises(EngineError, match="arm x: the cache did not start: lmc: no room for the host tier"):
+        run_small(bars=[], arms={"x": {**NONE, "args": ["--fault", "no-cache"]}})
+
+
 def test_an_arm_that_does_not_start(run_small: RunSmall) -> None:
     first = {"arms": {"x": {**NONE, "args": ["--fault", "no-start"]}}, "bars": []}
     with pytest.raises(EngineError, match="arm x: the engine ended with exit code 1: lmc: no room for weights"):
