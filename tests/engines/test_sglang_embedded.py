@@ -30,7 +30,7 @@ def test_cold_device_host_disk_and_redis_answer_alike(tmp_path: Path) -> None:
             other = one.generate(OTHER)
             one.settle()
             only_in_redis = files_of(disk)
-            cold, device = one.generate(ONE), one.generate(ONE)
+            cold, device, other_device = one.generate(ONE), one.generate(ONE), one.generate(OTHER)
             one.settle()
             one.flush()
             host = one.generate(ONE)
@@ -41,14 +41,20 @@ def test_cold_device_host_disk_and_redis_answer_alike(tmp_path: Path) -> None:
             from_disk, from_redis = two.generate(ONE), two.generate(OTHER)
             assert two.metric("lmc_hit_tokens_total", tier="disk") == 320
             assert two.metric("lmc_hit_tokens_total", tier="redis") == 320
-    assert [(answer["device"], answer["loaded"]) for answer in (other, cold, device, host, from_disk, from_redis)] == [
+    answers = (other, cold, device, other_device, host, from_disk, from_redis)
+    assert [(answer["device"], answer["loaded"]) for answer in answers] == [
         (0, 0),
         (0, 0),
+        (320, 0),
         (320, 0),
         (0, 320),
         (0, 320),
         (0, 320),
     ]
-    for answer in (device, host, from_disk):
-        assert_same(answer, cold)
-    assert_same(from_redis, other)
+    # The engine rounds a prompt that it computes in one go differently from a rest behind a prefix, by how much depends on the processor.
+    # Behind the same prefix nothing may differ.
+    for loaded in (host, from_disk):
+        assert (loaded["tokens"], loaded["logprobs"]) == (device["tokens"], device["logprobs"])
+    assert (from_redis["tokens"], from_redis["logprobs"]) == (other_device["tokens"], other_device["logprobs"])
+    assert_same(device, cold)
+    assert other_device["tokens"] == other["tokens"]
