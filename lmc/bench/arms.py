@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -25,9 +24,10 @@ import psutil
 import yaml
 
 from lmc.bench.redis_server import started_redis
-from lmc.bench.s3_server import started_s3
+from lmc.bench.s3_server import LOCAL, started_s3
 from lmc.bench.workload import Arm, Engine
 from lmc.errors import EngineError, RunError
+from lmc.serve.process import free_port
 from lmc.units import parse_size
 
 SERVE = (sys.executable, "-m", "lmc", "serve")
@@ -100,7 +100,7 @@ class Launcher:
         folder = self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / ("engine.log" if number == 0 else f"engine-{number}.log")
-        command = self.command(arm, config, _free_port())
+        command = self.command(arm, config, free_port(LOCAL))
         with log.open("wb") as sink:
             process = await asyncio.create_subprocess_exec(
                 *command, stdout=PIPE, stderr=sink, env=self.environment(arm), start_new_session=True
@@ -111,7 +111,7 @@ class Launcher:
                 drain = asyncio.create_task(_copy_rest(process, sink))
                 url = ready["url"].rstrip("/")
                 if ready.get("cache") == "FAILED":
-                    raise EngineError(f"arm {name}: the cache did not start{_first_error(log)}")
+                    raise EngineError(f"arm {name}: the metrics page of its cache does not answer{_first_error(log)}")
                 pages = [url.removesuffix("/v1") + "/metrics"] + ([ready["metrics"]] if "metrics" in ready else [])
                 model = await _served_model(url, None)
                 yield Server(url, model, list(dict.fromkeys(pages)), self.shown(command), log, process, ready)
@@ -277,12 +277,6 @@ async def _served_model(url: str, wanted: str | None) -> str:
     if not names:
         raise RunError(f"{url} serves no model")
     return wanted or names[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _first_error(log: Path | None) -> str:

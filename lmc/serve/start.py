@@ -86,7 +86,7 @@ def _describe_cache(wanted: bool, metrics_url: str | None) -> str:
         with urllib.request.urlopen(metrics_url, timeout=_PAGE_SECONDS) as answer:
             text = answer.read().decode()
     except (urllib.error.URLError, OSError):
-        return "cache=FAILED (see the log above; the engine runs without it)"
+        return "cache=FAILED (its metrics page does not answer; see the log above)"
     chunk_bytes = _sample(text, r"lmc_chunk_bytes (\S+)")
     tiers = [
         f"{name} {format_size(float(slots) * chunk_bytes)} ({format_count(float(slots))} chunks)"
