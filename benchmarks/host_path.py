@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lmc.cache.engine import CacheEngine, Identity
 from lmc.cache.keys import Namespace
-from lmc.cache.layout import KVLayout, Layer, Piece, Region
-from lmc.cache.open import open_worker
 from lmc.cache.plan import Plan
+from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.cache.settings import load_settings
+from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
+from lmc.cache.worker.open import open_worker
 
 CHUNK_TOKENS = 256
 _NOBODY = Identity()
@@ -68,7 +68,7 @@ class HostPath:
         config = load_settings(None, {}, flags | {"background_load_tokens": 2 * tokens}).config
         namespace = Namespace("benchmark", shape.name, "", "", layout.fingerprint, CHUNK_TOKENS, 1)
         self._worker = open_worker(config, namespace, layout, rank=0, num_ranks=1)
-        self._engine = CacheEngine(config, [self._worker.ready()], shape.block_tokens)
+        self._engine = CacheScheduler(config, [self._worker.ready()], shape.block_tokens)
         self._random = random.Random(1)
         self._served = 0
 

@@ -109,7 +109,7 @@ def measure(block_tokens: int, rounds: int) -> list[Outcome]:
         bench.admit(request)
     decode = bench.output({request.request_id: 1 for request in running})
     decoding = timed(lambda: idle(bench, decode), rounds, STEPS)
-    bench.engine.directory.check()
+    bench.scheduler.directory.check()
     return [
         outcome(f"new request of {PROMPT:,} tokens, nothing stored: all calls to its end", fresh, REQUEST_BAR_US),
         outcome(f"new request of {PROMPT:,} tokens, all stored: all calls to its end", known, REQUEST_BAR_US),

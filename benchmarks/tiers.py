@@ -35,7 +35,7 @@ from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
 from lmc.cache.tiers.redis import RedisTier
 from lmc.cache.tiers.s3 import S3Tier
-from lmc.cache.worker import yield_to_the_engine
+from lmc.cache.worker.worker import yield_to_the_engine
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 from lmc.units import format_size, parse_size
 from tests import services

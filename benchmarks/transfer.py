@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from lmc.bench.machine import describe_hardware, describe_software
-from lmc.cache.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.backends.host import HostBackend, useful_threads
+from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction, plan
-from lmc.cache.transfer.probe import PIECE_SIZES, Probe, probe_device, scattered
-from lmc.cache.transfer.probe_show import transfer_figure, transfer_table
+from lmc.probe.show import transfer_figure, transfer_table
+from lmc.probe.transfer import PIECE_SIZES, Probe, probe_device, scattered
 from lmc.report import Column, Report, Section, Table, print_table, report_html, report_markdown, to_json, write_file
 
 PLAN_BAR_S = 1e-3  # for 10,000 descriptors

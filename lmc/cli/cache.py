@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lmc.cache.tiers.inspect import Inspection
+    from lmc.probe.inspect import Inspection
 
 app = typer.Typer(help="Look at what a cache has stored, and at a running one.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
 ) -> None:
     """Say what chunk files are and check every byte. Exit code 1 when one is damaged or not a chunk."""
-    from lmc.cache.tiers.inspect import find_files, inspect_file
+    from lmc.probe.inspect import find_files, inspect_file
 
     damaged = 0
     count = 0
@@ -48,7 +48,7 @@ def stats(
     """Watch a running cache: tiers, hit rates, transfers, misses by reason. Ctrl-C ends it."""
     import orjson
 
-    from lmc.cache.watch import read_stats, watch
+    from lmc.probe.watch import read_stats, watch
 
     if as_json:
         typer.echo(orjson.dumps(read_stats(url), option=orjson.OPT_INDENT_2).decode())

@@ -31,8 +31,8 @@ def transfer(
 ) -> None:
     """Rates of the transfer backends over piece sizes, both ways, beside plain memcpy or the bare copy engine."""
     from lmc import report
-    from lmc.cache.transfer.probe import PIECE_SIZES, probe_device
-    from lmc.cache.transfer.probe_show import transfer_figure, transfer_table
+    from lmc.probe.show import transfer_figure, transfer_table
+    from lmc.probe.transfer import PIECE_SIZES, probe_device
     from lmc.units import parse_size
 
     pieces = PIECE_SIZES if sizes is None else tuple(parse_size(size) for size in sizes.split(","))

@@ -1,7 +1,7 @@
 """Replays a trace through the live cache's own directory on a virtual clock: all tiers, write modes, TTL, N instances behind a router.
 
 For whatever has no closed form. The directory is the real object; workers are channels with a bandwidth and a latency, one a tier and a
-direction for each instance; the engine computes one prompt after the other. A request follows the steps of lmc.cache.engine: look up, wait
+direction for each instance; the engine computes one prompt after the other. A request takes the live scheduler's steps: look up, wait
 for chunks that must be staged into host memory (not beyond load_deadline), load, compute the rest, store. Decoding and batching are left
 out. Without a cost model everything is instant, and hits alone are simulated.
 """

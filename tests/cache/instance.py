@@ -1,4 +1,4 @@
-"""An engine that only moves bytes: a CacheEngine, its workers and KV blocks whose right content is known for every token."""
+"""An engine that only moves bytes: a CacheScheduler, its workers and KV blocks whose right content is known for every token."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from lmc.cache.block_copies import BlockCopier
 from lmc.cache.config import CacheConfig
-from lmc.cache.engine import CacheEngine, Identity
 from lmc.cache.keys import Namespace
-from lmc.cache.layout import KVLayout, Layer, Piece, Region
-from lmc.cache.open import open_worker
 from lmc.cache.plan import Plan, Report
+from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.cache.settings import load_settings
 from lmc.cache.tiers.format import FORMAT
 from lmc.cache.transfer.backends import Backend
+from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.planner import Descriptors
 from lmc.cache.transfer.runtimes import ThreadRuntime
 from lmc.cache.transfer.streams import TransferStreams
+from lmc.cache.worker.block_copies import BlockCopier
+from lmc.cache.worker.open import open_worker
 
 BLOCK_TOKENS = 4
 CHUNK_TOKENS = 8
@@ -83,7 +83,7 @@ class Instance:
                 slow = Slow(copier.backend)
                 worker.copier = BlockCopier(layout, copier._slab, slow, TransferStreams(ThreadRuntime(), slow))
             self.workers.append(worker)
-        self.engine = CacheEngine(
+        self.scheduler = CacheScheduler(
             self.config, [worker.ready() for worker in self.workers], BLOCK_TOKENS, clock=self.clock
         )
 
@@ -93,7 +93,7 @@ class Instance:
         name = f"r{self.serial}"
         polls = 0
         until = time.monotonic() + 20
-        while (gain := self.engine.lookup(name, tokens, 0, identity)) is None:
+        while (gain := self.scheduler.lookup(name, tokens, 0, identity)) is None:
             polls += 1
             self.pump()
             time.sleep(0.001)
@@ -104,8 +104,8 @@ class Instance:
             worker.fence()
         for kv in self.kv:
             kv[:, blocks] = 0xEE
-        self.engine.admit(name, gain, blocks)
-        plan = self.engine.take_plan()
+        self.scheduler.admit(name, gain, blocks)
+        plan = self.scheduler.take_plan()
         failed: set[int] = set()
         salt = f"{identity.tenant}/{identity.lora}"
         for rank, worker in enumerate(self.workers):
@@ -125,13 +125,13 @@ class Instance:
         for worker in self.workers:
             worker.end(plan)
         self.pump()
-        self.engine.store(name, tokens, len(tokens), len(tokens), blocks)
-        plan = self.engine.take_plan()
+        self.scheduler.store(name, tokens, len(tokens), len(tokens), blocks)
+        plan = self.scheduler.take_plan()
         for worker in self.workers:
             worker.begin(plan)
             worker.end(plan)
-        sources, miss = dict(self.engine.loaded_from(name)), self.engine.explain(name)["miss"]
-        self.engine.finish(name)
+        sources, miss = dict(self.scheduler.loaded_from(name)), self.scheduler.explain(name)["miss"]
+        self.scheduler.finish(name)
         self.pump()
         if settle:
             self.settle()
@@ -143,24 +143,24 @@ class Instance:
         for worker in self.workers:
             report = report.merge(worker.take_report())
         self.reports.append(report)
-        self.engine.apply(report)
-        plan = self.engine.take_plan()
+        self.scheduler.apply(report)
+        plan = self.scheduler.take_plan()
         for worker in self.workers:
             worker.begin(Plan(tier_copies=plan.tier_copies))
 
     def settle(self) -> None:
         until = time.monotonic() + 20
-        while self.engine.busy:
+        while self.scheduler.busy:
             self.pump()
             time.sleep(0.001)
             assert time.monotonic() < until, "copies never ended"
-        self.engine.directory.check()
+        self.scheduler.directory.check()
 
     def metric(self, name: str, **labels: str) -> float:
-        return self.engine.metrics.registry.get_sample_value(f"lmc_{name}", labels) or 0.0
+        return self.scheduler.metrics.registry.get_sample_value(f"lmc_{name}", labels) or 0.0
 
     def close(self) -> None:
-        self.engine.close()
+        self.scheduler.close()
         for worker in self.workers:
             worker.close()
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
-from lmc.cache.layout import KVLayout
 from lmc.cache.transfer.backends.base import Backend
+from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, plan
 
 Bytes = npt.NDArray[np.uint8]

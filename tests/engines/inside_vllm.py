@@ -47,7 +47,7 @@ class InsideVllm:
 
     @property
     def cache(self) -> Any:
-        return self.connector._scheduler.engine
+        return self.connector._scheduler.scheduler
 
     @property
     def worker(self) -> Any:
@@ -90,10 +90,10 @@ class InsideVllm:
 
     def load_by_layer(self) -> None:
         """From now on copies run on threads, as on a device's streams; loads go layer by layer, slowly: a missing wait shows."""
-        from lmc.cache import block_copies
         from lmc.cache.transfer.planner import Direction
         from lmc.cache.transfer.runtimes import ThreadRuntime
         from lmc.cache.transfer.streams import TransferStreams
+        from lmc.cache.worker import block_copies
 
         block_copies.LAYER_BYTES = 1
         old = self.worker.copier

@@ -39,8 +39,8 @@ class DrivenSide:
         self.side = SchedulerSide(config, block_tokens, announces)
         copying = CopyReading({}, {}, threads=1, pinned_slots=0, problem="")
         self.side.meet([Introduction(WorkerReady(self.namespace, 0, 4096, slots, stored or {}, copying))])
-        assert self.side.engine is not None
-        self.engine = self.side.engine
+        assert self.side.scheduler is not None
+        self.scheduler = self.side.scheduler
         self.blocks = list(range(1, NUM_BLOCKS))
         self.plans: list[Plan] = []  # all that were made
         self._numbers = itertools.count()
@@ -77,7 +77,7 @@ class DrivenSide:
 
     def drain(self) -> None:
         """Steps without requests, until no copy is under way."""
-        while self.engine.busy:
+        while self.scheduler.busy:
             self.step({})
 
     def report(self, plan: Plan) -> None:

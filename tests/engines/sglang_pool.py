@@ -176,9 +176,9 @@ class Engine:
         """Nothing is pinned, open or remembered."""
         self.leave()
         self.settle()
-        directory = self.cache.engine.directory
+        directory = self.cache.scheduler.directory
         directory.check()
-        assert (directory.num_open, directory.num_pins, self.linker._prompts, self.cache.engine._requests) == (
+        assert (directory.num_open, directory.num_pins, self.linker._prompts, self.cache.scheduler._requests) == (
             0,
             0,
             {},

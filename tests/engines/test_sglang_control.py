@@ -61,7 +61,7 @@ def test_a_request_may_ask_why(start: Start) -> None:
 def test_pinned_chunks_stay_and_are_pinned_when_they_are_stored(start: Start) -> None:
     """SGLang says when a request leaves the queue, which is before its chunks are stored."""
     engine = start(host__capacity=8 * 4096 * -(-CHUNK_BYTES // 4096))
-    directory = engine.cache.engine.directory
+    directory = engine.cache.scheduler.directory
     slots = directory.usage()["host"][1]
     tokens = prompt(64, 3 * PAGE + 5)
     request = ask(engine, tokens, "asked", pin_seconds=3600)

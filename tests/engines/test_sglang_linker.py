@@ -84,7 +84,7 @@ def test_results_come_in_the_order_of_acceptance(start: Start) -> None:
 
 def test_what_is_promised_stays_until_it_is_loaded(start: Start) -> None:
     engine = start(host__capacity=8 * 4096 * -(-CHUNK_BYTES // 4096))
-    slots = engine.cache.engine.directory.usage()["host"][1]
+    slots = engine.cache.scheduler.directory.usage()["host"][1]
     engine.fill([3, 9, 4], seed=9)
     stored = engine.read([3, 9, 4])
     engine.serve(prompt(9, 3 * PAGE + 5), [3, 9, 4])
@@ -156,7 +156,7 @@ def test_a_fault_in_lmc_ends_the_cache_and_not_the_engine(start: Start) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("injected")
 
-    engine.cache.engine.directory.lookup = broken
+    engine.cache.scheduler.directory.lookup = broken
     request = engine.arrive(prompt(14, 3 * PAGE + 5), rid="again")
     assert request.hits == []
     assert engine.cache is None

@@ -41,7 +41,7 @@ def test_a_damaged_file_is_never_promised(start: Start, disk: Path) -> None:
     first.settle()
     from lmc.cache.connectors.sglang.prompts import Prompt
 
-    key = Prompt(request, first.cache.engine.namespace, "").keys[1]
+    key = Prompt(request, first.cache.scheduler.namespace, "").keys[1]
     (file,) = [file for file in disk.rglob("*") if file.name == key.hex()]
     file.write_bytes(file.read_bytes()[:-1])
     second = start(disk__path=str(disk))
@@ -59,7 +59,7 @@ def test_damaged_files_are_replaced_as_they_are_found(start: Start, disk: Path) 
     first.settle()
     from lmc.cache.connectors.sglang.prompts import Prompt
 
-    keys = Prompt(request, first.cache.engine.namespace, "").keys
+    keys = Prompt(request, first.cache.scheduler.namespace, "").keys
     files = {file.name: file for file in disk.rglob("*")}
     damage([files[key.hex()] for key in keys[2:]])
     second = start(disk__path=str(disk))
@@ -135,9 +135,9 @@ def test_vllm_on_the_same_redis_is_another_world(start: Start, tmp_path: Path) -
     with redis_server(tmp_path) as server, server.client() as client:
         engine = start(redis__url=server.url)
         tokens = prompt(25, 3 * PAGE + 5)
-        ours = engine.cache.engine.namespace
+        ours = engine.cache.scheduler.namespace
         theirs = replace(ours, engine="vllm")
-        config = engine.cache.engine.config
+        config = engine.cache.scheduler.config
         tier = RedisTier(config.redis, TierScope(theirs.label(), 0, ours.layout, CHUNK_BYTES))
         for key in KeyChain(root(theirs), PAGE).extend(tokens):
             tier.put(key, memoryview(bytes(CHUNK_BYTES)))

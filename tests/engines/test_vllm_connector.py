@@ -99,7 +99,7 @@ def test_a_step_that_is_planned_ahead_stores_only_what_is_computed() -> None:
     for plan in (first, second):
         driven.report(plan)
     driven.side.finish(request)
-    assert driven.engine.directory.num_open == 0
+    assert driven.scheduler.directory.num_open == 0
 
 
 def test_drafts_of_speculative_decoding_are_not_stored() -> None:
@@ -162,7 +162,7 @@ def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("injected")
 
-    monkeypatch.setattr(driven.engine.directory, where, broken)
+    monkeypatch.setattr(driven.scheduler.directory, where, broken)
     request = driven.request(tokens)
     found, background = driven.side.lookup(request, 0)
     assert found is not None and background == (found > 0)
@@ -176,7 +176,7 @@ def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
     driven.report(plan)
     assert driven.side.reset()
     driven.side.finish(request)
-    assert driven.side.engine is None
+    assert driven.side.scheduler is None
     assert driven.side.lookup(driven.request(tokens), 0) == (0, False)
     assert not driven.side.plan(driven.output({}))
     assert driven.side.stats() is None and list(driven.side.take_events()) == [] and not driven.side.busy
@@ -208,7 +208,7 @@ def test_events_replayed_give_what_the_tiers_hold(steps: list[tuple[int, int, st
                 else:
                     assert isinstance(event, BlockRemoved)
                     del place[one]
-        used = {tier: chunks for tier, (chunks, _) in driven.engine.directory.usage().items()}
+        used = {tier: chunks for tier, (chunks, _) in driven.scheduler.directory.usage().items()}
         assert len(held["CPU"]) == used["host"] * CHUNK // BLOCK
         assert len(held["STORAGE"]) == used.get("disk", 0) * CHUNK // BLOCK
     assert driven.side.events is not None

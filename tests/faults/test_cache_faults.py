@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lmc.cache.engine import Identity
 from lmc.cache.plan import Plan, Report
-from lmc.cache.presence import Presence
+from lmc.cache.scheduler.cache import Identity
+from lmc.cache.scheduler.presence import Presence
 from lmc.cache.tiers import read_loop
 from lmc.cache.tiers.disk import DiskTier
 from tests.cache.instance import CHUNK_BYTES, Instance, chunk_files, prompt, settings
@@ -101,7 +101,7 @@ def test_an_io_thread_that_crashes_at_a_load(instances, warm, monkeypatch, caplo
     assert "stage of chunk" in caplog.text and "crashed" in caplog.text and type(error).__name__ in caplog.text
     instance.serve(TOKENS)  # stores the chunks whose failing copies outlasted the first request
     assert instance.serve(TOKENS).loaded == 48
-    assert instance.engine.directory.num_open == instance.engine.directory.num_pins == 0
+    assert instance.scheduler.directory.num_open == instance.scheduler.directory.num_pins == 0
 
 
 def test_an_io_thread_that_crashes_at_a_store(instances, tmp_path, monkeypatch, caplog):
@@ -147,20 +147,20 @@ def test_a_rank_that_dies_before_it_has_loaded(instances, warm, caplog):
     dead = instance.workers[1]
     dead.begin, dead.end, dead.take_report = _nothing, _nothing, Report
     started = time.monotonic()
-    while (gain := instance.engine.lookup("r", TOKENS, 0, Identity())) is None:
+    while (gain := instance.scheduler.lookup("r", TOKENS, 0, Identity())) is None:
         instance.pump()
         assert time.monotonic() - started < 10, "the lookup never ended"
     assert gain == 0
-    instance.engine.admit("r", 0, list(range(13)))
-    assert instance.engine.explain("r")["miss"] == "load deadline"
+    instance.scheduler.admit("r", 0, list(range(13)))
+    assert instance.scheduler.explain("r")["miss"] == "load deadline"
     assert "load deadline: request r waits no longer and computes 50 tokens" in caplog.text
-    instance.engine.store("r", TOKENS, 50, 50, list(range(13)))
+    instance.scheduler.store("r", TOKENS, 50, 50, list(range(13)))
     instance.pump()
-    instance.engine.finish("r")
-    assert instance.engine.lookup("s", TOKENS, 0, Identity()) in (0, None)
+    instance.scheduler.finish("r")
+    assert instance.scheduler.lookup("s", TOKENS, 0, Identity()) in (0, None)
     assert instance.metric("deadline_exceeded_total") == 1
-    assert instance.engine.stats()["pending_operations"] > 0, "what hangs can be seen"
-    instance.engine.finish("s")
+    assert instance.scheduler.stats()["pending_operations"] > 0, "what hangs can be seen"
+    instance.scheduler.finish("s")
 
 
 def test_a_prompt_longer_than_host_memory_says_why_it_is_cut(instances, warm):

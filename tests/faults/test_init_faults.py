@@ -13,14 +13,14 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from lmc.cache import open as open_module
 from lmc.cache.connectors.vllm import worker as worker_module
 from lmc.cache.connectors.vllm.connector import _settings
 from lmc.cache.connectors.vllm.messages import Introduction
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.worker import WorkerSide
-from lmc.cache.engine import CacheEngine
 from lmc.cache.plan import Plan
+from lmc.cache.scheduler.cache import CacheScheduler
+from lmc.cache.worker import open as open_module
 from lmc.errors import ConfigError, LayoutError
 from tests.cache.instance import BLOCK_TOKENS, Instance, prompt, settings
 
@@ -75,7 +75,7 @@ def test_ranks_that_do_not_fit_together_do_without(instances, caplog):
     one, other = (worker.ready() for worker in pair.workers)
     other = dataclasses.replace(other, namespace=dataclasses.replace(other.namespace, revision="another"))
     with pytest.raises(ConfigError, match="the ranks disagree on the namespace"):
-        CacheEngine(settings(), [one, other], BLOCK_TOKENS)
+        CacheScheduler(settings(), [one, other], BLOCK_TOKENS)
     scheduler = SchedulerSide(settings(), BLOCK_TOKENS)
     scheduler.meet([Introduction(one), Introduction(other)])
     assert "running WITHOUT the cache: the ranks disagree" in caplog.text

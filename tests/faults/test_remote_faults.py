@@ -107,8 +107,8 @@ def suffer(instance: Instance, tier: str, fault: Fault, caplog: pytest.LogCaptur
     def failed(operation: str, cause: str) -> float:
         return instance.metric("failure_causes_total", operation=operation, tier=tier, cause=cause)
 
-    keys = KeyChain(root(instance.engine.namespace), CHUNK_TOKENS).extend(TOKENS)
-    instance.engine.directory.learn(tier, keys, [True] * len(keys))  # as if it had been asked before
+    keys = KeyChain(root(instance.scheduler.namespace), CHUNK_TOKENS).extend(TOKENS)
+    instance.scheduler.directory.learn(tier, keys, [True] * len(keys))  # as if it had been asked before
     served = instance.serve(TOKENS)
     assert instance.metric("ask_seconds_count", tier=tier) == 0, (
         "nothing was unknown, and a failed load is not waited for twice"
@@ -140,7 +140,7 @@ def recover(instance: Instance, tier: str) -> None:
     services.wait_until(used, "a write after the fault")
     instance.serve(TOKENS)
     assert instance.serve(TOKENS).sources == {"host": 48}
-    assert instance.engine.directory.num_pins == instance.engine.directory.num_open == 0
+    assert instance.scheduler.directory.num_pins == instance.scheduler.directory.num_open == 0
     assert instance.metric("breaker_open", tier=tier) == 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lmc.cache.keys import KeyChain, Namespace, root
-from lmc.cache.record import TraceRecorder
+from lmc.cache.observe.record import TraceRecorder
 from lmc.errors import TraceError
 from lmc.sim import stack
 from lmc.sim.cache_file import load_trace

@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.engine import CacheEngine, Identity
 from lmc.cache.keys import Namespace
-from lmc.cache.layout import KVLayout
-from lmc.cache.open import open_worker
 from lmc.cache.plan import Report
+from lmc.cache.scheduler.cache import CacheScheduler, Identity
+from lmc.cache.transfer.layout import KVLayout
+from lmc.cache.worker.open import open_worker
 
 NOBODY = Identity()
 _POLL_SECONDS = 0.001
@@ -29,15 +29,15 @@ class LocalCache:
     ) -> None:
         """Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
         self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
-        self.engine = CacheEngine(_of_rank(config, rank, num_ranks), [self.worker.ready()], layout.block_tokens)
+        self.scheduler = CacheScheduler(_of_rank(config, rank, num_ranks), [self.worker.ready()], layout.block_tokens)
 
     def lookup(self, request_id: str, tokens: Sequence[int], computed: int = 0, identity: Identity = NOBODY) -> int:
         """How many tokens beyond `computed`, which the engine has in its blocks, can be loaded now.
 
-        Waits for lower tiers until the deadline; engines that have better things to do in the meantime call engine.lookup and pump instead.
+        Waits for lower tiers until the deadline; engines that have other work meanwhile call scheduler.lookup and pump instead.
         """
         while True:
-            gain = self.engine.lookup(request_id, tokens, computed, identity)
+            gain = self.scheduler.lookup(request_id, tokens, computed, identity)
             if gain is not None:
                 return gain
             self.pump()
@@ -48,8 +48,8 @@ class LocalCache:
 
         blocks: the id of the block of each block_tokens tokens, from the start of the prompt. False: compute them; the blocks hold garbage.
         """
-        self.engine.admit(request_id, num_tokens, blocks)
-        plan = self.engine.take_plan()
+        self.scheduler.admit(request_id, num_tokens, blocks)
+        plan = self.scheduler.take_plan()
         self.worker.begin(plan)
         failed = self.worker.take_failed_blocks()
         self.pump()
@@ -57,21 +57,21 @@ class LocalCache:
 
     def store(self, request_id: str, tokens: Sequence[int], num_prompt: int, blocks: Sequence[int]) -> None:
         """The blocks hold valid KV of all tokens, the first num_prompt of which are the prompt: keep a copy of the full chunks."""
-        self.engine.store(request_id, tokens, len(tokens), num_prompt, blocks)
-        plan = self.engine.take_plan()
+        self.scheduler.store(request_id, tokens, len(tokens), num_prompt, blocks)
+        plan = self.scheduler.take_plan()
         self.worker.begin(plan)
         self.worker.end(plan)
         self.pump()
 
     def finish(self, request_id: str) -> None:
         """The request is over, in whatever way."""
-        self.engine.finish(request_id)
+        self.scheduler.finish(request_id)
 
     def pump(self) -> Report:
         """Learn what ended in the background and start what became due; call it now and then. Returns what ended."""
         report = self.worker.take_report()
-        self.engine.apply(report)
-        plan = self.engine.take_plan()
+        self.scheduler.apply(report)
+        plan = self.scheduler.take_plan()
         assert not plan.loads and not plan.stores  # whoever asks for copies of blocks takes the plan at once
         if plan.tier_copies:
             self.worker.begin(plan)
@@ -80,7 +80,7 @@ class LocalCache:
     def settle(self, timeout: float = 30.0) -> bool:
         """Wait until nothing is under way. False: there still is."""
         deadline = time.monotonic() + timeout
-        while self.engine.busy:
+        while self.scheduler.busy:
             if time.monotonic() > deadline:
                 return False
             self.pump()
@@ -88,7 +88,7 @@ class LocalCache:
         return True
 
     def close(self) -> None:
-        self.engine.close()
+        self.scheduler.close()
         self.worker.close()
 
 

@@ -18,7 +18,7 @@ from transformers import StaticCache
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.base import LocalCache
 from lmc.cache.keys import Namespace
-from lmc.cache.layout import KVLayout
+from lmc.cache.transfer.layout import KVLayout
 from lmc.errors import ConfigError, LayoutError
 from lmc.model import weights_digest
 

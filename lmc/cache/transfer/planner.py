@@ -11,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.layout import KVLayout
+from lmc.cache.transfer.layout import KVLayout
 from lmc.errors import TransferError
 
 Addresses = npt.NDArray[np.uint64]

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lmc.cache.layout import KVLayout
 from lmc.cache.transfer import cost
 from lmc.cache.transfer.backends import choose_backend, device
 from lmc.cache.transfer.backends.device import device_backend
-from lmc.cache.transfer.probe import measure_device
+from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.runtimes import CallerStream, ThreadRuntime
 from lmc.cache.transfer.streams import Stream, TransferStreams
 from lmc.errors import ConfigError, TransferError
+from lmc.probe.transfer import measure_device
 from tests.cache.transfer.fake_driver import fake_driver
 from tests.contracts.transfer import check_backend, vllm_engine
 

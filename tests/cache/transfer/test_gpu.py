@@ -16,10 +16,10 @@ from lmc.cache.transfer.backends.reference import TorchBackend
 from lmc.cache.transfer.cuda import load_driver
 from lmc.cache.transfer.pinned import Slab, open_slab
 from lmc.cache.transfer.planner import Descriptors, Direction
-from lmc.cache.transfer.probe import probe_cuda
 from lmc.cache.transfer.runtimes import CudaRuntime, run_now
 from lmc.cache.transfer.streams import TransferStreams
 from lmc.errors import TransferError
+from lmc.probe.transfer import probe_cuda
 from tests.contracts.transfer import DTYPES, ORDERS, check_backend, sglang_engine, vllm_engine
 
 pytestmark = [

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.cache.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.backends.host import HostBackend
+from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, fragment, plan, plan_layers, slot_bytes
 from lmc.errors import TransferError
 from tests.contracts.transfer import Engine, Slots, block_tables, check_backend, engines, sglang_engine, vllm_engine

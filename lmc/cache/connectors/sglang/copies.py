@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from lmc.cache.plan import Plan, Report, RequestCopies
-from lmc.cache.worker import CacheWorker
+from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import TransferError
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from lmc.cache.connectors.sglang.copies import Copies
 from lmc.cache.connectors.sglang.prompts import PageKeys, Prompt, unsupported
 from lmc.cache.connectors.sglang.waiting import agree, watch_queue
 from lmc.cache.keys import Namespace
-from lmc.cache.layout import KVLayout
+from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies
 from lmc.cache.settings import load_settings
-from lmc.cache.stats import describe_tiers
+from lmc.cache.transfer.layout import KVLayout
 from lmc.errors import ConfigError, LayoutError, LmcError
 from lmc.model import weights_digest
 
@@ -86,12 +86,12 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             logger.error("lmc: running WITHOUT the cache: %s", error)
             return
         self._cache = cache
-        host_slots = cache.engine.directory.usage()["host"][1]
+        host_slots = cache.scheduler.directory.usage()["host"][1]
         self._pages = PageKeys(_PAGES_REMEMBERED * (layout.num_blocks + host_slots))
-        self._asked_pins = AskedPins(cache.engine.directory)
+        self._asked_pins = AskedPins(cache.scheduler.directory)
         self._copies = Copies(cache.worker, self.layer_done_counter)
-        tiers = describe_tiers(cache.engine.directory.usage(), cache.engine.chunk_bytes)
-        url = cache.engine.metrics_url
+        tiers = describe_tiers(cache.scheduler.directory.usage(), cache.scheduler.chunk_bytes)
+        url = cache.scheduler.metrics_url
         logger.info("lmc: cache on, %d tokens per chunk, %s, metrics at %s", self._page, tiers, url)
 
     # Waiting requests (see waiting.py)
@@ -121,14 +121,14 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
                 if prompt is not None:
                     request.init_next_round_input(tree_cache, cow_mamba=False)  # calls lookup()
             elif (prompt := self._prompts[request.rid]) is not None and prompt.waiting:
-                gain = cache.engine.lookup(request.rid, prompt.tokens, prompt.computed, prompt.identity)
+                gain = cache.scheduler.lookup(request.rid, prompt.tokens, prompt.computed, prompt.identity)
                 prompt.waiting = gain is None
         return {rid for rid, prompt in self._prompts.items() if prompt is not None and prompt.waiting}
 
     def _meet(self, cache: LocalCache, request: Any) -> Prompt | None:
         if unsupported(request):
             return None
-        prompt = Prompt(request, cache.engine.namespace, self._tenant)
+        prompt = Prompt(request, cache.scheduler.namespace, self._tenant)
         if prompt.control.bypass:
             return None
         if prompt.control.store:
@@ -141,7 +141,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if prompt is not None and prompt.loading:
             return  # finish_layer_wise_loading comes
         if prompt is not None and prompt.looked_up and not prompt.waiting:
-            cache.engine.admit(rid, 0, [])
+            cache.scheduler.admit(rid, 0, [])
         self._end(cache, rid)
 
     # UnifiedCacheLinker
@@ -202,7 +202,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             return False
         if self._cache is not None:
             with self:
-                self._cache.engine.apply(Report(Counter(chunk.operation for chunk in copies.chunks)))
+                self._cache.scheduler.apply(Report(Counter(chunk.operation for chunk in copies.chunks)))
                 self._end(self._cache, rid)
         return True
 
@@ -250,14 +250,14 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         """Tokens that can be loaded from page `start` on; they stay in host memory for a moment."""
         prompt.computed = start * self._page
         prompt.looked_up = True
-        gain = cache.engine.lookup(rid, prompt.tokens, prompt.computed, prompt.identity)
+        gain = cache.scheduler.lookup(rid, prompt.tokens, prompt.computed, prompt.identity)
         prompt.waiting = gain is None
-        prompt.explain(cache.engine.explain(rid))
+        prompt.explain(cache.scheduler.explain(rid))
         if not gain:
             return 0
         promised = prompt.keys[start : start + gain // self._page]
-        cache.engine.directory.unpin(_promise(rid))  # pins of one owner add up
-        cache.engine.directory.pin(promised, _promise(rid), time.monotonic() + _PROMISE_SECONDS)
+        cache.scheduler.directory.unpin(_promise(rid))  # pins of one owner add up
+        cache.scheduler.directory.pin(promised, _promise(rid), time.monotonic() + _PROMISE_SECONDS)
         return gain
 
     def _queue(self, cache: LocalCache, rid: str, prompt: Prompt, transfer: Any) -> bool:
@@ -266,10 +266,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if start is None or self._lookup(cache, rid, prompt, start) < tokens:
             return False
         pages = self._page_ids(transfer)
-        cache.engine.admit(rid, tokens, [SKIP] * start + pages)
-        prompt.explain(cache.engine.explain(rid))
-        cache.engine.directory.unpin(_promise(rid))
-        plan = cache.engine.take_plan()
+        cache.scheduler.admit(rid, tokens, [SKIP] * start + pages)
+        prompt.explain(cache.scheduler.explain(rid))
+        cache.scheduler.directory.unpin(_promise(rid))
+        plan = cache.scheduler.take_plan()
         (copies,) = plan.loads
         plan.loads.clear()
         cache.worker.begin(plan)
@@ -281,19 +281,19 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         """lmc's part in the request is over. Its prefix counts as used, also where SGLang held it itself."""
         prompt = self._prompts.pop(rid, None)
         if prompt is not None:
-            directory, now = cache.engine.directory, time.monotonic()
+            directory, now = cache.scheduler.directory, time.monotonic()
             stored = directory.lookup(prompt.keys, now).num_chunks
             directory.store(prompt.keys[:stored], now, tenant=prompt.identity.tenant)
             if prompt.control.pin_seconds > 0:
                 self._asked_pins.ask(rid, prompt.keys, now + prompt.control.pin_seconds, now)
-        cache.engine.finish(rid)
-        cache.engine.directory.unpin(_promise(rid))
+        cache.scheduler.finish(rid)
+        cache.scheduler.directory.unpin(_promise(rid))
 
     def _offload(self, cache: LocalCache, transfer: Any) -> bool:
         keys = self._pages.leading(transfer.keys)
         if not keys:
             return False  # generated tokens; they become known when a prompt repeats them
-        directory, now = cache.engine.directory, time.monotonic()
+        directory, now = cache.scheduler.directory, time.monotonic()
         before = self._pages.before(transfer.keys[0])
         if directory.lookup(before, now).num_chunks < len(before):
             before = []  # lmc no longer holds them, and their pages are not on offer
@@ -334,7 +334,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             cache, self._cache = self._cache, None
             if self._copies is not None:
                 self._copies.give_up()
-            cache.engine.close()
+            cache.scheduler.close()
         return True
 
 

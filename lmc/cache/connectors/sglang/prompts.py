@@ -14,8 +14,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from lmc.cache.connectors.control import RequestControl, parse_control
-from lmc.cache.engine import Identity
 from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
+from lmc.cache.scheduler.cache import Identity
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.connectors.vllm.worker import WorkerSide
-from lmc.cache.logs import use_format
+from lmc.cache.observe.logs import use_format
 from lmc.cache.plan import Plan
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from blake3 import blake3
 
-from lmc.cache.engine import Identity
+from lmc.cache.scheduler.cache import Identity
 from lmc.errors import LayoutError
 from lmc.model import adapter_digest, weights_digest
 

@@ -1,4 +1,4 @@
-"""The connector in the scheduler's process: turns vLLM's requests and steps into calls of the CacheEngine."""
+"""The connector in the scheduler's process: turns vLLM's requests and steps into calls of the CacheScheduler."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lmc.cache.connectors.vllm.messages import Introduction
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.directory import HOST
-from lmc.cache.engine import CacheEngine, Identity
+from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.plan import Plan, Report, WorkerReady
-from lmc.cache.stats import describe_tiers
+from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.errors import LmcError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class SchedulerSide:
     config: CacheConfig
     block_tokens: int
     announces: bool = False  # vLLM publishes KV events
-    engine: CacheEngine | None = None
+    scheduler: CacheScheduler | None = None
     events: TierEvents | None = None
     tracked: dict[str, _Tracked] = field(default_factory=dict)
     promised: list[int] = field(default_factory=list)  # blocks that this step's plan must fill
@@ -72,33 +72,33 @@ class SchedulerSide:
             logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
             return
         try:
-            self.engine = CacheEngine(self.config, ready, self.block_tokens)
+            self.scheduler = CacheScheduler(self.config, ready, self.block_tokens)
         except LmcError as error:
             if self.config.strict:
                 raise
             logger.error("lmc: running WITHOUT the cache: %s", error)
             return
         if self.announces:
-            self.events = TierEvents(self.engine.directory, self.block_tokens, self.engine.chunk_tokens)
-        self.growth = CounterGrowth(self.engine.metrics.registry)
-        tiers = describe_tiers(self.engine.directory.usage(), self.engine.chunk_bytes * len(ready))
+            self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
+        self.growth = CounterGrowth(self.scheduler.metrics.registry)
+        tiers = describe_tiers(self.scheduler.directory.usage(), self.scheduler.chunk_bytes * len(ready))
         logger.info(
             "lmc: cache on, %d tokens per chunk, %s, metrics at %s",
-            self.engine.chunk_tokens,
+            self.scheduler.chunk_tokens,
             tiers,
-            self.engine.metrics_url,
+            self.scheduler.metrics_url,
         )
 
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
-        if self.engine is None or request.skip_reading_prefix_cache:
+        if self.scheduler is None or request.skip_reading_prefix_cache:
             return 0, False
         with self:
             tracked = self._track(request)
             tracked.computed = computed
             if tracked.control.bypass:
                 return 0, False
-            found = self.engine.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
-            tracked.background = bool(found and self.engine.loads_in_background(found))
+            found = self.scheduler.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
+            tracked.background = bool(found and self.scheduler.loads_in_background(found))
             return found, tracked.background
         return 0, False
 
@@ -111,16 +111,16 @@ class SchedulerSide:
             self.promised += blocks[first : first + num_external // self.block_tokens]
             if tracked.background:
                 self.waiting.append(request.request_id)
-        if self.engine is not None and not tracked.control.bypass:
+        if self.scheduler is not None and not tracked.control.bypass:
             with self:
-                self.engine.admit(request.request_id, num_external, blocks)
+                self.scheduler.admit(request.request_id, num_external, blocks)
 
     def sources(self, request: Request, num_external: int) -> dict[CacheHitSource, int]:
         names = {HOST: CacheHitSource.HOST, "disk": CacheHitSource.DISK}
         sources: dict[CacheHitSource, int] = {}
-        if self.engine is not None and num_external:
+        if self.scheduler is not None and num_external:
             with self:
-                for tier, tokens in self.engine.loaded_from(request.request_id).items():
+                for tier, tokens in self.scheduler.loaded_from(request.request_id).items():
                     source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
                     sources[source] = sources.get(source, 0) + tokens
         return sources
@@ -128,37 +128,37 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> Plan:
         promised, self.promised = self.promised, []
         waiting, self.waiting = self.waiting, []
-        if self.engine is not None:
+        if self.scheduler is not None:
             with self:
                 for request_id, num_scheduled in output.num_scheduled_tokens.items():
                     self._plan_store(output, request_id, num_scheduled)
-                return self.engine.take_plan()
+                return self.scheduler.take_plan()
         return Plan(failed_blocks=promised, failed_requests=waiting)
 
     def _plan_store(self, output: SchedulerOutput, request_id: str, num_scheduled: int) -> None:
         tracked = self.tracked.get(request_id)
-        if tracked is None or self.engine is None or not tracked.control.store:
+        if tracked is None or self.scheduler is None or not tracked.control.store:
             return
         request = tracked.request
         num_valid = min(request.num_computed_tokens + num_scheduled, request.num_tokens)
-        if self.engine.wants_store(request_id, num_valid, request.num_prompt_tokens):
+        if self.scheduler.wants_store(request_id, num_valid, request.num_prompt_tokens):
             tables = output.kv_connector_block_state.get_block_ids(request_id)
             if tables is not None:
                 blocks = tables[0]
                 used = blocks[: -(-num_valid // self.block_tokens)]
                 if _NULL_BLOCK in used:  # not this request's bytes: dropped by the engine, or never filled
                     num_valid = min(num_valid, used.index(_NULL_BLOCK) * self.block_tokens)
-                self.engine.store(request_id, request.all_token_ids, num_valid, request.num_prompt_tokens, blocks)
+                self.scheduler.store(request_id, request.all_token_ids, num_valid, request.num_prompt_tokens, blocks)
                 identity = tracked.identity
                 if self.events is not None and identity.extra is None and identity.tenant == self.config.tenant:
-                    self.events.note(request, self.engine.keys_of(request_id))
+                    self.events.note(request, self.scheduler.keys_of(request_id))
 
     def _track(self, request: Request) -> _Tracked:
         """The request's record; a session whose prompt was replaced by a continuation starts anew."""
         tracked = self.tracked.get(request.request_id)
         if tracked is not None and tracked.num_prompt != request.num_prompt_tokens:
-            assert self.engine is not None
-            self.engine.finish(request.request_id)
+            assert self.scheduler is not None
+            self.scheduler.finish(request.request_id)
             tracked = None
         if tracked is None:
             control = parse_control(request.kv_transfer_params, request.request_id)
@@ -168,41 +168,41 @@ class SchedulerSide:
         return tracked
 
     def apply(self, report: Report) -> None:
-        if self.engine is not None:
+        if self.scheduler is not None:
             with self:
-                self.engine.apply(report)
+                self.scheduler.apply(report)
 
     def finish(self, request: Request) -> dict[str, Any] | None:
         """What the client gets as kv_transfer_params, if it asked for an explanation."""
         tracked = self.tracked.pop(request.request_id, None)
         answer = None
-        if self.engine is not None:
+        if self.scheduler is not None:
             with self:
                 if tracked is not None and tracked.control.explain:
-                    answer = {"lmc": self.engine.explain(request.request_id)}
-                self.engine.finish(request.request_id, tracked.control.pin_seconds if tracked is not None else 0.0)
+                    answer = {"lmc": self.scheduler.explain(request.request_id)}
+                self.scheduler.finish(request.request_id, tracked.control.pin_seconds if tracked is not None else 0.0)
         return answer
 
     def stats(self) -> LmcStats | None:
-        if self.growth is not None and self.engine is not None:
+        if self.growth is not None and self.scheduler is not None:
             with self:
                 return self.growth.take()
         return None
 
     def take_events(self) -> list[KVCacheEvent]:
-        if self.events is not None and self.engine is not None:
+        if self.events is not None and self.scheduler is not None:
             with self:
                 return self.events.take()
         return []
 
     @property
     def busy(self) -> bool:
-        return self.engine is not None and self.engine.busy
+        return self.scheduler is not None and self.scheduler.busy
 
     def reset(self) -> bool:
-        if self.engine is not None:
+        if self.scheduler is not None:
             with self:
-                return self.engine.reset()
+                return self.scheduler.reset()
         return True
 
     def __enter__(self) -> None:
@@ -218,6 +218,6 @@ class SchedulerSide:
         return True
 
     def close(self) -> None:
-        if self.engine is not None:
-            engine, self.engine = self.engine, None
-            engine.close()
+        if self.scheduler is not None:
+            scheduler, self.scheduler = self.scheduler, None
+            scheduler.close()

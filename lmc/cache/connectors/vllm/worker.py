@@ -13,10 +13,10 @@ from lmc.cache.connectors.vllm.identity import model_identity, page_packing, req
 from lmc.cache.connectors.vllm.messages import Introduction
 from lmc.cache.connectors.vllm.stats import LmcStats
 from lmc.cache.keys import Namespace
-from lmc.cache.layout import KVLayout
-from lmc.cache.open import open_worker
 from lmc.cache.plan import Plan, Report
-from lmc.cache.worker import CacheWorker
+from lmc.cache.transfer.layout import KVLayout
+from lmc.cache.worker.open import open_worker
+from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import ConfigError, LmcError
 
 if TYPE_CHECKING:

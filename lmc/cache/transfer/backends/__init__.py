@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lmc.cache.layout import KVLayout
 from lmc.cache.transfer.backends.auto import AutoBackend
 from lmc.cache.transfer.backends.base import Backend
+from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.planner import Addresses
 from lmc.errors import ConfigError
 

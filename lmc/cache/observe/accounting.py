@@ -1,0 +1,130 @@
+"""What happens in a cache, as metrics, as spans of requests and as the lookup trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.directory import Directory, Miss, Ticket
+from lmc.cache.directory.request import CachedRequest
+from lmc.cache.keys import Namespace
+from lmc.cache.observe.logs import Sparingly
+from lmc.cache.observe.metrics import CacheMetrics
+from lmc.cache.observe.record import TraceRecorder
+from lmc.cache.observe.spans import Span, Spans
+from lmc.cache.plan import Report
+
+logger = logging.getLogger(__name__)
+
+DEVICE = "device"
+
+
+class Accounting:
+    """Raises ConfigError when the trace cannot be written."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        namespace: Namespace,
+        directory: Directory,
+        chunk_bytes: int,
+        num_ranks: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._directory = directory
+        self._chunk_tokens = namespace.chunk_tokens
+        self._stored = 0  # chunks since the last report
+        self.metrics = _open_metrics(directory)
+        self.metrics.chunk_bytes.set(chunk_bytes)
+        self.spans = Spans(clock)
+        self._sparingly = Sparingly()
+        self._recorder = None
+        if config.record is not None:
+            self._recorder = TraceRecorder(
+                config.record,
+                chunk_tokens=namespace.chunk_tokens,
+                chunk_bytes=chunk_bytes * num_ranks,
+                namespace=namespace.label(),
+                now=clock(),
+            )
+
+    def close(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def admitted(self, request_id: str, request: CachedRequest, now: float) -> None:
+        """The engine took a request in, for the first time."""
+        metrics = self.metrics
+        metrics.requests.inc()
+        metrics.lookup_tokens.inc(request.num_tokens)
+        metrics.device_tokens.inc(request.computed)
+        metrics.wait_seconds.observe(max(0.0, now - request.arrived))
+        for tier, tokens in request.sources.items():
+            metrics.hit_tokens.labels(tier).inc(tokens)
+        have = request.computed + sum(request.sources.values())
+        why = request.miss()
+        if why is not None:
+            metrics.misses.labels(why).inc()
+            metrics.miss_tokens.labels(why).inc(request.num_tokens - have)
+        if why in (Miss.LOAD_DEADLINE, Miss.REMOTE_DEADLINE):
+            metrics.waits.inc()
+            text = f"{why}: request {request_id} waits no longer and computes {request.num_tokens - have} tokens"
+            self._sparingly.warn(logger, why, text, request=request_id, cause=str(why))
+        keys = request.chain.keys
+        if request.sources:
+            idle = self._directory.idle(keys[have // self._chunk_tokens - 1], now)
+            if idle is not None:
+                metrics.reuse_age.observe(idle)
+        hits = {DEVICE: request.computed, **request.sources}
+        answered = now if request.answered is None else request.answered
+        self.spans.add(Span(request_id, request.num_tokens, hits, why, request.arrived, answered, now))
+        if self._recorder is not None:
+            self._recorder.lookup(now, request_id, request.num_tokens, keys, request.tenant, hits)
+
+    def answered(self, tier: str, seconds: float, failure: str) -> None:
+        """A tier said what it holds, or failed to for this cause."""
+        self.metrics.ask_seconds.labels(tier).observe(seconds)
+        if failure:
+            self.metrics.ask_failures.labels(tier, failure).inc()
+
+    def ended(self, ticket: Ticket, cause: str | None) -> None:
+        """An operation ended on all ranks, well or for this cause."""
+        metrics = self.metrics
+        if cause is not None:
+            metrics.failures.labels(ticket.kind).inc()
+            metrics.failure_causes.labels(ticket.kind, ticket.tier, cause).inc()
+        elif ticket.kind == "store":
+            self._stored += 1
+        elif ticket.kind == "write":
+            metrics.written_chunks.labels(ticket.tier).inc()
+        elif ticket.kind == "stage":
+            metrics.staged_chunks.labels(ticket.tier).inc()
+
+    def reported(self, report: Report) -> None:
+        """The directory has taken a report in."""
+        if self._stored:  # together, because a counter takes longer than the directory
+            self.metrics.stored_chunks.inc(self._stored)
+            self.metrics.stored_tokens.inc(self._stored * self._chunk_tokens)
+            self._stored = 0
+        for transfer, num_bytes, seconds in report.transfers:
+            self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
+            self.metrics.transfer_seconds.labels(transfer).observe(seconds)
+        self.spans.loaded(report.loads)
+        for (rank, tier), reading in report.breakers.items():
+            self.metrics.note_breaker(rank, tier, reading)
+        for rank, copying in report.copying.items():
+            self.metrics.note_copying(rank, copying)
+        self.metrics.settle(self._directory.counts)
+
+
+def _open_metrics(directory: Directory) -> CacheMetrics:
+    bounded, others = list(directory.usage()), list(directory.known_remote())
+    metrics = CacheMetrics(bounded, [name for name in others if name not in bounded])
+    metrics.follow("pending", lambda: directory.num_open)
+    metrics.follow("pins", lambda: directory.num_pins)
+    metrics.follow_tiers("slots_used", lambda: {tier: used for tier, (used, _) in directory.usage().items()}, bounded)
+    metrics.follow_tiers("slots", lambda: {tier: fit for tier, (_, fit) in directory.usage().items()}, bounded)
+    metrics.follow_tiers("known_chunks", directory.known_remote, others)
+    metrics.follow_tiers("write_queue", lambda: directory.num_writing, metrics.below)
+    return metrics

@@ -1,0 +1,59 @@
+"""The state of a running cache in numbers, as /stats gives it and `lmc cache stats` shows it, and its tiers in a line for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lmc.cache.directory import Directory
+from lmc.cache.keys import Namespace
+from lmc.cache.observe.metrics import CacheMetrics
+from lmc.units import format_count, format_size
+
+
+def collect_stats(
+    namespace: Namespace, directory: Directory, metrics: CacheMetrics, chunk_bytes: int
+) -> dict[str, object]:
+    """Everything that is read here is one number or one copied table, so no lock is needed."""
+    totals: dict[str, float] = {}
+    by_label: dict[str, dict[str, float]] = {}
+    for family in metrics.registry.collect():
+        for sample in family.samples:
+            if family.type != "counter" or not sample.name.endswith("_total"):
+                continue
+            name = sample.name.removeprefix("lmc_").removesuffix("_total")
+            if not sample.labels:
+                totals[name] = sample.value
+            else:
+                by_label.setdefault(name, {})["/".join(sample.labels.values())] = sample.value
+    return {
+        "namespace": namespace.label(),
+        "model": namespace.model,
+        "chunk_tokens": namespace.chunk_tokens,
+        "chunk_bytes": chunk_bytes,
+        "tiers": {
+            tier: {"chunks": used, "capacity": slots, "bytes": used * chunk_bytes}
+            for tier, (used, slots) in directory.usage().items()
+        },
+        "known_chunks": directory.known_remote(),
+        "write_queue": directory.num_writing,
+        "pending_operations": directory.num_open,
+        "pins": directory.num_pins,
+        "ranks": {
+            str(rank): {
+                "copy_threads": reading.threads,
+                "pinned_slots": reading.pinned_slots,
+                "problem": reading.problem,
+            }
+            for rank, reading in sorted(metrics.copying.items())
+        },
+        "totals": totals,
+        "by_label": by_label,
+    }
+
+
+def describe_tiers(usage: Mapping[str, tuple[int, int]], chunk_bytes: int) -> str:
+    """One line for people: "host 1.5 GiB (256 chunks), disk 100 GiB (17,000 chunks)"."""
+    return ", ".join(
+        f"{tier} {format_size(slots * chunk_bytes)} ({format_count(slots)} chunks)"
+        for tier, (_, slots) in usage.items()
+    )

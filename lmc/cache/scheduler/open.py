@@ -1,0 +1,84 @@
+"""The scheduler's side of opening a cache: a directory that knows what the workers found, and clients to ask what others have stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmc.cache.config import REMOTE_TIERS, CacheConfig, quota_slots
+from lmc.cache.directory import Directory
+from lmc.cache.keys import ChunkKey
+from lmc.cache.plan import WorkerReady
+from lmc.cache.policy.registry import get_policy
+from lmc.cache.scheduler.presence import Presence
+from lmc.cache.tiers.base import Tier
+from lmc.cache.tiers.format import TierScope, stored_bytes
+from lmc.cache.tiers.open import open_tiers
+from lmc.errors import ConfigError
+from lmc.units import format_count
+
+DISK = "disk"
+_MOST_CHUNKS = 16_000_000  # the directory would take 2 GB
+
+
+def open_directory(
+    config: CacheConfig, ready: Sequence[WorkerReady], now: float
+) -> tuple[Directory, dict[str, list[ChunkKey]]]:
+    """The directory, and the chunks to delete in each bounded tier: those beyond its capacity, and those that some rank lacks.
+
+    A tier that one rank could not open is left out. Raises ConfigError when a capacity is less than one chunk.
+    """
+    chunk_bytes = ready[0].chunk_bytes * len(ready)
+    file_bytes = stored_bytes(ready[0].chunk_bytes) * len(ready)
+    below = {}
+    for name in ready[0].stored:
+        if all(name in worker.stored for worker in ready):
+            below[name] = config.disk.capacity // file_bytes
+            if below[name] == 0:
+                raise ConfigError(f"{name}.capacity is smaller than one chunk of {file_bytes} bytes")
+            if below[name] > _MOST_CHUNKS:
+                raise ConfigError(
+                    f"{name}.capacity is {format_count(below[name])} chunks of {file_bytes} bytes; at most "
+                    f"{format_count(_MOST_CHUNKS)} can be kept track of; raise chunk_tokens or lower the capacity"
+                )
+    remote = [name for name in REMOTE_TIERS if all(name in worker.remote for worker in ready)]
+    shared = [DISK] if config.disk.shared and DISK in below else []
+    host_slots = min(worker.host_slots for worker in ready)
+    directory = Directory(
+        host_slots,
+        below,
+        get_policy(config.policy),
+        remote=[*shared, *remote],
+        write=config.write,
+        write_touches=config.write_touches,
+        ttl=config.ttl,
+        ttl_mode=config.ttl_mode,
+        tenant_quota=quota_slots(config.tenant_quota, host_slots, chunk_bytes),
+        queue_depth=config.queue_depth,
+    )
+    superfluous: dict[str, list[ChunkKey]] = {}
+    for name in below:
+        by_rank = [set(worker.stored[name]) for worker in ready]
+        everywhere = set.intersection(*by_rank)
+        stored = [key for key in ready[0].stored[name] if key in everywhere]
+        surplus = directory.restore(name, stored, now, ready[0].parents)
+        if name not in shared:  # in a shared tier they may be another instance's, or about to become whole
+            superfluous[name] = [*surplus, *sorted(set.union(*by_rank) - everywhere)]
+    return directory, superfluous
+
+
+def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: Directory) -> Presence | None:
+    """Clients for the tiers that others write to, one for each rank; None when there is no such tier."""
+    names = list(directory.known_remote())
+    if not names:
+        return None
+    tiers: dict[str, list[Tier]] = {name: [] for name in names}
+    for worker in ready:
+        namespace = worker.namespace
+        scope = TierScope(namespace.label(), worker.rank, namespace.layout, worker.chunk_bytes)
+        opened, _ = open_tiers(config, scope)
+        for name, tier in opened.items():
+            if name in tiers:
+                tiers[name].append(tier)
+            else:
+                tier.close()
+    return Presence({name: ranks for name, ranks in tiers.items() if len(ranks) == len(ready)})

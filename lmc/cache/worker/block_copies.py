@@ -1,0 +1,244 @@
+"""Copies between the engine's blocks and host slots: planned, given to the transfer backend, and settled when they ended.
+
+On a CPU a copy is done when the call returns; loads for requests outside the batch run on a thread. On a device copies are queued on
+streams behind the engine's kernels, and what the engine launches later waits for them there, not on the host. Loads go layer by layer
+where the engine can wait for one layer: the first attention need not wait for the last layer's bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmc.cache.plan import RequestCopies
+from lmc.cache.transfer.backends import Backend
+from lmc.cache.transfer.layout import KVLayout
+from lmc.cache.transfer.pinned import Slab
+from lmc.cache.transfer.planner import Descriptors, Direction, plan, plan_layers
+from lmc.cache.transfer.streams import Transfer, TransferStreams
+
+logger = logging.getLogger(__name__)
+
+LAYER_BYTES = 1 << 20  # the copies of a smaller layer are over about as soon as the next layer's can be queued
+
+
+@dataclass(eq=False)
+class BlockBatch:
+    """The copies of one request in one step, and how they ended."""
+
+    request_id: str
+    operations: tuple[int, ...]
+    blocks: tuple[int, ...]  # those copied
+    direction: Direction
+    background: bool
+    num_bytes: int
+    failed: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class _Layers:
+    """The loads of the forward pass that is about to run."""
+
+    blocks: set[int]
+    transfer: Transfer | None  # None: they could not be planned
+    missing: set[int]  # layers that the pass has not waited for
+
+
+class BlockCopier:
+    """The engine's thread calls; ended() gives each batch back exactly once."""
+
+    def __init__(self, layout: KVLayout, slab: Slab, backend: Backend, streams: TransferStreams | None = None) -> None:
+        """streams: of the layout's device; none where copies are done when the backend returns."""
+        self.layout = layout
+        self._slab = slab
+        self.backend = backend
+        self._streams = streams
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
+        self._ended: deque[BlockBatch] = deque()
+        self._layers: _Layers | None = None
+        self._layer_of = {name: index for index, layer in enumerate(layout.layers) for name in layer.names}
+        self._by_layer = layout.layers_apart
+
+    def load(self, request: RequestCopies) -> bool:
+        """Fill blocks that the next forward pass reads; what the engine launches from now on sees them. False if that failed."""
+        batch = self._batch(request, Direction.LOAD)
+        if self._streams is None:
+            self._copy(batch, request)
+            return not batch.failed
+        planned = self._plan([batch], [request])
+        if planned is None:
+            return False
+        transfer = self._streams.submit(planned[0], [batch])
+        self._streams.wait(transfer)
+        return transfer.error is None
+
+    def start_layers(self, requests: Sequence[RequestCopies]) -> bool:
+        """Queue what load() would copy for these requests, layer by layer; wait_layer() follows for each layer, then end_layers().
+
+        False, and nothing is queued, where that gains nothing: where copies are done at once, where blocks hold all layers together, or
+        where there is little to copy.
+        """
+        if self._streams is None or not self._by_layer:
+            return False
+        batches = [self._batch(request, Direction.LOAD) for request in requests]
+        num_layers = len(self.layout.layers)
+        if sum(batch.num_bytes for batch in batches) < LAYER_BYTES * num_layers:
+            return False
+        parts = self._plan(batches, requests, by_layer=True)
+        transfer = self._streams.submit_layers(parts, batches) if parts is not None else None
+        blocks = {block for batch in batches for block in batch.blocks}
+        self._layers = _Layers(blocks, transfer, set(range(num_layers)) if transfer is not None else set())
+        return True
+
+    def wait_layer(self, name: str) -> None:
+        """What the engine launches from now on sees the blocks of this layer as start_layers() has promised."""
+        layers, index = self._layers, self._layer_of.get(name)
+        if layers is None or layers.transfer is None or index is None:
+            return
+        assert self._streams is not None
+        self._streams.wait_layer(layers.transfer, index)
+        layers.missing.discard(index)
+
+    def end_layers(self) -> set[int]:
+        """After the forward pass: the blocks that were not filled when it read them; none if all is well."""
+        layers, self._layers = self._layers, None
+        if layers is None:
+            return set()
+        if layers.transfer is None:
+            return layers.blocks
+        assert self._streams is not None
+        self._streams.wait(layers.transfer)
+        if layers.missing:
+            self._by_layer = False
+            name = self.layout.layers[min(layers.missing)].names[0]
+            logger.error(
+                "lmc: the engine ran layer %s without waiting for it; from now on loads end before the pass", name
+            )
+        return layers.blocks if layers.missing or layers.transfer.error is not None else set()
+
+    def load_each_layer(self, requests: Sequence[RequestCopies], arrived: Callable[[int], None]) -> bool:
+        """Fill blocks on the calling thread, which may be any; arrived(layer) follows when a layer's bytes are in place.
+
+        False if that failed.
+        """
+        batches = [self._batch(request, Direction.LOAD) for request in requests]
+        started = time.perf_counter()
+        parts = self._plan(batches, requests, by_layer=True)
+        if parts is None:
+            return False
+        try:
+            for layer, descriptors in enumerate(parts):
+                self.backend.execute(descriptors)
+                arrived(layer)
+        except Exception:  # whatever goes wrong here, the answer is recomputation
+            logger.exception("lmc: a load of %d requests failed", len(requests))
+            for batch in batches:
+                batch.failed = True
+        _share_out(time.perf_counter() - started, batches)
+        self._ended.extend(batches)
+        return not any(batch.failed for batch in batches)
+
+    def load_in_background(self, request: RequestCopies) -> None:
+        """Fill blocks of a request that is in no batch until the load has ended."""
+        batch = self._batch(request, Direction.LOAD, background=True)
+        if self._streams is None:
+            self._loader.submit(self._copy, batch, request)
+        else:
+            self._submit(batch, request)
+
+    def store(self, request: RequestCopies) -> None:
+        """Copy blocks that the last forward pass filled."""
+        batch = self._batch(request, Direction.STORE)
+        if self._streams is None:
+            self._copy(batch, request)
+        else:
+            self._submit(batch, request)
+
+    def fence(self) -> None:
+        """What the engine launches from now on may overwrite any block: stores under way have read theirs before it starts."""
+        if self._streams is not None:
+            self._streams.fence(Direction.STORE)
+
+    def ended(self) -> list[BlockBatch]:
+        """Batches that ended since the last call."""
+        if self._streams is not None:
+            for transfer in self._streams.finished():
+                assert isinstance(transfer.tag, list)
+                _share_out(transfer.seconds, transfer.tag)
+                for batch in transfer.tag:
+                    batch.failed = transfer.error is not None
+                    if batch.failed:
+                        logger.error(
+                            "lmc: %s of request %s failed: %s", batch.direction, batch.request_id, transfer.error
+                        )
+                    self._ended.append(batch)
+        found = []
+        while self._ended:
+            found.append(self._ended.popleft())
+        return found
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._loader.shutdown(wait=True)
+        if self._streams is not None:
+            self._streams.drain()
+
+    def _submit(self, batch: BlockBatch, request: RequestCopies) -> None:
+        assert self._streams is not None
+        planned = self._plan([batch], [request])
+        if planned is not None:
+            self._streams.submit(planned[0], [batch])
+
+    def _copy(self, batch: BlockBatch, request: RequestCopies) -> None:
+        """Plan and copy now; on the loader's thread for loads in the background."""
+        started = time.perf_counter()
+        planned = self._plan([batch], [request])
+        if planned is None:
+            return
+        try:
+            self.backend.execute(planned[0])
+        except Exception:  # as above
+            logger.exception("lmc: %s of request %s failed", batch.direction, batch.request_id)
+            batch.failed = True
+        batch.seconds = time.perf_counter() - started
+        self._ended.append(batch)
+
+    def _plan(
+        self, batches: Sequence[BlockBatch], requests: Sequence[RequestCopies], *, by_layer: bool = False
+    ) -> list[Descriptors] | None:
+        """The copies of all of them, in one part or in one for each layer. None when that failed; the batches have then ended."""
+        chunks = [chunk for request in requests for chunk in request.chunks]
+        try:
+            blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
+            slots = np.array([self._slab.address(chunk.slot) for chunk in chunks], dtype=np.uint64)
+            edges = self._slab.boundaries
+            if by_layer:
+                return plan_layers(self.layout, blocks, slots, batches[0].direction, boundaries=edges)
+            return [plan(self.layout, blocks, slots, batches[0].direction, boundaries=edges)]
+        except Exception:  # as above
+            logger.exception("lmc: %s of request %s cannot be planned", batches[0].direction, batches[0].request_id)
+            for batch in batches:
+                batch.failed = True
+            self._ended.extend(batches)
+            return None
+
+    def _batch(self, request: RequestCopies, direction: Direction, background: bool = False) -> BlockBatch:
+        chunks = request.chunks
+        blocks = tuple(block for chunk in chunks for block in chunk.blocks if block >= 0)
+        operations = tuple(chunk.operation for chunk in chunks)
+        num_bytes = len(blocks) * self.layout.block_bytes
+        return BlockBatch(request.request_id, operations, blocks, direction, background, num_bytes)
+
+
+def _share_out(seconds: float, batches: Sequence[BlockBatch]) -> None:
+    """By bytes: the batches were copied together."""
+    total = sum(batch.num_bytes for batch in batches)
+    for batch in batches:
+        batch.seconds = seconds * batch.num_bytes / total if total else seconds

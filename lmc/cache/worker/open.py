@@ -1,0 +1,77 @@
+"""Open one rank's cache: memory and tiers as configured, less what cannot be opened."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import psutil
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.keys import Namespace
+from lmc.cache.plan import CopyReading
+from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.open import open_tiers
+from lmc.cache.transfer.backends import Backend, choose_backend
+from lmc.cache.transfer.backends.auto import AutoBackend
+from lmc.cache.transfer.layout import KVLayout
+from lmc.cache.transfer.pinned import Slab, open_slab
+from lmc.cache.transfer.planner import slot_bytes
+from lmc.cache.transfer.streams import TransferStreams
+from lmc.cache.worker.block_copies import BlockCopier
+from lmc.cache.worker.worker import CacheWorker
+from lmc.errors import ConfigError
+from lmc.units import format_size
+
+
+def open_worker(
+    config: CacheConfig, namespace: Namespace, layout: KVLayout, *, rank: int, num_ranks: int
+) -> CacheWorker:
+    """A worker with a host slab and the tiers below, less what cannot be opened; see open_tiers.
+
+    Raises ConfigError when not a single chunk fits into host memory, and TierError when the configuration is strict.
+    """
+    blocks_per_chunk = namespace.chunk_tokens // layout.block_tokens
+    chunk_bytes = slot_bytes(layout, blocks_per_chunk)
+    share = host_bytes(config) // num_ranks
+    num_slots = share // chunk_bytes
+    if num_slots < 1:
+        raise ConfigError(
+            f"host.capacity gives {format_size(share)} per rank, less than one chunk of {format_size(chunk_bytes)}; "
+            "raise it or lower chunk_tokens"
+        )
+    scope = TierScope(namespace.label(), rank, layout.fingerprint, chunk_bytes)
+    tiers, warnings = open_tiers(config, scope)
+    slab = open_slab(layout.device, num_slots, chunk_bytes)
+    backend = choose_backend(layout, name=config.transfer_backend, is_pinned=slab.is_pinned)
+    return CacheWorker(
+        namespace,
+        rank,
+        slab,
+        BlockCopier(layout, slab, backend, open_streams(layout.device, backend)),
+        tiers,
+        partial(read_copying, backend, slab),
+        io_threads={name: config.redis.connections if name == "redis" else config.io_threads for name in tiers},
+        close_timeout=config.close_timeout,
+        warnings=[*warnings, *([slab.problem] if slab.problem else [])],
+    )
+
+
+def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:
+    return CopyReading(dict(backend.chosen), dict(backend.refused), backend.threads, slab.pinned_slots, slab.problem)
+
+
+def open_streams(device: str, backend: Backend) -> TransferStreams | None:
+    """The store and load streams beside a device's compute stream; none on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    from lmc.cache.transfer.runtimes import CudaRuntime
+
+    return TransferStreams(CudaRuntime(device), backend)
+
+
+def host_bytes(config: CacheConfig) -> int:
+    """Bytes of host memory for all ranks; a share is of what is free now."""
+    capacity = config.host.capacity
+    if isinstance(capacity, str):
+        return int(psutil.virtual_memory().available * float(capacity.rstrip("%")) / 100)
+    return capacity

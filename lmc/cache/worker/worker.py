@@ -1,0 +1,301 @@
+"""The worker: one rank's memory and tiers. It does what a plan says and reports; it decides nothing.
+
+Copies between blocks and slots are the BlockCopier's; their outcomes are noted on the engine's thread. Copies between slots and the tiers
+below run on I/O threads, which touch nothing but slots.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+
+from lmc.cache.keys import ChunkKey, Namespace
+from lmc.cache.observe.logs import Sparingly
+from lmc.cache.plan import (
+    ABSENT,
+    CAUSES,
+    COPY,
+    CORRUPT,
+    CRASH,
+    ERROR,
+    FULL,
+    LATE,
+    UNAVAILABLE,
+    BreakerReading,
+    CopyReading,
+    Plan,
+    Report,
+    TierCopy,
+    WorkerReady,
+)
+from lmc.cache.tiers.base import BoundedTier, Tier
+from lmc.cache.tiers.breaker import Breaker, TierOpen
+from lmc.cache.transfer.pinned import Slab
+from lmc.cache.transfer.planner import Direction
+from lmc.cache.worker.block_copies import BlockCopier
+from lmc.errors import Corrupt, TierError, TierFull
+
+logger = logging.getLogger(__name__)
+
+WRITE_NICENESS = 10  # a tenth of the weight of an ordinary thread: enough to get on when the machine is full
+
+
+class CacheWorker:
+    """Chunks between an engine's KV cache (the copier's), a slab of host slots and tiers by name.
+
+    io_threads: by tier, how many read and how many write at once.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        rank: int,
+        slab: Slab,
+        copier: BlockCopier,
+        tiers: Mapping[str, Tier],
+        copying: Callable[[], CopyReading],
+        *,
+        io_threads: Mapping[str, int],
+        close_timeout: float = 10.0,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self._namespace = namespace
+        self._rank = rank
+        self._slab = slab
+        self.copier = copier
+        self._tiers = dict(tiers)
+        self._read_copying = copying
+        self._copying = copying()  # as last told
+        self._warnings = tuple(warnings)
+        self._close_timeout = close_timeout
+        # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
+        self._readers = {name: ThreadPoolExecutor(io_threads[name], f"lmc-{name}-read") for name in tiers}
+        self._writers = {
+            name: ThreadPoolExecutor(io_threads[name], f"lmc-{name}-write", initializer=yield_to_the_engine)
+            for name in tiers
+        }
+        self._under_way: set[Future[None]] = set()
+        self._sparingly = Sparingly()
+        self._lock = threading.Lock()  # guards _under_way and the report, which other threads write to
+        self._report = Report()
+        self._failed_blocks: set[int] = set()
+        self._loaded: set[str] = set()
+        self._fault = 0  # forward passes that ran on unfilled blocks
+
+    def ready(self) -> WorkerReady:
+        """What this rank holds. Scans the tiers below."""
+        warnings = list(self._warnings)
+        stored = {}
+        parents: dict[ChunkKey, ChunkKey] = {}
+        for name, tier in self._tiers.items():
+            if not isinstance(tier, BoundedTier):
+                continue
+            try:
+                stored[name] = [key for key, _ in tier.scan()]
+                parents.update(tier.parents(stored[name]))
+            except TierError as error:
+                warnings.append(str(error))
+        return WorkerReady(
+            self._namespace,
+            self._rank,
+            self._slab.slot_bytes,
+            self._slab.num_slots,
+            stored,
+            self._copying,
+            tuple(name for name, tier in self._tiers.items() if not isinstance(tier, BoundedTier)),
+            tuple(warnings),
+            parents,
+        )
+
+    def begin(self, work: Plan, *, by_layer: bool = False) -> None:
+        """Before the forward pass: start what runs in the background and fill the blocks that the pass reads.
+
+        by_layer: the pass will call wait_layer() before each layer reads its blocks, so loads may still be under way when this returns.
+        """
+        self._loaded.update(work.failed_requests)
+        for copy in work.tier_copies:
+            self._submit(copy)
+        for request in work.background_loads:
+            self.copier.load_in_background(request)
+        unfilled = set(work.failed_blocks)
+        if not (by_layer and self.copier.start_layers(work.loads)):
+            for request in work.loads:
+                if not self.copier.load(request):
+                    unfilled.update(block for chunk in request.chunks for block in chunk.blocks if block >= 0)
+        self._note_unfilled(unfilled)
+
+    def wait_layer(self, name: str) -> None:
+        """Before a layer of the forward pass reads its blocks."""
+        self.copier.wait_layer(name)
+
+    def end(self, work: Plan) -> None:
+        """After the forward pass: copy the blocks that it filled.
+
+        Once a pass ran on blocks that were not filled, whatever it computed is garbage, in other requests that share the blocks too, and
+        so is what the passes compute that were planned before the scheduler knew. Nothing of them is stored.
+        """
+        self._note_unfilled(self.copier.end_layers())
+        poisoned = work.known_faults.get(self._rank, 0) < self._fault
+        for request in work.stores:
+            if poisoned:
+                self._finish([chunk.operation for chunk in request.chunks], COPY)
+            else:
+                self.copier.store(request)
+
+    def fence(self) -> None:
+        """Before the engine launches anything that may overwrite blocks of earlier steps."""
+        self.copier.fence()
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that were promised and not filled, since the last call."""
+        self._settle()
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_loaded(self) -> set[str]:
+        """Requests whose background load ended, well or not, since the last call. Ask for failed blocks afterwards, not before."""
+        self._settle()
+        loaded, self._loaded = self._loaded, set()
+        return loaded
+
+    def take_report(self) -> Report:
+        """What ended since the last call."""
+        self._settle()
+        with self._lock:
+            report, self._report = self._report, Report()
+        for name, tier in self._tiers.items():
+            if isinstance(tier, Breaker):
+                counters = tier.counters
+                report.breakers[self._rank, name] = BreakerReading(
+                    tier.state != "closed", counters.failures, counters.refusals, counters.openings
+                )
+        copying = self._read_copying()
+        if copying != self._copying:
+            report.copying[self._rank] = self._copying = copying
+        return report
+
+    def give_up(self, operations: Sequence[int]) -> None:
+        """Whoever was to carry these operations out cannot; any thread."""
+        self._finish(operations, CRASH)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Let the writes under way end within timeout seconds (default: as configured), then release memory and connections."""
+        timeout = self._close_timeout if timeout is None else timeout
+        self.copier.close()
+        with self._lock:
+            under_way = set(self._under_way)
+        _, late = wait(under_way, timeout)
+        for pool in (*self._readers.values(), *self._writers.values()):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if late:
+            logger.warning(
+                "lmc: closing with %d copies not done within %g s; those chunks are lost", len(late), timeout
+            )
+        if any(not copy.done() for copy in late):
+            return  # a thread still uses the memory; its tier's own time-out ends it
+        for tier in self._tiers.values():
+            tier.close()
+        self._slab.close()
+
+    def _submit(self, copy: TierCopy) -> None:
+        pools = self._readers if copy.kind == "stage" else self._writers
+        submitted = pools[copy.tier].submit(self._copy_tier, copy, time.monotonic())
+        with self._lock:
+            self._under_way.add(submitted)
+        submitted.add_done_callback(partial(self._on_end, copy))
+
+    def _note_unfilled(self, blocks: set[int]) -> None:
+        """The forward pass that begins, or has ended, reads these blocks and they hold garbage."""
+        if blocks:
+            self._failed_blocks.update(blocks)
+            with self._lock:
+                self._fault += 1
+                self._report.faults[self._rank] = self._fault
+
+    def _settle(self) -> None:
+        """Note how copies of blocks ended. The pass is over, also where somebody asks before end()."""
+        self._note_unfilled(self.copier.end_layers())
+        for batch in self.copier.ended():
+            self._finish(batch.operations, COPY if batch.failed else None)
+            if batch.failed and batch.background:
+                self._failed_blocks.update(batch.blocks)
+            if batch.background:
+                self._loaded.add(batch.request_id)
+            if not batch.failed:
+                self._measure(str(batch.direction), batch.num_bytes, batch.seconds)
+            if not batch.failed and batch.direction is Direction.LOAD:
+                with self._lock:
+                    num_bytes, seconds = self._report.loads.get(batch.request_id, (0, 0.0))
+                    self._report.loads[batch.request_id] = (num_bytes + batch.num_bytes, seconds + batch.seconds)
+
+    def _copy_tier(self, copy: TierCopy, submitted: float) -> None:
+        if copy.limit is not None and time.monotonic() - submitted > copy.limit:
+            self._finish([copy.operation], LATE)
+            return
+        tier = self._tiers[copy.tier]
+        view = self._slab.view(copy.slot) if copy.kind != "delete" else memoryview(b"")
+        started = time.perf_counter()
+        try:
+            if copy.kind == "stage":
+                tier.get(copy.key, view)
+            else:
+                for key in copy.evict:
+                    tier.delete(key)
+                if copy.kind == "write":
+                    tier.put(copy.key, view, copy.parent)
+                else:
+                    tier.delete(copy.key)
+        except KeyError:
+            self._finish([copy.operation], ABSENT)
+        except TierOpen:
+            self._finish([copy.operation], UNAVAILABLE)  # the breaker has said so when it opened
+        except TierError as error:
+            self._complain(copy, error)
+            self._finish([copy.operation], _cause(error))
+        else:
+            self._finish([copy.operation], None)
+            self._measure(f"{copy.tier} {copy.kind}", len(view), time.perf_counter() - started)
+
+    def _complain(self, copy: TierCopy, error: TierError) -> None:
+        cause, key = _cause(error), copy.key.hex()
+        text = f"{copy.kind} of chunk {key[:16]} failed: {error}"
+        about = {"operation": copy.kind, "tier": copy.tier, "cause": cause, "key": key, "rank": self._rank}
+        self._sparingly.warn(logger, (copy.tier, copy.kind, cause), text, **about)
+
+    def _on_end(self, copy: TierCopy, future: Future[None]) -> None:
+        """After a fault in lmc itself: say so, and let the operation end, so that its slot is free again."""
+        with self._lock:
+            self._under_way.discard(future)
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            logger.error("lmc: %s of chunk %s crashed", copy.kind, copy.key.hex()[:16], exc_info=error)
+            self._finish([copy.operation], CRASH)
+
+    def _finish(self, operations: Sequence[int], failure: str | None) -> None:
+        """Failure is one of CAUSES; anything else counts as COPY."""
+        with self._lock:
+            self._report.finished.update(Counter(operations))
+            if failure is not None:
+                cause = failure if failure in CAUSES else COPY
+                self._report.failed.update(dict.fromkeys(operations, cause))
+
+    def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self._report.transfers.append((what, num_bytes, seconds))
+
+
+def yield_to_the_engine() -> None:
+    """Nobody waits for a write, and on a CPU engine a core that writes is missing from the forward pass."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(os.getpriority(os.PRIO_PROCESS, 0), WRITE_NICENESS))
+
+
+def _cause(error: TierError) -> str:
+    if isinstance(error, Corrupt):
+        return CORRUPT
+    return FULL if isinstance(error, TierFull) else ERROR
