@@ -23,7 +23,7 @@ ALLOWED = {
     "lmc.cache": set(),
     "lmc.cache.keys": {"lmc.errors"},
     "lmc.cache.policy": {"lmc.errors"},
-    "lmc.cache.directory": {"lmc.cache.keys", "lmc.cache.policy"},
+    "lmc.cache.directory": {"lmc.cache.keys", "lmc.cache.policy", "lmc.errors"},
     "lmc.cache.config": {"lmc.cache.policy", "lmc.errors", "lmc.units"},
     "lmc.cache.settings": {"lmc.cache.config", "lmc.errors"},
     "lmc.cache.plan": {"lmc.cache.keys", "lmc.cache.directory.operations"},

@@ -202,15 +202,3 @@ def chunk_tokens_for(config: CacheConfig, block_tokens: int) -> int:
             f"use {f'{below} or ' if below else ''}{below + block_tokens}"
         )
     return config.chunk_tokens
-
-
-def quota_slots(quota: int | str | None, host_slots: int, chunk_bytes: int) -> int | None:
-    """tenant_quota in host slots. Raises ConfigError when it is less than one chunk."""
-    if quota is None:
-        return None
-    slots = int(host_slots * float(quota.rstrip("%")) / 100) if isinstance(quota, str) else quota // chunk_bytes
-    if slots < 1:
-        raise ConfigError(
-            f"tenant_quota {quota} is less than one chunk of {chunk_bytes} bytes; the host has {host_slots}"
-        )
-    return slots

@@ -8,22 +8,47 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from lmc.cache.directory.operations import (
+    ABSENT,
+    CAUSES,
+    COPY,
+    CORRUPT,
+    CRASH,
+    ERROR,
+    FULL,
+    LATE,
+    NO_OPERATION,
+    UNAVAILABLE,
+    Ticket,
+)
 from lmc.cache.keys import ChunkKey, Namespace
 
-SKIP = -1  # stands for a block that is not copied
+__all__ = [
+    "ABSENT",
+    "CAUSES",
+    "COPY",
+    "CORRUPT",
+    "CRASH",
+    "ERROR",
+    "FULL",
+    "LATE",
+    "NO_OPERATION",
+    "SKIP",
+    "UNAVAILABLE",
+    "BlockCopy",
+    "BreakerReading",
+    "CopyReading",
+    "Plan",
+    "Report",
+    "RequestCopies",
+    "Ticket",
+    "TierCopy",
+    "WorkerReady",
+]
 
-# Why an operation failed; the words of the metrics. The worker's log has the whole story.
-ABSENT = "absent"  # the tier has no such chunk
-CORRUPT = "corrupt"  # what it has isn't what was put
-FULL = "full"  # no room in the tier
-UNAVAILABLE = "unavailable"  # its circuit breaker is open
-ERROR = "error"  # the tier failed otherwise
-COPY = "copy"  # blocks could not be copied, or held garbage
-LATE = "late"  # it waited beyond its limit
-CRASH = "crash"  # a fault in lmc
-CAUSES = (ABSENT, CORRUPT, FULL, UNAVAILABLE, ERROR, COPY, LATE, CRASH)
+SKIP = -1  # stands for a block that is not copied
 
 
 class BlockCopy(NamedTuple):
@@ -41,21 +66,14 @@ class RequestCopies:
     chunks: tuple[BlockCopy, ...]  # consecutive chunks of the prefix
 
 
-@dataclass(frozen=True, slots=True)
-class TierCopy:
-    """One chunk between a host slot and a tier below. `evict` goes from it before the chunk is written; `parent` comes before it.
+class TierCopy(NamedTuple):
+    """A ticket of the directory for a tier below the host: one chunk to write there, to stage from there or to delete there.
 
-    A copy with a limit is not begun when it had to wait longer than so many seconds: nobody waits for it any more.
+    A copy with a limit is not begun when it had to wait for longer than this many seconds: nobody waits for it any more.
     """
 
-    operation: int
-    kind: Literal["write", "stage", "delete"]
-    tier: str
-    key: ChunkKey
-    slot: int
-    evict: tuple[ChunkKey, ...] = ()
+    ticket: Ticket
     limit: float | None = None
-    parent: ChunkKey | None = None
 
 
 @dataclass
@@ -68,7 +86,9 @@ class Plan:
     tier_copies: list[TierCopy] = field(default_factory=list)  # in the background
     failed_blocks: list[int] = field(default_factory=list)  # promised blocks that nothing will fill
     failed_requests: list[str] = field(default_factory=list)  # those that wait for a background load that will not come
-    known_faults: dict[int, int] = field(default_factory=dict)  # rank -> Report.fault that this plan takes into account
+    known_faults: dict[int, int] = field(
+        default_factory=dict
+    )  # rank -> the Report.faults that this plan takes into account
 
     def __bool__(self) -> bool:
         return bool(

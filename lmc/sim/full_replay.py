@@ -1,9 +1,8 @@
 """Replays a trace through the live cache's own directory on a virtual clock: all tiers, write modes, TTL, N instances behind a router.
 
-For whatever has no closed form. The directory is the real object; workers are channels with a bandwidth and a latency, one a tier and a
-direction for each instance; the engine computes one prompt after the other. A request takes the live scheduler's steps: look up, wait
-for chunks that must be staged into host memory (not beyond load_deadline), load, compute the rest, store. Decoding and batching are left
-out. Without a cost model everything is instant, and hits alone are simulated.
+The directory and the life of each request (lmc.cache.directory) are the live objects. The rest is modelled: workers are channels with a
+bandwidth and a latency, one for each tier, direction and instance; the engine computes one prompt after the other. Decoding and batching
+are left out. Without a cost model every transfer is instant, and only hits are simulated.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from lmc.cache.config import CacheConfig, quota_slots
-from lmc.cache.directory import HOST, Directory, Ticket
+from lmc.cache.config import CacheConfig
+from lmc.cache.directory import HOST, Miss, Request, Ticket, build_directory
+from lmc.cache.directory.operations import ABSENT, LATE
+from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
-from lmc.cache.policy import get_policy
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.capacity import warn_small
@@ -28,8 +28,6 @@ from lmc.sim.shared_store import SHARED, SharedStore
 from lmc.sim.trace import Float64, Int64, Trace, Window
 
 _ARRIVAL, _DERIVED = 1, 0  # at equal times, what follows from earlier requests comes before the next arrival
-_PIN_GRACE_S = 60.0
-LATE, ABSENT = "late", "absent"
 
 
 @dataclass(frozen=True)
@@ -99,100 +97,97 @@ class _Channel:
 
 
 @dataclass
-class _Request:
+class _Arrival:
+    """A request of the trace, and its life in the instance that serves it."""
+
     index: int
-    arrival_s: float
     keys: list[ChunkKey]
-    usable: int  # chunks that may be loaded: never the whole prompt
-    tenant: str
-    found: tuple[str, ...] = ()
-    staging: int = 0  # operations it waits for
+    num_tokens: int
+    arrival_s: float
+    life: Request
+    missing: set[ChunkKey] = field(default_factory=set)  # chunks on their way into host memory, for which it waits
     started: bool = False
 
 
 class _Instance:
-    def __init__(self, number: int, replay: _Replay) -> None:
-        self.number = number
+    def __init__(self, replay: _Replay) -> None:
         self._replay = replay
-        config = replay.config
-        self.directory = Directory(
+        self.directory = build_directory(
+            replay.config,
             replay.host_slots,
-            {"disk": replay.disk_slots} if replay.disk_slots else {},
-            get_policy(config.policy),
+            replay.chunk_bytes,
+            below={"disk": replay.disk_slots} if replay.disk_slots else {},
             remote=(SHARED,) if replay.store is not None else (),
-            write=config.write,
-            write_touches=config.write_touches,
-            ttl=config.ttl,
-            ttl_mode=config.ttl_mode,
-            tenant_quota=quota_slots(config.tenant_quota, replay.host_slots, replay.chunk_bytes),
-            queue_depth=config.queue_depth,
         )
         self._reading = {name: replay.channel(name) for name in (HOST, "disk", SHARED)}
         self._writing = {name: replay.channel(name) for name in (HOST, "disk", SHARED)}
         self._engine_free = float("-inf")
-        self._waiting: dict[int, _Request] = {}  # stage operation -> request
+        self._waiting: dict[int, _Arrival] = {}
 
-    def arrive(self, request: _Request) -> None:
-        now = self._replay.clock.now
+    def arrive(self, index: int, keys: list[ChunkKey]) -> None:
+        replay, trace = self._replay, self._replay.trace
+        now = replay.clock.now
         self.directory.expire(now)
-        self._ask_shared(request)
-        request.found = self.directory.lookup(request.keys[: request.usable], now).tiers
-        below = next((index for index, tier in enumerate(request.found) if tier != HOST), None)
-        if below is None:
-            self._start(request)
+        tenant = trace.tenant_names[trace.tenants[index]]
+        life = Request(str(index), self.directory, replay.config, trace.block_tokens, tenant, now)
+        arrival = _Arrival(index, keys, int(trace.input_tokens[index]), float(trace.timestamps_s[index]), life)
+        self._look_up(arrival)
+        if not arrival.started and life.deadline is not None:
+            replay.clock.at(life.deadline, lambda: self._look_up(arrival))
+
+    def _look_up(self, arrival: _Arrival) -> None:
+        """Start the request, or wait for the chunks that are on their way into host memory."""
+        if arrival.started:
             return
-        wanted = request.keys[: len(request.found)]
-        deadline = now + self._replay.config.load_deadline
-        self.directory.pin(wanted, str(request.index), deadline + _PIN_GRACE_S)
-        tickets = self.directory.stage(wanted, now)
-        request.staging = len(tickets)
-        self._waiting.update((ticket.operation, request) for ticket in tickets)
-        for ticket in tickets:
+        life, now = arrival.life, self._replay.clock.now
+        gain = life.lookup(arrival.keys, arrival.num_tokens, 0, now)
+        if question := life.take_question():
+            self._answer(question)
+            life.answer(failed=False)
+            gain = life.lookup(arrival.keys, arrival.num_tokens, 0, now)
+        for ticket in life.take_tickets():
             self._transfer(ticket, self._reading[ticket.tier])
         self._drain()
-        if request.staging == 0:
-            self._start(request)
+        if gain is None:
+            arrival.missing = set(life.arriving())
+            self._waiting[arrival.index] = arrival
         else:
-            self._replay.clock.at(deadline, lambda: self._give_up_waiting(request))
+            self._waiting.pop(arrival.index, None)
+            self._start(arrival, gain)
 
-    def _ask_shared(self, request: _Request) -> None:
+    def _answer(self, asked: Sequence[ChunkKey]) -> None:
         store = self._replay.store
-        if store is not None:
-            asked = request.keys[: request.usable]
-            self.directory.learn(SHARED, asked, [key in store for key in asked])
+        assert store is not None
+        self.directory.learn(SHARED, *leading(asked, lambda keys: [key in store for key in keys]))
 
-    def _give_up_waiting(self, request: _Request) -> None:
-        if not request.started:
-            self._replay.counts[LATE] += 1
-            self._start(request)
-
-    def _start(self, request: _Request) -> None:
+    def _start(self, arrival: _Arrival, gain: int) -> None:
         """Load what is in host now; the engine takes the request in when the load is done."""
-        request.started = True
-        now = self._replay.clock.now
-        found = self.directory.lookup(request.keys[: request.usable], now).tiers
-        in_host = next((index for index, tier in enumerate(found) if tier != HOST), len(found))
-        if in_host * self._replay.trace.block_tokens < self._replay.config.min_load_tokens:
-            in_host = 0
-        loads = self.directory.load(request.keys[:in_host]) if in_host else []
-        self.directory.unpin(str(request.index))
-        self._replay.note_hits(request, in_host)
-        ready = self._reading[HOST].send(now, len(loads) * self._replay.chunk_bytes) if loads else now
-        self._replay.clock.at(ready, lambda: self._compute(request, loads))
+        arrival.started = True
+        replay, life, now = self._replay, arrival.life, self._replay.clock.now
+        if life.miss() == Miss.LOAD_DEADLINE:
+            replay.counts[LATE] += 1
+        loads = life.load(gain)
+        for tier, tokens in life.sources.items():
+            replay.hit_tokens[tier][arrival.index] = tokens
+        ready = self._reading[HOST].send(now, len(loads) * replay.chunk_bytes) if loads else now
+        replay.clock.at(ready, lambda: self._compute(arrival, loads))
 
-    def _compute(self, request: _Request, loads: Sequence[Ticket]) -> None:
+    def _compute(self, arrival: _Arrival, loads: Sequence[Ticket]) -> None:
         now = self._replay.clock.now
         for ticket in loads:
             self.directory.complete(ticket.operation, None, now)
+            arrival.life.loaded(ticket.operation, None)
         begin = max(now, self._engine_free)
-        self._engine_free = begin + self._replay.prefill_s(request.index, len(loads))
-        self._replay.clock.at(self._engine_free, lambda: self._computed(request))
+        self._engine_free = begin + self._replay.prefill_s(arrival.index, len(loads))
+        self._replay.clock.at(self._engine_free, lambda: self._computed(arrival))
 
-    def _computed(self, request: _Request) -> None:
-        now = self._replay.clock.now
-        self._replay.ttft_s[request.index] = now - request.arrival_s
-        for ticket in self.directory.store(request.keys, now, tenant=request.tenant):
+    def _computed(self, arrival: _Arrival) -> None:
+        replay, now = self._replay, self._replay.clock.now
+        replay.ttft_s[arrival.index] = now - arrival.arrival_s
+        num_stored = len(arrival.keys) * replay.trace.block_tokens
+        for ticket in arrival.life.store(arrival.keys, num_stored, num_stored, now):
             self._transfer(ticket, self._writing[HOST])
+        arrival.life.end(now)
         self._drain()
 
     def _drain(self) -> None:
@@ -215,12 +210,12 @@ class _Instance:
             elif ticket.kind == "stage" and not store.get(ticket.key):
                 failure = ABSENT
         self.directory.complete(ticket.operation, failure, now)
-        request = self._waiting.pop(ticket.operation, None)
         self._drain()
-        if request is not None:
-            request.staging -= 1
-            if request.staging == 0 and not request.started:
-                self._start(request)
+        if ticket.kind == "stage":
+            for arrival in list(self._waiting.values()):
+                arrival.missing.discard(ticket.key)
+                if not arrival.missing:
+                    self._look_up(arrival)
 
 
 class _Replay:
@@ -243,17 +238,17 @@ class _Replay:
 
     def run(self) -> ReplayResult:
         trace, clock = self.trace, self.clock
-        instances = [_Instance(number, self) for number in range(self.fleet.instances)]
+        instances = [_Instance(self) for _ in range(self.fleet.instances)]
         router = Router(self.fleet.routing, self.fleet.instances)
         served = np.zeros(trace.num_requests, dtype=np.int64)
 
         def arrive(index: int) -> None:
-            request = self._request(index)
-            chosen = router.choose(request.keys, int(trace.input_tokens[index]))
+            keys = [self._keys[number] for number in trace.ids[trace.starts[index] : trace.starts[index + 1]].tolist()]
+            chosen = router.choose(keys, int(trace.input_tokens[index]))
             served[index] = chosen
             if index + 1 < trace.num_requests:
                 clock.at(float(trace.timestamps_s[index + 1]), lambda: arrive(index + 1), _ARRIVAL)
-            instances[chosen].arrive(request)
+            instances[chosen].arrive(index, keys)
 
         clock.at(float(trace.timestamps_s[0]), lambda: arrive(0), _ARRIVAL)
         clock.run()
@@ -277,19 +272,6 @@ class _Replay:
             return 0.0
         hits = np.array([num_hit * self.trace.block_tokens], dtype=np.int64)
         return float(self.fleet.cost.prefill.seconds(hits, self.trace.input_tokens[index : index + 1] - hits)[0])
-
-    def note_hits(self, request: _Request, num_chunks: int) -> None:
-        """Count loaded chunks under the tier that held them when the request came."""
-        for position in range(num_chunks):
-            tier = request.found[position] if position < len(request.found) else HOST
-            self.hit_tokens[tier][request.index] += self.trace.block_tokens
-
-    def _request(self, index: int) -> _Request:
-        trace = self.trace
-        ids = trace.ids[trace.starts[index] : trace.starts[index + 1]].tolist()
-        usable = min(len(ids), max(int(trace.input_tokens[index]) - 1, 0) // trace.block_tokens)
-        keys = [self._keys[block] for block in ids]
-        return _Request(index, float(trace.timestamps_s[index]), keys, usable, trace.tenant_names[trace.tenants[index]])
 
 
 def _slots(capacity: int | str, chunk_bytes: int, key: str) -> int:

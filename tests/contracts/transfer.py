@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
+from lmc.cache.plan import SKIP
 from lmc.cache.transfer.backends.base import Backend
 from lmc.cache.transfer.layout import KVLayout
-from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, plan
+from lmc.cache.transfer.planner import Descriptors, Direction, plan
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -177,14 +178,14 @@ def engines(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Engine:
 
 @st.composite
 def block_tables(draw: st.DrawFn, num_blocks: int) -> list[list[int]]:
-    """Chunks of scattered or consecutive blocks, no block twice; a ragged tail or a held head shows as SKIPPED."""
+    """Chunks of scattered or consecutive blocks, no block twice; a ragged tail or a held head shows as SKIP."""
     per_chunk = draw(st.integers(1, 3))
     num_chunks = draw(st.integers(1, num_blocks // per_chunk))
     ids = draw(st.permutations(range(num_blocks))) if draw(st.booleans()) else list(range(num_blocks))
     ids = list(ids[: per_chunk * num_chunks])
     skipped_tail = draw(st.integers(0, per_chunk - 1))
     skipped_head = draw(st.integers(0, per_chunk - 1 - skipped_tail)) if num_chunks == 1 else 0
-    ids = [SKIPPED] * skipped_head + ids[skipped_head : len(ids) - skipped_tail] + [SKIPPED] * skipped_tail
+    ids = [SKIP] * skipped_head + ids[skipped_head : len(ids) - skipped_tail] + [SKIP] * skipped_tail
     return [ids[start : start + per_chunk] for start in range(0, len(ids), per_chunk)]
 
 

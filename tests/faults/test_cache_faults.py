@@ -119,7 +119,7 @@ def test_a_crash_while_a_tier_is_asked_is_an_answer(instances, warm, monkeypatch
     """With an hour's deadline: whoever waits for the answer would be seen."""
     patient = settings(disk_path=warm, disk_shared=True, lookup_deadline=3600)
     instances.append(instance := Instance(patient))
-    monkeypatch.setattr(Presence, "_leading", _raises(RuntimeError("injected")))
+    monkeypatch.setattr(Presence, "_contains", _raises(RuntimeError("injected")))
     assert instance.serve(prompt(2, 50)).miss == "remote failed"
     assert instance.metric("ask_failures_total", tier="disk", cause="crash") == 1
     assert "asking the disk tier for chunks crashed" in caplog.text and "RuntimeError: injected" in caplog.text

@@ -201,6 +201,10 @@ class Directory:
                 places.block_one(node, 1)
             if not places.held(node):
                 places.parents[node] = parent
+            if places.ages.expired(
+                node, now
+            ):  # an expired copy is still being deleted; the one that arrives is not expired
+                places.ages.born(node, now)
             places.adopt(node, parent, tenant)
             tickets.append(self._host_slots.stage(node, tier))
             new.append(node)
@@ -316,6 +320,11 @@ class Directory:
         return self._pins.listed()
 
     # For metrics, tests and the live view
+
+    @property
+    def has_other_writers(self) -> bool:
+        """Some tier holds what others store there, so it must be asked for chunks that are not known."""
+        return bool(self._remotes)
 
     @property
     def num_open(self) -> int:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from lmc.cache.directory.below import Below, Counts
 from lmc.cache.directory.misses import Miss
-from lmc.cache.directory.operations import Kind, Operation, Operations, Ticket
+from lmc.cache.directory.operations import CORRUPT, LATE, UNAVAILABLE, Kind, Operation, Operations, Ticket
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.resident import ABSENT, SPOILED
 from lmc.cache.keys import ChunkKey
 
-CORRUPT = "corrupt"  # the one cause that makes the directory delete a chunk of others
-_CHUNK_IS_FINE = ("late", "unavailable")  # causes that say nothing about the chunk
+_CHUNK_IS_FINE = (LATE, UNAVAILABLE)  # causes that say nothing about the chunk
 
 
 class HostSlots:
@@ -104,7 +103,7 @@ class HostSlots:
         for remote in self._remotes:
             if remote.name == ticket.tier:
                 remote.forget(ticket.key)
-                if failure == CORRUPT:
+                if failure == CORRUPT:  # the one cause for which a chunk of others is deleted
                     self._below.delete_remote(remote, ticket.key)
 
     def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:

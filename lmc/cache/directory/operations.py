@@ -8,6 +8,18 @@ from typing import Literal, NamedTuple
 
 from lmc.cache.keys import ChunkKey
 
+# Why an operation failed; the words of the metrics. The worker's log has the whole story.
+ABSENT = "absent"  # the tier has no such chunk
+CORRUPT = "corrupt"  # the stored bytes fail the checksum or length check
+FULL = "full"  # no room in the tier
+UNAVAILABLE = "unavailable"  # its circuit breaker is open
+ERROR = "error"  # the tier failed otherwise
+COPY = "copy"  # blocks could not be copied, or held garbage
+LATE = "late"  # it waited beyond its limit
+CRASH = "crash"  # a fault in lmc
+CAUSES = (ABSENT, CORRUPT, FULL, UNAVAILABLE, ERROR, COPY, LATE, CRASH)
+NO_OPERATION = 0  # of a deletion whose end nobody waits for
+
 Kind = Literal["store", "write", "stage", "delete", "load"]
 
 

@@ -6,9 +6,29 @@ Such a tier has its own eviction, so knowledge may be out of date: a stage then 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from lmc.cache.keys import ChunkKey
+
+_FIRST_BATCH = 16  # keys; most prompts end early or are all there
+
+
+def leading(
+    keys: Sequence[ChunkKey], contains: Callable[[Sequence[ChunkKey]], Sequence[bool]]
+) -> tuple[Sequence[ChunkKey], list[bool]]:
+    """Ask a tier for consecutive chunks of a prefix, in growing batches up to the one with the first absent chunk.
+
+    Returns the keys that were asked for, and which of them are there.
+    """
+    present: list[bool] = []
+    size = _FIRST_BATCH
+    while len(present) < len(keys):
+        batch = contains(keys[len(present) : len(present) + size])
+        present += batch
+        if not all(batch):
+            break
+        size *= 4
+    return keys[: len(present)], present
 
 
 class RemoteKeys:

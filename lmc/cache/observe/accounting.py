@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Directory, Miss, Ticket
-from lmc.cache.directory.request import CachedRequest
+from lmc.cache.directory import Directory, Miss, Request, Ticket
 from lmc.cache.keys import Namespace
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.observe.metrics import CacheMetrics
@@ -53,8 +52,8 @@ class Accounting:
         if self._recorder is not None:
             self._recorder.close()
 
-    def admitted(self, request_id: str, request: CachedRequest, now: float) -> None:
-        """The engine took a request in, for the first time."""
+    def admitted(self, request: Request, answered: float | None, now: float) -> None:
+        """The engine took a request in, for the first time; answered: when its first lookup had its answer."""
         metrics = self.metrics
         metrics.requests.inc()
         metrics.lookup_tokens.inc(request.num_tokens)
@@ -69,18 +68,18 @@ class Accounting:
             metrics.miss_tokens.labels(why).inc(request.num_tokens - have)
         if why in (Miss.LOAD_DEADLINE, Miss.REMOTE_DEADLINE):
             metrics.waits.inc()
-            text = f"{why}: request {request_id} waits no longer and computes {request.num_tokens - have} tokens"
-            self._sparingly.warn(logger, why, text, request=request_id, cause=str(why))
-        keys = request.chain.keys
+            text = f"{why}: request {request.name} waits no longer and computes {request.num_tokens - have} tokens"
+            self._sparingly.warn(logger, why, text, request=request.name, cause=str(why))
+        keys = request.keys
         if request.sources:
             idle = self._directory.idle(keys[have // self._chunk_tokens - 1], now)
             if idle is not None:
                 metrics.reuse_age.observe(idle)
         hits = {DEVICE: request.computed, **request.sources}
-        answered = now if request.answered is None else request.answered
-        self.spans.add(Span(request_id, request.num_tokens, hits, why, request.arrived, answered, now))
+        answered = now if answered is None else answered
+        self.spans.add(Span(request.name, request.num_tokens, hits, why, request.arrived, answered, now))
         if self._recorder is not None:
-            self._recorder.lookup(now, request_id, request.num_tokens, keys, request.tenant, hits)
+            self._recorder.lookup(now, request.name, request.num_tokens, keys, request.tenant, hits)
 
     def answered(self, tier: str, seconds: float, failure: str) -> None:
         """A tier said what it holds, or failed to for this cause."""

@@ -1,7 +1,7 @@
-"""The cache of one engine instance, as its scheduler sees it: what can be loaded, what shall be stored, what became of it.
+"""The cache of one engine instance, as its scheduler sees it.
 
-Puts the directory to work for requests. Runs on the scheduler's thread, never waits and never copies: plans go to the workers, reports come
-back. Any step may be late or fail; the answer to that is a shorter hit.
+Drives the life of each request (directory/request.py), turns the directory's tickets into plans for the workers, and believes what they
+report. Runs on the scheduler's thread, never waits and never copies. Any step may be late or fail; then the hit is shorter.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Found, Miss, Ticket
-from lmc.cache.directory.request import CachedRequest
+from lmc.cache.directory import Request, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, root
 from lmc.cache.observe.accounting import DEVICE, Accounting
 from lmc.cache.observe.salts import Salts
 from lmc.cache.observe.stats import collect_stats
-from lmc.cache.plan import SKIP, BlockCopy, Plan, Report, RequestCopies, TierCopy, WorkerReady
+from lmc.cache.plan import NO_OPERATION, SKIP, BlockCopy, Plan, Report, RequestCopies, TierCopy, WorkerReady
 from lmc.cache.scheduler.admin import Admin, Mailbox
 from lmc.cache.scheduler.endpoint import Endpoint
 from lmc.cache.scheduler.open import open_directory, open_presence
 from lmc.cache.scheduler.prefetch import Prefetcher
+from lmc.cache.scheduler.presence import Question
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_PIN_GRACE_SECONDS = 60.0  # a staged request may wait so long for a place in the batch
-_NO_OPERATION = 0  # of deletions that nobody waits for
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,16 @@ class Identity:
     lora: str = ""
     tenant: str = ""
     extra: Callable[[int, int], bytes] | None = None  # see KeyChain
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request between its first lookup and its end."""
+
+    request: Request
+    chain: KeyChain
+    question: Question | None = None  # to the tiers that others write to
+    answered: float | None = None  # when the first lookup had its answer
 
 
 class CacheScheduler:
@@ -64,15 +71,17 @@ class CacheScheduler:
         self._blocks_per_chunk = self.chunk_tokens // block_tokens
         self.num_ranks = len(ready)
         self._clock = clock
-        self._requests: dict[str, CachedRequest] = {}
-        self._loading: dict[int, str] = {}  # operation -> request
+        self._requests: dict[str, _Tracked] = {}
+        self._loading: dict[int, Request] = {}  # operation -> the request that waits for it
         self._ended: dict[int, int] = {}  # operation -> ranks that reported it
         self._causes: dict[int, str] = {}
         self._known_faults: dict[int, int] = {}  # rank -> Report.faults
         self._plan = Plan()
         self.directory, superfluous = open_directory(config, ready, clock())
         self._plan.tier_copies += [
-            TierCopy(_NO_OPERATION, "delete", tier, key, -1) for tier, keys in superfluous.items() for key in keys
+            TierCopy(Ticket(NO_OPERATION, "delete", key, tier, -1))
+            for tier, keys in superfluous.items()
+            for key in keys
         ]
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
@@ -103,13 +112,21 @@ class CacheScheduler:
         """
         started = time.perf_counter()
         try:
-            found = self._lookup(request_id, tokens, computed, identity)
-            request = self._requests[request_id]
-            if found is not None and request.answered is None:
-                request.answered = self._clock()
+            self._mailbox.run()
+            now = self._clock()
+            tracked = self._requests.get(request_id)
+            if tracked is None:
+                tracked = self._requests[request_id] = self._track(request_id, tokens, identity, now)
+            found = self._lookup(tracked, tokens, computed, now)
+            if found is not None and tracked.answered is None:
+                tracked.answered = now
             return found
         finally:
             self.metrics.lookup_seconds.observe(time.perf_counter() - started)
+
+    def promise(self, request_id: str, num_tokens: int, seconds: float) -> None:
+        """Keep the num_tokens tokens that the last lookup found from eviction until admit(), or until the time has passed."""
+        self._requests[request_id].request.promise(num_tokens, self._clock() + seconds)
 
     def loads_in_background(self, num_load: int) -> bool:
         """Whether a load of so many tokens shall not hold the batch up."""
@@ -117,72 +134,62 @@ class CacheScheduler:
 
     def admit(self, request_id: str, num_load: int, blocks: Sequence[int]) -> None:
         """The engine took the request in and will read num_load tokens beyond `computed` from the cache, into its blocks."""
-        request = self._requests[request_id]
-        first = request.computed // self.chunk_tokens
-        last = (request.computed + num_load) // self.chunk_tokens
-        if num_load:
-            keys = request.chain.keys[first:last]
-            tickets = self.directory.load(keys)
+        tracked = self._requests[request_id]
+        request = tracked.request
+        first_time = not request.admitted
+        tickets = request.load(num_load)
+        if tickets:
             held = request.computed // self._block_tokens  # blocks that the engine has, which others may be reading
-            copies = []
-            for index, ticket in enumerate(tickets, start=first):
-                copies.append(self._block_copy(ticket, index, blocks, held))
-                request.loading[ticket.operation] = index
-                self._loading[ticket.operation] = request_id
-            background = self.loads_in_background(num_load)
-            (self._plan.background_loads if background else self._plan.loads).append(
-                RequestCopies(request_id, tuple(copies))
+            copies = tuple(
+                self._block_copy(ticket, index, blocks, held)
+                for index, ticket in enumerate(tickets, start=request.first_chunk)
             )
-        self.directory.unpin(request_id)
-        if not request.admitted:
-            request.admitted = True
-            request.sources = request.sources_of(first, last, self.chunk_tokens)
-            self._accounting.admitted(request_id, request, self._clock())
+            self._loading.update((ticket.operation, request) for ticket in tickets)
+            background = self.loads_in_background(num_load)
+            (self._plan.background_loads if background else self._plan.loads).append(RequestCopies(request_id, copies))
+        if first_time:
+            self._accounting.admitted(request, tracked.answered, self._clock())
 
     def loaded_from(self, request_id: str) -> Mapping[str, int]:
         """Tokens by tier of what the first admit() promised."""
-        return self._requests[request_id].sources
+        return self._requests[request_id].request.sources
 
     def wants_store(self, request_id: str, num_valid: int, num_prompt: int) -> bool:
         """Whether store() would have something to do; cheap enough to ask in every step."""
-        request = self._requests.get(request_id)
-        return request is not None and self._storable(num_valid, num_prompt) > request.stored
+        tracked = self._requests.get(request_id)
+        return tracked is not None and tracked.request.wants_store(num_valid, num_prompt)
 
     def store(
         self, request_id: str, tokens: Sequence[int], num_valid: int, num_prompt: int, blocks: Sequence[int]
     ) -> None:
         """After this step the first num_valid tokens of the request will have valid KV in its blocks: store the full chunks among them."""
-        request = self._requests.get(request_id)
-        if request is None:
+        tracked = self._requests.get(request_id)
+        if tracked is None or not tracked.request.wants_store(num_valid, num_prompt):
             return
-        full = self._storable(num_valid, num_prompt)
-        if full <= request.stored:
-            return
-        keys = request.chain.extend(tokens)[:full]
-        tickets = self.directory.store(keys, self._clock(), tenant=request.tenant, touch=not request.touched)
-        request.touched = True
-        request.stored = self.directory.num_settled(keys)
+        keys = tracked.chain.extend(tokens)
+        tickets = tracked.request.store(keys, num_valid, num_prompt, self._clock())
         if tickets:
             position = {key: index for index, key in enumerate(keys)}
             copies = tuple(self._block_copy(ticket, position[ticket.key], blocks, 0) for ticket in tickets)
             self._plan.stores.append(RequestCopies(request_id, copies))
 
+    def touch(self, keys: Sequence[ChunkKey], tenant: str) -> None:
+        """A request used this prefix, wherever the engine held it: what is stored of it counts as used now."""
+        now = self._clock()
+        stored = self.directory.lookup(keys, now).num_chunks
+        self.directory.store(keys[:stored], now, tenant=tenant)
+
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
         """The names of a request's full chunks, as far as they were looked at; empty for an unknown request."""
-        request = self._requests.get(request_id)
-        return request.chain.keys if request is not None else ()
-
-    def prefetch(self, tokens: Sequence[int], identity: Identity) -> int:
-        """A request with these tokens is expected: bring its chunks into host memory. Returns how many are known to be stored."""
-        start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
-        keys = KeyChain(start, self.chunk_tokens, identity.extra).extend(tokens)
-        return self._prefetcher.want(keys, identity.tenant, self._clock())
+        tracked = self._requests.get(request_id)
+        return tracked.chain.keys if tracked is not None else ()
 
     def explain(self, request_id: str) -> dict[str, object]:
-        """Where a request's tokens came from, and why its hit ended where it did; for people."""
-        request = self._requests.get(request_id)
-        if request is None:
+        """Where a request's tokens came from, and why its hit ended where it did."""
+        tracked = self._requests.get(request_id)
+        if tracked is None:
             return {}
+        request = tracked.request
         miss = request.miss()
         return {
             "prompt_tokens": request.num_tokens,
@@ -192,12 +199,10 @@ class CacheScheduler:
 
     def finish(self, request_id: str, pin_seconds: float = 0.0) -> None:
         """The request is gone, in whatever way; its chunks may stay pinned for a while."""
-        request = self._requests.pop(request_id, None)
-        self.directory.unpin(request_id)
-        if request is not None and pin_seconds > 0:
-            self.directory.pin(request.chain.keys, f"{request_id} asked", self._clock() + pin_seconds)
-        if request is not None:
-            for operation in request.loading:
+        tracked = self._requests.pop(request_id, None)
+        if tracked is not None:
+            tracked.request.end(self._clock(), pin_seconds)
+            for operation in tracked.request.loading:
                 self._loading.pop(operation, None)
 
     # Plans and reports
@@ -208,7 +213,7 @@ class CacheScheduler:
         self.directory.expire(self._clock())
         if self._prefetcher:
             self._prefetch()
-        self._plan.tier_copies += [self._tier_copy(ticket) for ticket in self.directory.take_tickets()]
+        self._plan.tier_copies += [TierCopy(ticket) for ticket in self.directory.take_tickets()]
         plan, self._plan = self._plan, Plan()
         plan.known_faults = dict(self._known_faults)
         return plan
@@ -253,52 +258,32 @@ class CacheScheduler:
 
     # Inside
 
-    def _lookup(self, request_id: str, tokens: Sequence[int], computed: int, identity: Identity) -> int | None:
-        self._mailbox.run()
-        now = self._clock()
-        request = self._requests.get(request_id)
-        if request is None:
-            request = self._requests[request_id] = self._new_request(tokens, identity, now)
-        request.num_tokens = len(tokens)
-        request.computed = computed
-        keys = request.chain.extend(tokens)
-        limit = min((len(tokens) - 1) // self.chunk_tokens, request.usable)
-        answered = (
-            request.question is not None and request.question.done
-        )  # then its answers are among those learned now
+    def _lookup(self, tracked: _Tracked, tokens: Sequence[int], computed: int, now: float) -> int | None:
+        request, question = tracked.request, tracked.question
+        keys = tracked.chain.extend(tokens)
+        answered = question is not None and question.done  # then its answers are among those learned now
         self._learn()
-        found = self.directory.lookup(keys[:limit], now)
-        request.cut = None
-        if found.num_chunks < limit:
-            if not answered and self._wait_for_presence(request, keys[:limit], found, now):
-                return None
-            if answered and request.question is not None and request.question.failed:
-                request.cut = Miss.REMOTE_FAILED
-        if request.found is None:
-            request.found = found
-        first = computed // self.chunk_tokens
-        in_host = self._leading_in_host(found, first)
-        if in_host < found.num_chunks and self._wait_for_staging(request_id, request, keys, first, found, now):
-            return None
-        if in_host < request.found.num_chunks and request.cut != Miss.LOAD_DEADLINE:
-            request.cut = (found.miss if in_host == found.num_chunks else None) or request.short
-        gain = in_host * self.chunk_tokens - computed
-        if 0 < gain < self.config.min_load_tokens:
-            request.cut = Miss.BELOW_MINIMUM
-            gain = 0
-        return max(gain, 0)
+        if answered and question is not None:
+            request.answer(failed=question.failed)
+        found = request.lookup(keys, len(tokens), computed, now)
+        self._plan.tier_copies += [TierCopy(ticket, self.config.load_deadline) for ticket in request.take_tickets()]
+        missing = request.take_question()
+        if missing and self._presence is not None:
+            tracked.question = self._presence.ask(missing)
+        return found
 
     def _prefetch(self) -> None:
         self._learn()
         tickets = self._prefetcher.advance(self._clock())
-        self._plan.tier_copies += [self._tier_copy(ticket) for ticket in tickets]
+        self._plan.tier_copies += [TierCopy(ticket) for ticket in tickets]
 
-    def _new_request(self, tokens: Sequence[int], identity: Identity, now: float) -> CachedRequest:
+    def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> _Tracked:
+        self.directory.expire(now)  # else room for this request would be made at the cost of chunks that are still good
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
-        request = CachedRequest(KeyChain(start, self.chunk_tokens, identity.extra), identity.tenant, now)
+        request = Request(request_id, self.directory, self.config, self.chunk_tokens, identity.tenant, now)
         if len(tokens) > self.chunk_tokens:
             request.salt_differs = self._salts.seen_elsewhere(tokens, start)
-        return request
+        return _Tracked(request, KeyChain(start, self.chunk_tokens, identity.extra))
 
     def _learn(self) -> None:
         """Believe what the tiers have answered."""
@@ -308,48 +293,6 @@ class CacheScheduler:
             self._accounting.answered(answer.tier, answer.seconds, answer.failure)
             self.directory.learn(answer.tier, answer.keys, answer.present)
 
-    def _wait_for_presence(self, request: CachedRequest, keys: Sequence[ChunkKey], found: Found, now: float) -> bool:
-        """Ask the tiers that others write to for the chunks that were not found; True until they have answered."""
-        if self._presence is None:
-            return False
-        if request.question is None:
-            if request.stage_until is not None:
-                return False  # a load failed; what is found now would not be staged any more
-            request.question = self._presence.ask(keys[found.num_chunks :])
-            request.ask_until = now + self.config.lookup_deadline
-        if now < request.ask_until:
-            return True
-        request.cut = Miss.REMOTE_DEADLINE
-        return False
-
-    def _leading_in_host(self, found: Found, first: int) -> int:
-        """End of the run of chunks that can be loaded at once: those before `first` are the engine's own, the others must be in host."""
-        end = min(first, found.num_chunks)
-        while end < found.num_chunks and found.tiers[end] == HOST:
-            end += 1
-        return end
-
-    def _wait_for_staging(
-        self, request_id: str, request: CachedRequest, keys: Sequence[ChunkKey], first: int, found: Found, now: float
-    ) -> bool:
-        wanted = keys[first : found.num_chunks]
-        if request.stage_until is None:
-            request.stage_until = now + self.config.load_deadline
-            tickets = self.directory.stage(keys[: found.num_chunks], now, first=first, tenant=request.tenant)
-            self.directory.pin(wanted, request_id, request.stage_until + _PIN_GRACE_SECONDS)
-            self._plan.tier_copies += [self._tier_copy(ticket, self.config.load_deadline) for ticket in tickets]
-            if found.tiers[-1] != HOST and not self.directory.arriving(wanted[-1:]):
-                request.short = Miss.NO_ROOM
-        if not self.directory.arriving(wanted):
-            return False
-        if now >= request.stage_until:
-            request.cut = Miss.LOAD_DEADLINE
-            return False
-        return True
-
-    def _storable(self, num_valid: int, num_prompt: int) -> int:
-        return (num_valid if self.config.store_decode else min(num_valid, num_prompt)) // self.chunk_tokens
-
     def _block_copy(self, ticket: Ticket, index: int, blocks: Sequence[int], held: int) -> BlockCopy:
         start = index * self._blocks_per_chunk
         chosen = tuple(blocks[start : start + self._blocks_per_chunk])
@@ -357,25 +300,14 @@ class CacheScheduler:
             chosen = (SKIP,) * min(held - start, len(chosen)) + chosen[held - start :]
         return BlockCopy(ticket.operation, ticket.key, ticket.slot, chosen)
 
-    def _tier_copy(self, ticket: Ticket, limit: float | None = None) -> TierCopy:
-        assert ticket.kind in ("write", "stage", "delete")
-        return TierCopy(
-            ticket.operation, ticket.kind, ticket.tier, ticket.key, ticket.slot, ticket.evict, limit, ticket.parent
-        )
-
     def _complete(self, operation: int, cause: str | None, now: float) -> None:
         ticket = self.directory.complete(operation, cause, now)
         if ticket is None:
             return
         self._accounting.ended(ticket, cause)
-        if ticket.kind == "load":
-            request = self._requests.get(self._loading.pop(operation, ""))
-            if request is not None:
-                index = request.loading.pop(operation)
-                if cause is not None:
-                    # The engine recomputes from here: store again from here, and do not offer the chunk to this request again.
-                    request.stored = min(request.stored, index)
-                    request.usable = min(request.usable, index)
+        request = self._loading.pop(operation, None)
+        if request is not None:
+            request.loaded(operation, cause)
 
     def _open_endpoint(self) -> Endpoint | None:
         config = self.config

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmc.cache.config import REMOTE_TIERS, CacheConfig, quota_slots
-from lmc.cache.directory import Directory
+from lmc.cache.config import REMOTE_TIERS, CacheConfig
+from lmc.cache.directory import Directory, build_directory
 from lmc.cache.keys import ChunkKey
 from lmc.cache.plan import WorkerReady
-from lmc.cache.policy.registry import get_policy
 from lmc.cache.scheduler.presence import Presence
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.format import TierScope, stored_bytes
@@ -43,18 +42,7 @@ def open_directory(
     remote = [name for name in REMOTE_TIERS if all(name in worker.remote for worker in ready)]
     shared = [DISK] if config.disk.shared and DISK in below else []
     host_slots = min(worker.host_slots for worker in ready)
-    directory = Directory(
-        host_slots,
-        below,
-        get_policy(config.policy),
-        remote=[*shared, *remote],
-        write=config.write,
-        write_touches=config.write_touches,
-        ttl=config.ttl,
-        ttl_mode=config.ttl_mode,
-        tenant_quota=quota_slots(config.tenant_quota, host_slots, chunk_bytes),
-        queue_depth=config.queue_depth,
-    )
+    directory = build_directory(config, host_slots, chunk_bytes, below=below, remote=[*shared, *remote])
     superfluous: dict[str, list[ChunkKey]] = {}
     for name in below:
         by_rank = [set(worker.stored[name]) for worker in ready]

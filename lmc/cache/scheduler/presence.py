@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.plan import CRASH, ERROR, UNAVAILABLE
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 _THREADS = 2  # per tier
 _WAITING = 64  # questions per tier that may wait for a thread
-_FIRST_BATCH = 16  # keys; most prompts end early or are all there
 
 
 class Answer(NamedTuple):
@@ -96,12 +96,12 @@ class Presence:
 
     def _ask(self, name: str, question: Question) -> None:
         started = time.perf_counter()
-        keys: tuple[ChunkKey, ...] = ()
+        keys: Sequence[ChunkKey] = ()
         present: list[bool] = []
         failure = CRASH
         try:
-            present = self._leading(name, question.keys)
-            keys, failure = question.keys[: len(present)], ""
+            keys, present = leading(question.keys, partial(self._contains, name))
+            failure = ""
         except TierOpen:
             failure = UNAVAILABLE  # the breaker has said so when it opened
         except TierError as error:
@@ -112,18 +112,10 @@ class Presence:
             self._answers.append(Answer(name, keys, present, time.perf_counter() - started, failure))
             question.answered()
 
-    def _leading(self, name: str, keys: Sequence[ChunkKey]) -> list[bool]:
-        """Which of the first keys are there, in growing batches up to one with an absent key."""
-        present: list[bool] = []
-        size = _FIRST_BATCH
-        while len(present) < len(keys):
-            batch = keys[len(present) : len(present) + size]
-            by_rank = [tier.contains(batch) for tier in self._tiers[name]]
-            present += [all(ranks) for ranks in zip(*by_rank, strict=True)]
-            if not all(present):
-                break
-            size *= 4
-        return present
+    def _contains(self, name: str, keys: Sequence[ChunkKey]) -> list[bool]:
+        """Which chunks are there: every rank's part of them."""
+        by_rank = [tier.contains(keys) for tier in self._tiers[name]]
+        return [all(ranks) for ranks in zip(*by_rank, strict=True)]
 
     def _on_end(self, name: str, asked: Future[None]) -> None:
         """Name a fault in lmc itself; the question has been answered without it."""

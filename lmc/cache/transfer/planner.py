@@ -11,12 +11,11 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from lmc.cache.plan import SKIP
 from lmc.cache.transfer.layout import KVLayout
 from lmc.errors import TransferError
 
 Addresses = npt.NDArray[np.uint64]
-
-SKIPPED = -1  # a block id that takes no part: a null block, a block the engine holds already, the tail of a chunk
 
 
 class Direction(StrEnum):
@@ -67,7 +66,7 @@ def plan(
 ) -> Descriptors:
     """Descriptors that move whole blocks between the engine and chunk slots.
 
-    block_ids: (num_chunks * blocks_per_chunk,), the chunks' blocks in token order; SKIPPED entries are left alone on both sides.
+    block_ids: (num_chunks * blocks_per_chunk,), the chunks' blocks in token order; SKIP entries are left alone on both sides.
     slot_addresses: (num_chunks,), where each chunk's slot starts.
     layers: only these layers of the layout, for layer-wise loads.
     boundaries: sorted addresses in slot memory that no descriptor may cross, such as the edges of pinned pieces.
@@ -158,8 +157,8 @@ def _check(
     if len(block_ids) == 0:
         raise TransferError("a chunk has no blocks")
     lowest, highest = int(block_ids.min()), int(block_ids.max())
-    if lowest < SKIPPED or highest >= layout.num_blocks:
-        wrong = lowest if lowest < SKIPPED else highest
+    if lowest < SKIP or highest >= layout.num_blocks:
+        wrong = lowest if lowest < SKIP else highest
         raise TransferError(f"block {wrong} does not exist; the KV cache has {layout.num_blocks} blocks")
     if direction is Direction.LOAD:
         ordered = np.sort(block_ids[block_ids >= 0])

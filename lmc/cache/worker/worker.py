@@ -31,6 +31,7 @@ from lmc.cache.plan import (
     CopyReading,
     Plan,
     Report,
+    Ticket,
     TierCopy,
     WorkerReady,
 )
@@ -204,11 +205,12 @@ class CacheWorker:
         self._slab.close()
 
     def _submit(self, copy: TierCopy) -> None:
-        pools = self._readers if copy.kind == "stage" else self._writers
-        submitted = pools[copy.tier].submit(self._copy_tier, copy, time.monotonic())
+        ticket = copy.ticket
+        pools = self._readers if ticket.kind == "stage" else self._writers
+        submitted = pools[ticket.tier].submit(self._copy_tier, copy, time.monotonic())
         with self._lock:
             self._under_way.add(submitted)
-        submitted.add_done_callback(partial(self._on_end, copy))
+        submitted.add_done_callback(partial(self._on_end, ticket))
 
     def _note_unfilled(self, blocks: set[int]) -> None:
         """The forward pass that begins, or has ended, reads these blocks and they hold garbage."""
@@ -235,47 +237,48 @@ class CacheWorker:
                     self._report.loads[batch.request_id] = (num_bytes + batch.num_bytes, seconds + batch.seconds)
 
     def _copy_tier(self, copy: TierCopy, submitted: float) -> None:
+        ticket = copy.ticket
         if copy.limit is not None and time.monotonic() - submitted > copy.limit:
-            self._finish([copy.operation], LATE)
+            self._finish([ticket.operation], LATE)
             return
-        tier = self._tiers[copy.tier]
-        view = self._slab.view(copy.slot) if copy.kind != "delete" else memoryview(b"")
+        tier = self._tiers[ticket.tier]
+        view = self._slab.view(ticket.slot) if ticket.kind != "delete" else memoryview(b"")
         started = time.perf_counter()
         try:
-            if copy.kind == "stage":
-                tier.get(copy.key, view)
+            if ticket.kind == "stage":
+                tier.get(ticket.key, view)
             else:
-                for key in copy.evict:
+                for key in ticket.evict:
                     tier.delete(key)
-                if copy.kind == "write":
-                    tier.put(copy.key, view, copy.parent)
+                if ticket.kind == "write":
+                    tier.put(ticket.key, view, ticket.parent)
                 else:
-                    tier.delete(copy.key)
+                    tier.delete(ticket.key)
         except KeyError:
-            self._finish([copy.operation], ABSENT)
+            self._finish([ticket.operation], ABSENT)
         except TierOpen:
-            self._finish([copy.operation], UNAVAILABLE)  # the breaker has said so when it opened
+            self._finish([ticket.operation], UNAVAILABLE)  # the breaker has said so when it opened
         except TierError as error:
-            self._complain(copy, error)
-            self._finish([copy.operation], _cause(error))
+            self._complain(ticket, error)
+            self._finish([ticket.operation], _cause(error))
         else:
-            self._finish([copy.operation], None)
-            self._measure(f"{copy.tier} {copy.kind}", len(view), time.perf_counter() - started)
+            self._finish([ticket.operation], None)
+            self._measure(f"{ticket.tier} {ticket.kind}", len(view), time.perf_counter() - started)
 
-    def _complain(self, copy: TierCopy, error: TierError) -> None:
-        cause, key = _cause(error), copy.key.hex()
-        text = f"{copy.kind} of chunk {key[:16]} failed: {error}"
-        about = {"operation": copy.kind, "tier": copy.tier, "cause": cause, "key": key, "rank": self._rank}
-        self._sparingly.warn(logger, (copy.tier, copy.kind, cause), text, **about)
+    def _complain(self, ticket: Ticket, error: TierError) -> None:
+        cause, key = _cause(error), ticket.key.hex()
+        text = f"{ticket.kind} of chunk {key[:16]} failed: {error}"
+        about = {"operation": ticket.kind, "tier": ticket.tier, "cause": cause, "key": key, "rank": self._rank}
+        self._sparingly.warn(logger, (ticket.tier, ticket.kind, cause), text, **about)
 
-    def _on_end(self, copy: TierCopy, future: Future[None]) -> None:
+    def _on_end(self, ticket: Ticket, future: Future[None]) -> None:
         """After a fault in lmc itself: say so, and let the operation end, so that its slot is free again."""
         with self._lock:
             self._under_way.discard(future)
         error = None if future.cancelled() else future.exception()
         if error is not None:
-            logger.error("lmc: %s of chunk %s crashed", copy.kind, copy.key.hex()[:16], exc_info=error)
-            self._finish([copy.operation], CRASH)
+            logger.error("lmc: %s of chunk %s crashed", ticket.kind, ticket.key.hex()[:16], exc_info=error)
+            self._finish([ticket.operation], CRASH)
 
     def _finish(self, operations: Sequence[int], failure: str | None) -> None:
         """Failure is one of CAUSES; anything else counts as COPY."""

@@ -224,6 +224,18 @@ def test_restoring_keeps_the_youngest_and_names_the_rest():
     assert directory.tiers_of(keys("a", 5)[2]) == ["disk"]
 
 
+def test_a_chunk_staged_while_its_expired_copy_is_being_deleted_is_not_expired():
+    directory = make(disk=4, remote=["redis"], ttl=2.0)
+    chain = keys("a", 1)
+    put(directory, chain)
+    directory.expire(5.0)
+    directory.learn("redis", chain, [True])
+    (stage,) = directory.stage(chain, 5.0)
+    directory.complete(stage.operation, None, 5.0)
+    assert directory.lookup(chain, 5.0).tiers == (HOST,)
+    settle(directory)
+
+
 def test_pins_hold_until_they_are_given_up_or_expire():
     directory = make(2)
     put(directory, keys("a", 2))

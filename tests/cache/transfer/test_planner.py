@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmc.cache.plan import SKIP
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
-from lmc.cache.transfer.planner import SKIPPED, Descriptors, Direction, fragment, plan, plan_layers, slot_bytes
+from lmc.cache.transfer.planner import Descriptors, Direction, fragment, plan, plan_layers, slot_bytes
 from lmc.errors import TransferError
 from tests.contracts.transfer import Engine, Slots, block_tables, check_backend, engines, sglang_engine, vllm_engine
 
@@ -206,10 +207,10 @@ def test_fragments_copy_the_same_bytes(data: st.DataObject, limit: int, seed: in
 
 def test_skipped_blocks_take_no_part() -> None:
     layout = vllm_engine("BLHNC", torch.float16).layout
-    copies = plan(layout, ids(SKIPPED, 3, SKIPPED, SKIPPED), at(1 << 20, 1 << 21), Direction.LOAD)
+    copies = plan(layout, ids(SKIP, 3, SKIP, SKIP), at(1 << 20, 1 << 21), Direction.LOAD)
     assert copies.src.tolist() == [(1 << 20) + layout.block_bytes]
     assert copies.dst.tolist() == [layout.ranges(3)[0][0]]
-    assert len(plan(layout, ids(SKIPPED, SKIPPED), at(1 << 20), Direction.LOAD)) == 0
+    assert len(plan(layout, ids(SKIP, SKIP), at(1 << 20), Direction.LOAD)) == 0
 
 
 def test_nothing_is_planned_for_no_chunks() -> None:

@@ -255,9 +255,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         prompt.explain(cache.scheduler.explain(rid))
         if not gain:
             return 0
-        promised = prompt.keys[start : start + gain // self._page]
-        cache.scheduler.directory.unpin(_promise(rid))  # pins of one owner add up
-        cache.scheduler.directory.pin(promised, _promise(rid), time.monotonic() + _PROMISE_SECONDS)
+        cache.scheduler.promise(rid, gain, _PROMISE_SECONDS)
         return gain
 
     def _queue(self, cache: LocalCache, rid: str, prompt: Prompt, transfer: Any) -> bool:
@@ -268,7 +266,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         pages = self._page_ids(transfer)
         cache.scheduler.admit(rid, tokens, [SKIP] * start + pages)
         prompt.explain(cache.scheduler.explain(rid))
-        cache.scheduler.directory.unpin(_promise(rid))
         plan = cache.scheduler.take_plan()
         (copies,) = plan.loads
         plan.loads.clear()
@@ -281,15 +278,14 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         """lmc's part in the request is over. Its prefix counts as used, also where SGLang held it itself."""
         prompt = self._prompts.pop(rid, None)
         if prompt is not None:
-            directory, now = cache.scheduler.directory, time.monotonic()
-            stored = directory.lookup(prompt.keys, now).num_chunks
-            directory.store(prompt.keys[:stored], now, tenant=prompt.identity.tenant)
+            cache.scheduler.touch(prompt.keys, prompt.identity.tenant)
             if prompt.control.pin_seconds > 0:
+                now = time.monotonic()
                 self._asked_pins.ask(rid, prompt.keys, now + prompt.control.pin_seconds, now)
         cache.scheduler.finish(rid)
-        cache.scheduler.directory.unpin(_promise(rid))
 
     def _offload(self, cache: LocalCache, transfer: Any) -> bool:
+        """Store pages that SGLang offers. They come without a request, so they are no part of a request's life."""
         keys = self._pages.leading(transfer.keys)
         if not keys:
             return False  # generated tokens; they become known when a prompt repeats them
@@ -336,11 +332,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
                 self._copies.give_up()
             cache.scheduler.close()
         return True
-
-
-def _promise(rid: str) -> str:
-    """Owner of the pin on what a request was promised."""
-    return f"promise {rid}"
 
 
 def _settings(extra: dict[str, Any]) -> CacheConfig:

@@ -1,0 +1,69 @@
+"""Makes a directory from settings: the one place where they meet, for the live cache and for the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from lmc.cache.directory.ages import TtlMode
+from lmc.cache.directory.below import WriteMode
+from lmc.cache.directory.directory import Directory
+from lmc.cache.policy.registry import get_policy
+from lmc.errors import ConfigError
+
+
+class DirectorySettings(Protocol):
+    """The settings that decide what is stored where; CacheConfig has them and explains them."""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def write(self) -> WriteMode: ...
+    @property
+    def write_touches(self) -> int: ...
+    @property
+    def ttl(self) -> float | None: ...
+    @property
+    def ttl_mode(self) -> TtlMode: ...
+    @property
+    def tenant_quota(self) -> int | str | None: ...
+    @property
+    def queue_depth(self) -> int: ...
+
+
+def build_directory(
+    settings: DirectorySettings,
+    host_slots: int,
+    chunk_bytes: int,
+    *,
+    below: dict[str, int],
+    remote: Sequence[str],
+) -> Directory:
+    """below: bounded tiers, fastest first, with their capacity in chunks. remote: tiers that others write to. chunk_bytes: over all ranks.
+
+    Raises ConfigError when tenant_quota is less than one chunk.
+    """
+    return Directory(
+        host_slots,
+        below,
+        get_policy(settings.policy),
+        remote=remote,
+        write=settings.write,
+        write_touches=settings.write_touches,
+        ttl=settings.ttl,
+        ttl_mode=settings.ttl_mode,
+        tenant_quota=_quota_slots(settings.tenant_quota, host_slots, chunk_bytes),
+        queue_depth=settings.queue_depth,
+    )
+
+
+def _quota_slots(quota: int | str | None, host_slots: int, chunk_bytes: int) -> int | None:
+    """tenant_quota, which is in bytes or a share of the host such as "25%", in host slots."""
+    if quota is None:
+        return None
+    slots = int(host_slots * float(quota.rstrip("%")) / 100) if isinstance(quota, str) else quota // chunk_bytes
+    if slots < 1:
+        raise ConfigError(
+            f"tenant_quota {quota} is less than one chunk of {chunk_bytes} bytes; the host has {host_slots}"
+        )
+    return slots

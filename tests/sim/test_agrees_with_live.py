@@ -1,0 +1,240 @@
+"""`lmc sim replay` and the live scheduler make the same decisions: the same requests through both, with workers that finish at once.
+
+Live, the workers are this file's: they stand for real ones that take no time, which do not exist. All decisions are the live scheduler's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.keys import ChunkKey, Namespace
+from lmc.cache.plan import ABSENT, CopyReading, Plan, Report, Ticket, WorkerReady
+from lmc.cache.policy import POLICIES
+from lmc.cache.scheduler.cache import CacheScheduler, Identity
+from lmc.cache.tiers.format import stored_bytes
+from lmc.sim import full_replay
+from lmc.sim.build import TraceBuilder
+from lmc.sim.full_replay import Fleet
+from lmc.sim.shared_store import SHARED, SharedStore
+
+CHUNK_TOKENS = 4
+CHUNK_BYTES = 10
+SHARED_LIVE = "redis"  # the simulator's shared tier has this name in the live cache
+
+
+@dataclass(frozen=True)
+class Prompt:
+    at: float
+    tenant: int
+    chunks: tuple[int, ...]  # a number stands for a chunk and all chunks before it
+    rest: int  # tokens behind the last full chunk
+
+
+@dataclass(frozen=True)
+class Tiers:
+    host: int  # chunks
+    disk: int = 0
+    shared: int = 0
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> list[Prompt]:
+    """Prompts of two tenants that start anew or continue an earlier one of their tenant from any depth."""
+    made: list[Prompt] = []
+    now = 0.0
+    fresh = 0
+    for _ in range(draw(st.integers(1, 14))):
+        tenant = draw(st.integers(0, 1))
+        earlier = [prompt.chunks for prompt in made if prompt.tenant == tenant]
+        prefix: tuple[int, ...] = ()
+        if earlier and draw(st.integers(0, 3)):
+            source = draw(st.sampled_from(earlier))
+            prefix = source[: draw(st.integers(0, len(source)))]
+        length = draw(st.integers(0 if prefix else 1, 5))
+        now += draw(st.sampled_from([0.0, 1.0, 2.5]))
+        made.append(Prompt(now, tenant, (*prefix, *range(fresh, fresh + length)), draw(st.integers(0, 2))))
+        fresh += length
+    return made
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> tuple[Tiers, dict[str, object]]:
+    """Settings of the cache. A full write queue is left out: what it drops depends on the time that writes take."""
+    tiers = Tiers(draw(st.integers(1, 9)), draw(st.integers(0, 12)), draw(st.sampled_from([0, 0, 3, 20])))
+    return tiers, {
+        "policy": draw(st.sampled_from(sorted(POLICIES))),
+        "write": draw(st.sampled_from(["through", "back", "around"])),
+        "write_touches": draw(st.integers(1, 2)),
+        "ttl": draw(st.sampled_from([None, None, 2.0])),
+        "ttl_mode": draw(st.sampled_from(["sliding", "fixed"])),
+        "tenant_quota": draw(st.sampled_from([None, 2 * CHUNK_BYTES, "100%"])),
+        "min_load_tokens": draw(st.sampled_from([1, CHUNK_TOKENS + 1])),
+        "load_deadline": draw(st.sampled_from([0.0, 5.0])),
+    }
+
+
+def configured(tiers: Tiers, more: dict[str, object]) -> CacheConfig:
+    disk = {"disk": {"path": "/nowhere", "capacity": tiers.disk * stored_bytes(CHUNK_BYTES)}} if tiers.disk else {}
+    common = {"host": {"capacity": tiers.host * CHUNK_BYTES}, "metrics": {"enabled": False}}
+    return CacheConfig.model_validate({**common, **disk, "lookup_deadline": 60.0, **more})
+
+
+@dataclass
+class SharedTier:
+    """A tier of the live cache over the simulator's store of a shared tier."""
+
+    store: SharedStore
+    name: str = SHARED_LIVE
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [key in self.store for key in keys]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass
+class Live:
+    """The live scheduler, with one worker whose copies end at once."""
+
+    config: CacheConfig
+    tiers: Tiers
+    now: float = 0.0
+    hits: list[dict[str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.store = SharedStore(self.tiers.shared)
+        shared = {SHARED_LIVE: SharedTier(self.store)} if self.tiers.shared else {}
+        ready = WorkerReady(
+            Namespace("test", "model", "", "u8", "layout", CHUNK_TOKENS),
+            rank=0,
+            chunk_bytes=CHUNK_BYTES,
+            host_slots=self.tiers.host,
+            stored={"disk": []} if self.tiers.disk else {},
+            copying=CopyReading({}, {}, 1, 0, ""),
+            remote=tuple(shared),
+        )
+        with mock.patch("lmc.cache.scheduler.open.open_tiers", lambda config, scope: (shared, [])):
+            self.scheduler = CacheScheduler(self.config, [ready], CHUNK_TOKENS, clock=lambda: self.now)
+
+    def serve(self, number: int, prompt: Prompt) -> None:
+        scheduler, name, self.now = self.scheduler, f"r{number}", prompt.at
+        tokens = [chunk for chunk in prompt.chunks for _ in range(CHUNK_TOKENS)] + [0] * prompt.rest
+        until = time.monotonic() + 20
+        while (gain := scheduler.lookup(name, tokens, 0, Identity(tenant=f"tenant {prompt.tenant}"))) is None:
+            self._step()
+            assert time.monotonic() < until, "the lookup never ended"
+        blocks = range(len(prompt.chunks))
+        scheduler.admit(name, gain, blocks)
+        self.hits.append({tier: tokens for tier, tokens in scheduler.loaded_from(name).items() if tokens})
+        self._settle()
+        scheduler.store(name, tokens, len(tokens), len(tokens), blocks)
+        scheduler.finish(name)
+        self._settle()
+        scheduler.directory.check()
+
+    def _settle(self) -> None:
+        while self.scheduler.busy:
+            self._step()
+
+    def _step(self) -> None:
+        plan = self.scheduler.take_plan()
+        report = Report()
+        for operation, failure in self._carry_out(plan):
+            report.finished[operation] = 1
+            if failure is not None:
+                report.failed[operation] = failure
+        self.scheduler.apply(report)
+
+    def _carry_out(self, plan: Plan) -> Iterator[tuple[int, str | None]]:
+        """In the replay's order: deletions, copies up from lower tiers, copies of blocks, copies down to lower tiers."""
+        tickets = [copy.ticket for copy in plan.tier_copies]
+        for kind in ("delete", "stage"):
+            yield from ((ticket.operation, self._copy(ticket)) for ticket in tickets if ticket.kind == kind)
+        for request in (*plan.loads, *plan.background_loads, *plan.stores):
+            yield from ((chunk.operation, None) for chunk in request.chunks)
+        yield from ((ticket.operation, self._copy(ticket)) for ticket in tickets if ticket.kind == "write")
+
+    def _copy(self, ticket: Ticket) -> str | None:
+        if ticket.tier == SHARED_LIVE:
+            if ticket.kind == "write":
+                self.store.put(ticket.key)
+            elif ticket.kind == "stage" and not self.store.get(ticket.key):
+                return ABSENT
+        return None
+
+    def counts(self) -> Counter[str]:
+        counts = self.scheduler.directory.counts
+        found = Counter({f"evicted from {tier}": number for tier, number in counts.evicted.items()})
+        return found + Counter({"stores dropped": counts.stores_dropped, "writes dropped": counts.writes_dropped})
+
+
+def live(made: Sequence[Prompt], config: CacheConfig, tiers: Tiers) -> tuple[list[dict[str, int]], Counter[str]]:
+    cache = Live(config, tiers)
+    try:
+        for number, prompt in enumerate(made):
+            cache.serve(number, prompt)
+        return cache.hits, cache.counts()
+    finally:
+        cache.scheduler.close()
+
+
+def simulated(made: Sequence[Prompt], config: CacheConfig, tiers: Tiers) -> tuple[list[dict[str, int]], Counter[str]]:
+    builder = TraceBuilder("made", "test", CHUNK_TOKENS)
+    for number, prompt in enumerate(made):
+        length = len(prompt.chunks) * CHUNK_TOKENS + prompt.rest
+        builder.add(number + 1, prompt.chunks, prompt.at, length, 0, tenant=f"tenant {prompt.tenant}")
+    result = full_replay.replay(builder.finish(), config, CHUNK_BYTES, Fleet(shared_chunks=tiers.shared))
+    names = {SHARED: SHARED_LIVE}
+    hits = [
+        {names.get(tier, tier): int(tokens[number]) for tier, tokens in result.hit_tokens.items() if tokens[number]}
+        for number in range(len(made))
+    ]
+    counts = Counter({name: number for name, number in result.counts.items() if name != "late"})
+    return hits, +counts
+
+
+@settings(max_examples=400, deadline=None)
+@given(prompts(), configurations())
+def test_replay_and_live_scheduler_hit_and_evict_alike(
+    made: list[Prompt], configuration: tuple[Tiers, dict[str, object]]
+) -> None:
+    tiers, more = configuration
+    config = configured(tiers, more)
+    assert simulated(made, config, tiers) == live(made, config, tiers)
+
+
+def test_a_tenant_at_its_quota_makes_room_for_staged_chunks_itself() -> None:
+    """What one tenant brings up from the disk never pushes out the other's chunks; the replay once ignored the quota there."""
+    long = tuple(range(100, 108))
+    made = [
+        Prompt(0.0, 0, tuple(range(4)), 1),
+        Prompt(1.0, 1, long, 1),
+        Prompt(2.0, 1, (200, 201, 202, 203), 1),
+        Prompt(3.0, 1, long, 1),  # staged from the disk, as far as the quota goes
+        Prompt(4.0, 0, tuple(range(4)), 1),
+    ]
+    tiers = Tiers(host=8, disk=40)
+    config = configured(tiers, {"tenant_quota": 4 * CHUNK_BYTES})
+    hits, _ = simulated(made, config, tiers)
+    assert hits[4] == {"host": 4 * CHUNK_TOKENS}
+    assert (hits, _) == live(made, config, tiers)
+
+
+@pytest.mark.parametrize("deadline", [0.0, 5.0])
+def test_a_request_that_may_not_wait_loads_what_is_there(deadline: float) -> None:
+    made = [Prompt(0.0, 0, (1, 2), 1), Prompt(1.0, 0, (3, 4), 1), Prompt(2.0, 0, (1, 2), 1), Prompt(3.0, 0, (1, 2), 1)]
+    tiers = Tiers(host=2, disk=9)
+    config = configured(tiers, {"load_deadline": deadline})
+    hits, _ = simulated(made, config, tiers)
+    assert hits[2] == ({} if deadline == 0 else {"disk": 2 * CHUNK_TOKENS})
+    assert (hits, _) == live(made, config, tiers)
