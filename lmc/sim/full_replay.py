@@ -56,7 +56,7 @@ class ReplayResult:
         return int(self.trace.input_tokens[self.trace.first_request(window) :].sum())
 
 
-def replay(trace: Trace, config: CacheConfig, chunk_bytes: int, fleet: Fleet) -> ReplayResult:
+def replay_fleet(trace: Trace, config: CacheConfig, chunk_bytes: int, fleet: Fleet) -> ReplayResult:
     """The trace must be in chunks of the configured size (lmc.sim.trace.coarsen); chunk_bytes are those of one chunk over all ranks.
 
     Raises ConfigError when the settings cannot be simulated.

@@ -11,9 +11,8 @@ from lmc.cache.config import chunk_tokens_for
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
 from lmc.report import Cell, Column, Table
-from lmc.sim import full_replay
 from lmc.sim.cost import CostModel
-from lmc.sim.full_replay import Fleet, ReplayResult
+from lmc.sim.full_replay import Fleet, ReplayResult, replay_fleet
 from lmc.sim.router import Routing
 from lmc.sim.show import WINDOWS, trace_json
 from lmc.sim.show_planes import Shown
@@ -40,9 +39,7 @@ def run(
     if chunk_bytes == 0:
         raise ConfigError(f"{trace.source} does not say how many bytes a token's KV takes; give --token-bytes")
     shared_chunks = 0 if shared == "0" else parse_size(shared) // chunk_bytes
-    return full_replay.replay(
-        chunked, config, chunk_bytes, Fleet(instances, cast(Routing, routing), shared_chunks, cost)
-    )
+    return replay_fleet(chunked, config, chunk_bytes, Fleet(instances, cast(Routing, routing), shared_chunks, cost))
 
 
 def show(result: ReplayResult, window: Window, *, timed: bool) -> Shown:

@@ -11,10 +11,10 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.policy import POLICIES
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
-from lmc.sim import full_replay, stack
+from lmc.sim import stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
-from lmc.sim.full_replay import Fleet
+from lmc.sim.full_replay import Fleet, ReplayResult, replay_fleet
 from lmc.sim.policy_replay import replay as replay_policy
 from lmc.sim.router import Router
 from lmc.sim.shared_store import SharedStore
@@ -37,7 +37,7 @@ def full_chunks(trace: Trace) -> Trace:
     return chunked
 
 
-def chunks(result: full_replay.ReplayResult) -> list[int]:
+def chunks(result: ReplayResult) -> list[int]:
     return (sum(result.hit_tokens.values()) // BLOCK_TOKENS).tolist()
 
 
@@ -45,7 +45,7 @@ def chunks(result: full_replay.ReplayResult) -> list[int]:
 @given(traces(), st.integers(1, 12))
 def test_host_hits_equal_the_stack_engine(trace: Trace, capacity: int) -> None:
     trace = full_chunks(trace)
-    result = full_replay.replay(trace, config(capacity), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(capacity), CHUNK_BYTES, Fleet())
     assert chunks(result) == naive_lru(trace, capacity)
 
 
@@ -53,7 +53,7 @@ def test_host_hits_equal_the_stack_engine(trace: Trace, capacity: int) -> None:
 @given(traces(), st.integers(1, 12), st.sampled_from(sorted(POLICIES)))
 def test_host_hits_equal_the_compiled_replay(trace: Trace, capacity: int, policy: str) -> None:
     trace = full_chunks(trace)
-    result = full_replay.replay(trace, config(capacity, policy=policy), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(capacity, policy=policy), CHUNK_BYTES, Fleet())
     (expected,) = replay_policy(trace, POLICIES[policy], [capacity], compiled=False)
     assert chunks(result) == expected.request_hits.tolist()
 
@@ -62,7 +62,7 @@ def test_host_hits_equal_the_compiled_replay(trace: Trace, capacity: int, policy
 def test_a_request_longer_than_the_host_leaves_the_policy_as_the_compiled_replay_does(policy: str) -> None:
     """The live cache looks in vain for a place for the fifth chunk; the replay knows before that there is none."""
     trace = requests((0.0, [1]), (1.0, [1, 2]), (2.0, [1, 3, 4, 5, 6]), (3.0, [7]), (4.0, [8, 9, 10]), (5.0, [1]))
-    result = full_replay.replay(trace, config(4, policy=policy), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(4, policy=policy), CHUNK_BYTES, Fleet())
     (expected,) = replay_policy(trace, POLICIES[policy], [4], compiled=False)
     assert chunks(result) == expected.request_hits.tolist()
 
@@ -74,7 +74,7 @@ def test_a_larger_disk_below_the_host_hits_what_one_cache_of_its_size_hits(
 ) -> None:
     trace = full_chunks(trace)
     host = int(np.diff(trace.starts).max()) + spare
-    result = full_replay.replay(trace, config(host, host + extra), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(host, host + extra), CHUNK_BYTES, Fleet())
     assert chunks(result) == naive_lru(trace, host + extra)
 
 
@@ -82,7 +82,7 @@ def test_a_larger_disk_below_the_host_hits_what_one_cache_of_its_size_hits(
 @given(traces(), st.integers(1, 6), st.integers(1, 3))
 def test_round_robin_gives_each_instance_its_own_trace(trace: Trace, capacity: int, instances: int) -> None:
     trace = full_chunks(trace)
-    result = full_replay.replay(trace, config(capacity), CHUNK_BYTES, Fleet(instances))
+    result = replay_fleet(trace, config(capacity), CHUNK_BYTES, Fleet(instances))
     numbers = np.arange(trace.num_requests)
     assert result.instance.tolist() == (numbers % instances).tolist()
     for instance in range(min(instances, trace.num_requests)):
@@ -111,7 +111,7 @@ COST = CostModel(
 
 def test_times_add_up() -> None:
     trace = requests((0.0, [1, 2]), (3.0, [7]), (100.0, [1, 2]), (101.0, [1, 5]))
-    result = full_replay.replay(trace, config(100), CHUNK_BYTES, Fleet(cost=COST))
+    result = replay_fleet(trace, config(100), CHUNK_BYTES, Fleet(cost=COST))
     assert result.ttft_s.tolist() == [
         9.0,  # nothing cached
         11.0,  # waits for the engine until 9, then 5 tokens
@@ -125,20 +125,20 @@ def test_times_add_up() -> None:
 
 def test_a_chunk_is_no_hit_before_its_store_is_done() -> None:
     trace = requests((0.0, [1]), (5.2, [1]), (20.0, [1]))  # computed at 5, in host at 5.5
-    result = full_replay.replay(trace, config(100), CHUNK_BYTES, Fleet(cost=COST))
+    result = replay_fleet(trace, config(100), CHUNK_BYTES, Fleet(cost=COST))
     assert result.hit_tokens["host"].tolist() == [0, 0, 4]
 
 
 def test_disk_hits_wait_for_staging_and_count_for_the_disk() -> None:
     trace = requests((0.0, [1]), (50.0, [2]), (100.0, [1]))
-    result = full_replay.replay(trace, config(1, 10), CHUNK_BYTES, Fleet(cost=COST))
+    result = replay_fleet(trace, config(1, 10), CHUNK_BYTES, Fleet(cost=COST))
     assert result.hit_tokens["disk"].tolist() == [0, 0, 4]
     assert result.ttft_s[2] == pytest.approx(3.0 + 0.5 + 1.0)  # staged, loaded, computed
 
 
 def test_staging_is_given_up_at_the_deadline() -> None:
     trace = requests((0.0, [1]), (50.0, [2]), (100.0, [1]))
-    result = full_replay.replay(trace, config(1, 10, load_deadline=2.0), CHUNK_BYTES, Fleet(cost=COST))
+    result = replay_fleet(trace, config(1, 10, load_deadline=2.0), CHUNK_BYTES, Fleet(cost=COST))
     assert result.hit_tokens["disk"].tolist() == [0, 0, 0]
     assert result.ttft_s[2] == pytest.approx(2.0 + 5.0)
     assert result.counts["late"] == 1
@@ -146,13 +146,13 @@ def test_staging_is_given_up_at_the_deadline() -> None:
 
 def test_chunks_expire() -> None:
     trace = requests((0.0, [1]), (5.0, [1]), (11.0, [1]), (30.0, [1]))
-    result = full_replay.replay(trace, config(9, ttl=8.0), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(9, ttl=8.0), CHUNK_BYTES, Fleet())
     assert result.hit_tokens["host"].tolist() == [0, 4, 4, 0]
 
 
 def test_a_fixed_time_to_live_is_not_renewed() -> None:
     trace = requests((0.0, [1]), (5.0, [1]), (11.0, [1]), (15.0, [1]))
-    result = full_replay.replay(trace, config(9, ttl=8.0, ttl_mode="fixed"), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(9, ttl=8.0, ttl_mode="fixed"), CHUNK_BYTES, Fleet())
     assert result.hit_tokens["host"].tolist() == [0, 4, 0, 4]
 
 
@@ -161,21 +161,21 @@ def test_a_tenant_at_its_quota_evicts_its_own(quota: str | int | None, hits: lis
     builder = TraceBuilder("made", "test", BLOCK_TOKENS)
     for number, (tenant, block) in enumerate([("small", 1), ("big", 2), ("big", 3), ("big", 4), ("small", 1)]):
         builder.add(number + 1, [block], float(number), BLOCK_TOKENS + 1, 0, tenant=tenant)
-    result = full_replay.replay(builder.finish(), config(3, tenant_quota=quota), CHUNK_BYTES, Fleet())
+    result = replay_fleet(builder.finish(), config(3, tenant_quota=quota), CHUNK_BYTES, Fleet())
     assert result.hit_tokens["host"].tolist() == hits
 
 
 @pytest.mark.parametrize(("write", "tiers"), [("through", ["disk"]), ("around", []), ("back", ["disk"])])
 def test_write_modes_decide_what_the_disk_holds(write: str, tiers: list[str]) -> None:
     trace = requests((0.0, [1]), (1.0, [2]), (2.0, [3]), (3.0, [4]), (4.0, [1]))
-    result = full_replay.replay(trace, config(2, 10, write=write), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(2, 10, write=write), CHUNK_BYTES, Fleet())
     assert [tier for tier, tokens in result.hit_tokens.items() if tokens[4]] == tiers
 
 
 def test_a_shared_tier_serves_what_another_instance_stored() -> None:
     trace = requests((0.0, [1, 2]), (50.0, [1, 2]))
-    alone = full_replay.replay(trace, config(9), CHUNK_BYTES, Fleet(2))
-    together = full_replay.replay(trace, config(9), CHUNK_BYTES, Fleet(2, shared_chunks=10, cost=COST))
+    alone = replay_fleet(trace, config(9), CHUNK_BYTES, Fleet(2))
+    together = replay_fleet(trace, config(9), CHUNK_BYTES, Fleet(2, shared_chunks=10, cost=COST))
     assert chunks(alone) == [0, 0]
     assert together.hit_tokens["remote"].tolist() == [0, 8]
     assert together.ttft_s[1] == pytest.approx(2.0 + 1.0 + 1.0)
@@ -184,18 +184,18 @@ def test_a_shared_tier_serves_what_another_instance_stored() -> None:
 def test_the_whole_prompt_is_never_loaded() -> None:
     trace = requests((0.0, [1, 2]), (9.0, [1, 2]))
     trace.input_tokens[:] = 8
-    result = full_replay.replay(trace, config(9), CHUNK_BYTES, Fleet())
+    result = replay_fleet(trace, config(9), CHUNK_BYTES, Fleet())
     assert chunks(result) == [0, 1]
 
 
 def test_settings_that_cannot_be_simulated_are_refused() -> None:
     trace = requests((0.0, [1]))
     with pytest.raises(ConfigError, match="64GiB"):
-        full_replay.replay(trace, CacheConfig(), CHUNK_BYTES, Fleet())
+        replay_fleet(trace, CacheConfig(), CHUNK_BYTES, Fleet())
     with pytest.raises(ConfigError, match="holds no chunk"):
-        full_replay.replay(trace, config(1), CHUNK_BYTES * 2, Fleet())
+        replay_fleet(trace, config(1), CHUNK_BYTES * 2, Fleet())
     with pytest.raises(ConfigError, match="at least 1"):
-        full_replay.replay(trace, config(1), CHUNK_BYTES, Fleet(0))
+        replay_fleet(trace, config(1), CHUNK_BYTES, Fleet(0))
 
 
 def test_prefix_routing_follows_long_matches_and_balances_the_rest() -> None:
@@ -226,7 +226,7 @@ def test_every_replay_ends_with_no_more_hits_than_an_unlimited_cache(
     trace = full_chunks(trace)
     for cost in (None, COST):
         fleet = Fleet(2, "prefix", shared_chunks=3, cost=cost)
-        result = full_replay.replay(trace, config(host, disk, write=write), CHUNK_BYTES, fleet)
+        result = replay_fleet(trace, config(host, disk, write=write), CHUNK_BYTES, fleet)
         most = stack.request_hits(stack.profile(trace), np.inf)
         assert (np.array(chunks(result)) <= most).all()
         assert cost is None or (result.ttft_s > 0).all()
