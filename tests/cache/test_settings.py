@@ -34,6 +34,7 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path)
         ("disk: {pth: /x}", "unknown setting 'disk.pth'; did you mean disk.path?"),
         ("disk: 5", "disk must be a mapping"),
         ("policy: nope", "policy.*unknown eviction policy 'nope'; there are"),
+        ("policy: ttl", "policy.*'ttl' is no longer an eviction policy; use fifo, .* the setting ttl"),
         ("host: {capacity: 0}", "host.capacity.*of no use"),
         ("host: {capacity: 120%}", "not a share"),
         ("host: {capacity: lots}", "not a size"),

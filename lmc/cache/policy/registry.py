@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lmc.cache.policy import arc, fifo, gdsf, lfu, lirs, lru, predictive, s3fifo, sieve, ttl, twoq
+from collections.abc import Sequence
+
+from lmc.cache.policy import arc, fifo, gdsf, lfu, lirs, lru, predictive, s3fifo, sieve, twoq
 from lmc.cache.policy.base import PolicySpec
 from lmc.errors import ConfigError
 
@@ -18,15 +20,19 @@ POLICIES: dict[str, PolicySpec] = {
         lirs.SPEC,
         twoq.SPEC,
         gdsf.SPEC,
-        ttl.SPEC,
         predictive.SPEC,
     )
 }
 
 
-def get_policy(name: str) -> PolicySpec:
-    """Raises ConfigError that lists the names when there is no such policy."""
+def get_policy(name: str, others: Sequence[str] = ()) -> PolicySpec:
+    """The policy of that name. Raises ConfigError, which lists the names; `others` are names that the caller takes beside these."""
+    if name == "ttl":
+        raise ConfigError(
+            "'ttl' is no longer an eviction policy; use fifo, which evicts in the same order, and the setting ttl to drop chunks by age"
+        )
     try:
         return POLICIES[name]
     except KeyError:
-        raise ConfigError(f"unknown eviction policy {name!r}; there are {', '.join(sorted(POLICIES))}") from None
+        known = ", ".join([*sorted(POLICIES), *others])
+        raise ConfigError(f"unknown eviction policy {name!r}; there are {known}") from None

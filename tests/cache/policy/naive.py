@@ -98,7 +98,6 @@ class NaiveGdsf(NaiveLfu):
 NAIVE: dict[str, Callable[[int], Policy]] = {
     "lru": NaiveLru,
     "fifo": NaiveFifo,
-    "ttl": NaiveFifo,
     "lfu": NaiveLfu,
     "sieve": NaiveSieve,
     "s3fifo": NaiveS3Fifo,
