@@ -37,10 +37,12 @@ def peer(sends: list[bytes], seconds: float = 10.0) -> Iterator[tuple[Wire, sock
     with here, there:
         sender = threading.Thread(target=send)
         sender.start()
-        wire = Wire(here, seconds)
-        wire.command(b"GET", b"key")
-        yield wire, there
-        sender.join()
+        try:
+            wire = Wire(here, seconds)
+            wire.command(b"GET", b"key")
+            yield wire, there
+        finally:
+            sender.join()  # before the sockets are closed under it; the pieces fit into their buffers
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
