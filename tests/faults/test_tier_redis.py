@@ -79,7 +79,6 @@ CALLS: dict[str, Callable[[RedisTier | Breaker], object]] = {
     "get": lambda tier: load(tier, 1),
     "contains": lambda tier: tier.contains([key(1), key(2)]),
     "delete": lambda tier: tier.delete(key(1)),
-    "scan": lambda tier: list(tier.scan()),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 

@@ -32,9 +32,6 @@ class Tier(Protocol):
     def delete(self, key: ChunkKey) -> None:
         """Remove a chunk; absent is fine."""
 
-    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        """Each stored key and the bytes of its payload, oldest first where the medium knows."""
-
     def close(self) -> None:
         """Release connections and files. Stored chunks stay."""
 
@@ -42,6 +39,9 @@ class Tier(Protocol):
 @runtime_checkable
 class BoundedTier(Tier, Protocol):
     """A tier that evicts nothing by itself, so the directory decides what goes, and learns at the start what there is."""
+
+    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
+        """Each stored key and the bytes of its payload, oldest first."""
 
     def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
         """The chunk before each of keys, as far as the tier can tell within seconds; keys as scan() lists them."""

@@ -85,11 +85,6 @@ class Breaker:
         with self._call():
             self._tier.delete(key)
 
-    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        with self._call():
-            found = list(self._tier.scan())
-        return iter(found)
-
     def close(self) -> None:
         self._tier.close()
 

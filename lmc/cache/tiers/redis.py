@@ -19,7 +19,7 @@ from redis.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import RedisClusterException
 
 from lmc.cache.config import RedisConfig
-from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, checksum
 from lmc.cache.tiers.redis_connect import node_pool, open_client, parse_address
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
@@ -27,7 +27,6 @@ from lmc.errors import ConfigError, Corrupt, TierError, TierFull
 
 _FAILURES = (RedisError, RedisClusterException, OSError)
 _MOVED = ("MOVED", "ASK", "TRYAGAIN")
-_SCAN_COUNT = 1000
 
 T = TypeVar("T")
 
@@ -105,19 +104,6 @@ class RedisTier:
         with self._named_errors("delete", key) as client:
             client.unlink(self._name(key))
 
-    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        """In no order: Redis does not know the age."""
-        seen = set()
-        with self._named_errors("list", None) as client:
-            for name in client.scan_iter(match=self._prefix + b"*", count=_SCAN_COUNT):
-                try:
-                    seen.add(ChunkKey(bytes.fromhex(name[len(self._prefix) :].decode())))
-                except ValueError:
-                    continue  # not a name of ours
-        for key in seen:
-            if len(key) == KEY_BYTES:
-                yield key, self._scope.chunk_bytes
-
     def close(self) -> None:
         client = self._forget_client()
         if client is not None:
@@ -163,7 +149,7 @@ class RedisTier:
         return answer
 
     @contextmanager
-    def _named_errors(self, action: str, key: ChunkKey | None) -> Iterator[Redis | RedisCluster]:
+    def _named_errors(self, action: str, key: ChunkKey) -> Iterator[Redis | RedisCluster]:
         client = None
         try:
             client = self._connected()
@@ -178,8 +164,8 @@ class RedisTier:
                 self._forget_client()  # the next call learns the topology anew
             raise TierError(self._message(action, key, error)) from error
 
-    def _message(self, action: str, key: ChunkKey | None, error: Exception) -> str:
-        return f"redis tier at {self._address}: cannot {action} {'keys' if key is None else key.hex()}: {error}"
+    def _message(self, action: str, key: ChunkKey, error: Exception) -> str:
+        return f"redis tier at {self._address}: cannot {action} {key.hex()}: {error}"
 
 
 class _Line:

@@ -17,14 +17,13 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from lmc.cache.config import S3Config
-from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.format import FORMAT, TierScope, checksum, stored_bytes
 from lmc.errors import ConfigError, Corrupt, TierError
 
 _RETRIES = 2
 _PIECE = 1 << 20  # bytes copied into the slot and hashed while they are in the CPU's cache
 _HEADS_AT_ONCE = 32
-_LIST_PAGE = 1000
 
 
 class S3Tier:
@@ -78,18 +77,6 @@ class S3Tier:
             except FileNotFoundError:
                 pass
 
-    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        """Oldest first; objects of another name or size are not chunks and not reported."""
-        found = []
-        with self._named_errors("list", None):
-            for page in obstore.list(self._store, self._folder, chunk_size=_LIST_PAGE):
-                for entry in page:
-                    name = entry["path"].rpartition("/")[2]
-                    if entry["size"] == stored_bytes(self._scope.chunk_bytes) and _is_key(name):
-                        found.append((entry["last_modified"], name))
-        for _, name in sorted(found):
-            yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
-
     def close(self) -> None:
         """obstore closes its connections by itself."""
 
@@ -111,9 +98,8 @@ class S3Tier:
             return await asyncio.gather(*map(head, names))
 
     @contextmanager
-    def _named_errors(self, action: str, key: ChunkKey | None) -> Iterator[None]:
-        what = "objects" if key is None else key.hex()
-        where = f"{self._where}: cannot {action} {what}"
+    def _named_errors(self, action: str, key: ChunkKey) -> Iterator[None]:
+        where = f"{self._where}: cannot {action} {key.hex()}"
         try:
             yield
         except Corrupt as error:
@@ -162,10 +148,6 @@ def _copy(source: memoryview, out: memoryview) -> int:
         piece[:] = source[start : start + _PIECE]
         hasher.update(piece)
     return hasher.intdigest()
-
-
-def _is_key(name: str) -> bool:
-    return len(name) == 2 * KEY_BYTES and not set(name) - set("0123456789abcdef")
 
 
 def _first_line(error: Exception) -> str:

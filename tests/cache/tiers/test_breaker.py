@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -51,10 +51,6 @@ class ScriptedTier:
     def delete(self, key: ChunkKey) -> None:
         self._reply()
 
-    def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        self._reply()
-        yield key(1), 8
-
     def close(self) -> None:
         self.closed = True
 
@@ -90,9 +86,8 @@ def broken(threshold: int = 3) -> tuple[Breaker, ScriptedTier, Clock]:
         lambda tier: tier.get(key(1), SLOT),
         lambda tier: tier.contains([key(1)]),
         lambda tier: tier.delete(key(1)),
-        lambda tier: list(tier.scan()),
     ],
-    ids=["put", "get", "contains", "delete", "scan"],
+    ids=["put", "get", "contains", "delete"],
 )
 def test_an_open_breaker_makes_no_call(call: Callable[[Breaker], object]) -> None:
     breaker, tier, _ = broken()
@@ -106,7 +101,6 @@ def test_an_open_breaker_makes_no_call(call: Callable[[Breaker], object]) -> Non
 def test_answers_pass_through() -> None:
     breaker = Breaker(ScriptedTier())
     assert breaker.contains([key(1), key(2)]) == [True, True]
-    assert list(breaker.scan()) == [(key(1), 8)]
     assert breaker.name == "scripted"
 
 

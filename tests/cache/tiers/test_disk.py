@@ -21,11 +21,11 @@ from lmc.cache.tiers import format as chunk_format
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope
 from lmc.errors import Corrupt, TierError
-from tests.contracts.tier import CHUNK_BYTES, SCOPE, OpenTier, TierContract, key, load, payload
+from tests.contracts.tier import CHUNK_BYTES, SCOPE, BoundedTierContract, OpenTier, key, load, payload
 from tests.faults.test_tier_disk import pretend_cached
 
 
-class TestDiskTier(TierContract):
+class TestDiskTier(BoundedTierContract):
     @pytest.fixture
     def open_tier(self, tmp_path: Path) -> OpenTier:
         return lambda scope: DiskTier(tmp_path, scope)
