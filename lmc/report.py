@@ -133,12 +133,6 @@ def table_markdown(table: Table) -> str:
     return f"**{table.title}**\n\n{body}\n" + (f"\n{table.note}\n" if table.note else "")
 
 
-def table_records(table: Table) -> list[dict[str, Cell]]:
-    """One mapping per row, for JSON; names carry the unit."""
-    names = [column.heading for column in table.columns]
-    return [dict(zip(names, row, strict=True)) for row in table.rows]
-
-
 def report_markdown(report: Report) -> str:
     """Text and tables, with links to the files of write_pictures."""
     parts = [f"# {report.title}", report.summary]

@@ -35,8 +35,3 @@ def expected_hits(
     hits = request_hits(profile(to_trace(everything, chunk_tokens)), capacity_chunks)[len(seen) :]
     limits = [(len(request.prompt) - 1) // chunk_tokens for request in requests]
     return [min(int(hit), limit) * chunk_tokens for hit, limit in zip(hits, limits, strict=True)]
-
-
-def working_set_chunks(requests: Sequence[Request], chunk_tokens: int) -> int:
-    """Distinct full chunks over all requests."""
-    return to_trace(requests, chunk_tokens).num_unique

@@ -7,12 +7,11 @@ need a replay (lmc.sim.policy_replay, lmc.sim.full_replay).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
 from lmc.compiled import compiled
-from lmc.sim.stack import HitCurve, StackProfile, hit_curve, request_hits
+from lmc.sim.stack import HitCurve, StackProfile, hit_curve
 from lmc.sim.trace import Int32, Int64, Window
 
 Hits = tuple[int, int]  # blocks, tokens
@@ -24,24 +23,6 @@ def ttl_plane(
     """Hits by TTL (outer) and capacity in blocks (inner); a block is dropped when it was not touched for longer than the TTL."""
     curves = (hit_curve(stack, window, stack.age_s <= ttl_s) for ttl_s in ttls_s)
     return [[curve.at(capacity) for capacity in capacities] for curve in curves]
-
-
-def exclusive_tiers(curve: HitCurve, capacities: Sequence[float]) -> list[Hits]:
-    """Hits of each tier when a block lives in one tier only: demoted when evicted, promoted when hit."""
-    return _differences([curve.at(total) for total in accumulate(capacities)])
-
-
-def inclusive_tiers(curve: HitCurve, capacities: Sequence[float]) -> list[Hits]:
-    """Hits of each tier when every lookup touches every tier: a lower one counts what those above it miss."""
-    return _differences([curve.at(largest) for largest in accumulate(capacities, max)])
-
-
-def tier_tokens(stack: StackProfile, capacities: Sequence[float]) -> Int64:
-    """(tiers, num_requests) tokens that each request loads from each of the exclusive tiers."""
-    trace = stack.trace
-    reached = [request_hits(stack, total) * trace.block_tokens for total in accumulate(capacities)]
-    clipped = np.minimum(np.array(reached, dtype=np.int64), trace.input_tokens)
-    return np.diff(clipped, axis=0, prepend=0)
 
 
 def group_curves(stack: StackProfile, window: Window = "all") -> dict[str, HitCurve]:
@@ -71,11 +52,6 @@ def hit_squares(stack: StackProfile, window: Window = "all") -> Int64:
         trace.block_tokens,
         trace.num_unique,
     )
-
-
-def _differences(reached: list[Hits]) -> list[Hits]:
-    below = [(0, 0), *reached[:-1]]
-    return [(now[0] - before[0], now[1] - before[1]) for now, before in zip(reached, below, strict=True)]
 
 
 @compiled()

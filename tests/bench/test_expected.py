@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.bench.expected import expected_hits, working_set_chunks
+from lmc.bench.expected import expected_hits, to_trace
 from lmc.bench.prompts import Request
 
 CHUNK = 4
@@ -61,8 +61,8 @@ def test_prompts_shorter_than_a_chunk_hit_nothing() -> None:
     assert expected_hits(_requests([[1], [1] * 5, [1]]), CHUNK) == [0, 0, 0]
 
 
-def test_working_set_counts_distinct_chunks() -> None:
-    assert working_set_chunks(_requests([[1] * 8, [1] * 12, [2] * 4]), CHUNK) == 4
+def test_a_trace_of_the_requests_holds_each_distinct_chunk_once() -> None:
+    assert to_trace(_requests([[1] * 8, [1] * 12, [2] * 4]), CHUNK).num_unique == 4
 
 
 @pytest.mark.parametrize("chunk", [16, 128])

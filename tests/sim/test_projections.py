@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,56 +10,9 @@ from hypothesis import strategies as st
 from lmc.sim import projections, stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.trace import Trace
-from tests.sim.chained_traces import BLOCK_TOKENS, chain_of, naive_lru, tokens_of, traces
+from tests.sim.chained_traces import BLOCK_TOKENS, naive_lru, tokens_of, traces
 
 SMALL = st.integers(1, 12)
-
-
-def naive_exclusive(trace: Trace, capacities: list[int]) -> list[list[int]]:
-    """Blocks that each request finds in each tier; what a tier evicts moves down, what is hit moves to the first."""
-    tiers: list[OrderedDict[int, None]] = [OrderedDict() for _ in capacities]
-    found = []
-    for request in range(trace.num_requests):
-        chain = chain_of(trace, request)
-        hits = [0] * len(tiers)
-        for block in chain:
-            where = [index for index, tier in enumerate(tiers) if block in tier]
-            if not where:
-                break
-            hits[where[0]] += 1
-        found.append(hits)
-        for block in reversed(chain):
-            for tier in tiers:
-                tier.pop(block, None)
-            moved: int | None = block
-            for tier, capacity in zip(tiers, capacities, strict=True):
-                if moved is None:
-                    break
-                tier[moved] = None
-                moved = tier.popitem(last=False)[0] if len(tier) > capacity else None
-    return found
-
-
-@settings(max_examples=300, deadline=None)
-@given(traces(), st.lists(SMALL, min_size=1, max_size=3))
-def test_exclusive_tiers_equal_a_direct_simulation(trace: Trace, capacities: list[int]) -> None:
-    profile = stack.profile(trace)
-    per_request = naive_exclusive(trace, capacities)
-    blocks = [hits for hits, _ in projections.exclusive_tiers(stack.hit_curve(profile), capacities)]
-    assert blocks == [sum(hits) for hits in zip(*per_request, strict=True)]
-    tokens = projections.tier_tokens(profile, capacities)
-    for request, hits in enumerate(per_request):
-        reached = [tokens_of(trace, request, sum(hits[: tier + 1])) for tier in range(len(hits))]
-        assert tokens[:, request].cumsum().tolist() == reached
-
-
-@settings(max_examples=200, deadline=None)
-@given(traces(), SMALL, SMALL)
-def test_inclusive_tiers_equal_two_caches_that_see_every_touch(trace: Trace, upper: int, lower: int) -> None:
-    curve = stack.hit_curve(stack.profile(trace))
-    first, second = naive_lru(trace, upper), naive_lru(trace, lower)
-    in_lower = sum(max(0, low - high) for high, low in zip(first, second, strict=True))
-    assert [hits for hits, _ in projections.inclusive_tiers(curve, [upper, lower])] == [sum(first), in_lower]
 
 
 @settings(max_examples=200, deadline=None)

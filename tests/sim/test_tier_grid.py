@@ -1,19 +1,60 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from itertools import product
 
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmc.sim import stack
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.tier_grid import tier_grid
 from lmc.sim.trace import Trace
-from tests.sim.chained_traces import naive_lru, tokens_of, traces
+from tests.sim.chained_traces import chain_of, naive_lru, tokens_of, traces
 
 COST = CostModel(
     Prefill(0.0, 1.0, 0.0), 1, {"host": TierCost("host", 1e12), "disk": TierCost("disk", 1e9, 0.0, 1024.0**3)}, 3600.0
 )
+
+
+def naive_exclusive(trace: Trace, capacities: list[int]) -> list[list[int]]:
+    """Blocks that each request finds in each tier; what a tier evicts moves down, what is hit moves to the first."""
+    tiers: list[OrderedDict[int, None]] = [OrderedDict() for _ in capacities]
+    found = []
+    for request in range(trace.num_requests):
+        chain = chain_of(trace, request)
+        hits = [0] * len(tiers)
+        for block in chain:
+            where = [index for index, tier in enumerate(tiers) if block in tier]
+            if not where:
+                break
+            hits[where[0]] += 1
+        found.append(hits)
+        for block in reversed(chain):
+            for tier in tiers:
+                tier.pop(block, None)
+            moved: int | None = block
+            for tier, capacity in zip(tiers, capacities, strict=True):
+                if moved is None:
+                    break
+                tier[moved] = None
+                moved = tier.popitem(last=False)[0] if len(tier) > capacity else None
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(traces(), st.lists(st.integers(1, 12), min_size=1, max_size=3))
+def test_exclusive_tiers_equal_a_direct_simulation(trace: Trace, capacities: list[int]) -> None:
+    names = ("host", "disk", "remote")[: len(capacities)]
+    sizes = {name: [capacity] for name, capacity in zip(names, capacities, strict=True)}
+    (point,) = tier_grid(stack.profile(trace), sizes, exclusive=True)
+    expected = dict.fromkeys(names, 0)
+    for request, hits in enumerate(naive_exclusive(trace, capacities)):
+        reached = [tokens_of(trace, request, sum(hits[:tier])) for tier in range(len(hits) + 1)]
+        for name, before, after in zip(names, reached, reached[1:], strict=False):
+            expected[name] += after - before
+    assert point.hit_tokens == expected
 
 
 @settings(max_examples=150, deadline=None)

@@ -81,18 +81,6 @@ def unlink(lists: Lists, node: int) -> None:
     lists.older[younger] = older
 
 
-def move_run(lists: Lists, oldest: int, youngest: int, head: int) -> None:
-    """Make neighbours of one list, from oldest to youngest, the youngest of the list of head."""
-    older, younger = lists.older[oldest], lists.younger[youngest]
-    lists.younger[older] = younger
-    lists.older[younger] = older
-    before = lists.older[head]
-    lists.older[oldest] = before
-    lists.younger[before] = oldest
-    lists.younger[youngest] = head
-    lists.older[head] = youngest
-
-
 def take_out(lists: Lists, chains: Chains, node: int) -> None:
     """Out of its list, or back from aside."""
     if chains.aside[node]:

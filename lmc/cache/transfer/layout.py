@@ -87,10 +87,6 @@ class KVLayout:
             raise LayoutError(f"block {block} does not exist; the KV cache has {self.num_blocks} blocks")
         return [(region.base + block * region.stride, region.size) for region in self.regions]
 
-    def extents(self) -> list[tuple[int, int]]:
-        """(first address, bytes) that the blocks of each region span, gaps included."""
-        return [(region.base, (self.num_blocks - 1) * region.stride + region.size) for region in self.regions]
-
     def pieces(self, layers: range | None = None) -> PieceTable:
         """The pieces of these layers (indices into self.layers), or whole regions for all of them."""
         if layers is None:

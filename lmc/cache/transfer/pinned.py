@@ -99,12 +99,6 @@ class Slab:
         return self._bytes[start : start + self.slot_bytes].data
 
     @property
-    def ready_slots(self) -> int:
-        """Slots below this number are as fast as they will get. The others can be used by the CPU and by the copy engine, but not by a
-        kernel on the device."""
-        return self._ready
-
-    @property
     def pinned_slots(self) -> int:
         """Slots below this number are registered."""
         return self._pinned_slots

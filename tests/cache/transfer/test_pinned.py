@@ -72,12 +72,12 @@ def test_slots_become_usable_piece_by_piece() -> None:
     gate = threading.Semaphore(0)
     registrar = FakeRegistrar(gate=gate)
     slab = Slab(6, PAGE, registrar=registrar, piece_bytes=2 * PAGE)
-    assert slab.ready_slots == 0
+    assert not slab.wait(1, timeout=0)
     for pieces in (1, 2):
         gate.release()
         assert slab.wait(2 * pieces, timeout=10)
-        assert slab.ready_slots == slab.pinned_slots == 2 * pieces
-    assert not slab.wait(timeout=0.01)
+        assert slab.pinned_slots == 2 * pieces
+        assert not slab.wait(2 * pieces + 1, timeout=0.01)
     first, third = (np.array([slab.address(slot)], dtype=np.uint64) for slot in (0, 4))
     assert slab.is_pinned(first)
     assert not slab.is_pinned(third)
@@ -110,7 +110,7 @@ def test_close_does_not_wait_for_a_large_slab() -> None:
     started = time.monotonic()
     slab.close()
     assert time.monotonic() - started < 5
-    assert slab.ready_slots < 100
+    assert not slab.wait(100, timeout=0)
 
 
 def test_what_cannot_be_mapped_is_refused() -> None:
