@@ -23,12 +23,12 @@ from benchmarks import made_traces
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.policy import POLICIES
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, write_file
-from lmc.sim import belady
+from lmc.sim.belady import belady_hits
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats import read_trace
 from lmc.sim.formats.base import ReadOptions
 from lmc.sim.formats.tokens import hash_tokens
-from lmc.sim.policy_replay import replay
+from lmc.sim.policy_replay import replay_policy
 from lmc.sim.trace import Trace, coarsen
 
 SHARES = (0.01, 0.03, 0.10)
@@ -215,8 +215,8 @@ class Judged:
 
 def judge(name: str, trace: Trace) -> list[Judged]:
     sizes = [max(1, int(share * trace.num_unique)) for share in SHARES]
-    runs = {policy: replay(trace, POLICIES[policy], sizes) for policy in (*RIVALS, *OTHERS, "predictive")}
-    runs["belady"] = belady.replay(trace, sizes)
+    runs = {policy: replay_policy(trace, POLICIES[policy], sizes) for policy in (*RIVALS, *OTHERS, "predictive")}
+    runs["belady"] = belady_hits(trace, sizes)
     return [
         Judged(
             name, share, size, trace.num_blocks, {policy: run[index].hit_blocks(trace) for policy, run in runs.items()}

@@ -36,7 +36,7 @@ from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Arm, Engine, load_workload
 from lmc.model import EMBEDDED, resolve_model
 from lmc.sim.formats import read_trace
-from lmc.sim.replay_show import run as replay
+from lmc.sim.replay_show import replay_settings
 from lmc.units import parse_size
 
 WORKLOADS = ("document-qa", "function-calling", "multi-turn-chat")
@@ -254,7 +254,7 @@ async def soak(minutes: float, think_s: float, model: str, seed: int, scratch: P
     if not cached:
         return result
     trace = read_trace(record)
-    predicted = replay(trace, scratch / "soak" / "cache.yaml", 1, "round-robin", "0", None, 0)
+    predicted = replay_settings(trace, scratch / "soak" / "cache.yaml", 1, "round-robin", "0", None, 0)
     return replace(
         result,
         prompt_tokens=int(trace.input_tokens.sum()),

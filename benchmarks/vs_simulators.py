@@ -27,9 +27,10 @@ from benchmarks.sim_speed import CONVERSATION, ordered_dict_hits, zipf_trace
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.policy import POLICIES
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, write_file
-from lmc.sim import belady, stack
+from lmc.sim import stack
+from lmc.sim.belady import belady_hits
 from lmc.sim.formats import read_trace
-from lmc.sim.policy_replay import replay
+from lmc.sim.policy_replay import replay_policy
 from lmc.sim.trace import Trace
 
 BARS = {"lru": 50.0, "sieve": 20.0, "s3fifo": 20.0, "arc": 20.0, "belady": 10.0}
@@ -87,10 +88,10 @@ def quickest(action: Callable[[], int], runs: int) -> tuple[float, int]:
 def own_rows(name: str, trace: Trace, capacity: int) -> list[Row]:
     rows = []
     actions: dict[str, Callable[[], int]] = {
-        "belady": lambda: belady.replay(trace, [capacity], workers=1)[0].hit_blocks(trace)
+        "belady": lambda: belady_hits(trace, [capacity], workers=1)[0].hit_blocks(trace)
     }
     for policy, spec in POLICIES.items():
-        actions[policy] = lambda spec=spec: replay(trace, spec, [capacity], workers=1)[0].hit_blocks(trace)  # type: ignore[misc]
+        actions[policy] = lambda spec=spec: replay_policy(trace, spec, [capacity], workers=1)[0].hit_blocks(trace)  # type: ignore[misc]
     for policy, action in actions.items():
         seconds, hits = quickest(action, 5)
         rows.append(Row(name, f"lmc {policy}", trace.num_blocks / seconds / 1e6, hits, BARS.get(policy)))
@@ -162,7 +163,9 @@ def kvcache_simulator_rows(name: str, path: Path, trace: Trace, capacity: int) -
                 note=f"{hits} hit tokens, last half",
             )
         )
-        own = belady.replay(trace, [capacity]) if policy == "belady" else replay(trace, POLICIES[policy], [capacity])
+        own = (
+            belady_hits(trace, [capacity]) if policy == "belady" else replay_policy(trace, POLICIES[policy], [capacity])
+        )
         if (
             policy != "fifo" and own[0].hit_tokens(trace, "last-half") != hits
         ):  # its FIFO evicts parents before children

@@ -186,8 +186,8 @@ def replay(
     from lmc.sim import replay_show, show
 
     size = parse_size(token_bytes)
-    result = replay_show.run(source.load(), config, instances, routing, shared, read_cost(cost), size)
-    shown = replay_show.show(result, show.parse_window(window), timed=cost is not None)
+    result = replay_show.replay_settings(source.load(), config, instances, routing, shared, read_cost(cost), size)
+    shown = replay_show.show_replay(result, show.parse_window(window), timed=cost is not None)
     output(shown.table, shown.json, shown.table, shown.notes, json, csv)
 
 

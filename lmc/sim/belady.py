@@ -22,14 +22,14 @@ from lmc.sim.policy_replay import PolicyHits
 from lmc.sim.trace import Int32, Int64, Trace
 
 
-def replay(trace: Trace, capacities: Iterable[int], *, workers: int | None = None) -> list[PolicyHits]:
+def belady_hits(trace: Trace, capacities: Iterable[int], *, workers: int | None = None) -> list[PolicyHits]:
     """One result for each capacity (in blocks), in their order; the policy is called "belady". Victims are not logged."""
     wanted = [int(capacity) for capacity in capacities]
     if any(capacity < 1 for capacity in wanted):
         raise ConfigError(f"a capacity must be at least one block, not {min(wanted)}")
     next_use = _next_use(trace.ids, trace.starts, trace.num_unique)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        runs = [pool.submit(_replay, trace.ids, trace.starts, trace.num_unique, next_use, size) for size in wanted]
+        runs = [pool.submit(_belady_hits, trace.ids, trace.starts, trace.num_unique, next_use, size) for size in wanted]
         results = [run.result() for run in runs]
     return [
         PolicyHits("belady", capacity, hits, evictions, resident, np.empty(0, dtype=np.int32))
@@ -51,7 +51,7 @@ def _next_use(ids: Int32, starts: Int64, num_unique: int) -> Int32:
 
 
 @compiled()
-def _replay(ids: Int32, starts: Int64, num_unique: int, next_use: Int32, capacity: int) -> tuple[Int32, int, int]:
+def _belady_hits(ids: Int32, starts: Int64, num_unique: int, next_use: Int32, capacity: int) -> tuple[Int32, int, int]:
     num_requests = starts.size - 1
     hits = np.zeros(num_requests, dtype=np.int32)
     there = np.zeros(num_unique, dtype=np.uint8)

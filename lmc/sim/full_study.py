@@ -10,7 +10,7 @@ import numpy as np
 from lmc.cache.policy import POLICIES
 from lmc.sim import projections
 from lmc.sim.cost import CostModel
-from lmc.sim.policies import BOUND, replay
+from lmc.sim.policies import BOUND, replay_named
 from lmc.sim.stack import HitCurve, StackProfile, hit_curve, profile
 from lmc.sim.study import Row
 from lmc.sim.tier_grid import TierPoint, tier_grid
@@ -86,7 +86,7 @@ def _policy_rows(
     for window in WINDOWS:
         rows[window] += [_row("lru", trace, size, *curves[window].at(size), curves[window]) for size in sizes]
     for name in [*names, BOUND]:
-        for result in replay(trace, name, sizes):
+        for result in replay_named(trace, name, sizes):
             for window in WINDOWS:
                 blocks, tokens = result.hit_blocks(trace, window), result.hit_tokens(trace, window)
                 rows[window].append(_row(name, trace, result.capacity, blocks, tokens, curves[window]))

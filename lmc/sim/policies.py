@@ -9,8 +9,8 @@ import numpy as np
 
 from lmc.cache.policy import get_policy
 from lmc.errors import ConfigError
-from lmc.sim import belady, policy_replay
-from lmc.sim.policy_replay import PLAIN, PolicyHits, ReplayOptions
+from lmc.sim.belady import belady_hits
+from lmc.sim.policy_replay import PLAIN, PolicyHits, ReplayOptions, replay_policy
 from lmc.sim.projections import hit_squares
 from lmc.sim.stack import HitCurve, StackProfile
 from lmc.sim.trace import Trace, Window
@@ -46,17 +46,19 @@ def hits_at(
         return [Hits(*curve.at(size), int(squares[int(min(size, trace.num_unique))])) for size in capacities]
     first = trace.first_request(window)
     found = []
-    for result in replay(trace, policy, capacities, options):
+    for result in replay_named(trace, policy, capacities, options):
         tokens = np.minimum(result.request_hits[first:] * np.int64(trace.block_tokens), trace.input_tokens[first:])
         found.append(Hits(result.hit_blocks(trace, window), int(tokens.sum()), int((tokens**2).sum())))
     return found
 
 
-def replay(trace: Trace, policy: str, capacities: Sequence[float], options: ReplayOptions = PLAIN) -> list[PolicyHits]:
+def replay_named(
+    trace: Trace, policy: str, capacities: Sequence[float], options: ReplayOptions = PLAIN
+) -> list[PolicyHits]:
     """One run per capacity. A capacity beyond the unique blocks, infinity too, is one that never evicts."""
     sizes = [int(min(capacity, trace.num_unique)) for capacity in capacities]
     if policy != BOUND:
-        return policy_replay.replay(trace, get_policy(policy), sizes, options)
+        return replay_policy(trace, get_policy(policy), sizes, options)
     if options != PLAIN:
         raise ConfigError("belady is the bound of a plain cache; leave it out with admission, watermark, delay or TTL")
-    return belady.replay(trace, sizes)
+    return belady_hits(trace, sizes)

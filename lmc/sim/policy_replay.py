@@ -75,7 +75,7 @@ class PolicyHits:
         return int(np.minimum(tokens, trace.input_tokens[first:]).sum())
 
 
-def replay(
+def replay_policy(
     trace: Trace,
     spec: PolicySpec,
     capacities: Iterable[int],

@@ -22,7 +22,7 @@ from lmc.sim.tune import known_token_bytes
 from lmc.units import parse_size
 
 
-def run(
+def replay_settings(
     trace: Trace,
     settings: Path,
     instances: int,
@@ -42,7 +42,7 @@ def run(
     return replay_fleet(chunked, config, chunk_bytes, Fleet(instances, cast(Routing, routing), shared_chunks, cost))
 
 
-def show(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
+def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
     hits, total = result.hits(window), max(result.total_tokens(window), 1)
     first = result.trace.first_request(window)
     ttft = {p: float(np.percentile(result.ttft_s[first:], p)) for p in PERCENTILES} if timed else {}

@@ -22,7 +22,7 @@ from lmc.errors import ConfigError
 from lmc.sim.bootstrap import Interval, share_interval
 from lmc.sim.capacity import warn_small
 from lmc.sim.cost import CostModel
-from lmc.sim.policies import replay as replay_policy
+from lmc.sim.policies import replay_named
 from lmc.sim.policy_replay import PLAIN, ReplayOptions
 from lmc.sim.sessions import sessions_of
 from lmc.sim.stack import StackProfile, profile, request_hits
@@ -293,7 +293,7 @@ class _Search:
                 self._runs[key] = request_hits(stack, capacity, np.inf if ttl_s is None else ttl_s)
             else:
                 options = PLAIN if ttl_s is None else ReplayOptions(ttl_s=ttl_s)
-                self._runs[key] = replay_policy(stack.trace, policy, [capacity], options)[0].request_hits.astype(
+                self._runs[key] = replay_named(stack.trace, policy, [capacity], options)[0].request_hits.astype(
                     np.int64
                 )
         return self._runs[key]

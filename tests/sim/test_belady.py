@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.errors import ConfigError
-from lmc.sim import belady
+from lmc.sim.belady import belady_hits
 from lmc.sim.trace import Trace
 from tests.contracts.policy import Key, workloads
 from tests.sim.test_policy_replay import trace_of
@@ -55,7 +55,7 @@ def best_hits(requests: list[list[int]], capacity: int) -> int:
 @given(workloads(), st.integers(1, 14))
 def test_hits_equal_a_naive_simulator(requests: list[list[int]], capacity: int) -> None:
     trace, _ = trace_of(requests)
-    [result] = belady.replay(trace, [capacity], workers=1)
+    [result] = belady_hits(trace, [capacity], workers=1)
     assert result.request_hits.tolist() == naive_hits(requests, capacity)
 
 
@@ -63,17 +63,17 @@ def test_hits_equal_a_naive_simulator(requests: list[list[int]], capacity: int) 
 @given(workloads(max_requests=7, max_length=3), st.integers(1, 3))
 def test_nothing_is_better(requests: list[list[int]], capacity: int) -> None:
     trace, _ = trace_of(requests)
-    [result] = belady.replay(trace, [capacity], workers=1)
+    [result] = belady_hits(trace, [capacity], workers=1)
     assert result.hit_blocks(trace) == best_hits(requests, capacity)
 
 
 def test_capacities_run_in_parallel_and_keep_their_order() -> None:
     trace, _ = trace_of([[1, 2, 3], [4, 5], [1, 2, 3], [4, 5]])
-    results = belady.replay(trace, [5, 1, 3])
+    results = belady_hits(trace, [5, 1, 3])
     assert [(result.capacity, result.hit_blocks(trace)) for result in results] == [(5, 5), (1, 1), (3, 3)]
 
 
 def test_bad_capacity_is_refused() -> None:
     trace: Trace = trace_of([[1]])[0]
     with pytest.raises(ConfigError, match="at least one block, not 0"):
-        belady.replay(trace, [0])
+        belady_hits(trace, [0])

@@ -15,7 +15,7 @@ from lmc.sim import stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.full_replay import Fleet, ReplayResult, replay_fleet
-from lmc.sim.policy_replay import replay as replay_policy
+from lmc.sim.policy_replay import replay_policy
 from lmc.sim.router import Router
 from lmc.sim.shared_store import SharedStore
 from lmc.sim.trace import Trace, coarsen, select_requests

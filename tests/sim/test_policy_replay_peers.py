@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lmc.cache.policy import POLICIES
-from lmc.sim import belady
-from lmc.sim.policy_replay import replay
+from lmc.sim.belady import belady_hits
+from lmc.sim.policy_replay import replay_policy
 from tests.cache.policy.naive import NaiveArc
 from tests.contracts.policy import Key
 from tests.sim.test_policy_replay import trace_of
@@ -45,7 +45,7 @@ def peer_hits(peer: Any, labels: list[int], next_use: list[int] | None = None) -
 def test_every_hit_equals_libcachesim(name: str, peer: str, seed: int, capacity: int) -> None:
     labels = zipf_labels(seed)
     trace, _ = trace_of([[label] for label in labels])
-    [result] = replay(trace, POLICIES[name], [capacity], workers=1)
+    [result] = replay_policy(trace, POLICIES[name], [capacity], workers=1)
     assert result.request_hits.tolist() == peer_hits(getattr(libcachesim, peer)(capacity, hashpower=16), labels)
 
 
@@ -88,7 +88,7 @@ def test_arc_differs_from_libcachesim_only_in_when_the_balance_moves(seed: int, 
         paper.settle([key])
     assert hits == peer
     trace, _ = trace_of([[label] for label in labels])
-    [result] = replay(trace, POLICIES["arc"], [capacity], workers=1)
+    [result] = replay_policy(trace, POLICIES["arc"], [capacity], workers=1)
     assert abs(int(result.request_hits.sum()) - sum(peer)) <= 0.002 * len(labels)
 
 
@@ -103,6 +103,6 @@ def test_belady_beats_or_equals_libcachesims_which_must_store_every_block(seed: 
         coming[labels[index]] = index
     peer = sum(peer_hits(libcachesim.Belady(capacity, hashpower=16), labels, next_use))
     trace, _ = trace_of([[label] for label in labels])
-    [bound] = belady.replay(trace, [capacity], workers=1)
-    [one_more] = belady.replay(trace, [capacity - 1], workers=1)
+    [bound] = belady_hits(trace, [capacity], workers=1)
+    [one_more] = belady_hits(trace, [capacity - 1], workers=1)
     assert one_more.hit_blocks(trace) <= peer <= bound.hit_blocks(trace)
