@@ -28,7 +28,7 @@ from lmc.sim import stack
 from lmc.sim.cache_file import load_trace
 from lmc.sim.formats import read_trace
 from lmc.sim.formats.base import ReadOptions
-from lmc.sim.full_study import full_study
+from lmc.sim.study import make_study
 from lmc.sim.trace import Trace
 
 CONVERSATION = "mooncake_conversation_trace.jsonl.gz"
@@ -165,15 +165,15 @@ def study_figures(path: Path) -> list[Figure]:
             ("the same from the cache file", lambda: load_trace(copy, ReadOptions()), 2.0),
         ):
             for clock, name in ((time.perf_counter, "wall"), (time.process_time, "CPU")):
-                seconds = best(lambda read=read: full_study(read(), EIGHT), clock, 3)  # type: ignore[misc]
+                seconds = best(lambda read=read: make_study(read(), EIGHT), clock, 3)  # type: ignore[misc]
                 figures.append(Figure(f"{what}, {name}", seconds, "s", bar if name == "wall" else None, at_least=False))
         load = best(lambda: load_trace(copy, ReadOptions()).ids.sum(), time.perf_counter)
         blocks = load_trace(copy, ReadOptions()).num_blocks
         figures.append(Figure("second load of the trace", blocks / load / 1e6, "M ids/s", 20.0))
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(Path(folder) / "numba")}
         code = (
-            "from pathlib import Path; from lmc.sim.formats import read_trace; from lmc.sim.full_study import full_study; "
-            f"full_study(read_trace(Path({str(copy)!r})), {EIGHT!r})"
+            "from pathlib import Path; from lmc.sim.formats import read_trace; from lmc.sim.study import make_study; "
+            f"make_study(read_trace(Path({str(copy)!r})), {EIGHT!r})"
         )
         for what, bar in (("everything to compile", 60.0), ("compiled before", None)):
             start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime

@@ -62,18 +62,19 @@ def run(
 ) -> None:
     """Hits of policies at capacities and chunk sizes."""
     from lmc import report
-    from lmc.sim import capacity, show
+    from lmc.sim import capacity, sweep_show
     from lmc.sim.policy_replay import ReplayOptions
-    from lmc.sim.study import run_study, sample_study
+    from lmc.sim.shown import parse_window
+    from lmc.sim.sweep import run_sweep, sample_sweep
 
     capacities = capacity.CapacityOptions(
         split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), parse_size(token_bytes)
     )
     if not capacities.blocks + capacities.tokens + capacities.sizes:
         capacities = capacity.DEFAULT
-    trace, measured, chunks = source.load(), show.parse_window(window), parse_counts(chunk_tokens)
+    trace, measured, chunks = source.load(), parse_window(window), parse_counts(chunk_tokens)
     if shards is not None:
-        study = sample_study(trace, split_list(policy), capacities, measured, chunks, shards)
+        sweep = sample_sweep(trace, split_list(policy), capacities, measured, chunks, shards)
     else:
         options = ReplayOptions(
             admit_touches,
@@ -82,10 +83,17 @@ def run(
             float("inf") if ttl is None else parse_seconds(ttl),
             not fixed_ttl,
         )
-        study = run_study(trace, split_list(policy), capacities, measured, chunks, options, read_cost(cost))
+        sweep = run_sweep(trace, split_list(policy), capacities, measured, chunks, options, read_cost(cost))
     if png is not None:
-        report.write_file(png, show.miss_ratio_figure(study).png)
-    output(show.study_table(study), show.study_json(study), show.study_rows(study), study.notes, json, csv)
+        report.write_file(png, sweep_show.miss_ratio_figure(sweep).png)
+    output(
+        sweep_show.sweep_table(sweep),
+        sweep_show.sweep_json(sweep),
+        sweep_show.sweep_rows(sweep),
+        sweep.notes,
+        json,
+        csv,
+    )
 
 
 @app.command()
@@ -112,11 +120,12 @@ def ttl(
     csv: Csv = None,
 ) -> None:
     """LRU hits by sliding time to live and capacity."""
-    from lmc.sim import capacity, show, show_planes
+    from lmc.sim import capacity, grid_show
+    from lmc.sim.shown import parse_window
 
     trace = source.load()
     sizes = capacity.resolve(capacity.CapacityOptions(split_list(capacity_blocks)), trace)
-    plane = show_planes.ttl_plane(trace, split_list(ttls), sizes, show.parse_window(window))
+    plane = grid_show.ttl_plane(trace, split_list(ttls), sizes, parse_window(window))
     output(plane.table, plane.json, plane.table, plane.notes, json, csv)
 
 
@@ -137,14 +146,15 @@ def tiers(
     csv: Csv = None,
 ) -> None:
     """Hits by tier for every combination of sizes; with --cost also time to first token and money."""
-    from lmc.sim import show, show_planes
+    from lmc.sim import grid_show
+    from lmc.sim.shown import parse_window
 
     size = parse_size(token_bytes)
     trace = source.load()
     sizes = {"host": split_list(host), "disk": split_list(disk), "remote": split_list(remote)}
     if sizes["remote"] == ("0",):
         del sizes["remote"]
-    grid = show_planes.tiers(trace, sizes, show.parse_window(window), read_cost(cost), exclusive, size)
+    grid = grid_show.tiers(trace, sizes, parse_window(window), read_cost(cost), exclusive, size)
     output(grid.table, grid.json, grid.table, grid.notes, json, csv)
 
 
@@ -158,11 +168,12 @@ def groups(
     csv: Csv = None,
 ) -> None:
     """Hits by tenant (or type, or model) in a shared cache, and the best split into quotas."""
-    from lmc.sim import capacity, show, show_planes
+    from lmc.sim import capacity, grid_show
+    from lmc.sim.shown import parse_window
 
     trace = source.load()
     sizes = capacity.resolve(capacity.CapacityOptions(split_list(capacity_blocks)), trace)
-    rows = show_planes.groups(trace, sizes, show.parse_window(window))
+    rows = grid_show.groups(trace, sizes, parse_window(window))
     output(rows.table, rows.json, rows.table, rows.notes, json, csv)
 
 
@@ -183,11 +194,12 @@ def replay(
     csv: Csv = None,
 ) -> None:
     """Replay through the live cache's own directory: all tiers, write modes, TTL, instances, on a virtual clock."""
-    from lmc.sim import replay_show, show
+    from lmc.sim import replay_show
+    from lmc.sim.shown import parse_window
 
     size = parse_size(token_bytes)
     result = replay_show.replay_settings(source.load(), config, instances, routing, shared, read_cost(cost), size)
-    shown = replay_show.show_replay(result, show.parse_window(window), timed=cost is not None)
+    shown = replay_show.show_replay(result, parse_window(window), timed=cost is not None)
     output(shown.table, shown.json, shown.table, shown.notes, json, csv)
 
 
@@ -242,15 +254,15 @@ def report(
 ) -> None:
     """Everything about a trace on one page: curves, policies, chunk sizes, TTL, tiers, times."""
     from lmc.report import to_json
-    from lmc.sim.full_study import full_study
     from lmc.sim.policies import check_policies
+    from lmc.sim.study import make_study
     from lmc.sim.study_page import report_json, write_report
 
     names = split_list(policy)
     check_policies(names)
     trace = source.load()
     command = f"lmc sim report {source.trace.name} --sizes {sizes}" + (f" --cost {cost.name}" if cost else "")
-    study = full_study(trace, names, sizes, read_cost(cost))
+    study = make_study(trace, names, sizes, read_cost(cost))
     page = write_report(study, out, command, origin)
     typer.echo(to_json(report_json(study, page)).decode() if json else f"report: {page}", nl=not json)
 

@@ -14,8 +14,7 @@ from lmc.report import Cell, Column, Table
 from lmc.sim.cost import CostModel
 from lmc.sim.full_replay import Fleet, ReplayResult, replay_fleet
 from lmc.sim.router import Routing
-from lmc.sim.show import WINDOWS, trace_json
-from lmc.sim.show_planes import Shown
+from lmc.sim.shown import WINDOWS, Shown, trace_json
 from lmc.sim.tier_grid import PERCENTILES
 from lmc.sim.trace import Trace, Window, coarsen, require_blocks
 from lmc.sim.tune import known_token_bytes

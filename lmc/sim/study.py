@@ -1,124 +1,101 @@
-"""A study: hits of policies x chunk sizes x capacities on one trace, as plain rows."""
+"""Everything that `lmc sim report` shows of a trace, computed once: curves, policies, chunk sizes, TTL plane, tier grid, times."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lmc.errors import ConfigError
-from lmc.sim import capacity, shards, stack
+import numpy as np
+
+from lmc.cache.policy import POLICIES
+from lmc.sim import projections
 from lmc.sim.cost import CostModel
-from lmc.sim.policies import check_policies, hits_at
-from lmc.sim.policy_replay import PLAIN, ReplayOptions
-from lmc.sim.trace import Trace, Window, coarsen, require_blocks
+from lmc.sim.policies import BOUND, replay_named
+from lmc.sim.stack import HitCurve, StackProfile, hit_curve, profile
+from lmc.sim.sweep import Row
+from lmc.sim.tier_grid import TierPoint, tier_grid
+from lmc.sim.trace import Float64, Trace, Window, coarsen, require_blocks
+
+WINDOWS: tuple[Window, ...] = ("all", "last-half")
+_CHUNK_FACTORS = (1, 2, 4, 8)
+_TTLS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 86400.0, float("inf"))
+_GRID = 8  # tier sizes a side
 
 
-@dataclass(frozen=True)
-class Row:
-    policy: str
-    chunk_tokens: int
-    capacity_blocks: float  # chunks of chunk_tokens; infinity = no eviction
-    hit_blocks: int
-    total_blocks: int
-    hit_tokens: int
-    total_tokens: int
-    error: float | None = None  # standard error of the token hit rate, where it is an estimate
-    hit_bytes: int | None = None  # where the bytes of a token are known
-    saved_prefill_s: float | None = None  # GPU seconds that the hits save, with a cost model
-
-    @property
-    def token_hit_rate(self) -> float:
-        return self.hit_tokens / max(self.total_tokens, 1)
-
-    @property
-    def block_hit_rate(self) -> float:
-        return self.hit_blocks / max(self.total_blocks, 1)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     trace: Trace
-    window: Window
-    rows: list[Row]
-    curves: dict[int, stack.HitCurve] = field(default_factory=dict)  # LRU at every capacity, by chunk size
-    notes: tuple[str, ...] = ()
+    stack: StackProfile
+    curves: dict[Window, HitCurve]  # LRU, blocks as recorded
+    sizes: list[int]  # capacities in blocks of the policy runs
+    rows: dict[Window, list[Row]]  # every policy, Belady and LRU at the sizes
+    chunk_curves: dict[int, HitCurve]  # LRU by chunk size, all requests, full chunks only
+    ttls_s: list[float]
+    ttl_rates: Float64  # (ttls, sizes) token hit rate
+    tier_sizes: list[int]
+    exclusive_rates: Float64  # (host, disk) token hit rate of both together
+    priced: list[TierPoint]  # host only, one for each size, with a cost model; else empty
 
-    @property
-    def totals(self) -> dict[int, int]:
-        """Measured blocks by chunk size."""
-        return {row.chunk_tokens: row.total_blocks for row in self.rows}
+    def best(self, window: Window, size: int) -> Row:
+        """The row with the most hits of a policy that knows no future."""
+        rows = [row for row in self.rows[window] if row.capacity_blocks == size and row.policy != BOUND]
+        return max(rows, key=lambda row: row.hit_tokens)
 
 
-def run_study(
-    trace: Trace,
-    policies: Sequence[str],
-    capacities: capacity.CapacityOptions,
-    window: Window = "all",
-    chunk_sizes: Sequence[int] = (),
-    options: ReplayOptions = PLAIN,
-    cost: CostModel | None = None,
-) -> Study:
-    """Rows in the order chunk size, policy, capacity. Without chunk sizes the blocks are taken as recorded, partial last ones too."""
+def make_study(trace: Trace, policies: Sequence[str] = (), num_sizes: int = 20, cost: CostModel | None = None) -> Study:
+    """policies: those to replay; none means all. Raises TraceError for a trace without blocks."""
     require_blocks(trace)
-    check_policies(policies)
-    rows: list[Row] = []
-    curves: dict[int, stack.HitCurve] = {}
-    notes = list(trace.notes)
-    for chunked in [coarsen(trace, size) for size in chunk_sizes] or [trace]:
-        sizes = capacity.resolve(capacities, chunked)
-        profile = stack.profile(chunked)
-        curve = stack.hit_curve(profile, window)
-        curves[chunked.block_tokens] = curve
-        notes += capacity.warn_small(chunked, sizes)
-        token_bytes = (
-            capacities.token_bytes or chunked.block_bytes // chunked.block_tokens or (cost.token_bytes if cost else 0)
-        )
-        for policy in policies:
-            for size, hits in zip(sizes, hits_at(profile, policy, sizes, window, curve, options), strict=True):
-                rows.append(
-                    Row(
-                        policy,
-                        chunked.block_tokens,
-                        size,
-                        hits.blocks,
-                        curve.total_blocks,
-                        hits.tokens,
-                        curve.total_tokens,
-                        hit_bytes=hits.tokens * token_bytes or None,
-                        saved_prefill_s=cost.prefill.saved(hits.tokens, hits.squares) if cost else None,
-                    )
-                )
-    return Study(trace, window, rows, curves, tuple(notes))
-
-
-def sample_study(
-    trace: Trace,
-    policies: Sequence[str],
-    capacities: capacity.CapacityOptions,
-    window: Window,
-    chunk_sizes: Sequence[int],
-    rate: float,
-) -> Study:
-    """LRU estimated from a share of the blocks. Raises ConfigError for any other policy."""
-    require_blocks(trace)
-    if list(policies) != ["lru"]:
-        raise ConfigError("--shards estimates lru only; leave --policy out")
-    rows: list[Row] = []
-    accesses = 0
-    notes = list(trace.notes)
-    for chunked in [coarsen(trace, size) for size in chunk_sizes] or [trace]:
-        sizes = capacity.resolve(capacities, chunked)
-        notes += capacity.warn_small(chunked, sizes)
-        found = shards.estimate(chunked, rate, sizes, window)
-        accesses += found.sampled_blocks
-        first = chunked.first_request(window)
-        blocks, tokens = chunked.num_blocks - int(chunked.starts[first]), int(chunked.input_tokens[first:].sum())
-        for index, size in enumerate(sizes):
-            hit_blocks = round(found.block_hit_rate[index] * blocks)
-            hit_tokens = round(found.token_hit_rate[index] * tokens)
-            error = float(found.error[index])
-            rows.append(Row("lru", chunked.block_tokens, size, hit_blocks, blocks, hit_tokens, tokens, error))
-    notes.append(
-        f"estimated from {rate:.4g} of the blocks, {accesses:,} sampled accesses in all; error is the standard error"
+    stack = profile(trace)
+    curves = {window: hit_curve(stack, window) for window in WINDOWS}
+    sizes = _spread(trace.num_unique, num_sizes)
+    names = [name for name in policies or sorted(POLICIES) if name not in ("lru", BOUND)]
+    rows = _policy_rows(trace, names, sizes, curves)
+    chunk_curves = {}
+    for factor in _CHUNK_FACTORS:
+        if trace.block_tokens * factor <= trace.input_tokens.max():
+            chunked = coarsen(trace, trace.block_tokens * factor)
+            chunk_curves[chunked.block_tokens] = hit_curve(profile(chunked))
+    duration = float(trace.timestamps_s[-1] - trace.timestamps_s[0])
+    ttls_s = [ttl_s for ttl_s in _TTLS_S if ttl_s < duration or ttl_s == float("inf")]
+    plane = projections.ttl_plane(stack, ttls_s, sizes)
+    tier_sizes = _spread(trace.num_unique, _GRID)
+    total = curves["all"].total_tokens
+    both = [[curves["all"].at(host + disk)[1] / total for disk in tier_sizes] for host in tier_sizes]
+    return Study(
+        trace,
+        stack,
+        curves,
+        sizes,
+        rows,
+        chunk_curves,
+        ttls_s,
+        np.array([[tokens / total for _, tokens in row] for row in plane]),
+        tier_sizes,
+        np.array(both),
+        [] if cost is None else tier_grid(stack, {"host": [0, *sizes]}, cost=cost),
     )
-    return Study(trace, window, rows, {}, tuple(notes))
+
+
+def _policy_rows(
+    trace: Trace, names: Sequence[str], sizes: Sequence[int], curves: dict[Window, HitCurve]
+) -> dict[Window, list[Row]]:
+    """Policies one after the other, their sizes in parallel: the kernels of one policy are compiled once."""
+    rows: dict[Window, list[Row]] = {window: [] for window in WINDOWS}
+    for window in WINDOWS:
+        rows[window] += [_row("lru", trace, size, *curves[window].at(size), curves[window]) for size in sizes]
+    for name in [*names, BOUND]:
+        for result in replay_named(trace, name, sizes):
+            for window in WINDOWS:
+                blocks, tokens = result.hit_blocks(trace, window), result.hit_tokens(trace, window)
+                rows[window].append(_row(name, trace, result.capacity, blocks, tokens, curves[window]))
+    return rows
+
+
+def _row(policy: str, trace: Trace, size: int, blocks: int, tokens: int, curve: HitCurve) -> Row:
+    return Row(policy, trace.block_tokens, size, blocks, curve.total_blocks, tokens, curve.total_tokens)
+
+
+def _spread(largest: int, count: int) -> list[int]:
+    """Sizes from a thousandth of the unique blocks to all of them, evenly on a log scale."""
+    smallest = max(1, largest // 1000)
+    return sorted({round(float(size)) for size in np.geomspace(smallest, largest, count)})

@@ -10,16 +10,17 @@ from lmc import report
 from lmc.report import Cell, Column, Report, Section, Table
 from lmc.sim import study_pictures
 from lmc.sim.describe import describe, facts_table
-from lmc.sim.full_study import FullStudy
 from lmc.sim.policies import BOUND
-from lmc.sim.show import row_json, trace_json
+from lmc.sim.shown import trace_json
+from lmc.sim.study import Study
+from lmc.sim.sweep_show import row_json
 from lmc.sim.tier_grid import PERCENTILES
 from lmc.units import format_count, format_percent
 
 _SHARES = (0.01, 0.03, 0.10, 0.30, 1.0)
 
 
-def write_report(study: FullStudy, folder: Path, command: str, origin: str = "") -> Path:
+def write_report(study: Study, folder: Path, command: str, origin: str = "") -> Path:
     """Writes report.html, its pictures and rows.csv. Returns the page."""
     page = _page(study, command, origin)
     report.write_pictures(folder, page)
@@ -28,13 +29,13 @@ def write_report(study: FullStudy, folder: Path, command: str, origin: str = "")
     return folder / "report.html"
 
 
-def report_json(study: FullStudy, page: Path) -> dict[str, Any]:
+def report_json(study: Study, page: Path) -> dict[str, Any]:
     """Any: JSON."""
     rows = {window: [row_json(row) for row in rows] for window, rows in study.rows.items()}
     return {"trace": trace_json(study.trace), "report": str(page), "rows": rows, "notes": list(study.trace.notes)}
 
 
-def _page(study: FullStudy, command: str, origin: str) -> Report:
+def _page(study: Study, command: str, origin: str) -> Report:
     trace = study.trace
     sections = [
         Section(
@@ -58,7 +59,7 @@ def _page(study: FullStudy, command: str, origin: str) -> Report:
     return Report(f"Cache study of {trace.source}", _summary(study), sections, metadata)
 
 
-def _summary(study: FullStudy) -> str:
+def _summary(study: Study) -> str:
     trace, curve = study.trace, study.curves["all"]
     ceiling = curve.at(float("inf"))[1] / curve.total_tokens
     warm = study.curves["last-half"]
@@ -70,7 +71,7 @@ def _summary(study: FullStudy) -> str:
     )
 
 
-def _memory_text(study: FullStudy) -> str:
+def _memory_text(study: Study) -> str:
     curve = study.curves["all"]
     most = curve.at(float("inf"))[1]
     parts = []
@@ -80,7 +81,7 @@ def _memory_text(study: FullStudy) -> str:
     return f"LRU reaches these shares of what an unlimited cache would hit: {', '.join(parts)}."
 
 
-def _policy_text(study: FullStudy) -> str:
+def _policy_text(study: Study) -> str:
     wins: dict[str, int] = {}
     for size in study.sizes:
         wins[study.best("all", size).policy] = wins.get(study.best("all", size).policy, 0) + 1
@@ -91,7 +92,7 @@ def _policy_text(study: FullStudy) -> str:
     )
 
 
-def _shares_table(study: FullStudy) -> Table:
+def _shares_table(study: Study) -> Table:
     """At the capacities of the study that are nearest to shares of the unique blocks."""
     rows: list[list[Cell]] = []
     for share in _SHARES:
@@ -123,7 +124,7 @@ def _shares_table(study: FullStudy) -> Table:
     return Table("Hits by capacity", columns, rows, note)
 
 
-def _times_table(study: FullStudy) -> Table:
+def _times_table(study: Study) -> Table:
     rows: list[list[Cell]] = [
         [
             int(point.blocks["host"]),
@@ -145,6 +146,6 @@ def _times_table(study: FullStudy) -> Table:
     return Table("Times and money by the cost model", columns, rows, "All requests; LRU; no queueing.")
 
 
-def _rows(study: FullStudy) -> Table:
+def _rows(study: Study) -> Table:
     records = [{"window": window, **row_json(row)} for window, rows in study.rows.items() for row in rows]
     return Table("rows", [Column(name) for name in records[0]], [list(record.values()) for record in records])

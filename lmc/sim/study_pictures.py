@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lmc.report import COLORS, Figure, new_axes, to_figure
-from lmc.sim.full_study import WINDOWS, FullStudy
 from lmc.sim.policies import BOUND
-from lmc.sim.show import WINDOWS as WINDOW_TEXT
+from lmc.sim.shown import WINDOWS as WINDOW_TEXT
 from lmc.sim.stack import HitCurve
+from lmc.sim.study import WINDOWS, Study
 from lmc.sim.tier_grid import PERCENTILES
 from lmc.sim.trace import Float64, Int64
 from lmc.units import format_seconds, format_size
@@ -19,7 +19,7 @@ from lmc.units import format_seconds, format_size
 _TOKENS = "of the input tokens of the measured requests"
 
 
-def miss_ratios(study: FullStudy) -> Figure:
+def miss_ratios(study: Study) -> Figure:
     """LRU at every capacity, Belady and the policies at theirs, cold and warm."""
     picture, axes = new_axes(2, width=5.6)
     for axis, window in zip(axes, WINDOWS, strict=True):
@@ -56,7 +56,7 @@ def miss_ratios(study: FullStudy) -> Figure:
     return to_figure(picture, "Miss ratio against capacity", f"Misses in % {_TOKENS}.")
 
 
-def policy_map(study: FullStudy) -> Figure:
+def policy_map(study: Study) -> Figure:
     """Hits of each policy less LRU's, in points."""
     rows = study.rows["all"]
     policies = sorted({row.policy for row in rows} - {"lru"}, key=lambda name: (name == BOUND, name))
@@ -74,7 +74,7 @@ def policy_map(study: FullStudy) -> Figure:
     return to_figure(picture, "Policies against LRU", caption)
 
 
-def chunk_sizes(study: FullStudy) -> Figure:
+def chunk_sizes(study: Study) -> Figure:
     picture, (axis,) = new_axes()
     for chunk, curve in study.chunk_curves.items():
         shown = _log_points(curve)
@@ -90,7 +90,7 @@ def chunk_sizes(study: FullStudy) -> Figure:
     return to_figure(picture, "Hits by chunk size", caption)
 
 
-def ttl_plane(study: FullStudy) -> Figure:
+def ttl_plane(study: Study) -> Figure:
     labels = ["none" if ttl_s == float("inf") else format_seconds(ttl_s) for ttl_s in study.ttls_s]
     picture, (axis,) = new_axes(width=11.2, height=0.36 * len(labels) + 1.5)
     _heat(axis, 100 * study.ttl_rates, labels, _sizes(study, study.sizes))
@@ -99,7 +99,7 @@ def ttl_plane(study: FullStudy) -> Figure:
     return to_figure(picture, "Hits by time to live and capacity", f"LRU. Hits in % {_TOKENS}; {WINDOW_TEXT['all']}.")
 
 
-def tier_map(study: FullStudy) -> Figure:
+def tier_map(study: Study) -> Figure:
     labels = _sizes(study, study.tier_sizes)
     picture, (axis,) = new_axes(height=4.2)
     _heat(axis, 100 * study.exclusive_rates, labels, labels)
@@ -109,7 +109,7 @@ def tier_map(study: FullStudy) -> Figure:
     return to_figure(picture, "Hits of host and disk together", caption)
 
 
-def times(study: FullStudy) -> Figure:
+def times(study: Study) -> Figure:
     """Needs a cost model."""
     picture, (axis,) = new_axes()
     sizes = [max(point.blocks["host"], study.sizes[0] / 2) for point in study.priced]
@@ -155,17 +155,17 @@ def _misses(curve: HitCurve, blocks: Int64) -> Float64:
     return 100 * (1 - curve.hit_tokens[blocks] / max(curve.total_tokens, 1))
 
 
-def _tokens(study: FullStudy, blocks: Sequence[float] | Int64) -> Float64:
+def _tokens(study: Study, blocks: Sequence[float] | Int64) -> Float64:
     """Tokens, or GiB where the trace knows its bytes."""
     per_block = study.trace.block_bytes / 1024**3 if study.trace.block_bytes else study.trace.block_tokens
     return np.asarray(blocks, dtype=np.float64) * per_block
 
 
-def _capacity_label(study: FullStudy) -> str:
+def _capacity_label(study: Study) -> str:
     return "capacity (GiB of KV cache)" if study.trace.block_bytes else "capacity (tokens of KV cache)"
 
 
-def _sizes(study: FullStudy, blocks: Sequence[int]) -> list[str]:
+def _sizes(study: Study, blocks: Sequence[int]) -> list[str]:
     if study.trace.block_bytes:
         return [format_size(size * study.trace.block_bytes) for size in blocks]
     tokens = [size * study.trace.block_tokens for size in blocks]

@@ -10,7 +10,7 @@ import yaml
 from lmc.cache.settings import load_settings
 from lmc.report import Cell, Column, Table, write_file
 from lmc.sim.bootstrap import Interval
-from lmc.sim.show import trace_json
+from lmc.sim.shown import trace_json
 from lmc.sim.tune import Point, Tuned
 from lmc.units import format_percent, format_seconds, format_size
 

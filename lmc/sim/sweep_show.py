@@ -1,4 +1,4 @@
-"""Tables, pictures and JSON of a study. Every rate names its denominator."""
+"""A sweep as table, picture, CSV rows and JSON. Every rate names its denominator."""
 
 from __future__ import annotations
 
@@ -7,36 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lmc.errors import ConfigError
 from lmc.report import Column, Figure, Table, new_axes, to_figure
-from lmc.sim.study import Row, Study
-from lmc.sim.trace import Trace, Window
-
-WINDOWS: dict[Window, str] = {
-    "all": "all requests, from an empty cache",
-    "last-half": "last half of the requests, cache warmed by the first",
-}
-
-
-def parse_window(text: str) -> Window:
-    """Raises ConfigError."""
-    if text not in WINDOWS:
-        raise ConfigError(f"unknown window {text!r}; there are {', '.join(WINDOWS)}")
-    return text
-
-
-def trace_json(trace: Trace) -> dict[str, Any]:
-    """What a result says about its trace. Any: JSON."""
-    return {
-        "source": trace.source,
-        "format": trace.format,
-        "requests": trace.num_requests,
-        "blocks": trace.num_blocks,
-        "unique_blocks": trace.num_unique,
-        "block_tokens": trace.block_tokens,
-        "input_tokens": trace.num_tokens,
-        "longest_request_blocks": trace.longest,
-    }
+from lmc.sim.shown import WINDOWS, show_capacity, trace_json
+from lmc.sim.sweep import Row, Sweep
 
 
 def row_json(row: Row) -> dict[str, Any]:
@@ -59,20 +32,20 @@ def row_json(row: Row) -> dict[str, Any]:
     }
 
 
-def study_json(study: Study) -> dict[str, Any]:
+def sweep_json(sweep: Sweep) -> dict[str, Any]:
     """Any: JSON."""
     return {
-        "trace": trace_json(study.trace),
-        "window": study.window,
-        "rows": [row_json(row) for row in study.rows],
-        "notes": list(study.notes),
+        "trace": trace_json(sweep.trace),
+        "window": sweep.window,
+        "rows": [row_json(row) for row in sweep.rows],
+        "notes": list(sweep.notes),
     }
 
 
-def study_table(study: Study) -> Table:
-    several = len(study.totals) > 1  # a second chunk size takes the place of the share of blocks on a narrow screen
-    sampled = any(row.error is not None for row in study.rows)
-    priced = any(row.saved_prefill_s is not None for row in study.rows)
+def sweep_table(sweep: Sweep) -> Table:
+    several = len(sweep.totals) > 1  # a second chunk size takes the place of the share of blocks on a narrow screen
+    sampled = any(row.error is not None for row in sweep.rows)
+    priced = any(row.saved_prefill_s is not None for row in sweep.rows)
     columns = [
         Column("policy"),
         *([Column("chunk", "tokens")] if several else []),
@@ -96,29 +69,29 @@ def study_table(study: Study) -> Table:
             *([] if row.error is None else [100 * row.error]),
             *([] if row.saved_prefill_s is None else [row.saved_prefill_s / 3600]),
         ]
-        for row in study.rows
+        for row in sweep.rows
     ]
-    totals = ", ".join(f"{blocks:,} blocks of {chunk:,} tokens" for chunk, blocks in study.totals.items())
-    total_tokens = study.rows[0].total_tokens
+    totals = ", ".join(f"{blocks:,} blocks of {chunk:,} tokens" for chunk, blocks in sweep.totals.items())
+    total_tokens = sweep.rows[0].total_tokens
     return Table(
-        f"Prefix hits, {study.trace.source}",
+        f"Prefix hits, {sweep.trace.source}",
         columns,
         rows,
-        note=f"Measured: {WINDOWS[study.window]}. 100 % is {totals}, and {total_tokens:,} input tokens.",
+        note=f"Measured: {WINDOWS[sweep.window]}. 100 % is {totals}, and {total_tokens:,} input tokens.",
     )
 
 
-def study_rows(study: Study) -> Table:
+def sweep_rows(sweep: Sweep) -> Table:
     """The rows under the names that --json uses, for CSV."""
-    records = [row_json(row) for row in study.rows]
+    records = [row_json(row) for row in sweep.rows]
     return Table("rows", [Column(name) for name in records[0]], [list(record.values()) for record in records])
 
 
-def miss_ratio_figure(study: Study) -> Figure:
+def miss_ratio_figure(sweep: Sweep) -> Figure:
     """LRU at every capacity as a line per chunk size, other policies as points."""
     picture, (axis,) = new_axes()
-    several = len(study.curves) > 1
-    for chunk_tokens, curve in study.curves.items():
+    several = len(sweep.curves) > 1
+    for chunk_tokens, curve in sweep.curves.items():
         largest = curve.hit_tokens.size - 1
         shown = np.unique(np.geomspace(1, largest, min(largest, 1000)).astype(np.int64))
         misses = 100 * (1 - curve.hit_tokens[shown] / max(curve.total_tokens, 1))
@@ -126,7 +99,7 @@ def miss_ratio_figure(study: Study) -> Figure:
             shown * chunk_tokens, misses, linewidth=1.6, label=f"lru, chunks of {chunk_tokens}" if several else "lru"
         )
         others: dict[str, list[Row]] = {}
-        for row in study.rows:
+        for row in sweep.rows:
             if row.policy != "lru" and row.chunk_tokens == chunk_tokens and math.isfinite(row.capacity_blocks):
                 others.setdefault(row.policy, []).append(row)
         for policy, rows in others.items():
@@ -143,9 +116,5 @@ def miss_ratio_figure(study: Study) -> Figure:
     axis.set_xlabel("capacity (tokens of KV cache)")
     axis.set_ylabel("input tokens that miss (%)")
     axis.legend(frameon=False, fontsize=8)
-    caption = f"{study.trace.source}; {WINDOWS[study.window]}. Denominator: all input tokens of the measured requests."
+    caption = f"{sweep.trace.source}; {WINDOWS[sweep.window]}. Denominator: all input tokens of the measured requests."
     return to_figure(picture, "Miss ratio against capacity", caption)
-
-
-def show_capacity(blocks: float) -> int | str:
-    return int(blocks) if math.isfinite(blocks) else "inf"

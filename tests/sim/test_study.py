@@ -10,7 +10,7 @@ import pytest
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
-from lmc.sim.full_study import full_study
+from lmc.sim.study import make_study
 from lmc.sim.study_page import report_json, write_report
 from lmc.sim.trace import Trace, coarsen
 from tests.sim.chained_traces import naive_lru, tokens_of
@@ -30,7 +30,7 @@ def made() -> Trace:
 
 def test_numbers_of_the_study_are_those_of_a_naive_simulator() -> None:
     trace = made()
-    study = full_study(trace, ("fifo",), 4)
+    study = make_study(trace, ("fifo",), 4)
 
     def rate(some: Trace, capacity: int, ttl_s: float = float("inf"), first: int = 0) -> float:
         hits = naive_lru(some, capacity, ttl_s)
@@ -56,7 +56,7 @@ def test_numbers_of_the_study_are_those_of_a_naive_simulator() -> None:
 
 
 def test_report_is_one_page_with_pictures_and_rows(tmp_path: Path) -> None:
-    study = full_study(made(), ("fifo",), 3, COST)
+    study = make_study(made(), ("fifo",), 3, COST)
     page = write_report(study, tmp_path / "report", "lmc sim report made", "here, CC0")
     text = page.read_text()
     assert text.count("data:image/png") == 6 and "An unlimited cache would hit" in text and "here, CC0" in text
@@ -71,4 +71,4 @@ def test_a_trace_of_lengths_has_no_study() -> None:
     builder = TraceBuilder("lengths", "azure", 1)
     builder.add(1, [], 0.0, 5, 5)
     with pytest.raises(TraceError, match="hits cannot be simulated"):
-        full_study(builder.finish(lengths_only=True))
+        make_study(builder.finish(lengths_only=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lmc.report import Cell, Column, Table
@@ -11,22 +10,11 @@ from lmc.sim import projections
 from lmc.sim.capacity import parse_tier, warn_small
 from lmc.sim.cost import CostModel
 from lmc.sim.groups import group_hits
-from lmc.sim.show import WINDOWS, show_capacity, trace_json
+from lmc.sim.shown import WINDOWS, Shown, show_capacity, trace_json
 from lmc.sim.stack import hit_curve, profile
 from lmc.sim.tier_grid import PERCENTILES, TierPoint, tier_grid
 from lmc.sim.trace import Trace, Window, require_blocks
 from lmc.units import format_seconds, parse_seconds
-
-
-@dataclass(frozen=True)
-class Shown:
-    table: Table
-    json: dict[str, Any]  # Any: JSON
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of the table must know."""
-        return tuple(self.json["notes"])
 
 
 def ttl_plane(trace: Trace, ttls: Sequence[str], capacities: Sequence[float], window: Window) -> Shown:
