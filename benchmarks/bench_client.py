@@ -23,11 +23,11 @@ import numpy as np
 import uvloop
 
 from lmc.bench.client import Outcome, Target
-from lmc.bench.load import run_load
+from lmc.bench.load import Measured, run_load
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.bench.prompts import Request
 from lmc.bench.schedule import Plan, Planned
-from lmc.bench.selfcheck import Measured, check_client
+from lmc.bench.selfcheck import check_client
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 
 EVENT = b'data: {"id":"cmpl-1","object":"text_completion","model":"mock","choices":[{"index":0,"text":" word","logprobs":null}]}\n\n'

@@ -107,7 +107,7 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> No
                 continue
             payload = event[5:].lstrip()
             if payload == b"[DONE]":
-                _finish(outcome, now)
+                _finish(outcome)
                 return
             try:
                 chunk = orjson.loads(payload)
@@ -154,7 +154,7 @@ def gap_to_second(chosen: float, best: dict[str, float]) -> float:
     return first - others[0] if others else math.inf
 
 
-def _finish(outcome: Outcome, now: float) -> None:
+def _finish(outcome: Outcome) -> None:
     if not outcome.token_times_s:
         outcome.status, outcome.cause = "bad_response", "no token before [DONE]"
         return

@@ -21,10 +21,9 @@ import numpy as np
 import uvloop
 
 from lmc.bench.client import Outcome, Target
-from lmc.bench.load import OnDone, run_load
+from lmc.bench.load import Measured, OnDone, run_load
 from lmc.bench.prompts import Request
 from lmc.bench.schedule import Plan, share_out
-from lmc.bench.selfcheck import Measured
 from lmc.errors import RunError
 
 REQUESTS_PER_S = 750.0  # of one process: half of what benchmarks/bench_client.py asks of a core

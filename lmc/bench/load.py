@@ -5,12 +5,62 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
 
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.schedule import Plan
-from lmc.bench.selfcheck import LoopMonitor, Measured
 
 OnDone = Callable[[Outcome], Awaitable[bool]]  # False: send nothing more
+TICK_S = 0.02
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One stretch of load: outcomes in planned order, only those that were sent. sending_s is the time until the last was sent.
+
+    origin_s: where the outcomes' times begin, as perf_counter seconds.
+    """
+
+    outcomes: list[Outcome]
+    wall_s: float
+    sending_s: float
+    cpu_s: float
+    loop_lags_s: list[float]
+    requested_rate: float | None
+    origin_s: float = 0.0
+    processes: int = 1
+
+
+class LoopMonitor:
+    """Measures how late the event loop wakes up, and the CPU time of this process, while a load runs."""
+
+    def __init__(self) -> None:
+        self.lags_s: list[float] = []
+        self._task: asyncio.Task[None] | None = None
+        self._began_cpu_s = 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        return time.process_time() - self._began_cpu_s
+
+    async def __aenter__(self) -> LoopMonitor:
+        self._began_cpu_s = time.process_time()
+        self._task = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _tick(self) -> None:
+        while True:
+            due = time.perf_counter() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self.lags_s.append(time.perf_counter() - due)
 
 
 async def run_load(

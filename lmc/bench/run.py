@@ -16,7 +16,8 @@ import uvloop
 
 from lmc.bench.arms import SERVE, Launcher, Probe, fit_together
 from lmc.bench.bars import judge_bars
-from lmc.bench.expected_tiers import expected_by_tier
+from lmc.bench.expected import expected_by_request, expected_by_tier
+from lmc.bench.figures import arm_figures
 from lmc.bench.machine import command_line, describe_hardware, describe_software
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.prediction import predict
@@ -27,7 +28,7 @@ from lmc.bench.schedule import Plan, make_plan, split
 from lmc.bench.stages import ArmData, ArmRun, opened
 from lmc.bench.stats import compare, pairs
 from lmc.bench.tokenizer import ModelTokenizer
-from lmc.bench.verdict import arm_expectation, arm_result
+from lmc.bench.verdict import judged
 from lmc.bench.workload import Workload, nearest
 from lmc.errors import EngineError, RunError, WorkloadError
 
@@ -145,7 +146,7 @@ class _Runner:
         name, arm = data.name, data.arm
         seen = [item.request for item in self.plan.items] if arm.restart_of else []
         before = [*self._warm_up(name), *self._prime()]
-        expected, exact = arm_expectation(arm, self.plan, data.before, seen, before)
+        expected, exact = expected_by_request(arm, self.plan, data.before, seen, before)
         data.expected_by_tier = expected_by_tier(arm, self.plan, data.before, seen, before)
         by_id = dict(zip((item.request.id for item in self.plan.items), expected or [], strict=False))
         self.exact[name] = exact and self.exact.get(name, True)
@@ -177,17 +178,18 @@ class _Runner:
     def _prime(self) -> list[Request]:
         return [request for part in self.workload.prime for session in self.prompts.parts[part] for request in session]
 
+    def _judge_arm(self, name: str, outputs: OutputCheck | None) -> ArmResult:
+        runs, records = self.data[name], self.records[name]
+        planned = len(self.plan.items) * len(runs) if self.workload.limits.seconds is None else None
+        figures = arm_figures(runs, records, self.workload, self.plan)
+        return judged(figures, runs, records, planned, self.exact[name], outputs)
+
     def _judge(self, started: str, seconds: float, hardware: dict[str, str], problems: list[str]) -> Results:
         names = [name for name in self.arms if name in self.data]
         reference = names[0]
         outputs = [compare_outputs(name, self.records[name], reference, self.records[reference]) for name in names[1:]]
         checks: dict[str, OutputCheck] = {check.arm: check for check in outputs}
-        arms: list[ArmResult] = [
-            arm_result(
-                self.data[name], self.records[name], self.workload, self.plan, self.exact[name], checks.get(name)
-            )
-            for name in names
-        ]
+        arms = [self._judge_arm(name, checks.get(name)) for name in names]
         comparisons: list[Comparison] = []
         for name in names[1:]:
             matched = pairs(self.records[name], self.records[reference])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 
-from lmc.bench.client import Outcome
+from lmc.bench.load import Measured
 
-TICK_S = 0.02
 LAG_MS = 5.0  # a client this late spoils no figure
 BUSY = 0.8  # of a core: a client process that busy is at its limit
 LAG_SHARE = 0.02  # nor does one that is late by this share of the median TTFT
@@ -43,54 +39,6 @@ class SelfCheck:
         if self.client_cpu > BUSY * self.processes:
             problem += f"; {self.processes} client process(es) used {self.client_cpu:.0%} of a core, set limits.processes higher"
         return problem
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One stretch of load: outcomes in planned order, only those that were sent. sending_s is the time until the last was sent.
-
-    origin_s: where the outcomes' times begin, as perf_counter seconds.
-    """
-
-    outcomes: list[Outcome]
-    wall_s: float
-    sending_s: float
-    cpu_s: float
-    loop_lags_s: list[float]
-    requested_rate: float | None
-    origin_s: float = 0.0
-    processes: int = 1
-
-
-class LoopMonitor:
-    """Measures how late the event loop wakes up, and the CPU time of this process, while a load runs."""
-
-    def __init__(self) -> None:
-        self.lags_s: list[float] = []
-        self._task: asyncio.Task[None] | None = None
-        self._began_cpu_s = 0.0
-
-    @property
-    def cpu_s(self) -> float:
-        return time.process_time() - self._began_cpu_s
-
-    async def __aenter__(self) -> LoopMonitor:
-        self._began_cpu_s = time.process_time()
-        self._task = asyncio.create_task(self._tick())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _tick(self) -> None:
-        while True:
-            due = time.perf_counter() + TICK_S
-            await asyncio.sleep(TICK_S)
-            self.lags_s.append(time.perf_counter() - due)
 
 
 def check_client(stretches: Sequence[Measured]) -> SelfCheck:

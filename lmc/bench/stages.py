@@ -21,12 +21,11 @@ from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, add_up, difference, read_counters
 from lmc.bench.engine_counters import device_hits, looked_up, looked_up_at_start
 from lmc.bench.fleet import processes_for, run_in_processes
-from lmc.bench.load import run_load
+from lmc.bench.load import Measured, run_load
 from lmc.bench.progress import Progress
 from lmc.bench.prompts import Request
 from lmc.bench.records import HitPoint, Phase
 from lmc.bench.schedule import Plan
-from lmc.bench.selfcheck import Measured
 from lmc.bench.spans import read_spans
 from lmc.bench.workload import Arm, Limits
 from lmc.errors import RunError

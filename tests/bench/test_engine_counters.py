@@ -9,10 +9,10 @@ import pytest
 
 from lmc.bench.counters import parse
 from lmc.bench.engine_counters import Pool, device_hits, looked_up, looked_up_at_start, pool
+from lmc.bench.expected import expected_by_request
 from lmc.bench.prompts import Request
 from lmc.bench.schedule import make_plan
 from lmc.bench.stages import hits_by_tier
-from lmc.bench.verdict import arm_expectation
 from lmc.bench.workload import Arm, Workload
 from tests.bench.conftest import small_workload
 
@@ -70,6 +70,6 @@ def test_sglang_s_own_cache_is_judged_where_it_forgets_nothing(prompt_tokens: in
     sessions = [[Request("p", number, 0, prompts[number % 2], 4)] for number in range(4)]
     plan = make_plan(sessions, Workload.model_validate(small_workload(load={"kind": "closed"})))
     arm: dict[str, Any] = {"reuse": "engine"}
-    hits, exact = arm_expectation(Arm.model_validate(arm), plan, parse([COLD]), [], [])
+    hits, exact = expected_by_request(Arm.model_validate(arm), plan, parse([COLD]), [], [])
     reused = (prompt_tokens - 1) // 64 * 64
     assert (hits, exact) == (([0, 0, reused, reused], True) if judged else (None, False))

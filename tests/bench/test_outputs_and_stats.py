@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from lmc.bench.bars import judge_bars
 from lmc.bench.client import gap_to_second
+from lmc.bench.figures import goodput
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.records import RequestRecord
 from lmc.bench.selfcheck import SelfCheck
 from lmc.bench.stats import compare, judge, pairs, weighted_percentile
-from lmc.bench.verdict import counter_problems, goodput, hit_problems
+from lmc.bench.verdict import counter_problems, hit_problems
 from lmc.bench.workload import Bar, Slo
 
 

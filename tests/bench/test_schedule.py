@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.bench.client import Outcome
+from lmc.bench.load import Measured
 from lmc.bench.prompts import Conversation, Request
 from lmc.bench.schedule import Plan, arrival_times, make_plan, split
-from lmc.bench.selfcheck import Measured, check_client
+from lmc.bench.selfcheck import check_client
 from lmc.bench.workload import OpenLoop, Workload
 from lmc.errors import WorkloadError
 from tests.bench.conftest import small_workload
