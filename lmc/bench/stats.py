@@ -1,8 +1,8 @@
 """Is arm a better than arm b? Paired by request, bootstrapped over sessions, with three answers: better, worse, undecided.
 
-Requests of one session depend on each other, so a resample draws whole sessions (Efron & Tibshirani 1993, block bootstrap), the
-same ones for both arms. A verdict needs the whole interval beyond MARGIN and sessions that lean the same way by a two-sided sign test,
-because a few slow moments of a busy machine move an interval but not most pairs. A p99 needs 500 samples, a p90 50.
+A resample draws whole sessions (lmc.sim.bootstrap), the same ones for both arms. A verdict needs the whole interval beyond MARGIN and
+sessions that lean the same way by a two-sided sign test, because a few slow moments of a busy machine move an interval but not most pairs.
+A p99 needs 500 samples, a p90 50.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmc.bench.records import Comparison, RequestRecord
+from lmc.sim.bootstrap import LEVEL, bounds, draw_sessions
 
 Floats = NDArray[np.float64]
-RESAMPLES = 2000
-LEVEL = 0.95
 MARGIN = 0.03
 MIN_SESSIONS = 6  # the fewest that a two-sided sign test can decide
 MAX_CELLS = 1 << 22  # weights in memory at a time
@@ -79,16 +78,10 @@ class Draws:
 
     def ratio(self, figure: Callable[[Floats], Floats]) -> tuple[float, float, float]:
         """The figure of the sample and its interval. `figure` maps weights (draws, requests) to one number per draw."""
-        rng = np.random.default_rng([self._seed, 0xB007])
-        block = max(1, MAX_CELLS // max(self._session.size, 1))
-        ratios = []
-        for start in range(0, RESAMPLES, block):
-            picks = rng.multinomial(
-                self.num_sessions, np.full(self.num_sessions, 1 / self.num_sessions), size=min(block, RESAMPLES - start)
-            )
-            ratios.append(figure(picks[:, self._session].astype(np.float64)))
-        low, high = np.quantile(np.concatenate(ratios), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(figure(np.ones((1, self._session.size)))[0]), float(low), float(high)
+        at_once = max(1, MAX_CELLS // max(self._session.size, 1))
+        drawn = draw_sessions(self.num_sessions, [self._seed, 0xB007], at_once)
+        low, high = bounds([figure(times[:, self._session].astype(np.float64)) for times in drawn])
+        return float(figure(np.ones((1, self._session.size)))[0]), low, high
 
 
 def weighted_percentile(values: Floats, weights: Floats, percentile: float) -> Floats:

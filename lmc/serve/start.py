@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import tempfile
 import urllib.error
 import urllib.request
@@ -11,13 +11,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
+from lmc.cache.observe.stats import describe_tiers
 from lmc.errors import ConfigError
 from lmc.model import resolve_model
 from lmc.serve.engines import check_engine, engine_command
 from lmc.serve.process import hold_port, run_engine
-from lmc.units import format_count, format_size
 
-_PAGE_SECONDS = 30.0  # a busy machine may keep the metrics page waiting; where nobody listens, the answer comes at once
+_STATS_SECONDS = 30.0  # a busy machine may need as long; where nothing listens, the refusal comes at once
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,8 @@ def _describe_cache(wanted: bool, metrics_url: str | None) -> str:
     if metrics_url is None:
         return "cache=on metrics=off"
     try:
-        with urllib.request.urlopen(metrics_url, timeout=_PAGE_SECONDS) as answer:
-            text = answer.read().decode()
-    except (urllib.error.URLError, OSError):
+        with urllib.request.urlopen(metrics_url.removesuffix("/metrics") + "/stats", timeout=_STATS_SECONDS) as answer:
+            stats = json.loads(answer.read())
+    except (urllib.error.URLError, OSError, ValueError):
         return "cache=FAILED (its metrics page does not answer; see the log above)"
-    chunk_bytes = _sample(text, r"lmc_chunk_bytes (\S+)")
-    tiers = [
-        f"{name} {format_size(float(slots) * chunk_bytes)} ({format_count(float(slots))} chunks)"
-        for name, slots in re.findall(r'^lmc_slots\{tier="(\w+)"\} (\S+)', text, re.MULTILINE)
-    ]
-    return f'metrics={metrics_url} tiers="{", ".join(tiers)}"'
-
-
-def _sample(text: str, pattern: str) -> float:
-    found = re.search("^" + pattern, text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
+    return f'metrics={metrics_url} tiers="{describe_tiers(stats)}"'

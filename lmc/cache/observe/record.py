@@ -1,7 +1,8 @@
 """The lookup trace: one JSON line for each request that was admitted. `lmc sim` reads it.
 
-The first line is a header; see TRACE_VERSION. A line holds the time in seconds since the start, the request, its prompt tokens, the chained
-hashes of its full chunks (16 hex digits each) and how many tokens came from where. No text and no token ids are written.
+The first line is a header with TRACE_FORMAT, TRACE_VERSION and the sizes of a chunk. A line holds the time in seconds since the start, the
+request, its prompt tokens, the first NAME_BYTES of each full chunk's key in hex, and the hit tokens by tier. No text and no token ids are
+written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lmc.errors import ConfigError
 
 TRACE_FORMAT = "lmc-trace"
 TRACE_VERSION = 1
+NAME_BYTES = 8
 _FLUSH_SECONDS = 1.0
 
 
@@ -52,7 +54,7 @@ class TraceRecorder:
             "t": round(now - self._start, 6),
             "request": request_id,
             "tokens": num_tokens,
-            "chunks": [key.hex()[:16] for key in keys],
+            "chunks": [key[:NAME_BYTES].hex() for key in keys],
             "tenant": tenant,
             "hit_tokens": dict(hit_tokens),
         }

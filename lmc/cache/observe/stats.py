@@ -1,8 +1,9 @@
-"""The state of a running cache in numbers, as /stats gives it and `lmc cache stats` shows it, and its tiers in a line for the log."""
+"""The state of a running cache in numbers, as the endpoint's /stats gives it, and its tiers in one line for the log and `lmc serve`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from lmc.cache.directory import Directory
 from lmc.cache.keys import Namespace
@@ -13,7 +14,7 @@ from lmc.units import format_count, format_size
 def collect_stats(
     namespace: Namespace, directory: Directory, metrics: CacheMetrics, chunk_bytes: int
 ) -> dict[str, object]:
-    """Everything that is read here is one number or one copied table, so no lock is needed."""
+    """`chunk_bytes` is the size of one chunk over all ranks. What is read here is one number or one copied table, so no lock is needed."""
     totals: dict[str, float] = {}
     by_label: dict[str, dict[str, float]] = {}
     for family in metrics.registry.collect():
@@ -51,9 +52,9 @@ def collect_stats(
     }
 
 
-def describe_tiers(usage: Mapping[str, tuple[int, int]], chunk_bytes: int) -> str:
-    """One line for people: "host 1.5 GiB (256 chunks), disk 100 GiB (17,000 chunks)"."""
+def describe_tiers(stats: Mapping[str, Any]) -> str:  # Any: what collect_stats() returns, or the same read from JSON
+    """The capacities of the tiers over all ranks: "host 1.5 GiB (256 chunks), disk 100.0 GiB (17,000 chunks)"."""
     return ", ".join(
-        f"{tier} {format_size(slots * chunk_bytes)} ({format_count(slots)} chunks)"
-        for tier, (_, slots) in usage.items()
+        f"{tier} {format_size(held['capacity'] * stats['chunk_bytes'])} ({format_count(held['capacity'])} chunks)"
+        for tier, held in stats["tiers"].items()
     )

@@ -7,27 +7,26 @@ from pathlib import Path
 
 import numpy as np
 
+from lmc.cache.observe.record import NAME_BYTES, TRACE_FORMAT, TRACE_VERSION
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
 from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, read_records
 from lmc.sim.trace import Int64, Trace
 
-VERSION = 1
-
 
 def matches(record: Record) -> bool:
-    return record.get("format") == "lmc-trace"
+    return record.get("format") == TRACE_FORMAT
 
 
 def read(path: Path, options: ReadOptions) -> Trace:
     records = read_records(path)
     first, header = next(records)
     if not matches(header):
-        raise bad_line(path, first, "no lmc-trace header", "give a file written by lmc serve --record")
-    if header.get("version") != VERSION:
+        raise bad_line(path, first, f"no {TRACE_FORMAT} header", "give a file written by lmc serve --record")
+    if header.get("version") != TRACE_VERSION:
         raise bad_line(
-            path, first, f"version {header.get('version')!r}", f"this lmc reads version {VERSION}; upgrade lmc"
+            path, first, f"version {header.get('version')!r}", f"this lmc reads version {TRACE_VERSION}; upgrade lmc"
         )
     chunk_tokens = get_count(path, first, header, "chunk_tokens")
     if chunk_tokens == 0:
@@ -64,9 +63,12 @@ def _hashes(path: Path, number: int, record: Record) -> Int64:
         packed = bytes.fromhex("".join(names))
     except (TypeError, ValueError):
         packed = b""
-    if len(packed) != 8 * len(names):
+    if len(packed) != NAME_BYTES * len(names):
         raise bad_line(
-            path, number, "'chunks' holds something else than names of 16 hex digits", "repair or delete the line"
+            path,
+            number,
+            f"'chunks' holds something else than names of {2 * NAME_BYTES} hex digits",
+            "repair or delete the line",
         )
     return np.frombuffer(packed, dtype=">u8").astype(np.uint64).view(np.int64)
 

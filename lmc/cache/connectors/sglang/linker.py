@@ -90,7 +90,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._pages = PageKeys(_PAGES_REMEMBERED * (layout.num_blocks + host_slots))
         self._asked_pins = AskedPins(cache.scheduler.directory)
         self._copies = Copies(cache.worker, self.layer_done_counter)
-        tiers = describe_tiers(cache.scheduler.directory.usage(), cache.scheduler.chunk_bytes)
+        tiers = describe_tiers(cache.scheduler.stats())
         url = cache.scheduler.metrics_url
         logger.info("lmc: cache on, %d tokens per chunk, %s, metrics at %s", self._page, tiers, url)
 

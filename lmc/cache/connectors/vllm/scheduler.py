@@ -81,11 +81,10 @@ class SchedulerSide:
         if self.announces:
             self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
         self.growth = CounterGrowth(self.scheduler.metrics.registry)
-        tiers = describe_tiers(self.scheduler.directory.usage(), self.scheduler.chunk_bytes * len(ready))
         logger.info(
             "lmc: cache on, %d tokens per chunk, %s, metrics at %s",
             self.scheduler.chunk_tokens,
-            tiers,
+            describe_tiers(self.scheduler.stats()),
             self.scheduler.metrics_url,
         )
 
