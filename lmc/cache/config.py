@@ -1,7 +1,7 @@
 """The one schema of the cache's settings: their names, defaults, meanings and limits.
 
 A value comes from a command-line flag, else the environment (LMC_HOST_CAPACITY sets host.capacity), else the YAML file, else the default.
-Unknown keys and bad values are errors. lmc.cache.settings finds, merges and explains; this file only says what there is.
+Unknown keys and bad values are errors. lmc.cache.settings finds, merges and explains the settings; this module only declares them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from lmc.cache.policy.registry import get_policy
+from lmc.cache.policy.registry import POLICIES, get_policy
 from lmc.errors import ConfigError
 from lmc.units import parse_seconds, parse_size
 
@@ -47,131 +47,134 @@ class Section(BaseModel):
 
 class HostConfig(Section):
     capacity: ShareOrSize = "25%"
-    """Memory for chunks, over all ranks: a size, or a share of the memory that is free at start. It is never exceeded."""
+    """Memory limit for chunks, over all ranks: a size, or a share of the memory that is free at start."""
 
 
 class DiskConfig(Section):
     path: Path | None = None
-    """Folder for chunk files; no folder, no disk tier."""
+    """Folder of the chunk files. Without it, there is no disk tier."""
     capacity: Size = 100 * 1024**3
-    """Bytes of chunk files over all ranks; the oldest by policy go first. Of a shared folder each instance may fill so much."""
+    """Size limit of the chunk files, over all ranks. The eviction policy chooses what to delete. In a shared folder the limit applies
+    to each instance separately."""
     shared: bool = False
-    """Other instances use the folder too: look there for chunks that this one did not write."""
+    """Share the folder with other instances: look there for chunks that this instance did not write."""
     fsync: bool = True
-    """Sync each file before it becomes visible, so that a power cut loses no byte silently."""
+    """Sync each file to the disk before it becomes visible, so that a power failure damages no stored chunk."""
 
 
 class RedisConfig(Section):
     url: str | None = Field(default=None, json_schema_extra=_SECRET)
-    """redis://, rediss:// (TLS) or unix:// address; no address, no Redis tier. Valkey works too."""
+    """Address of a Redis or Valkey server: redis://, rediss:// (TLS) or unix://. Without it, there is no Redis tier."""
     mode: Literal["standalone", "cluster", "sentinel"] = "standalone"
-    """Topology behind the address."""
+    """Kind of deployment at the address."""
     sentinel_service: str = "mymaster"
-    """Name of the master set, for mode sentinel."""
+    """Name of the master set. It is used in mode sentinel only."""
     username: str | None = None
-    """ACL user."""
+    """User name, if the server has access control lists."""
     password: str | None = Field(default=None, json_schema_extra=_SECRET)
-    """Password; better given as LMC_REDIS_PASSWORD than in a file."""
+    """Password. Set it as LMC_REDIS_PASSWORD rather than in a file."""
     ca_file: Path | None = None
-    """Certificate authority for TLS; default: the system's."""
+    """File of the certificate authority for TLS, by default the system's."""
     ttl: Seconds | None = None
-    """Time to live of a value in Redis; none: Redis's own eviction decides."""
+    """Time to live of a value in Redis. By default only Redis's own eviction removes values."""
     timeout: Seconds = 1.0
-    """Limit for one socket operation."""
+    """Time limit of one socket operation."""
     connections: int = Field(default=2, ge=1, le=256)
-    """Values on their way at once, per rank: so many in, and so many out. One thread of Redis serves them all, so more gain something only
-    with a cluster or over a slow network."""
+    """Maximum concurrent reads, and maximum concurrent writes, per rank. One thread of Redis serves all connections, so a higher number
+    helps only with a cluster or over a slow network."""
 
 
 class S3Config(Section):
     bucket: str | None = None
-    """Bucket for chunks; no bucket, no S3 tier."""
+    """Bucket of the chunks. Without it, there is no S3 tier."""
     prefix: str = "lmc"
-    """Leading part of every object name."""
+    """Prefix of every object name."""
     endpoint: str | None = None
-    """Address of an S3-compatible store; default: AWS."""
+    """Address of an S3-compatible store, by default AWS."""
     region: str | None = None
-    """Region; default: from the environment."""
+    """Region, by default from the environment."""
     access_key_id: str | None = None
-    """Access key; default: the SDK's usual sources."""
+    """Access key, by default from the environment or the machine's credentials."""
     secret_access_key: str | None = Field(default=None, json_schema_extra=_SECRET)
-    """Secret key; default: the SDK's usual sources."""
+    """Secret key, by default from the environment or the machine's credentials."""
     timeout: Seconds = 5.0
-    """Limit for one request."""
+    """Time limit of one request."""
 
 
 class MetricsConfig(Section):
     host: str = "127.0.0.1"
-    """Address of the metrics endpoint."""
+    """Address that the metrics endpoint listens on."""
     port: int = Field(default=0, ge=0, le=65535)
-    """Port of the metrics endpoint; 0 picks a free one, which lmc serve prints."""
+    """Port of the metrics endpoint. 0 takes a free port; lmc serve prints it."""
     enabled: bool = True
     """Serve Prometheus metrics over HTTP."""
 
 
 class AdminConfig(Section):
     enabled: bool = True
-    """Accept commands (pin, unpin, prefetch, clear) at the metrics endpoint. They need the token unless it listens on this machine only."""
+    """Accept commands (pin, unpin, prefetch, clear) at the metrics endpoint. They need admin.token unless the endpoint listens on this
+    machine only."""
     token: str | None = Field(default=None, json_schema_extra=_SECRET)
-    """Commands must bring it as "Authorization: Bearer TOKEN"; better given as LMC_ADMIN_TOKEN than in a file."""
+    """Token that commands must send as "Authorization: Bearer TOKEN". Set it as LMC_ADMIN_TOKEN rather than in a file."""
 
 
 class CacheConfig(Section):
     chunk_tokens: int | None = Field(default=None, gt=0, le=1_000_000)
-    """Tokens per chunk, a multiple of the engine's block. Default: the engine's block, repeated up to at least 128 tokens."""
-    policy: str = "lru"
+    """Tokens per chunk, a multiple of the engine's block size. By default it is the smallest multiple that is at least 128."""
+    policy: str = Field(default="lru", json_schema_extra={"choices": list(POLICIES)})
     """Eviction policy of the host and disk tiers."""
     write: Literal["through", "back", "around"] = "through"
-    """When a chunk goes to the tiers below the host: at once (through), when the host evicts it (back), or at its write_touches-th touch
-    (around)."""
+    """When a chunk is written to the tiers below the host: at once (through), when the host evicts it (back), or when it has been
+    touched write_touches times (around)."""
     write_touches: int = Field(default=2, ge=1, le=1000)
-    """For write: around. The touch at which a chunk is written below."""
+    """Number of touches after which a chunk is written to lower tiers. It is used in write mode around only."""
     ttl: Seconds | None = None
-    """Forget a chunk after so long; none: never. Remote tiers keep their own time (redis.ttl)."""
+    """Time to live of a chunk in the host and disk tiers, by default unlimited. Remote tiers have their own (redis.ttl)."""
     ttl_mode: Literal["sliding", "fixed"] = "sliding"
     """Whether ttl counts from the last touch (sliding) or from the store (fixed)."""
     tenant_quota: ShareOrSize | None = None
-    """Most host memory for the chunks of one tenant, over all ranks: a size, or a share of host.capacity. At its quota a tenant's own
-    oldest chunks go first."""
+    """Limit of host memory for the chunks of one tenant, over all ranks: a size, or a share of host.capacity. A tenant at its limit
+    evicts its own chunks first."""
     store_decode: bool = False
-    """Store chunks that end in generated tokens too, not only the prompt's."""
+    """Also store chunks that contain generated tokens."""
     min_load_tokens: int = Field(default=1, ge=1)
-    """Load a hit only if it saves at least so many tokens; below that recomputing is quicker."""
+    """Load a hit only if it saves computing at least this number of tokens. Below that, computing is faster than loading."""
     background_load_tokens: int = Field(default=4096, ge=1)
-    """Copy a hit of at least so many tokens in the background, while the batch goes on; a smaller one right before the forward pass.
-    With vLLM's async scheduling or its second model runner, every hit."""
+    """Copy hits of at least this number of tokens in the background, while other requests continue. Smaller hits are copied right
+    before the forward pass. With vLLM's async scheduling or its second model runner, all hits are copied in the background."""
     transfer_backend: Literal["auto", "host", "dma", "kernel", "staged", "torch"] = "auto"
-    """What copies between engine blocks and host memory; auto measures at start which is fastest for which size."""
+    """Backend that copies between engine blocks and host memory. auto measures at start which one is fastest for each size."""
     load_deadline: Seconds = 5.0
-    """A request waits at most so long for chunks from disk or remote tiers; then it loads what is there and computes the rest."""
+    """Longest time that a request waits for chunks from disk or remote tiers. Then it loads those that have arrived and computes the
+    rest."""
     lookup_deadline: Seconds = 0.05
-    """A request waits at most so long for a remote tier to say what it holds."""
+    """Longest time that a request waits for a remote tier to answer which chunks it holds."""
     io_threads: int = Field(default=4, ge=1, le=256)
-    """Threads per rank for each tier below the host: so many for reads, and so many for writes. For Redis see redis.connections."""
+    """Number of read threads, and number of write threads, per rank and tier below the host. Redis uses redis.connections instead."""
     queue_depth: int = Field(default=1024, ge=1)
-    """Writes that may wait, per rank and tier below the host; beyond that a write is dropped and counted."""
+    """Maximum number of queued writes, per rank and tier below the host. Further writes are dropped and counted."""
     close_timeout: Seconds = 10.0
-    """At the end, writes under way get at most so long; those not done by then are lost."""
+    """Longest time that stopping waits for writes under way. Writes that are not done by then are lost."""
     tenant: str = ""
-    """Salt of every key: instances with different tenants share nothing."""
+    """Salt of every key. Instances with different tenants share no chunk."""
     strict: bool = False
-    """Refuse to start the engine when a configured tier cannot be opened; otherwise run without that tier."""
+    """Refuse to start the engine when a configured tier cannot be opened. Otherwise the engine runs without that tier."""
     log_format: Literal["text", "json"] = "text"
-    """Log lines of lmc: in the engine's own format (text), or one JSON object per line on standard error (json)."""
+    """Format of lmc's log lines: the engine's own (text), or one JSON object per line on standard error (json)."""
     record: Path | None = None
-    """Write every lookup to this file, for lmc sim."""
+    """Record every lookup in this file, for lmc sim."""
     host: HostConfig = HostConfig()
-    """CPU memory."""
+    """The host tier keeps chunks in CPU memory."""
     disk: DiskConfig = DiskConfig()
-    """Files."""
+    """The disk tier keeps one file per chunk and rank."""
     redis: RedisConfig = RedisConfig()
-    """Redis or Valkey."""
+    """The Redis tier keeps chunks on a Redis or Valkey server."""
     s3: S3Config = S3Config()
-    """An S3-compatible store."""
+    """The S3 tier keeps chunks in any S3-compatible store."""
     metrics: MetricsConfig = MetricsConfig()
-    """Prometheus endpoint."""
+    """The metrics endpoint serves Prometheus metrics, statistics and commands."""
     admin: AdminConfig = AdminConfig()
-    """Commands to a running cache."""
+    """Commands pin, prefetch and clear chunks of a running cache."""
 
     @field_validator("policy")
     @classmethod

@@ -1,4 +1,4 @@
-"""Find the cache's settings, merge them by precedence, and explain them. The schema itself is lmc.cache.config."""
+"""Find the cache's settings, merge them by precedence, and explain them. lmc.cache.config declares them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from pydantic.fields import FieldInfo
 from lmc.cache.config import CacheConfig, Section
 from lmc.errors import ConfigError
 
-# Variables that start with LMC_ and are no settings of the cache.
+# Variables that start with LMC_ and are not settings of the cache.
 _OTHER_VARIABLES = {"LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}
 
 
@@ -35,8 +36,18 @@ class Setting:
         return isinstance(extra, dict) and bool(extra.get("secret"))
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that it may have, if they are few."""
+        extra = self.field.json_schema_extra
+        names = extra.get("choices") if isinstance(extra, dict) else None
+        if isinstance(names, list):
+            return tuple(map(str, names))
+        return get_args(self.field.annotation) if get_origin(self.field.annotation) is Literal else ()
+
+    @property
     def meaning(self) -> str:
-        return " ".join((self.field.description or "").split())
+        meaning = " ".join((self.field.description or "").split())
+        return f"{meaning} Choices: {', '.join(self.choices)}." if self.choices else meaning
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ def load_settings(
 
 
 def explain(key: str) -> str:
-    """What a setting means, its type and its default. Raises ConfigError for an unknown key."""
+    """Meaning, choices, default and environment variable of a setting. Raises ConfigError for an unknown key."""
     known = {setting.key: setting for setting in all_settings()}
     _require_known(key, known, "")
     setting = known[key]
@@ -89,15 +100,15 @@ def explain(key: str) -> str:
 
 
 def markdown() -> str:
-    """All settings as a page; docs/configuration.md is this."""
+    """All settings as a Markdown page, which is docs/configuration.md."""
     lines = [
         "# Settings",
         "",
-        "A value comes from a flag of `lmc serve`, else the environment, else the YAML file, else the default.",
-        "An unknown key or a bad value is an error. `lmc config check FILE` says what a file would do,",
-        "`lmc serve --print-config` what is in force and where it came from.",
+        "A flag of `lmc serve` overrides the environment, the environment overrides the YAML file, and the file overrides the default.",
+        "An unknown key or a bad value is an error. `lmc config check FILE` checks a file and prints the settings in force;",
+        "`lmc serve MODEL --print-config` does the same for a command line. Both show where each value came from.",
         "",
-        "Sizes are written as 8GiB or 512 MB, durations as 10ms, 1.5s or 2h. This page is written by `lmc config explain --markdown`.",
+        "Write sizes as 8GiB or 512 MB, and durations as 10ms, 1.5s or 2h. `lmc config explain --markdown` writes this page.",
     ]
     section = None
     for setting in all_settings():

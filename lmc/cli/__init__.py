@@ -15,7 +15,7 @@ from lmc.errors import LmcError
 
 app = typer.Typer(
     name="lmc",
-    help="A KV cache for LLM serving engines, with the instruments that make it trustworthy.",
+    help="Cache the KV of prompts for LLM serving engines, and measure and predict what that gains.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

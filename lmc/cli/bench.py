@@ -1,4 +1,4 @@
-"""lmc bench: replay a workload against live engines, arm against arm."""
+"""lmc bench: replay a workload against live engines and compare the arms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     cls=DefaultCommandGroup,
-    help="Replay a workload against live engines, arm against arm: time to first token, hits, verdicts.",
+    help="Replay a workload against live engines and compare the arms. `lmc bench WORKLOAD` runs the command `run`.",
     no_args_is_help=True,
 )
 
@@ -26,16 +26,22 @@ def add_to(parent: typer.Typer) -> None:
 
 @app.command()
 def run(
-    workload: Annotated[Path, typer.Argument(help="Workload file (YAML).")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the report; default reports/NAME.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model instead of the workload's.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="Run only this arm; may be given several times.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The workload's small size.")] = False,
-    repeat: Annotated[int, typer.Option(min=1, help="Run every arm so often, each time with a new engine.")] = 1,
-    scratch: Annotated[Path | None, typer.Option(help="Keep logs and disk tiers in this folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables; the exit code tells.")] = False,
+    workload: Annotated[Path, typer.Argument(help="YAML file of the workload.")],
+    out: Annotated[Path | None, typer.Option(help="Write the report to this folder, by default reports/NAME.")] = None,
+    model: Annotated[str | None, typer.Option(help="Use this model instead of the workload's.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Run only this arm. Repeat the option for several arms.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Use the workload's small size.")] = False,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Run every arm this number of times, each time on a new engine.")
+    ] = 1,
+    scratch: Annotated[Path | None, typer.Option(help="Keep the logs and disk tiers in this folder.")] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print nothing, and report the result through the exit code only.")
+    ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Results as JSON on stdout, progress as JSON lines on stderr.")
+        bool, typer.Option("--json", help="Print the results as JSON on stdout, and progress as JSON lines on stderr.")
     ] = False,
 ) -> None:
     """Replay WORKLOAD in every arm and write the report."""
@@ -69,11 +75,11 @@ def run(
 
 @app.command()
 def check(
-    workload: Annotated[Path, typer.Argument(help="Workload file (YAML).")],
-    model: Annotated[str | None, typer.Option(help="Model instead of the workload's.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The workload's small size.")] = False,
+    workload: Annotated[Path, typer.Argument(help="YAML file of the workload.")],
+    model: Annotated[str | None, typer.Option(help="Use this model instead of the workload's.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Use the workload's small size.")] = False,
 ) -> None:
-    """Check WORKLOAD without an engine: schema, data, prompts, and the hits to expect."""
+    """Check WORKLOAD without starting an engine. Checks its keys, data, prompts and cache settings, and prints the hits to expect."""
     from lmc.bench.check import check_workload
     from lmc.bench.workload import load_workload
     from lmc.report import print_table
@@ -86,13 +92,17 @@ def check(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="Folder of the run to compare with.")],
-    b: Annotated[Path, typer.Argument(help="Folder of the run that is judged.")],
-    arm: Annotated[list[str] | None, typer.Option(help="Compare only this arm; may be given several times.")] = None,
-    fail_on_worse: Annotated[bool, typer.Option("--fail-on-worse", help="Exit code 1 if anything is worse.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Comparisons as JSON.")] = False,
+    a: Annotated[Path, typer.Argument(help="Report folder of the run to compare with.")],
+    b: Annotated[Path, typer.Argument(help="Report folder of the run to judge.")],
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Compare only this arm. Repeat the option for several arms.")
+    ] = None,
+    fail_on_worse: Annotated[
+        bool, typer.Option("--fail-on-worse", help="Exit with 1 if any comparison is worse.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as one JSON object.")] = False,
 ) -> None:
-    """Is run B better than run A? Paired by request, with intervals and verdicts."""
+    """Judge whether run B is better than run A. Compares request by request. Exits with 1 if outputs differ."""
     from lmc.bench.compare import compare_runs
     from lmc.bench.tables import comparisons_table, outputs_table
     from lmc.report import print_table, to_json
@@ -109,7 +119,9 @@ def compare(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Folder with results.json and requests.parquet.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Report folder: it holds results.json and requests.parquet.")],
+) -> None:
     """Render the report of an earlier run again."""
     from lmc.bench.records import read_records, read_results
     from lmc.bench.render import write_report

@@ -1,4 +1,4 @@
-"""lmc cache: look at what a cache has stored, and at a running one."""
+"""lmc cache: check stored chunk files, and watch a running cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from lmc.probe.inspect import Inspection
 
-app = typer.Typer(help="Look at what a cache has stored, and at a running one.", no_args_is_help=True)
+app = typer.Typer(help="Check stored chunk files, and watch a running cache.", no_args_is_help=True)
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -19,10 +19,12 @@ def add_to(parent: typer.Typer) -> None:
 
 @app.command()
 def inspect(
-    files: Annotated[list[Path], typer.Argument(help="Chunk files, or folders of them such as disk.path.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+    files: Annotated[list[Path], typer.Argument(help="Chunk files, or folders of chunk files such as disk.path.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per file, each on its own line.")
+    ] = False,
 ) -> None:
-    """Say what chunk files are and check every byte. Exit code 1 when one is damaged or not a chunk."""
+    """Describe chunk files and check every byte. Exits with 1 if a file is damaged or is not a chunk."""
     from lmc.probe.inspect import find_files, inspect_file
 
     damaged = 0
@@ -40,12 +42,12 @@ def inspect(
 
 @app.command()
 def stats(
-    url: Annotated[str, typer.Argument(help="The metrics address that lmc serve printed, such as 127.0.0.1:9400.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, once.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of the live table.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print the table once.")] = False,
+    url: Annotated[str, typer.Argument(help="Metrics address that lmc serve printed, such as 127.0.0.1:9400.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and stop.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates of the table.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and stop.")] = False,
 ) -> None:
-    """Watch a running cache: tiers, hit rates, transfers, misses by reason. Ctrl-C ends it."""
+    """Watch tiers, hit rates, transfers and misses of a running cache. Stop it with Ctrl-C."""
     import orjson
 
     from lmc.probe.watch import read_stats, watch

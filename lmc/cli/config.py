@@ -1,4 +1,4 @@
-"""lmc config: what the settings are and whether a file is right."""
+"""lmc config: explain the settings and check a file of settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ def add_to(parent: typer.Typer) -> None:
 
 @app.command()
 def explain(
-    key: Annotated[str | None, typer.Argument(help="A setting such as host.capacity; none lists all.")] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="All settings as a page.")] = False,
+    key: Annotated[
+        str | None,
+        typer.Argument(help="Name of a setting, such as host.capacity. Without it, all settings are explained."),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print all settings as a Markdown page.")] = False,
 ) -> None:
-    """Say what a setting means, its default and its environment variable."""
+    """Explain one setting, or all of them. Prints its meaning, choices, default and environment variable."""
     from lmc.cache.settings import all_settings, markdown
     from lmc.cache.settings import explain as text
 
@@ -34,8 +37,8 @@ def explain(
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="A YAML file of settings.")]) -> None:
-    """Check a file, with the environment's settings on top, and print what would be in force."""
+def check(file: Annotated[Path, typer.Argument(help="YAML file of cache settings.")]) -> None:
+    """Check a settings file and print the settings in force. LMC_* environment variables override the file."""
     import os
 
     from lmc.cache.settings import load_settings
@@ -44,7 +47,7 @@ def check(file: Annotated[Path, typer.Argument(help="A YAML file of settings.")]
 
 
 def print_settings(settings: Settings) -> None:
-    """Each setting, its value and where that came from."""
+    """Print each setting, its value and where the value came from."""
     from lmc.cache.settings import all_settings, show, value_of
 
     width = max(map(len, settings.origins))

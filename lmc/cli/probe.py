@@ -1,4 +1,4 @@
-"""lmc probe: what this machine's hardware gives."""
+"""lmc probe: measure this machine's hardware, and how much of it lmc uses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Measure what this machine gives, and how much of it lmc uses.", no_args_is_help=True)
+app = typer.Typer(help="Measure this machine's hardware, and how much of it lmc uses.", no_args_is_help=True)
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -21,15 +21,34 @@ def _group() -> None:
 
 @app.command()
 def transfer(
-    device: Annotated[str, typer.Option(help="cpu, cuda:0, or auto: the first CUDA device, else the CPU.")] = "auto",
-    sizes: Annotated[str | None, typer.Option(help="Piece sizes, comma separated: 8KiB,64KiB,1MiB.")] = None,
-    total: Annotated[str, typer.Option(help="Bytes of each copy; keep it above the processor's caches.")] = "64MiB",
-    repetitions: Annotated[int, typer.Option(min=1, help="Turns of backend and limit; the median counts.")] = 7,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Device to measure: cpu, cuda:N, or auto. auto takes the first CUDA device, or the CPU if there is none."
+        ),
+    ] = "auto",
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Sizes of the pieces that are copied, separated by commas, such as 8KiB,64KiB,1MiB."),
+    ] = None,
+    total: Annotated[
+        str, typer.Option(help="Bytes of each copy. Choose more than the processor's caches hold.")
+    ] = "64MiB",
+    repetitions: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Number of alternating measurements of the backend and of the hardware limit. The median is reported.",
+        ),
+    ] = 7,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write rate over piece size to this picture.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the rate over the piece size into this PNG file.")] = None,
 ) -> None:
-    """Rates of the transfer backends over piece sizes, both ways, beside plain memcpy or the bare copy engine."""
+    """Measure how fast the transfer backends copy.
+
+    Each piece size is measured in both directions, beside the hardware limit: memcpy, or the GPU's copy engine.
+    """
     from lmc import report
     from lmc.probe.show import transfer_figure, transfer_table
     from lmc.probe.transfer import PIECE_SIZES, probe_device

@@ -1,4 +1,4 @@
-"""lmc sim: replay a trace without an engine."""
+"""lmc sim: predict hits and choose settings from a trace, without an engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lmc.cli.choices import BOUND, POLICIES, ROUTINGS, WINDOWS, listed, metavar
 from lmc.cli.default_command import DefaultCommandGroup
 from lmc.cli.trace_source import TraceSource, reads_trace
 from lmc.units import parse_seconds, parse_size
@@ -18,18 +19,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     cls=DefaultCommandGroup,
-    help="Replay a trace through the cache's own logic: hits, capacities, policies. `lmc sim TRACE` runs the verb `run`.",
+    help="Predict hits and choose settings from a trace, without an engine. `lmc sim TRACE` runs the command `run`.",
     no_args_is_help=True,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Csv = Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")]
-Window = Annotated[str, typer.Option(help="all, or last-half: the first half only warms the cache up.")]
-TokenBytes = Annotated[str, typer.Option(help="KV bytes of a token, where the trace does not say it: 192KiB.")]
-CapacityBlocks = Annotated[
-    str | None, typer.Option(help="Capacities in blocks, comma separated: 1000, 1% of the unique blocks, inf.")
+Window = Annotated[
+    str,
+    typer.Option(
+        metavar=metavar(WINDOWS),
+        help="Requests that are measured. With last-half, the first half only warms the cache.",
+    ),
 ]
-CostFile = Annotated[Path | None, typer.Option(help="YAML cost model, for times and money.")]
+TokenBytes = Annotated[str, typer.Option(help="KV bytes per token, such as 192KiB, if the trace does not state them.")]
+CapacityBlocks = Annotated[
+    str | None,
+    typer.Option(
+        help="Capacities in trace blocks, separated by commas: a number, a share of the unique blocks such as 1%, or inf."
+    ),
+]
+CostFile = Annotated[Path | None, typer.Option(help="YAML cost model. It adds times and costs to the result.")]
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -40,27 +50,45 @@ def add_to(parent: typer.Typer) -> None:
 @reads_trace
 def run(
     source: TraceSource,
-    policy: Annotated[str, typer.Option(help="Eviction policies, comma separated; belady is the bound.")] = "lru",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help=f"Eviction policies, separated by commas: {listed((*POLICIES, BOUND))}. belady knows the future and is the upper bound."
+        ),
+    ] = "lru",
     capacity_blocks: CapacityBlocks = None,
-    capacity_tokens: Annotated[str | None, typer.Option(help="Capacities in tokens: 3M,10M.")] = None,
-    capacity_bytes: Annotated[str | None, typer.Option(help="Capacities in bytes: 64GiB,1TiB.")] = None,
+    capacity_tokens: Annotated[
+        str | None, typer.Option(help="Capacities in tokens, separated by commas, such as 3M,10M.")
+    ] = None,
+    capacity_bytes: Annotated[
+        str | None, typer.Option(help="Capacities in bytes, separated by commas, such as 64GiB,1TiB.")
+    ] = None,
     token_bytes: TokenBytes = "0",
     chunk_tokens: Annotated[
-        str | None, typer.Option(help="Chunk sizes, multiples of the trace's block; only full chunks are cached.")
+        str | None,
+        typer.Option(
+            help="Tokens per chunk, separated by commas, each a multiple of the trace block. Then only full chunks are cached."
+        ),
     ] = None,
     window: Window = "all",
-    shards: Annotated[float | None, typer.Option(help="Estimate LRU from this share of the blocks.")] = None,
-    admit_touches: Annotated[int, typer.Option(min=1, help="Store a block when it is asked for the n-th time.")] = 1,
-    low_watermark: Annotated[float, typer.Option(help="A full cache evicts down to this share.")] = 1.0,
-    write_delay: Annotated[str, typer.Option(help="A stored block is readable only so much later.")] = "0s",
-    ttl: Annotated[str | None, typer.Option(help="Drop a block that was not touched for so long.")] = None,
-    fixed_ttl: Annotated[bool, typer.Option("--fixed-ttl", help="The TTL counts from the store.")] = False,
+    shards: Annotated[
+        float | None, typer.Option(help="Estimate LRU hits from this share of the trace blocks, such as 0.01.")
+    ] = None,
+    admit_touches: Annotated[int, typer.Option(min=1, help="Store a trace block at its n-th touch.")] = 1,
+    low_watermark: Annotated[float, typer.Option(help="Evict a full cache down to this share of its capacity.")] = 1.0,
+    write_delay: Annotated[str, typer.Option(help="Delay before a stored trace block can be hit.")] = "0s",
+    ttl: Annotated[
+        str | None, typer.Option(help="Drop a trace block that was not touched for this time, such as 5m.")
+    ] = None,
+    fixed_ttl: Annotated[
+        bool, typer.Option("--fixed-ttl", help="Count the TTL from the store, not from the last touch.")
+    ] = False,
     cost: CostFile = None,
     json: Json = False,
     csv: Csv = None,
-    png: Annotated[Path | None, typer.Option(help="Write the miss-ratio curve to this picture.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the miss ratio over the capacity into this PNG file.")] = None,
 ) -> None:
-    """Hits of policies at capacities and chunk sizes."""
+    """Count hits by policy, capacity and chunk size."""
     from lmc import report
     from lmc.sim import capacity, sweep_show
     from lmc.sim.policy_replay import ReplayOptions
@@ -99,7 +127,7 @@ def run(
 @app.command()
 @reads_trace
 def describe(source: TraceSource, json: Json = False, csv: Csv = None) -> None:
-    """Counts, lengths, arrivals, reuse, sharing, and the hits of an unlimited cache."""
+    """Describe a trace: lengths, arrivals, reuse and possible hits. The possible hits are those of an unlimited cache."""
     from lmc.sim import describe as facts
 
     trace = source.load()
@@ -113,13 +141,15 @@ def describe(source: TraceSource, json: Json = False, csv: Csv = None) -> None:
 @reads_trace
 def ttl(
     source: TraceSource,
-    ttls: Annotated[str, typer.Option("--ttl", help="Times to live since the last touch.")] = "1m,5m,15m,1h,inf",
+    ttls: Annotated[
+        str, typer.Option("--ttl", help="Times to live since the last touch, separated by commas.")
+    ] = "1m,5m,15m,1h,inf",
     capacity_blocks: CapacityBlocks = "1%,3%,10%,30%,inf",
     window: Window = "all",
     json: Json = False,
     csv: Csv = None,
 ) -> None:
-    """LRU hits by sliding time to live and capacity."""
+    """Count LRU hits by time to live and capacity."""
     from lmc.sim import capacity, grid_show
     from lmc.sim.shown import parse_window
 
@@ -133,11 +163,21 @@ def ttl(
 @reads_trace
 def tiers(
     source: TraceSource,
-    host: Annotated[str, typer.Option(help="Host sizes: 64GiB, 5% of the unique blocks, 1000 blocks.")] = "1%,3%,10%",
-    disk: Annotated[str, typer.Option(help="Disk sizes; 0 for none.")] = "0,10%,30%,inf",
-    remote: Annotated[str, typer.Option(help="Sizes of a remote tier; 0 for none.")] = "0",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Host sizes, separated by commas: 64GiB, a share of the unique trace blocks (5%), or a number of them."
+        ),
+    ] = "1%,3%,10%",
+    disk: Annotated[
+        str, typer.Option(help="Disk sizes, written like the host sizes. 0 means no disk tier.")
+    ] = "0,10%,30%,inf",
+    remote: Annotated[
+        str, typer.Option(help="Sizes of a remote tier, written like the host sizes. 0 means no remote tier.")
+    ] = "0",
     exclusive: Annotated[
-        bool, typer.Option("--exclusive", help="A block is in one tier only; default: lower tiers see every touch.")
+        bool,
+        typer.Option("--exclusive", help="Keep a trace block in one tier only. Otherwise lower tiers see every touch."),
     ] = False,
     cost: CostFile = None,
     token_bytes: TokenBytes = "0",
@@ -145,7 +185,7 @@ def tiers(
     json: Json = False,
     csv: Csv = None,
 ) -> None:
-    """Hits by tier for every combination of sizes; with --cost also time to first token and money."""
+    """Count hits by tier for every combination of tier sizes. With --cost, also estimate times to first token and costs."""
     from lmc.sim import grid_show
     from lmc.sim.shown import parse_window
 
@@ -167,7 +207,7 @@ def groups(
     json: Json = False,
     csv: Csv = None,
 ) -> None:
-    """Hits by tenant (or type, or model) in a shared cache, and the best split into quotas."""
+    """Count hits by tenant, type or model, and find the best quotas. All of them share one LRU cache."""
     from lmc.sim import capacity, grid_show
     from lmc.sim.shown import parse_window
 
@@ -181,19 +221,25 @@ def groups(
 @reads_trace
 def replay(
     source: TraceSource,
-    config: Annotated[Path, typer.Option(help="Settings file, the one that lmc serve --config takes.")],
-    instances: Annotated[int, typer.Option(min=1, help="Engine instances, each with its own cache.")] = 1,
+    config: Annotated[Path, typer.Option(help="YAML file of cache settings, as for lmc serve.")],
+    instances: Annotated[int, typer.Option(min=1, help="Number of engine instances, each with its own cache.")] = 1,
     routing: Annotated[
-        str, typer.Option(help="round-robin, or prefix: where the longest prefix was served.")
+        str,
+        typer.Option(
+            metavar=metavar(ROUTINGS),
+            help="How requests are assigned to instances. prefix chooses the instance that served the longest prefix.",
+        ),
     ] = "round-robin",
-    shared: Annotated[str, typer.Option(help="Capacity of a remote tier that all instances share; 0: none.")] = "0",
+    shared: Annotated[
+        str, typer.Option(help="Size of a remote tier that all instances share, such as 2TiB. 0 means none.")
+    ] = "0",
     cost: CostFile = None,
     token_bytes: TokenBytes = "0",
     window: Window = "all",
     json: Json = False,
     csv: Csv = None,
 ) -> None:
-    """Replay through the live cache's own directory: all tiers, write modes, TTL, instances, on a virtual clock."""
+    """Replay a trace under the settings of the live cache. Runs the live cache's own directory on a virtual clock."""
     from lmc.sim import replay_show
     from lmc.sim.shown import parse_window
 
@@ -207,22 +253,28 @@ def replay(
 @reads_trace
 def tune(
     source: TraceSource,
-    memory: Annotated[str, typer.Option(help="Most host memory over all ranks: 64GiB.")],
-    disk: Annotated[str, typer.Option(help="Most disk: 1TiB; 0 for none.")] = "0",
-    disk_path: Annotated[Path, typer.Option(help="Folder that the settings name for the disk tier.")] = Path(
+    memory: Annotated[str, typer.Option(help="Limit of host memory over all ranks, such as 64GiB.")],
+    disk: Annotated[str, typer.Option(help="Limit of disk space, such as 1TiB. 0 means no disk tier.")] = "0",
+    disk_path: Annotated[Path, typer.Option(help="Folder of the disk tier in the settings that are written.")] = Path(
         "lmc-disk"
     ),
     dollars_per_hour: Annotated[
-        float | None, typer.Option(help="Most rent for the tiers, by the prices in --cost.")
+        float | None, typer.Option(help="Limit of the tiers' cost per hour, at the prices in --cost.")
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="Policies to try; default: all.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help=f"Eviction policies to try, separated by commas, by default all: {listed(POLICIES)}."),
+    ] = None,
     token_bytes: TokenBytes = "0",
     cost: CostFile = None,
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="Write settings for lmc serve --config.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the chosen settings to this file, for lmc serve --config."),
+    ] = None,
     json: Json = False,
     csv: Csv = None,
 ) -> None:
-    """Search chunk size, policy, tier sizes and TTL within a budget; the first half of the trace tunes, the second judges."""
+    """Choose chunk size, policy, tier sizes and TTL within a budget. The first half of the trace is used to choose, the second to judge."""
     from lmc.sim import tune as tuning
     from lmc.sim import tune_show
     from lmc.sim.policies import check_policies
@@ -245,14 +297,21 @@ def tune(
 @reads_trace
 def report(
     source: TraceSource,
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, pictures and CSV.")],
-    policy: Annotated[str | None, typer.Option(help="Policies to replay; default: all.")] = None,
-    sizes: Annotated[int, typer.Option(min=2, help="Number of capacities per policy.")] = 20,
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Write report.html, pictures and CSV files to this folder.")
+    ],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Eviction policies to replay, separated by commas, by default all: {listed((*POLICIES, BOUND))}."
+        ),
+    ] = None,
+    sizes: Annotated[int, typer.Option(min=2, help="Number of capacities to replay for each policy.")] = 20,
     cost: CostFile = None,
-    origin: Annotated[str, typer.Option(help="Origin and licence of the trace, shown in the report.")] = "",
+    origin: Annotated[str, typer.Option(help="Origin and licence of the trace, for the report.")] = "",
     json: Json = False,
 ) -> None:
-    """Everything about a trace on one page: curves, policies, chunk sizes, TTL, tiers, times."""
+    """Write an HTML page about a trace. It shows the miss ratio, policies, chunk sizes, TTL, tiers and times."""
     from lmc.report import to_json
     from lmc.sim.policies import check_policies
     from lmc.sim.study import make_study
@@ -275,7 +334,7 @@ def output(
     json: bool,
     csv: Path | None,
 ) -> None:
-    """The table and notes on the screen, or one JSON object; and the rows as CSV where asked for."""
+    """Print the table and its notes, or one JSON object. Write the rows as CSV if csv names a file."""
     from lmc import report
 
     if csv is not None:

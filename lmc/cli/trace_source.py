@@ -1,4 +1,4 @@
-"""The trace argument and its reading options, the same for every verb that reads a trace."""
+"""The trace argument and its reading options, the same for every command that reads a trace."""
 
 from __future__ import annotations
 
@@ -11,33 +11,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lmc.cli.choices import FORMATS, listed
+
 if TYPE_CHECKING:
     from lmc.sim.trace import Trace
 
 
 @dataclass(frozen=True)
 class TraceSource:
-    """Where a trace is and how to read it; load() does."""
+    """Where a trace is and how to read it. load() reads it."""
 
     trace: Annotated[
         Path,
-        typer.Argument(
-            help="Trace file, plain, .gz or .zst, or a folder of LMCache logs; its format is found by content."
-        ),
+        typer.Argument(help="Trace file (plain, .gz or .zst), or folder of LMCache logs."),
     ]
-    format_name: Annotated[str | None, typer.Option("--format", help="Name the format instead of finding it.")] = None
-    block_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per block, where the trace does not say it.")
+    format_name: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help=f"Format of the trace: {listed(FORMATS)}. By default it is found from the content."
+        ),
     ] = None
-    sort: Annotated[bool, typer.Option("--sort", help="Sort requests by time instead of refusing disorder.")] = False
-    rechain: Annotated[bool, typer.Option("--rechain", help="Hashes name single blocks, not whole prefixes.")] = False
-    session_gap: Annotated[str, typer.Option(help="Sessions without a common clock start so far apart.")] = "60s"
-    speed: Annotated[float, typer.Option(help="Requests arrive so many times as fast.")] = 1.0
+    block_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per trace block, if the trace does not state them.")
+    ] = None
+    sort: Annotated[
+        bool, typer.Option("--sort", help="Sort the requests by time. Otherwise a trace out of order is an error.")
+    ] = False
+    rechain: Annotated[
+        bool,
+        typer.Option("--rechain", help="Treat each hash as the name of a single trace block, not of a whole prefix."),
+    ] = False
+    session_gap: Annotated[
+        str, typer.Option(help="Time between session starts, for traces whose sessions have separate clocks.")
+    ] = "60s"
+    speed: Annotated[float, typer.Option(help="Divide the times between arrivals by this factor.")] = 1.0
     tokenizer: Annotated[
-        str | None, typer.Option(help="For prompts as text: tokenizer.json, model folder or model name.")
+        str | None,
+        typer.Option(help="Tokenizer for prompts given as text: a tokenizer.json, a model folder or a model name."),
     ] = None
     cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Keep the parsed trace in a file beside it for the next time.")
+        bool,
+        typer.Option(
+            "--cache/--no-cache", help="Keep the parsed trace in a file beside the trace, or parse it each time."
+        ),
     ] = True
 
     def load(self) -> Trace:
@@ -54,7 +70,7 @@ class TraceSource:
 
 
 def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command, whose first parameter is a TraceSource, the argument and options that make one."""
+    """Give a command, whose first parameter is a TraceSource, the argument and the options that make one."""
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     reading = list(inspect.signature(TraceSource, eval_str=True).parameters.values())
     names = [parameter.name for parameter in reading]
