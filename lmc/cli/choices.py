@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 ENGINES = ("vllm", "sglang")
-POLICIES = ("lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "lirs", "2q", "gdsf", "ttl", "predictive")
+POLICIES = ("lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "lirs", "2q", "gdsf", "predictive")
 BOUND = "belady"  # only a simulator can replay it
 WINDOWS = ("all", "last-half")
 ROUTINGS = ("round-robin", "prefix")

@@ -18,7 +18,7 @@ from lmc.serve.engines import ENGINES
 from lmc.sim.formats import FORMATS
 from lmc.sim.policies import BOUND
 from lmc.sim.router import Routing
-from lmc.sim.show import WINDOWS
+from lmc.sim.shown import WINDOWS
 
 # Every option with a fixed set of choices, by its name. What they take is said here by the code that checks them.
 CHOICES: dict[str, set[str]] = {

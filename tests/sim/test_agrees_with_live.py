@@ -193,7 +193,7 @@ def simulated(made: Sequence[Prompt], config: CacheConfig, tiers: Tiers) -> tupl
     for number, prompt in enumerate(made):
         length = len(prompt.chunks) * CHUNK_TOKENS + prompt.rest
         builder.add(number + 1, prompt.chunks, prompt.at, length, 0, tenant=f"tenant {prompt.tenant}")
-    result = full_replay.replay(builder.finish(), config, CHUNK_BYTES, Fleet(shared_chunks=tiers.shared))
+    result = full_replay.replay_fleet(builder.finish(), config, CHUNK_BYTES, Fleet(shared_chunks=tiers.shared))
     names = {SHARED: SHARED_LIVE}
     hits = [
         {names.get(tier, tier): int(tokens[number]) for tier, tokens in result.hit_tokens.items() if tokens[number]}
