@@ -120,7 +120,7 @@ def _replay_one(
         hits,
         victims,
         np.zeros(num_nodes, dtype=np.uint8),  # there
-        np.zeros(num_nodes, dtype=np.int32),  # blocked
+        np.zeros(num_nodes, dtype=np.int32),  # holds
         np.zeros(num_nodes if options.admit_touches > 1 else 0, dtype=np.int32),  # requested, so often
         np.zeros(num_nodes if options.write_delay_s > 0 else 0, dtype=np.float64),  # ready_s
         # Blocks by when their time to live began; those past it that must wait for their children are late, out of the list.
@@ -188,7 +188,7 @@ def make_kernel(spec: PolicySpec) -> Kernel:
         hits: Int32,
         victims: Int32,
         there: Marks,
-        blocked: Int32,
+        holds: Int32,
         requested: Int32,
         ready_s: Float64,
         begun_s: Float64,
@@ -215,14 +215,14 @@ def make_kernel(spec: PolicySpec) -> Kernel:
                     aging_older[following] = aging_older[node]
                     late[node] = 1
                     gone = node
-                    while gone >= 0 and late[gone] and blocked[gone] == 0:
+                    while gone >= 0 and late[gone] and holds[gone] == 0:
                         late[gone] = 0
                         there[gone] = 0
                         count -= 1
                         on_evict(state, gone)
                         gone = parents[gone]
                         if gone >= 0:
-                            blocked[gone] -= 1
+                            holds[gone] -= 1
                     node = following
 
             found = 0
@@ -246,9 +246,9 @@ def make_kernel(spec: PolicySpec) -> Kernel:
 
             if count + length - present > capacity:
                 if present > 0:
-                    blocked[ids[start + present - 1]] += 1
+                    holds[ids[start + present - 1]] += 1
                 while count > 0 and count + length - present > low:
-                    node = victim(state, blocked)
+                    node = victim(state, holds)
                     if node < 0:
                         break
                     if victims.size > 0:
@@ -267,12 +267,12 @@ def make_kernel(spec: PolicySpec) -> Kernel:
                         parent = parents[node]
                         if parent < 0:
                             break
-                        blocked[parent] -= 1
-                        if not (expires and late[parent] and blocked[parent] == 0):
+                        holds[parent] -= 1
+                        if not (expires and late[parent] and holds[parent] == 0):
                             break
                         node = parent
                 if present > 0:
-                    blocked[ids[start + present - 1]] -= 1
+                    holds[ids[start + present - 1]] -= 1
 
             for index in range(length - 1, -1, -1):
                 node = ids[start + index]
@@ -280,7 +280,7 @@ def make_kernel(spec: PolicySpec) -> Kernel:
                     there[node] = 1
                     count += 1
                     if parents[node] >= 0:
-                        blocked[parents[node]] += 1
+                        holds[parents[node]] += 1
                     if write_delay_s > 0:
                         ready_s[node] = now_s + write_delay_s
                     on_insert(state, node, now)

@@ -24,7 +24,7 @@ class Policy(Protocol):
 
     def hit(self, key: Key, now: int) -> None: ...
     def insert(self, key: Key, now: int) -> None: ...
-    def victim(self, blocked: IsBlocked) -> Key | None: ...
+    def victim(self, held: IsBlocked) -> Key | None: ...
     def evict(self, key: Key) -> None: ...
     def settle(self, chain: Sequence[Key]) -> None: ...  # the request is over
 
@@ -73,18 +73,18 @@ class NodePolicy:
             if key not in chain:
                 self.forget(node)
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
+    def victim(self, held: IsBlocked) -> Key | None:
         marks = np.zeros(self.parents.size, dtype=np.int32)
         for key in self.resident:
-            marks[self.node_of[key]] = blocked(key)
+            marks[self.node_of[key]] = held(key)
         node = self.spec.victim(self.state, marks)
         assert node == self.spec.victim(self.state, marks), f"{self.spec.name} changed its mind"
         if node < 0:
-            assert all(blocked(key) for key in self.resident), f"{self.spec.name} found none, but there is one"
+            assert all(held(key) for key in self.resident), f"{self.spec.name} found none, but there is one"
             return None
         key = self.key_of[node]
         assert key in self.resident, f"{self.spec.name} chose a node that is not there"
-        assert not blocked(key), f"{self.spec.name} chose a blocked node"
+        assert not held(key), f"{self.spec.name} chose a held node"
         return key
 
     def evict(self, key: Key) -> None:
@@ -106,7 +106,7 @@ class Host:
         self.victims: list[Key] = []
         self.hits: list[int] = []
 
-    def blocked(self, key: Key) -> bool:
+    def held(self, key: Key) -> bool:
         return self.children[key] > 0 or self.pins[key] > 0
 
     def drop(self, key: Key) -> None:
@@ -123,7 +123,7 @@ class Host:
         self.hits.append(found)
         self.pins.update(chain)
         while len(self.there) + len(chain) - found > self.capacity:
-            key = self.policy.victim(self.blocked)
+            key = self.policy.victim(self.held)
             if key is None:
                 break
             self.victims.append(key)

@@ -168,7 +168,7 @@ class Below:
         else:
             self._writing[residents.name] -= 1
             for gone in done.evict:
-                places.block_one(gone, -1)
+                places.hold_one(gone, -1)
                 self._evicting.discard(gone)
                 places.forget_unused(gone)
             if stored:
@@ -180,7 +180,7 @@ class Below:
             self._demoting[node] -= 1
             if self._demoting[node] == 0:
                 del self._demoting[node]
-                if places.host.readable(node) and not places.host.blocks[node] and self.has_copy(node):
+                if places.host.readable(node) and not places.host.holds[node] and self.has_copy(node):
                     self.evict_from_host(node, "demoted")
         places.forget_unused(node)
 
@@ -192,7 +192,7 @@ class Below:
         places = self._places
         path: list[int] = []
         step = node
-        while step >= 0 and not residents.held(step):
+        while step >= 0 and not residents.present(step):
             key = places.nodes.key(step)
             foreign = self._foreign.get(residents.name)
             if foreign is not None and key in foreign:
@@ -219,7 +219,7 @@ class Below:
                 return False
             gone, keys = (victim,), (places.nodes.key(victim),)
             self._count(residents.name, victim, "room")
-            places.block(gone, 1)
+            places.hold(gone, 1)
             self._evicting.add(victim)
             places.leave(residents, victim)
             residents.vacate(victim)
@@ -254,7 +254,7 @@ class Below:
             kind, key, node, tier, slot, evict=gone_keys, parent=parent, evict_nodes=gone, demotes=demotes
         )
         self.outbox.append(ticket)
-        self._places.block_one(node, 1)
+        self._places.hold_one(node, 1)
         if demotes:
             self._demoting[node] = self._demoting.get(node, 0) + 1
 

@@ -4,7 +4,7 @@ It does no I/O, holds no bytes, takes no lock and reads no clock; it lives on th
 to be copied) and believes only what complete() reports. The simulator runs this very object.
 
     directory.py    what requests, reports and people ask for
-    places.py       nodes, slots, states, parents, blocks
+    places.py       nodes, slots, states, parents, holds
     host_slots.py   copies into host slots and out of them
     below.py        what is written to the tiers below the host
     removal.py      what is taken out of all tiers
@@ -115,7 +115,7 @@ class Directory:
     def idle(self, key: ChunkKey, now: float) -> float | None:
         """Seconds since the chunk was touched (with a fixed time to live: stored), or None if it isn't in any bounded tier."""
         node = self._places.nodes.find(key)
-        held = node >= 0 and self._places.held(node)
+        held = node >= 0 and self._places.present(node)
         return self._places.ages.idle(node, self._advance(now)) if held else None
 
     # Moving chunks
@@ -134,13 +134,13 @@ class Directory:
         missing = [
             index
             for index, node in enumerate(chain)
-            if node < 0 or (in_host[node] != RESIDENT and not places.held(node))
+            if node < 0 or (in_host[node] != RESIDENT and not places.present(node))
         ]
         new: list[int] = []
         tickets: list[Ticket] = []
         end = len(keys)
         if missing:
-            places.block(chain, 1)
+            places.hold(chain, 1)
             # A prompt longer than the host: its own chunks never make room for it, so nobody is asked for one that may go.
             room = places.host.capacity - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
             for index in missing:
@@ -153,7 +153,7 @@ class Directory:
                 tickets.append(ticket)
                 new.append(chain[index])
             places.insert(places.host, new)
-            places.block(chain, -1)
+            places.hold(chain, -1)
         added = set(new)
         stored = [node for node in chain[:end] if node not in added]
         for index in range(end):
@@ -179,7 +179,7 @@ class Directory:
         places = self._places
         places.access += 1
         chain = places.nodes.chain(keys)
-        places.block(chain, 1)
+        places.hold(chain, 1)
         tickets: list[Ticket] = []
         new: list[int] = []
         for index in range(first, len(keys)):
@@ -198,8 +198,8 @@ class Directory:
                 if places.nodes.full:
                     break
                 node = chain[index] = places.add(key, parent, now)
-                places.block_one(node, 1)
-            if not places.held(node):
+                places.hold_one(node, 1)
+            if not places.present(node):
                 places.parents[node] = parent
             if places.ages.expired(
                 node, now
@@ -209,7 +209,7 @@ class Directory:
             tickets.append(self._host_slots.stage(node, tier))
             new.append(node)
         places.insert(places.host, new)
-        places.block(chain, -1)
+        places.hold(chain, -1)
         for node in chain:
             if node >= 0:
                 places.forget_unused(node)
@@ -243,7 +243,7 @@ class Directory:
         done = self._operations.close(operation)
         if done is None:
             return None
-        self._places.block_one(done.node, -1)
+        self._places.hold_one(done.node, -1)
         if done.ticket.kind == "write":
             self._below.complete_write(done, failure is None)
         elif done.ticket.kind == "delete":
@@ -371,6 +371,6 @@ class Directory:
         return next((remote.name for remote in self._remotes if key in remote), None)
 
     def _why(self, key: ChunkKey, node: int, now: float) -> str:
-        if node >= 0 and self._places.held(node):
+        if node >= 0 and self._places.present(node):
             return Miss.EXPIRED if self._places.ages.expired(node, now) else Miss.IN_FLIGHT
         return self._places.misses.reason(key)

@@ -31,7 +31,7 @@ class HostSlots:
         """See to it that a slot is free, and that the tenant may take it."""
         places = self._places
         if places.tenants.at_quota(tenant):
-            node = places.tenants.oldest(tenant, places.host.blocks)
+            node = places.tenants.oldest(tenant, places.host.holds)
             if node < 0:
                 return False
             self._below.evict_from_host(node, "quota")
@@ -47,7 +47,7 @@ class HostSlots:
         parent = chain[index - 1] if index else -1
         if node < 0:
             node = chain[index] = places.add(key, parent, now)
-            places.block_one(node, 1)
+            places.hold_one(node, 1)
         else:
             places.parents[node] = parent
             places.ages.born(node, now)
@@ -109,5 +109,5 @@ class HostSlots:
     def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
         places = self._places
         ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node])
-        places.block_one(node, 1)
+        places.hold_one(node, 1)
         return ticket

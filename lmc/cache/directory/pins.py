@@ -20,8 +20,8 @@ class Pins:
         """How many of keys could be pinned: those in a bounded tier. An owner has one pin; a second call adds to it."""
         places = self._places
         nodes, _ = self._pins.get(owner, ([], 0.0))
-        added = [node for node in places.nodes.chain(keys) if node >= 0 and places.held(node)]
-        places.block(added, 1)
+        added = [node for node in places.nodes.chain(keys) if node >= 0 and places.present(node)]
+        places.hold(added, 1)
         self._pins[owner] = (nodes + added, expires)
         return len(added)
 
@@ -30,7 +30,7 @@ class Pins:
         pin = self._pins.pop(owner, None)
         if pin is None:
             return False
-        self._places.block(pin[0], -1)
+        self._places.hold(pin[0], -1)
         for node in pin[0]:
             self._places.forget_unused(node)
         return True

@@ -1,6 +1,6 @@
-"""The bookkeeping of nodes and places: slots of the host, states in each tier, parents, and what blocks an eviction.
+"""The bookkeeping of nodes and places: slots of the host, states in each tier, parents, and what holds a chunk in its place.
 
-Knows no requests, plans or write modes. Each tier stays prefix-closed: a chunk in a tier blocks its parent there and in the tiers below.
+Knows no requests, plans or write modes. Each tier stays prefix-closed: a chunk in a tier holds its parent there and in the tiers below.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Places:
     def set_of(self, tier: str) -> ResidentSet | None:
         return next((residents for residents in self.sets if residents.name == tier), None)
 
-    def held(self, node: int) -> bool:
+    def present(self, node: int) -> bool:
         """The chunk is in some tier, or on its way into one."""
-        return any(residents.held(node) for residents in self.sets)
+        return any(residents.present(node) for residents in self.sets)
 
     def parent_key(self, node: int) -> ChunkKey | None:
         """None for the first chunk of a prefix."""
@@ -77,8 +77,8 @@ class Places:
                 return residents.name
         return None
 
-    def blocked(self, node: int) -> bool:
-        return any(residents.blocks[node] for residents in self.sets)
+    def in_use(self, node: int) -> bool:
+        return any(residents.holds[node] for residents in self.sets)
 
     # Nodes
 
@@ -107,41 +107,41 @@ class Places:
         if self.parents[node] < 0 <= parent:
             self.parents[node] = parent
             for residents in self.sets:
-                if residents.held(node):
-                    self._block_parent(node, residents, 1)
+                if residents.present(node):
+                    self._hold_parent(node, residents, 1)
 
     def subtree(self, root: int) -> list[int]:
         """A chunk and all that continue it. Costs a pass over all nodes."""
         children: dict[int, list[int]] = {}
         for node in self.nodes:
-            if self.held(node):
+            if self.present(node):
                 children.setdefault(self.parents[node], []).append(node)
         found = [root]
         for node in found:
             found += children.get(node, ())
         return found
 
-    # Blocking
+    # Holds
 
-    def block(self, nodes: Iterable[int], by: int) -> None:
-        """Keep nodes (less those that are -1) from eviction, or let go."""
+    def hold(self, nodes: Iterable[int], by: int) -> None:
+        """Count one more hold (by=1) on each node that is not -1, which keeps it from eviction, or one less (by=-1)."""
         for residents in self.sets:
-            blocks = residents.blocks
+            holds = residents.holds
             for node in nodes:
                 if node >= 0:
-                    blocks[node] += by
+                    holds[node] += by
 
-    def block_one(self, node: int, by: int) -> None:
+    def hold_one(self, node: int, by: int) -> None:
         """The same for one node; a chunk that only a remote tier knows has none (-1)."""
         if node >= 0:
             for residents in self.sets:
-                residents.blocks[node] += by
+                residents.holds[node] += by
 
-    def _block_parent(self, node: int, upper: ResidentSet, by: int) -> None:
+    def _hold_parent(self, node: int, upper: ResidentSet, by: int) -> None:
         parent = self.parents[node]
         if parent >= 0:
             for residents in self.sets if upper is self.host else self.sets[self.sets.index(upper) :]:
-                residents.blocks[parent] += by
+                residents.holds[parent] += by
             if by < 0:
                 self.forget_unused(parent)
 
@@ -149,7 +149,7 @@ class Places:
 
     def enter(self, residents: ResidentSet, node: int) -> None:
         residents.reserve(node)
-        self._block_parent(node, residents, 1)
+        self._hold_parent(node, residents, 1)
 
     def arrive(self, residents: ResidentSet, node: int) -> None:
         """The chunk is readable from now on."""
@@ -162,7 +162,7 @@ class Places:
         residents.retire(node)
         if self.changes.watched:
             self.changes.note(residents.name, self.nodes.key(node), readable=False)
-        self._block_parent(node, residents, -1)
+        self._hold_parent(node, residents, -1)
 
     def take_slot(self, node: int) -> None:
         self.enter(self.host, node)
@@ -203,7 +203,7 @@ class Places:
     # Invariants
 
     def check(self, idle: bool) -> None:
-        """Assert them; idle: no operation is open and no pin is held, so all blocks come from children."""
+        """Assert them; idle: no operation is open and no pin is held, so all holds come from children."""
         slots = [self.slots[node] for node in self.nodes if self.slots[node] >= 0]
         assert len(slots) == len(set(slots)) and not set(slots) & set(self._free_slots)
         assert len(slots) + self.num_free_slots == self.host.capacity
@@ -218,8 +218,8 @@ class Places:
                     children[parent] += 1
                     assert self.nodes.keys[parent] is not None, f"the parent of {node} in {above.name} was forgotten"
             for node in range(len(self.parents)):
-                assert residents.blocks[node] >= children[node]
-                assert not idle or residents.blocks[node] == children[node]
+                assert residents.holds[node] >= children[node]
+                assert not idle or residents.holds[node] == children[node]
         if idle:
             for node in self.nodes:
                 assert not all(residents.unused(node) for residents in self.sets), f"node {node} leaks"
@@ -227,5 +227,5 @@ class Places:
     def _held_down_to(self, index: int) -> Iterator[tuple[int, ResidentSet]]:
         for residents in self.sets[: index + 1]:
             for node in self.nodes:
-                if residents.held(node) or residents.state[node] == SPOILED:
+                if residents.present(node) or residents.state[node] == SPOILED:
                     yield node, residents

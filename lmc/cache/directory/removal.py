@@ -46,7 +46,7 @@ class Removal:
             self._remove(old, Miss.EXPIRED, "expired")
 
     def _num_held(self, keys: Sequence[ChunkKey]) -> int:
-        return sum(node >= 0 and self._places.held(node) for node in self._places.nodes.chain(keys))
+        return sum(node >= 0 and self._places.present(node) for node in self._places.nodes.chain(keys))
 
     def _remove(self, nodes: Sequence[int], why: Miss, cause: Cause) -> None:
         """From the bounded tiers, children before parents, as far as nothing holds them."""
@@ -54,7 +54,7 @@ class Removal:
         wanted = set(nodes)
         for start in nodes:
             node = start
-            while node in wanted and places.held(node) and not places.blocked(node):
+            while node in wanted and places.present(node) and not places.in_use(node):
                 wanted.discard(node)
                 parent = places.parents[node]
                 places.misses.note(places.nodes.key(node), why)
@@ -66,5 +66,5 @@ class Removal:
                     self._counts.gone(HOST, cause)
                     places.leave_host(node)
                 node = parent
-            if start in wanted and not places.held(start):
+            if start in wanted and not places.present(start):
                 places.ages.gone(start)

@@ -9,7 +9,7 @@ from array import array
 
 import numpy as np
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 
 ABSENT, INCOMING, RESIDENT, LEAVING, SPOILED = range(5)
 
@@ -21,16 +21,16 @@ class ResidentSet:
     LEAVING    is gone for the policy but holds its place until vacate()
     SPOILED    failed to load; holds its place until its last transfer ends
 
-    Whoever blocks a node (a pin, a transfer, a child) unblocks it again.
+    A pin, a transfer or a child that holds a node lets it go again.
     """
 
     def __init__(self, name: str, capacity: int, num_nodes: int, spec: PolicySpec, parents: Parents) -> None:
         self.name = name
         self.capacity = capacity
         self.state = bytearray(num_nodes)
-        self.blocks = array("i", bytes(4 * num_nodes))  # scalar access is twice as quick as NumPy's
+        self.holds = array("i", bytes(4 * num_nodes))  # scalar access is twice as quick as NumPy's
         self.count = 0  # places taken, in every state but ABSENT
-        self._blocked: Blocked = np.frombuffer(self.blocks, dtype=np.int32)  # the policy's view of it
+        self._holds_view: Holds = np.frombuffer(self.holds, dtype=np.int32)  # the policy's view of it
         self._spec = spec
         self._policy = spec.make_state(num_nodes, capacity, parents)
         self._ghost = bytearray(num_nodes)
@@ -42,7 +42,7 @@ class ResidentSet:
     def readable(self, node: int) -> bool:
         return self.state[node] == RESIDENT
 
-    def held(self, node: int) -> bool:
+    def present(self, node: int) -> bool:
         """Readable, or about to be."""
         return self.state[node] in (INCOMING, RESIDENT)
 
@@ -58,12 +58,12 @@ class ResidentSet:
         self._spec.on_insert(self._policy, node, now)
 
     def touch(self, node: int, now: int) -> None:
-        if self.held(node):
+        if self.present(node):
             self._spec.on_hit(self._policy, node, now)
 
     def victim(self) -> int:
-        """The node to evict next, or -1. Nodes that are not RESIDENT must be blocked by their transfer."""
-        return int(self._spec.victim(self._policy, self._blocked))
+        """The node to evict next, or -1. Nodes that are not RESIDENT must be held by their transfer."""
+        return int(self._spec.victim(self._policy, self._holds_view))
 
     def retire(self, node: int) -> None:
         """The policy forgets the node; it keeps its place until vacate()."""
@@ -87,4 +87,4 @@ class ResidentSet:
 
     def unused(self, node: int) -> bool:
         """True if nothing here refers to the node any more."""
-        return self.state[node] == ABSENT and not self._ghost[node] and self.blocks[node] == 0
+        return self.state[node] == ABSENT and not self._ghost[node] and self.holds[node] == 0

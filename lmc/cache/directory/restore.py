@@ -24,9 +24,9 @@ def restore(
         node = places.nodes.find(key)
         if node < 0:
             node = places.add(key, -1, now)
-        if not places.held(node):
+        if not places.present(node):
             parent = places.nodes.find(parents[key]) if key in parents else -1
-            places.parents[node] = parent if parent in nodes or (parent >= 0 and places.held(parent)) else -1
+            places.parents[node] = parent if parent in nodes or (parent >= 0 and places.present(parent)) else -1
         nodes[node] = None
     for node in reversed(nodes):
         if residents.state[node] == ABSENT:

@@ -67,8 +67,8 @@ class Tenants:
     def at_quota(self, tenant: str) -> bool:
         return self._quota is not None and self._in_host.get(self._ids.get(tenant, -1), 0) >= self._quota
 
-    def oldest(self, tenant: str, blocks: Sequence[int]) -> int:
-        """The tenant's chunk in host that was touched longest ago and isn't blocked, or -1."""
+    def oldest(self, tenant: str, holds: Sequence[int]) -> int:
+        """The tenant's chunk in host that was touched longest ago and isn't held, or -1."""
         if self._recency is None:
             return -1
-        return next((node for node in self._recency.oldest_first(self._ids.get(tenant, -1)) if not blocks[node]), -1)
+        return next((node for node in self._recency.oldest_first(self._ids.get(tenant, -1)) if not holds[node]), -1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import (
     Chains,
     Int32,
@@ -74,13 +74,13 @@ def on_insert(state: State, node: int, now: int) -> None:
     add_child(state.chains, node)
 
 
-def victim(state: State, blocked: Blocked) -> int:
+def victim(state: State, holds: Holds) -> int:
     first, second = AGAIN, ONCE
     if state.size[ONCE] > state.target[0] or state.size[AGAIN] == 0:
         first, second = ONCE, AGAIN
-    node = oldest_free(state.queues, head_of(state.queues, first), state.chains, blocked)
+    node = oldest_free(state.queues, head_of(state.queues, first), state.chains, holds)
     if node < 0:
-        node = oldest_free(state.queues, head_of(state.queues, second), state.chains, blocked)
+        node = oldest_free(state.queues, head_of(state.queues, second), state.chains, holds)
     return node
 
 

@@ -11,8 +11,8 @@ time; it calls
                                       a policy reads it for resident nodes only
     on_hit(state, node, now)          a resident node was touched
     on_insert(state, node, now)       a node became resident (it may be a ghost of the policy)
-    victim(state, blocked) -> node    the node to evict next, or -1 if every resident node is blocked; the only place that chooses.
-                                      blocked[node] != 0 marks nodes that are pinned or have resident children; never return one
+    victim(state, holds) -> node      the node to evict next, or -1 if every resident node is held; the only place that chooses.
+                                      holds[node] != 0 marks nodes that are pinned or have resident children; never return one
     on_evict(state, node)             the host evicted the node that victim() returned, or dropped any other resident node
     release(state) -> node            a ghost that the host may forget, or -1; called until -1 when a request has made its inserts. A policy
                                       without ghosts always says -1, and its nodes are forgotten when they are evicted
@@ -21,8 +21,8 @@ time; it calls
 (victim, on_evict), then inserts its new chunks, then touches those that were there, each from the last chunk to the first. So for recency
 policies a parent is always younger than its child.
 
-victim() may reorder the policy's own lists, set blocked nodes aside and clear marks; such changes stay whether or not the host evicts.
-Asked twice in a row it names the same node. A blocked node costs a policy amortised constant time: see lists.py. Policies never import
+victim() may reorder the policy's own lists, set held nodes aside and clear marks; such changes stay whether or not the host evicts.
+Asked twice in a row it names the same node. A held node costs a policy amortised constant time: see lists.py. Policies never import
 Numba, torch, config or logging.
 """
 
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Blocked = npt.NDArray[np.int32]  # (num_nodes,) pins plus resident children
+Holds = npt.NDArray[np.int32]  # (num_nodes,) pins plus resident children
 Parents = npt.NDArray[np.int32]  # (num_nodes,) the node before, or -1
 
 
@@ -46,7 +46,7 @@ class PolicySpec:
     make_state: Callable[[int, int, Parents], Any]  # Any: each policy has its own NamedTuple of arrays
     on_hit: Callable[[Any, int, int], None]
     on_insert: Callable[[Any, int, int], None]
-    victim: Callable[[Any, Blocked], int]
+    victim: Callable[[Any, Holds], int]
     on_evict: Callable[[Any, int], None]
     release: Callable[[Any], int]
     ghosts: float = 0.0  # remembered nodes per resident one; num_nodes must allow for them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import (
     Chains,
     Lists,
@@ -37,8 +37,8 @@ def on_insert(state: State, node: int, now: int) -> None:
     add_child(state.chains, node)
 
 
-def victim(state: State, blocked: Blocked) -> int:
-    return oldest_free(state.queue, state.queue.older.size - 1, state.chains, blocked)
+def victim(state: State, holds: Holds) -> int:
+    return oldest_free(state.queue, state.queue.older.size - 1, state.chains, holds)
 
 
 def on_evict(state: State, node: int) -> None:

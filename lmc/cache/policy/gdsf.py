@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import Int32
 
 ATTENTION_DEPTH = (
@@ -39,7 +39,7 @@ class State(NamedTuple):
     depth: Int32  # (num_nodes,) chunks up to and with this one, 0 if not known
     clock: npt.NDArray[np.float64]  # (1,)
     total: npt.NDArray[np.int64]  # (1,) touches of all nodes so far
-    held: Int32  # (num_nodes,) blocked nodes that a search took out
+    held: Int32  # (num_nodes,) held nodes that a search took out
 
 
 def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
@@ -155,14 +155,14 @@ def on_insert(state: State, node: int, now: int) -> None:
     push(state.heap, node, state.value[node], state.touched[node])
 
 
-def victim(state: State, blocked: Blocked) -> int:
+def victim(state: State, holds: Holds) -> int:
     heap = state.heap
     held = 0
     while heap.size[0] > 0:
         node = heap.nodes[0]
         if heap.touched[0] != state.touched[node]:
             place_down(heap, 0, node, state.value[node], state.touched[node])
-        elif blocked[node] != 0:
+        elif holds[node] != 0:
             state.held[held] = node
             held += 1
             remove(heap, node)

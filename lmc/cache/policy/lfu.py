@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import (
     Chains,
     Int32,
@@ -90,11 +90,11 @@ def on_insert(state: State, node: int, now: int) -> None:
     add_child(state.chains, node)
 
 
-def victim(state: State, blocked: Blocked) -> int:
+def victim(state: State, holds: Holds) -> int:
     top = state.levels.older.size - 1
     level = state.levels.younger[top]
     while level != top:
-        node = oldest_free(state.nodes, head_of(state, level), state.chains, blocked)
+        node = oldest_free(state.nodes, head_of(state, level), state.chains, holds)
         if node >= 0:
             return node
         level = state.levels.younger[level]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import (
     Chains,
     Int32,
@@ -137,22 +137,22 @@ def on_insert(state: State, node: int, now: int) -> None:
     add_child(state.chains, node)
 
 
-def low_may_go(state: State, blocked: Blocked) -> bool:
+def low_may_go(state: State, holds: Holds) -> bool:
     """Looked at first, because a search in vain must not demote them all. It passes no more nodes than are then demoted."""
     head = state.stack.older.size - 1
     node = state.stack.younger[head]
-    while node != head and (state.where[node] != LOW or blocked[node] != 0):
+    while node != head and (state.where[node] != LOW or holds[node] != 0):
         node = state.stack.younger[node]
     return bool(node != head)
 
 
-def victim(state: State, blocked: Blocked) -> int:
-    node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, blocked)
-    if node < 0 and not low_may_go(state, blocked):
+def victim(state: State, holds: Holds) -> int:
+    node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, holds)
+    if node < 0 and not low_may_go(state, holds):
         return -1
     while node < 0:
         demote_lowest(state)
-        node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, blocked)
+        node = oldest_free(state.queues, head_of(state.queues, HIGH), state.chains, holds)
     return node
 
 

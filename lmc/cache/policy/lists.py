@@ -4,7 +4,7 @@ Several lists share one pair of arrays, so a node is in at most one of them. Lis
 
 The chain rule at constant cost: a node with resident children that the search for a victim meets is *set aside*, out of its list, until its
 last child is gone; then its policy puts it back at the end where it was met. So each node is set aside at most once per child, and a long
-chain is never walked twice. Nodes that are blocked only by a pin are few and passing; the search steps over them.
+chain is never walked twice. Nodes that are held only by a pin are few and passing; the search steps over them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.policy.base import Blocked, Parents
+from lmc.cache.policy.base import Holds, Parents
 
 Int32 = npt.NDArray[np.int32]
 Marks = npt.NDArray[np.uint8]
@@ -94,10 +94,10 @@ def set_aside(lists: Lists, chains: Chains, node: int) -> None:
     chains.aside[node] = 1
 
 
-def oldest_free(lists: Lists, head: int, chains: Chains, blocked: Blocked) -> int:
+def oldest_free(lists: Lists, head: int, chains: Chains, holds: Holds) -> int:
     """The oldest node of a list that may go, or -1; nodes with children that stand before it are set aside."""
     node = lists.younger[head]
-    while node != head and blocked[node] != 0:
+    while node != head and holds[node] != 0:
         following = lists.younger[node]
         if chains.children[node] > 0:
             set_aside(lists, chains, node)

@@ -1,14 +1,14 @@
 """LRU: evict the chunk that was touched longest ago.
 
-O(1), but for blocked nodes at the old end, which the search steps over. Moving them away would be cheaper and wrong: a tier that chunks
-enter from the first to the last, as the disk does, has its oldest chain's head there, blocked by its children until they are gone.
+O(1), but for held nodes at the old end, which the search steps over. Moving them away would be cheaper and wrong: a tier that chunks
+enter from the first to the last, as the disk does, has its oldest chain's head there, held by its children until they are gone.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import Lists, make_lists, put_before, unlink
 
 
@@ -29,11 +29,11 @@ def on_insert(state: State, node: int, now: int) -> None:
     put_before(state.recency, state.recency.older.size - 1, node)
 
 
-def victim(state: State, blocked: Blocked) -> int:
+def victim(state: State, holds: Holds) -> int:
     recency = state.recency
     head = recency.older.size - 1
     node = recency.younger[head]
-    while node != head and blocked[node] != 0:
+    while node != head and holds[node] != 0:
         node = recency.younger[node]
     return -1 if node == head else node
 

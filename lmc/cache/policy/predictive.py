@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import (
     Chains,
     Int32,
@@ -382,21 +382,21 @@ def on_insert(state: State, node: int, now: int) -> None:
 # Eviction
 
 
-def oldest_of(state: State, number: int, blocked: Blocked) -> int:
+def oldest_of(state: State, number: int, holds: Holds) -> int:
     """The oldest node of a list that may go, or -1; groups whose nodes are all set aside leave the list."""
     head = head_of(state.lists, number)
     group = state.lists.younger[head]
     node = -1
     while node < 0 and group != head:
         following = state.lists.younger[group]
-        node = oldest_free(state.members, head_of(state.members, group), state.chains, blocked)
+        node = oldest_free(state.members, head_of(state.members, group), state.chains, holds)
         if is_empty(state.members, group):
             unlink(state.lists, group)
         group = following
     return node
 
 
-def victim(state: State, blocked: Blocked) -> int:
+def victim(state: State, holds: Holds) -> int:
     overtake(state)
     tree, counter = state.tree, state.counter
     num_held = 0
@@ -404,7 +404,7 @@ def victim(state: State, blocked: Blocked) -> int:
     while node < 0 and tree[1] != EMPTY:
         number = least_leaf(tree, int(counter[LOWEST]))
         counter[LOWEST] = number
-        node = oldest_of(state, number, blocked)
+        node = oldest_of(state, number, holds)
         if node < 0:
             state.held[num_held] = number
             num_held += 1

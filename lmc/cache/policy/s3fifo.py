@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import (
     Chains,
     Int32,
@@ -74,7 +74,7 @@ def on_insert(state: State, node: int, now: int) -> None:
     add_child(state.chains, node)
 
 
-def victim(state: State, blocked: Blocked) -> int:
+def victim(state: State, holds: Holds) -> int:
     """The oldest node of one queue that may go, else of the other. On the way, nodes that were hit go to main, or buy a round there.
 
     One loop for both queues, because compiled code that searches in two places runs at half the speed.
@@ -102,7 +102,7 @@ def victim(state: State, blocked: Blocked) -> int:
             put_before(queues, head, node)
             if following == head:
                 following = queues.younger[head]
-        elif blocked[node] == 0:
+        elif holds[node] == 0:
             return int(node)
         elif state.chains.children[node] > 0:
             set_aside(queues, state.chains, node)

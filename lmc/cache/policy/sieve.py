@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.policy.base import Blocked, Parents, PolicySpec
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
 from lmc.cache.policy.lists import (
     Chains,
     Lists,
@@ -49,7 +49,7 @@ def on_insert(state: State, node: int, now: int) -> None:
     add_child(state.chains, node)
 
 
-def victim(state: State, blocked: Blocked) -> int:
+def victim(state: State, holds: Holds) -> int:
     queue = state.queue
     head = queue.older.size - 1
     node = state.hand[0]
@@ -58,17 +58,17 @@ def victim(state: State, blocked: Blocked) -> int:
         if node == head:
             ends += 1
             node = queue.younger[head]
-            # The first whole round clears all bits; a second one without a victim means that all are blocked.
+            # The first whole round clears all bits; a second one without a victim means that all are held.
             if ends > 2 or node == head:
                 state.hand[0] = head
                 return -1
         if state.visited[node]:
             state.visited[node] = 0
-        elif blocked[node] == 0:
+        elif holds[node] == 0:
             state.hand[0] = node
             return int(node)
         following = queue.younger[node]
-        if blocked[node] != 0 and state.chains.children[node] > 0:
+        if holds[node] != 0 and state.chains.children[node] > 0:
             set_aside(queue, state.chains, node)
         node = following
 

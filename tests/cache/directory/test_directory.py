@@ -321,8 +321,8 @@ def test_policies_see_touches_and_new_chunks_from_the_last_to_the_first():
 def test_a_prompt_longer_than_the_host_asks_for_no_victim_in_vain():
     asked = []
 
-    def victim(state, blocked):
-        asked.append(lru.victim(state, blocked))
+    def victim(state, held):
+        asked.append(lru.victim(state, held))
         return asked[-1]
 
     lru = get_policy("lru")

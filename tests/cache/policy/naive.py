@@ -24,8 +24,8 @@ class Naive:
     def settle(self, chain: Sequence[Key]) -> None:
         pass
 
-    def first(self, blocked: IsBlocked) -> Key | None:
-        free = [key for key in self.order if not blocked(key)]
+    def first(self, held: IsBlocked) -> Key | None:
+        free = [key for key in self.order if not held(key)]
         return min(free, key=lambda key: self.order[key], default=None)
 
 
@@ -36,8 +36,8 @@ class NaiveFifo(Naive):
     def insert(self, key: Key, now: int) -> None:
         self.order[key] = self.tick()
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
-        return self.first(blocked)
+    def victim(self, held: IsBlocked) -> Key | None:
+        return self.first(held)
 
     def evict(self, key: Key) -> None:
         del self.order[key]
@@ -61,8 +61,8 @@ class NaiveLfu(NaiveLru):
         super().insert(key, now)
         self.touches[key] = 1
 
-    def first(self, blocked: IsBlocked) -> Key | None:
-        free = [key for key in self.order if not blocked(key)]
+    def first(self, held: IsBlocked) -> Key | None:
+        free = [key for key in self.order if not held(key)]
         return min(free, key=lambda key: (self.touches[key], self.order[key]), default=None)
 
 
@@ -85,8 +85,8 @@ class NaiveGdsf(NaiveLfu):
         super().insert(key, now)
         self.appraise(key)
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
-        free = [key for key in self.order if not blocked(key)]
+    def victim(self, held: IsBlocked) -> Key | None:
+        free = [key for key in self.order if not held(key)]
         return min(free, key=lambda key: (self.value[key], self.order[key]), default=None)
 
     def evict(self, key: Key) -> None:

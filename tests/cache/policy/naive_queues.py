@@ -35,9 +35,9 @@ class Queues:
     def has_children(self, key: Key) -> bool:
         return any(other[:-1] == key for other in self.there)
 
-    def oldest(self, place: str, blocked: IsBlocked) -> Key | None:
+    def oldest(self, place: str, held: IsBlocked) -> Key | None:
         for key in list(self.queues.get(place, [])):
-            if not blocked(key):
+            if not held(key):
                 return key
             self.step_over(place, key)
         return None
@@ -81,18 +81,18 @@ class NaiveSieve(Queues):
         index = queue.index(key) + 1
         return queue[index] if index < len(queue) else None
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
+    def victim(self, held: IsBlocked) -> Key | None:
         queue = self.queues["all"]
         for _ in range(3 * len(queue) + 1):
             if not queue:
                 break
             key = self.hand if self.hand is not None else queue[0]
-            if key not in self.visited and not blocked(key):
+            if key not in self.visited and not held(key):
                 self.hand = key
                 return key
             self.visited.discard(key)
             self.hand = self.after(key)
-            if blocked(key):
+            if held(key):
                 self.step_over("all", key)
         self.hand = None
         return None
@@ -133,24 +133,24 @@ class NaiveS3Fifo(Queues):
     def settle(self, chain: Sequence[Key]) -> None:
         self.trim("ghost", self.capacity * 9 // 10)
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
+    def victim(self, held: IsBlocked) -> Key | None:
         if self.size("main") > self.capacity - self.small or self.size("small") == 0:
-            return self.search_main(blocked) or self.search_small(blocked)
-        return self.search_small(blocked) or self.search_main(blocked)
+            return self.search_main(held) or self.search_small(held)
+        return self.search_small(held) or self.search_main(held)
 
-    def search_small(self, blocked: IsBlocked) -> Key | None:
+    def search_small(self, held: IsBlocked) -> Key | None:
         for key in list(self.queues.get("small", [])):
             if self.hits[key] >= 2:
                 self.take(key)
                 self.hits[key] = 0
                 self.put("main", key)
-            elif not blocked(key):
+            elif not held(key):
                 return key
             else:
                 self.step_over("small", key)
         return None
 
-    def search_main(self, blocked: IsBlocked) -> Key | None:
+    def search_main(self, held: IsBlocked) -> Key | None:
         again = True
         while again:
             again = False
@@ -160,7 +160,7 @@ class NaiveS3Fifo(Queues):
                     self.take(key)
                     self.put("main", key)
                     again = True
-                elif not blocked(key):
+                elif not held(key):
                     return key
                 else:
                     self.step_over("main", key)
@@ -189,11 +189,11 @@ class Naive2Q(Queues):
     def settle(self, chain: Sequence[Key]) -> None:
         self.trim("ghost", max(1, self.capacity // 2))
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
+    def victim(self, held: IsBlocked) -> Key | None:
         places = ["fresh", "frequent"]
         if self.size("fresh") <= max(1, self.capacity // 4) and self.size("frequent") > 0:
             places.reverse()
-        return self.oldest(places[0], blocked) or self.oldest(places[1], blocked)
+        return self.oldest(places[0], held) or self.oldest(places[1], held)
 
     def evict(self, key: Key) -> None:
         if self.take(key) == "fresh":
@@ -230,9 +230,9 @@ class NaiveArc(Queues):
     def from_once(self) -> bool:
         return self.size("T1") > self.target or self.size("T2") == 0
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
+    def victim(self, held: IsBlocked) -> Key | None:
         places = ["T1", "T2"] if self.from_once() else ["T2", "T1"]
-        return self.oldest(places[0], blocked) or self.oldest(places[1], blocked)
+        return self.oldest(places[0], held) or self.oldest(places[1], held)
 
     def evict(self, key: Key) -> None:
         self.put("B1" if self.take(key) == "T1" else "B2", key)
@@ -298,13 +298,13 @@ class NaiveLirs(Queues):
             self.take(key)
             self.stack.remove(key)
 
-    def victim(self, blocked: IsBlocked) -> Key | None:
-        key = self.oldest("high", blocked)
-        if all(self.place[low] != "low" or blocked(low) for low in self.stack):
+    def victim(self, held: IsBlocked) -> Key | None:
+        key = self.oldest("high", held)
+        if all(self.place[low] != "low" or held(low) for low in self.stack):
             return key
         while key is None:
             self.demote()
-            key = self.oldest("high", blocked)
+            key = self.oldest("high", held)
         return key
 
     def evict(self, key: Key) -> None:

@@ -55,7 +55,7 @@ def test_pinned_nodes_and_parents_stay_and_drops_are_survived(
             key = data.draw(st.sampled_from(sorted(host.there)))
             host.pins[key] += 1
             pinned.append(key)
-        leaves = sorted(key for key in host.there if not host.blocked(key))
+        leaves = sorted(key for key in host.there if not host.held(key))
         if leaves and data.draw(st.integers(0, 3)) == 0:
             host.drop(data.draw(st.sampled_from(leaves)))
 
@@ -92,7 +92,7 @@ def test_a_long_chain_behind_its_leaf_is_walked_once(name: str) -> None:
 
 
 class CountingArray:
-    """`blocked`, counting how often a policy looks."""
+    """`held`, counting how often a policy looks."""
 
     def __init__(self, array: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         self.array = array

@@ -101,7 +101,7 @@ def test_overtaken_before_the_next_victim() -> None:
     host = run_spec(SPEC, [[1, 2, 3], [1, 2, 4]], 4)
     policy = host.policy
     assert isinstance(policy, NodePolicy)
-    policy.victim(host.blocked)
+    policy.victim(host.held)
     assert policy.state.kind[policy.state.group[policy.node_of[1, 2, 3]]] == predictive.OVERTAKEN
 
 
