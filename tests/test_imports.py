@@ -26,7 +26,7 @@ ALLOWED = {
     "lmc.cache.directory": {"lmc.cache.keys", "lmc.cache.policy", "lmc.errors"},
     "lmc.cache.config": {"lmc.cache.policy", "lmc.errors", "lmc.units"},
     "lmc.cache.settings": {"lmc.cache.config", "lmc.errors"},
-    "lmc.cache.plan": {"lmc.cache.keys", "lmc.cache.directory.operations"},
+    "lmc.cache.plan": {"lmc.cache.keys", "lmc.cache.directory.holds"},
     "lmc.cache.tiers": {"lmc.cache.config", "lmc.cache.keys", "lmc.compiled", "lmc.errors", "lmc.units"},
     "lmc.cache.transfer": {"lmc.cache.plan", "lmc.compiled", "lmc.errors", "lmc.units"},
     "lmc.cache.observe": {

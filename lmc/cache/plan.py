@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lmc.cache.directory.operations import (
+from lmc.cache.directory.holds import (
     ABSENT,
     CAUSES,
     COPY,

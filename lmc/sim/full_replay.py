@@ -16,7 +16,7 @@ import numpy as np
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import HOST, Miss, Request, Ticket, build_directory
-from lmc.cache.directory.operations import ABSENT, LATE
+from lmc.cache.directory.holds import ABSENT, LATE
 from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.format import stored_bytes

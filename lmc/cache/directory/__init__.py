@@ -5,8 +5,8 @@ from __future__ import annotations
 from lmc.cache.directory.below import Counts
 from lmc.cache.directory.build import build_directory
 from lmc.cache.directory.directory import Directory, Found
+from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss, evicted_from
-from lmc.cache.directory.operations import Ticket
 from lmc.cache.directory.places import HOST
 from lmc.cache.directory.request import Request
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lmc.cache.directory.holds import Operation, Operations, Ticket
 from lmc.cache.directory.misses import evicted_from
-from lmc.cache.directory.operations import Operation, Operations, Ticket
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.resident import ABSENT, RESIDENT, ResidentSet

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from lmc.cache.directory.ages import TtlMode
 from lmc.cache.directory.below import WriteMode
 from lmc.cache.directory.directory import Directory
+from lmc.cache.directory.marks import TtlMode
 from lmc.cache.policy.registry import get_policy
 from lmc.errors import ConfigError
 

@@ -17,12 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lmc.cache.directory.ages import TtlMode
 from lmc.cache.directory.below import Below, Counts, WriteMode
+from lmc.cache.directory.holds import Operations, Pins, Ticket
 from lmc.cache.directory.host_slots import HostSlots
+from lmc.cache.directory.marks import TtlMode
 from lmc.cache.directory.misses import Miss
-from lmc.cache.directory.operations import Operations, Ticket
-from lmc.cache.directory.pins import Pins
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.removal import Removal
@@ -80,6 +79,7 @@ class Directory:
             write_touches=write_touches,
             queue_depth=queue_depth,
         )
+        self._has_lower = bool(below or remote)
         self._removal = Removal(self._places, self._below, self.counts)
         self._pins = Pins(self._places)
         self._host_slots = HostSlots(self._places, self._below, self._operations, self._remotes, self.counts)
@@ -161,13 +161,15 @@ class Directory:
                 places.adopt(chain[index], chain[index - 1] if index else -1, tenant)
         if touch:
             places.touch(stored, now)
-            self._below.after_touch(stored)
+            if self._has_lower:
+                self._below.after_touch(stored)
         if missing:
             for node in chain[end:]:
                 if node >= 0:
                     places.forget_unused(node)
             places.forget_ghosts()
-        self._below.demote_ahead()
+        if self._has_lower:
+            self._below.demote_ahead()
         return tickets
 
     def stage(self, keys: Sequence[ChunkKey], now: float, *, first: int = 0, tenant: str = "") -> list[Ticket]:
@@ -300,7 +302,8 @@ class Directory:
         """Drop pins whose time is over, and chunks whose time to live is. Remote tiers keep their own time."""
         now = self._advance(now)
         self._pins.drop_expired(now)
-        self._removal.expired(now)
+        if self._places.ages.ttl is not None:
+            self._removal.expired(now)
 
     # Pins
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmc.cache.directory.below import Below, Counts
+from lmc.cache.directory.holds import CORRUPT, LATE, UNAVAILABLE, Kind, Operation, Operations, Ticket
 from lmc.cache.directory.misses import Miss
-from lmc.cache.directory.operations import CORRUPT, LATE, UNAVAILABLE, Kind, Operation, Operations, Ticket
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.resident import ABSENT, SPOILED

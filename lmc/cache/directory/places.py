@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from lmc.cache.directory.ages import Ages, TtlMode
 from lmc.cache.directory.changes import Changes
+from lmc.cache.directory.marks import Ages, Tenants, TtlMode
 from lmc.cache.directory.misses import MissLog
 from lmc.cache.directory.nodes import Nodes
 from lmc.cache.directory.resident import ABSENT, RESIDENT, SPOILED, ResidentSet
-from lmc.cache.directory.tenants import Tenants
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lmc.cache.directory.directory import Directory, Found
+from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss
-from lmc.cache.directory.operations import Ticket
 from lmc.cache.directory.places import HOST
 from lmc.cache.keys import ChunkKey
 

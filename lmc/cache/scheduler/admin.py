@@ -61,19 +61,16 @@ class Mailbox:
     """Work for the scheduler's thread. put() from any thread, run() on the scheduler's."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Callable[[], Result], Future[Result]]] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+        self.waiting: deque[tuple[Callable[[], Result], Future[Result]]] = deque()
 
     def put(self, work: Callable[[], Result]) -> Future[Result]:
         future: Future[Result] = Future()
-        self._waiting.append((work, future))
+        self.waiting.append((work, future))
         return future
 
     def run(self) -> None:
-        while self._waiting:
-            work, future = self._waiting.popleft()
+        while self.waiting:
+            work, future = self.waiting.popleft()
             try:
                 future.set_result(work())
             except ConfigError as error:

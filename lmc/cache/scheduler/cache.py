@@ -100,7 +100,7 @@ class CacheScheduler:
     @property
     def busy(self) -> bool:
         """True while copies are under way, so that somebody must fetch reports."""
-        waiting = bool(self._plan) or bool(self._mailbox) or bool(self._prefetcher)
+        waiting = bool(self._plan) or bool(self._mailbox.waiting) or bool(self._prefetcher.wishes)
         return waiting or self.directory.num_open > 0
 
     # A request's life
@@ -112,7 +112,8 @@ class CacheScheduler:
         """
         started = time.perf_counter()
         try:
-            self._mailbox.run()
+            if self._mailbox.waiting:
+                self._mailbox.run()
             now = self._clock()
             tracked = self._requests.get(request_id)
             if tracked is None:
@@ -209,9 +210,10 @@ class CacheScheduler:
 
     def take_plan(self) -> Plan:
         """The work of this step; the engine hands it to every rank."""
-        self._mailbox.run()
+        if self._mailbox.waiting:
+            self._mailbox.run()
         self.directory.expire(self._clock())
-        if self._prefetcher:
+        if self._prefetcher.wishes:
             self._prefetch()
         self._plan.tier_copies += [TierCopy(ticket) for ticket in self.directory.take_tickets()]
         plan, self._plan = self._plan, Plan()

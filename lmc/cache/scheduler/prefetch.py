@@ -11,7 +11,7 @@ from lmc.cache.scheduler.presence import Presence, Question
 
 
 @dataclass(frozen=True)
-class _Wish:
+class Wish:
     keys: tuple[ChunkKey, ...]
     tenant: str
     question: Question | None
@@ -23,29 +23,26 @@ class Prefetcher:
         self._directory = directory
         self._presence = presence
         self._lookup_deadline = lookup_deadline
-        self._wishes: list[_Wish] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._wishes)
+        self.wishes: list[Wish] = []  # prompts that are expected and not staged yet
 
     def want(self, keys: Sequence[ChunkKey], tenant: str, now: float) -> int:
         """Returns how many of keys are known to be stored, and where; tiers that others write to are asked for the rest."""
         found = self._directory.lookup(keys, now)
         unknown = keys[found.num_chunks :]
         question = self._presence.ask(unknown) if self._presence is not None and unknown else None
-        self._wishes.append(_Wish(tuple(keys), tenant, question, now + self._lookup_deadline))
+        self.wishes.append(Wish(tuple(keys), tenant, question, now + self._lookup_deadline))
         return found.num_chunks
 
     def advance(self, now: float) -> list[Ticket]:
         """Stages that are due; the answers that came in have been learned before."""
         tickets: list[Ticket] = []
         waiting = []
-        for wish in self._wishes:
+        for wish in self.wishes:
             if wish.question is not None and not wish.question.done and now < wish.until:
                 waiting.append(wish)
                 continue
             found = self._directory.lookup(wish.keys, now)
             if any(tier != HOST for tier in found.tiers):
                 tickets += self._directory.stage(wish.keys[: found.num_chunks], now, tenant=wish.tenant)
-        self._wishes = waiting
+        self.wishes = waiting
         return tickets

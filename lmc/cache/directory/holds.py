@@ -1,11 +1,12 @@
-"""What was handed out to be copied and is not yet reported back."""
+"""What keeps chunks in their places: operations that were handed out and are not reported back, and pins."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lmc.cache.directory.places import Places
 from lmc.cache.keys import ChunkKey
 
 # Why an operation failed; the words of the metrics. The worker's log has the whole story.
@@ -77,3 +78,43 @@ class Operations:
 
     def close(self, operation: int) -> Operation | None:
         return self._open.pop(operation, None)
+
+
+class Pins:
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._pins: dict[str, tuple[list[int], float]] = {}  # owner -> nodes, time of expiry
+        self._next_expiry = float("inf")  # no pin expires earlier
+
+    def __len__(self) -> int:
+        return len(self._pins)
+
+    def add(self, keys: Sequence[ChunkKey], owner: str, expires: float) -> int:
+        """How many of keys could be pinned: those in a bounded tier. An owner has one pin; a second call adds to it."""
+        places = self._places
+        nodes, _ = self._pins.get(owner, ([], 0.0))
+        added = [node for node in places.nodes.chain(keys) if node >= 0 and places.present(node)]
+        places.hold(added, 1)
+        self._pins[owner] = (nodes + added, expires)
+        self._next_expiry = min(self._next_expiry, expires)
+        return len(added)
+
+    def drop(self, owner: str) -> bool:
+        """False if the owner has no pin."""
+        pin = self._pins.pop(owner, None)
+        if pin is None:
+            return False
+        self._places.hold(pin[0], -1)
+        for node in pin[0]:
+            self._places.forget_unused(node)
+        return True
+
+    def drop_expired(self, now: float) -> None:
+        if now < self._next_expiry:
+            return
+        for owner in [owner for owner, (_, expires) in self._pins.items() if expires <= now]:
+            self.drop(owner)
+        self._next_expiry = min((expires for _, expires in self._pins.values()), default=float("inf"))
+
+    def listed(self) -> dict[str, tuple[int, float]]:
+        return {owner: (len(nodes), expires) for owner, (nodes, expires) in self._pins.items()}
