@@ -6,11 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.cache.instance import Instance
 from tests.engines.tiny_model import make_tiny_llama
 from tests.engines.vllm_driver import VllmDriver
+
+# A slow machine is no failure: no example has a time limit of its own.
+hypothesis.settings.register_profile("lmc", deadline=None)
+hypothesis.settings.load_profile("lmc")
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from typing import Literal
 
 from lmc.cache.directory.holds import Operation, Operations, Ticket
 from lmc.cache.directory.misses import evicted_from
+from lmc.cache.directory.nodes import ABSENT, RESIDENT, ResidentSet
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
-from lmc.cache.directory.resident import ABSENT, RESIDENT, ResidentSet
 from lmc.cache.keys import ChunkKey
 
 WriteMode = Literal["through", "back", "around"]

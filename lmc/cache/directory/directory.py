@@ -22,10 +22,10 @@ from lmc.cache.directory.holds import Operations, Pins, Ticket
 from lmc.cache.directory.host_slots import HostSlots
 from lmc.cache.directory.marks import TtlMode
 from lmc.cache.directory.misses import Miss
+from lmc.cache.directory.nodes import ABSENT, INCOMING, RESIDENT
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.removal import Removal
-from lmc.cache.directory.resident import ABSENT, INCOMING, RESIDENT
 from lmc.cache.directory.restore import restore
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec

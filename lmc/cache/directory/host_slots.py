@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from lmc.cache.directory.below import Below, Counts
 from lmc.cache.directory.holds import CORRUPT, LATE, UNAVAILABLE, Kind, Operation, Operations, Ticket
 from lmc.cache.directory.misses import Miss
+from lmc.cache.directory.nodes import ABSENT, SPOILED
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
-from lmc.cache.directory.resident import ABSENT, SPOILED
 from lmc.cache.keys import ChunkKey
 
 _CHUNK_IS_FINE = (LATE, UNAVAILABLE)  # causes that say nothing about the chunk

@@ -1,11 +1,16 @@
-"""Chunk keys as small integers, which index the arrays of the other modules."""
+"""Chunks as small integers, which index flat arrays: the table from key to node, and the set of nodes that one tier holds."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from lmc.cache.keys import ChunkKey
+from lmc.cache.policy.base import Holds, Parents, PolicySpec
+
+ABSENT, INCOMING, RESIDENT, LEAVING, SPOILED = range(5)
 
 
 class Nodes:
@@ -73,3 +78,79 @@ class Nodes:
         self._next[node] = self._free
         self._free = node
         self._count -= 1
+
+
+class ResidentSet:
+    """Nodes in [0, num_nodes) and their state in one tier of `capacity` chunks.
+
+    INCOMING   holds its place but is not readable yet
+    LEAVING    is gone for the policy but holds its place until vacate()
+    SPOILED    failed to load; holds its place until its last transfer ends
+
+    A pin, a transfer or a child that holds a node lets it go again.
+    """
+
+    def __init__(self, name: str, capacity: int, num_nodes: int, spec: PolicySpec, parents: Parents) -> None:
+        self.name = name
+        self.capacity = capacity
+        self.state = bytearray(num_nodes)
+        self.holds = array("i", bytes(4 * num_nodes))  # scalar access is twice as quick as NumPy's
+        self.count = 0  # places taken, in every state but ABSENT
+        self._holds_view: Holds = np.frombuffer(self.holds, dtype=np.int32)  # the policy's view of it
+        self._spec = spec
+        self._policy = spec.make_state(num_nodes, capacity, parents)
+        self._ghost = bytearray(num_nodes)
+
+    @property
+    def num_free(self) -> int:
+        return self.capacity - self.count
+
+    def readable(self, node: int) -> bool:
+        return self.state[node] == RESIDENT
+
+    def present(self, node: int) -> bool:
+        """Readable, or about to be."""
+        return self.state[node] in (INCOMING, RESIDENT)
+
+    def reserve(self, node: int) -> None:
+        """Take a place for an absent node; the caller has seen to it that one is free."""
+        assert self.state[node] == ABSENT and self.count < self.capacity
+        self.state[node] = INCOMING
+        self.count += 1
+
+    def insert(self, node: int, now: int) -> None:
+        """Tell the policy of a reserved node, in the order that the policy shall see."""
+        self._ghost[node] = 0
+        self._spec.on_insert(self._policy, node, now)
+
+    def touch(self, node: int, now: int) -> None:
+        if self.present(node):
+            self._spec.on_hit(self._policy, node, now)
+
+    def victim(self) -> int:
+        """The node to evict next, or -1. Nodes that are not RESIDENT must be held by their transfer."""
+        return int(self._spec.victim(self._policy, self._holds_view))
+
+    def retire(self, node: int) -> None:
+        """The policy forgets the node; it keeps its place until vacate()."""
+        self._spec.on_evict(self._policy, node)
+        self._ghost[node] = self._spec.ghosts > 0
+        self.state[node] = LEAVING
+
+    def vacate(self, node: int) -> None:
+        """Give the place of a retired node back."""
+        assert self.state[node] == LEAVING
+        self.state[node] = ABSENT
+        self.count -= 1
+
+    def forgettable(self) -> list[int]:
+        """Ghosts that the policy lets go, now no longer remembered."""
+        nodes = []
+        while (node := int(self._spec.release(self._policy))) >= 0:
+            self._ghost[node] = 0
+            nodes.append(node)
+        return nodes
+
+    def unused(self, node: int) -> bool:
+        """True if nothing here refers to the node any more."""
+        return self.state[node] == ABSENT and not self._ghost[node] and self.holds[node] == 0

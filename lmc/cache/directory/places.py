@@ -13,8 +13,7 @@ import numpy as np
 from lmc.cache.directory.changes import Changes
 from lmc.cache.directory.marks import Ages, Tenants, TtlMode
 from lmc.cache.directory.misses import MissLog
-from lmc.cache.directory.nodes import Nodes
-from lmc.cache.directory.resident import ABSENT, RESIDENT, SPOILED, ResidentSet
+from lmc.cache.directory.nodes import ABSENT, RESIDENT, SPOILED, Nodes, ResidentSet
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from lmc.cache.directory.nodes import ABSENT, ResidentSet
 from lmc.cache.directory.places import Places
-from lmc.cache.directory.resident import ABSENT, ResidentSet
 from lmc.cache.keys import ChunkKey
 
 

@@ -1,9 +1,15 @@
-"""What happens in a cache, as metrics, as spans of requests and as the lookup trace."""
+"""What is told of each request: metrics, a span with its times, a line of the lookup trace; and whether only its salt made it miss."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import xxhash
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import Directory, Miss, Request, Ticket
@@ -11,7 +17,6 @@ from lmc.cache.keys import Namespace
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.observe.metrics import CacheMetrics
 from lmc.cache.observe.record import TraceRecorder
-from lmc.cache.observe.spans import Span, Spans
 from lmc.cache.plan import Report
 
 logger = logging.getLogger(__name__)
@@ -127,3 +132,75 @@ def _open_metrics(directory: Directory) -> CacheMetrics:
     metrics.follow_tiers("known_chunks", directory.known_remote, others)
     metrics.follow_tiers("write_queue", lambda: directory.num_writing, metrics.below)
     return metrics
+
+
+_REMEMBERED = 8_192
+_MANY = b""  # first chunks that came under several roots
+
+
+class Salts:
+    """Hashes are only compared inside this process and decide nothing but a label in the metrics."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._roots: OrderedDict[int, bytes] = OrderedDict()  # first chunk's tokens -> the root it came under
+
+    def seen_elsewhere(self, tokens: Sequence[int], root: bytes) -> bool:
+        """Whether the first chunk of tokens came before under another root than this one; remembers it under this one."""
+        first = xxhash.xxh3_64_intdigest(array("I", tokens[: self._chunk_tokens]))
+        known = self._roots.get(first)
+        elsewhere = known is not None and known != root
+        self._roots[first] = _MANY if elsewhere else root
+        self._roots.move_to_end(first)
+        if len(self._roots) > _REMEMBERED:
+            self._roots.popitem(last=False)
+        return elsewhere
+
+
+KEEP = 8192
+
+
+class Span(NamedTuple):
+    """Times are seconds on the engine's clock. Loads add up batches; of several ranks, bytes add up and the slowest one's time counts."""
+
+    request: str
+    tokens: int  # of the prompt
+    hit_tokens: dict[str, int]  # by tier; "device" is the engine's own prefix cache
+    miss: str | None  # why the hit ended before the prompt's last chunk
+    asked_s: float  # the first lookup
+    answered_s: float  # its answer: remote tiers were asked, and lower tiers read into host memory
+    admitted_s: float  # the engine took the request in; only then it is loaded
+    load_bytes: int = 0
+    load_seconds: float = 0.0
+
+
+class Spans:
+    """The newest `keep` requests that were admitted."""
+
+    def __init__(self, clock: Callable[[], float], keep: int = KEEP) -> None:
+        self._clock = clock
+        self._keep = keep
+        self._spans: dict[str, Span] = {}  # by request, oldest first
+        self._lock = threading.Lock()
+
+    def add(self, span: Span) -> None:
+        with self._lock:
+            self._spans.pop(span.request, None)
+            self._spans[span.request] = span
+            if len(self._spans) > self._keep:
+                del self._spans[next(iter(self._spans))]
+
+    def loaded(self, loads: Mapping[str, tuple[int, float]]) -> None:
+        """Bytes and seconds by request; of requests that are not among the newest, nothing is kept."""
+        with self._lock:
+            for request, (num_bytes, seconds) in loads.items():
+                if (span := self._spans.get(request)) is not None:
+                    self._spans[request] = span._replace(
+                        load_bytes=span.load_bytes + num_bytes, load_seconds=span.load_seconds + seconds
+                    )
+
+    def read(self, newest: int = KEEP) -> dict[str, object]:
+        """The newest spans, oldest of them first, and what the clock says now."""
+        with self._lock:  # held for no longer than a copy of references: the scheduler's thread waits for it
+            spans = list(self._spans.values())
+        return {"now_s": self._clock(), "requests": [span._asdict() for span in spans[max(0, len(spans) - newest) :]]}

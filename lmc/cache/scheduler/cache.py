@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import Request, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, root
-from lmc.cache.observe.accounting import DEVICE, Accounting
-from lmc.cache.observe.salts import Salts
+from lmc.cache.observe.accounting import DEVICE, Accounting, Salts
 from lmc.cache.observe.stats import collect_stats
 from lmc.cache.plan import NO_OPERATION, SKIP, BlockCopy, Plan, Report, RequestCopies, TierCopy, WorkerReady
 from lmc.cache.scheduler.admin import Admin, Mailbox

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from pydantic import ValidationError
 
 from lmc.cache.config import AdminConfig, MetricsConfig
-from lmc.cache.observe.spans import KEEP
+from lmc.cache.observe.accounting import KEEP
 from lmc.cache.scheduler.admin import Admin, Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.errors import ConfigError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmc.cache.observe.spans import Span, Spans
+from lmc.cache.observe.accounting import Span, Spans
 from lmc.cache.plan import Report
 from tests.cache.instance import CHUNK_BYTES, NOBODY, Instance, prompt, settings
 

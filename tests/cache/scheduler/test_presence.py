@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from lmc.cache.keys import ChunkKey
-from lmc.cache.observe.salts import Salts
+from lmc.cache.observe.accounting import Salts
 from lmc.cache.scheduler.presence import Presence
 from lmc.errors import TierError
 from tests.services import wait_until

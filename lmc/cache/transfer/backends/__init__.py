@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lmc.cache.transfer.backends.auto import AutoBackend
+from lmc.cache.transfer.backends.auto import AutoBackend, at_once
 from lmc.cache.transfer.backends.base import Backend
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.planner import Addresses
@@ -48,14 +48,9 @@ def _host_side(name: str, threads: int) -> AutoBackend:
         from lmc.cache.transfer.backends.host import HostBackend, useful_threads
 
         host = HostBackend(threads or useful_threads())
-        return AutoBackend({host.name: host}, None, _at_once, threads=host.threads)
+        return AutoBackend({host.name: host}, None, at_once, threads=host.threads)
     if name == "torch":
         from lmc.cache.transfer.backends.reference import TorchBackend
 
-        return AutoBackend({"torch": TorchBackend("cpu")}, None, _at_once)
+        return AutoBackend({"torch": TorchBackend("cpu")}, None, at_once)
     raise ConfigError(f"the transfer backend {name!r} does not copy in CPU memory; use host or torch")
-
-
-def _at_once(copy: Callable[[int], None]) -> None:
-    """In CPU memory there is no stream to wait for."""
-    copy(0)
