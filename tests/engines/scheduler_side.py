@@ -89,7 +89,7 @@ class DrivenSide:
     def report_of(self, plan: Plan) -> Report:
         """Everything in it went well."""
         done = [chunk.operation for one in (*plan.loads, *plan.background_loads, *plan.stores) for chunk in one.chunks]
-        done += [copy.operation for copy in plan.tier_copies if copy.operation]
+        done += [copy.ticket.operation for copy in plan.tier_copies if copy.ticket.operation]
         return Report(Counter(done))
 
     def serve(self, request: Request) -> int:

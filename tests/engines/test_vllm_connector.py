@@ -151,7 +151,7 @@ def test_loads_run_before_the_pass_only_where_vllm_can_recompute_one_that_fails(
 # Faults in lmc end the cache, not vLLM
 
 
-@pytest.mark.parametrize("where", ["lookup", "load", "store", "complete", "clear", "take_tickets"])
+@pytest.mark.parametrize("where", ["lookup", "load", "store", "complete", "reset", "take_tickets"])
 def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

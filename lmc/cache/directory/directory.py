@@ -84,6 +84,7 @@ class Directory:
         self._pins = Pins(self._places)
         self._host_slots = HostSlots(self._places, self._below, self._operations, self._remotes, self.counts)
         self.changes = self._places.changes
+        self._doomed: set[ChunkKey] = set()  # what a reset could not forget, because operations held it
         self._now = float("-inf")
 
     # Looking up
@@ -253,6 +254,8 @@ class Directory:
         else:
             self._host_slots.complete(done, failure)
         self._host_slots.free_spoiled()
+        if done.ticket.key in self._doomed:
+            self._doomed = self._removal.forget_unused(self._doomed)
         return done.ticket
 
     def take_tickets(self) -> list[Ticket]:
@@ -293,6 +296,13 @@ class Directory:
         Returns how many of them remain.
         """
         return self._removal.all_of(tenant)
+
+    def reset(self) -> int:
+        """Forget every chunk and every pin. Returns how many chunks operations still hold; these are forgotten when the operations end."""
+        self._pins.drop_all()
+        in_use = self._removal.all_of(None)
+        self._doomed = {self._places.nodes.key(node) for node in self._places.nodes} if in_use else set()
+        return in_use
 
     def clear_from(self, keys: Sequence[ChunkKey]) -> int:
         """Forget the last chunk of a prefix and all chunks that continue it, as clear() does. Costs a pass over all chunks."""

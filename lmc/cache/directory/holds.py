@@ -109,6 +109,10 @@ class Pins:
             self._places.forget_unused(node)
         return True
 
+    def drop_all(self) -> None:
+        for owner in list(self._pins):
+            self.drop(owner)
+
     def drop_expired(self, now: float) -> None:
         if now < self._next_expiry:
             return

@@ -28,6 +28,12 @@ class Removal:
                     self._below.delete_remote(remote, key)
         return self._num_held(keys)
 
+    def forget_unused(self, keys: set[ChunkKey]) -> set[ChunkKey]:
+        """Forget those of keys that nothing uses. Returns the others."""
+        find = self._places.nodes.find
+        self._remove([node for node in map(find, keys) if node >= 0], Miss.CLEARED, "cleared")
+        return {key for key in keys if find(key) >= 0}
+
     def from_chunk(self, key: ChunkKey) -> int:
         """A chunk and all that continue it. Costs a pass over all nodes. Returns how many remain."""
         places = self._places

@@ -6,6 +6,7 @@
     loaded()    one of its loads ended
     store()     the engine has computed KV: keep the full chunks
     end()       the request is gone, in whatever way
+    retire()    its names are no longer in force: it loads and stores nothing any more
 
 The live scheduler and `lmc sim` drive this same object. Time is passed in. What must be done comes out: tickets for the workers, and the
 keys that tiers with other writers must be asked for. It makes no plan, counts nothing, waits for nothing and reads no clock.
@@ -79,6 +80,7 @@ class Request:
         self._usable = _EVERY_CHUNK  # chunks that may be offered; lowered when a load failed
         self._stored = 0  # leading chunks that need no store any more
         self._touched = False
+        self._retired = False
         self._outbox: list[Ticket] = []
         self._loading: dict[int, int] = {}  # operation -> chunk index
 
@@ -91,7 +93,9 @@ class Request:
         Afterwards take_tickets() and take_question() hand out what must be done.
         """
         self.num_tokens, self.computed, self.keys = num_tokens, computed, keys
-        self._lookup_miss = None
+        self._lookup_miss = Miss.CLEARED if self._retired else None
+        if self._retired:
+            return 0
         limit = min((num_tokens - 1) // self._chunk_tokens, len(keys), self._usable)
         found = self._directory.lookup(keys[:limit], now)
         if found.num_chunks < limit and self._must_wait_for_answer(keys[found.num_chunks : limit], now):
@@ -186,13 +190,13 @@ class Request:
 
     def wants_store(self, num_valid: int, num_prompt: int) -> bool:
         """Whether store() would have something to do; cheap enough to ask in every step."""
-        return self._num_storable(num_valid, num_prompt) > self._stored
+        return not self._retired and self._num_storable(num_valid, num_prompt) > self._stored
 
     def store(self, keys: Sequence[ChunkKey], num_valid: int, num_prompt: int, now: float) -> list[Ticket]:
         """The first num_valid tokens have valid KV; the prompt has num_prompt. Returns a store ticket for each chunk that got a slot."""
         self.keys = keys
         wanted = keys[: self._num_storable(num_valid, num_prompt)]
-        if len(wanted) <= self._stored:
+        if self._retired or len(wanted) <= self._stored:
             return []
         tickets = self._directory.store(wanted, now, tenant=self.tenant, touch=not self._touched)
         self._touched = True
@@ -204,8 +208,13 @@ class Request:
     def end(self, now: float, pin_seconds: float = 0.0) -> None:
         """The request is gone, in whatever way; its chunks may stay pinned for a while."""
         self._unpin()
-        if pin_seconds > 0:
+        if pin_seconds > 0 and not self._retired:
             self._directory.pin(self.keys, f"{self.name} asked", now + pin_seconds)
+
+    def retire(self) -> None:
+        """The cache was reset. The request's KV belongs to the time before, so from now on it loads and stores nothing."""
+        self._retired = True
+        self._unpin()
 
     def miss(self) -> str | None:
         """Why the hit ended before the last chunk that may be loaded."""

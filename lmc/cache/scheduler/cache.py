@@ -232,19 +232,21 @@ class CacheScheduler:
             self._complete(operation, self._causes.pop(operation, None), now)
         self._accounting.reported(report)
 
-    def reset(self) -> bool:
-        """Forget all chunks, in every tier. False if some are in use and stay.
+    def reset(self) -> None:
+        """Forget all chunks and pins, in every tier, at once. The requests of before load and store nothing any more.
 
-        What others may have stored cannot be forgotten; so with tiers that others write to, all chunks get new names instead.
+        What operations still hold, and what others may have stored, cannot be forgotten at once. Then all chunks get new names instead.
         """
-        in_use = self.directory.clear()
-        if self._presence is None:
-            return in_use == 0
+        for tracked in self._requests.values():
+            tracked.request.retire()
+        in_use = self.directory.reset()
+        if self._presence is None and in_use == 0:
+            return
         renamed = f"{self.namespace.revision} reset {secrets.token_hex(8)}"
         self.namespace = dataclasses.replace(self.namespace, revision=renamed)
         self._salts = Salts(self.chunk_tokens)  # no prompt has come under the new names yet
-        logger.warning("lmc: reset: from now on this instance shares no chunks with others")
-        return True
+        if self._presence is not None:
+            logger.warning("lmc: reset: from now on this instance shares no chunks with others")
 
     def stats(self) -> dict[str, object]:
         """The state in numbers, for people; may be called from any thread."""

@@ -201,7 +201,7 @@ class SchedulerSide:
     def reset(self) -> bool:
         if self.scheduler is not None:
             with self:
-                return self.scheduler.reset()
+                self.scheduler.reset()
         return True
 
     def __enter__(self) -> None:
