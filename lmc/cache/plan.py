@@ -172,4 +172,3 @@ class WorkerReady:
     remote: tuple[str, ...] = ()  # tiers with an eviction of their own
     warnings: tuple[str, ...] = ()
     parents: dict[ChunkKey, ChunkKey] = field(default_factory=dict)  # of stored chunks, as far as they are known
-    failure: str = ""  # why this worker runs without a cache
