@@ -1,4 +1,4 @@
-"""Start the engine of an arm through `lmc serve`, wait until it is ready, and stop it; or reach a server that runs already.
+"""Starts the engine of an arm through `lmc serve`, waits until it is ready, and stops it; or connects to a server that runs already.
 
 An arm's scratch folder holds its configuration, its log and its disk tier. `restart_of` reuses the disk tier of another arm.
 """
@@ -40,7 +40,7 @@ _FIELD = re.compile(r"(\w+)=(\S+)")
 
 @dataclass(frozen=True)
 class Server:
-    """An engine that answers. `process` is None for a URL."""
+    """A server that answers requests. `process` is None for an arm that names the URL of a running server."""
 
     base_url: str
     model: str
@@ -55,7 +55,7 @@ class Server:
         return self.base_url.removesuffix("/v1")
 
     async def why_gone(self) -> str | None:
-        """How the process ended, or None if it still runs. A process that has just closed its connections gets a moment to end."""
+        """How the process ended; None if it still runs. A process that has just closed its connections gets GONE_S to end."""
         if self.process is None:
             return None
         try:
@@ -76,7 +76,7 @@ class Launcher:
 
     @asynccontextmanager
     async def started(self, name: str, arm: Arm) -> AsyncIterator[list[Server]]:
-        """Ready servers, one per instance, for the body of the `async with`. Raises EngineError when one does not start."""
+        """Yields ready servers, one per instance, and stops them afterwards. Raises EngineError when one does not start."""
         if arm.url:
             yield [await _reach(name, arm, self.model)]
             return
@@ -164,7 +164,7 @@ class Probe:
 
 
 async def check_tokenizer(http: aiohttp.ClientSession, server: Server, probe: Probe) -> None:
-    """Raises RunError when the server turns the text into other tokens; a server without /tokenize is not checked."""
+    """Raises RunError when the server's tokenizer gives other tokens for the text. A server without /tokenize is not checked."""
     body = {"model": server.model, "prompt": probe.text, "add_special_tokens": False}
     async with http.post(f"{server.root_url}/tokenize", json=body) as response:
         if response.status != 200:
@@ -173,12 +173,12 @@ async def check_tokenizer(http: aiohttp.ClientSession, server: Server, probe: Pr
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if tokens is not None and tokens != probe.tokens:
         raise RunError(
-            f"{server.base_url} has another tokenizer than the model of this workload; give the served model with --model"
+            f"{server.base_url} has another tokenizer than the model of this workload; name the model that it serves with --model"
         )
 
 
 def fit_together(arms: Sequence[Arm], engine: Engine, model_folder: Path) -> bool:
-    """Whether all these engines may be up at once: servers that run already, or CPU engines that leave a quarter of free memory."""
+    """Whether these arms can run at the same time: all are running servers, or they are CPU engines that fit into 75 % of free memory."""
     started = [arm for arm in arms if arm.url is None]
     if not started:
         return True
@@ -236,7 +236,7 @@ def _write(sink: BinaryIO, data: bytes) -> None:
 
 
 async def _stop(process: Process) -> None:
-    """SIGINT, then SIGTERM, then SIGKILL to the whole group; nothing is left running."""
+    """Send SIGINT, then SIGTERM, then SIGKILL to the whole process group, so that nothing is left running."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if process.returncode is not None:
             break
@@ -257,7 +257,7 @@ async def _reach(name: str, arm: Arm, model: str) -> Server:
     try:
         served = await _served_model(url, model)
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise RunError(f"arm {name}: cannot reach {url}: {error}") from error
+        raise RunError(f"arm {name}: cannot reach {url}: {error}; start the server or correct the arm's url") from error
     pages = [url.removesuffix("/v1") + "/metrics", *arm.metrics]
     async with aiohttp.ClientSession() as http:
         answers = [page for page in pages if (await http.get(page)).status == 200]
@@ -265,7 +265,7 @@ async def _reach(name: str, arm: Arm, model: str) -> Server:
 
 
 async def _served_model(url: str, wanted: str | None) -> str:
-    """The model's name at the server. Raises RunError if the wanted one is not served."""
+    """The name under which the server serves the model. Raises RunError if it does not serve the wanted one."""
     async with (
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http,
         http.get(f"{url}/models") as response,
@@ -273,14 +273,16 @@ async def _served_model(url: str, wanted: str | None) -> str:
         response.raise_for_status()
         names = [str(entry["id"]) for entry in (await response.json())["data"]]
     if wanted is not None and wanted not in names:
-        raise RunError(f"{url} does not serve {wanted!r}; it serves {', '.join(names) or 'nothing'}")
+        raise RunError(
+            f"{url} does not serve {wanted!r}; name one that it serves with --model: {', '.join(names) or 'none'}"
+        )
     if not names:
-        raise RunError(f"{url} serves no model")
+        raise RunError(f"{url} serves no model; start the server with one")
     return wanted or names[0]
 
 
 def _first_error(log: Path | None) -> str:
-    """The log's first error, which is the root of those that follow it, else its last line; and where the log is."""
+    """The first error in the log, because later ones follow from it, else the last line; and the path of the log."""
     if log is None or not log.is_file():
         return ""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -1,5 +1,7 @@
-"""Where the time to first token went. Two sources, kept apart: lmc's spans, joined by request id, at any load; and counters of the engine
-and of lmc, read before and after each request where one runs at a time, because then their growth belongs to that request.
+"""Splits the time to first token into parts, from two sources.
+
+lmc's spans are joined by request id and work at any load. Counters of the engine and of lmc are read before and after each request; they
+are used only where one request runs at a time, because then their growth belongs to that request.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from lmc.bench.spans import RequestSpan
 
 @dataclass(frozen=True)
 class Costs:
-    """What is known of one request; None: nobody told.
+    """Measured times of one request. A field is None if neither the engine nor lmc reported it.
 
-    Counters of the engine: queue_ms, and prefill_ms from the first scheduling to the first token, which holds load_ms. stage_ms (from disk
-    or a remote tier into host memory) adds up threads that ran side by side. Spans of lmc: asked_ms from the send to the cache's first
-    lookup, lookup_ms until that was answered, admit_ms until the engine took the request in.
+    The engine's counters give queue_ms and prefill_ms; prefill_ms lasts from the first scheduling to the first token and includes load_ms.
+    stage_ms is the sum over the threads that copied from disk or a remote tier into host memory at the same time. lmc's spans give asked_ms
+    (from the send to the cache's first lookup), lookup_ms (from then to the answer) and admit_ms (until the engine took the request in).
     """
 
     queue_ms: float | None = None
@@ -35,10 +37,11 @@ class Costs:
 
 @dataclass(frozen=True)
 class TtftParts:
-    """The time from the real send to the first token, in parts that add up; None: unknown.
+    """The time from the real send to the first token, in parts that add up to it. A part is None if it is not known.
 
-    queue: network, the engine's handling and queue. lookup: remote tiers were asked, and lower tiers read into host memory. load: into the
-    engine's memory. rest: the prefill of what was not loaded, and the way back; a load that overlaps with it counts as load.
+    queue: the network, and the engine's handling and queue. lookup: asking remote tiers, and reading lower tiers into host memory. load:
+    copying into the engine's memory. rest: the prefill of the tokens that were not loaded, and the way back; where a load overlaps with the
+    prefill, that time counts as load.
     """
 
     ttft_queue_ms: float | None = None
@@ -49,7 +52,7 @@ class TtftParts:
 
 
 def request_costs(now: Counters, before: Counters) -> Costs:
-    """From two readings of counters with one request between them."""
+    """The costs of one request, from the counters before and after it."""
     transfers = now.by_label("lmc_transfer_seconds_sum", "transfer")
     stages = [
         difference(now, before, "lmc_transfer_seconds_sum", transfer=name) or 0.0
@@ -66,7 +69,7 @@ def request_costs(now: Counters, before: Counters) -> Costs:
 
 
 def with_span(costs: Costs, span: RequestSpan | None, outcome: Outcome, origin_s: float) -> Costs:
-    """`origin_s` is where the outcome's times begin, on this process's clock. What a span says goes before counters."""
+    """The costs with the span's times in place of the counters'. `origin_s` is the zero of the outcome's times, on this process's clock."""
     if span is None:
         return costs
     sent_s = origin_s + outcome.sent_s
@@ -84,7 +87,7 @@ def with_span(costs: Costs, span: RequestSpan | None, outcome: Outcome, origin_s
 
 
 def ttft_parts(ttft_ms: float | None, costs: Costs) -> TtftParts:
-    """`ttft_ms` counts from the real send."""
+    """The parts of `ttft_ms`, which counts from the real send."""
     load = costs.load_ms or 0.0
     rate = costs.load_bytes / load / 1e6 if costs.load_bytes and load else None
     if ttft_ms is None:

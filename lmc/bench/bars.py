@@ -1,4 +1,4 @@
-"""The bounds that a workload states: a ratio of two arms over some of the requests, met or not met."""
+"""Judges the bars of a workload: bounds on the ratio of two arms over some of the requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmc.bench.workload import Bar
 
 
 def judge_bars(bars: Sequence[Bar], records: Mapping[str, Sequence[RequestRecord]]) -> list[BarResult]:
-    """Every bar whose two arms ran."""
+    """The result of every bar whose two arms ran."""
     return [_judge(bar, records[bar.a], records[bar.b]) for bar in bars if bar.a in records and bar.b in records]
 
 

@@ -1,4 +1,4 @@
-"""Check a workload without an engine: its data, its prompts, its arms' cache settings, and the hits to expect."""
+"""Checks a workload without an engine: its data, its prompts and the cache settings of its arms; and tells which hits to expect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lmc.report import Cell, Column, Table
 
 
 def check_workload(workload: Workload, model_folder: Path, base: Path) -> list[Table]:
-    """Tables that describe the load. Raises WorkloadError or ConfigError for whatever would stop a run."""
+    """Tables that describe the load. Raises WorkloadError or ConfigError for the faults that would stop a run."""
     check_caches(workload)
     prompts = build_prompts(workload, ModelTokenizer.load(model_folder), base)
     plan = make_plan(prompts.sessions, workload)
@@ -29,7 +29,7 @@ def check_workload(workload: Workload, model_folder: Path, base: Path) -> list[T
 
 
 def check_caches(workload: Workload) -> None:
-    """Every arm's cache settings against lmc's own schema. Raises WorkloadError."""
+    """Check the cache settings of every arm against lmc's schema. Raises WorkloadError."""
     with tempfile.TemporaryDirectory(prefix="lmc-bench-") as folder:
         places = {"{disk}": f"{folder}/disk", "{redis}": "unix:///redis.sock", "{s3}": "http://127.0.0.1"}
         for name, arm in workload.arms.items():
@@ -71,7 +71,9 @@ def _parts_table(prompts: Prompts) -> Table:
                 prompts.too_long[name],
             ]
         )
-    return Table("Parts", columns, rows, "Left out: prompt and output are longer than engine.context.")
+    return Table(
+        "Parts", columns, rows, "Left out: requests whose prompt and output together are longer than engine.context."
+    )
 
 
 def _reuse_table(plan: Plan, chunk_sizes: Sequence[int]) -> Table:
@@ -88,4 +90,4 @@ def _reuse_table(plan: Plan, chunk_sizes: Sequence[int]) -> Table:
         Column("hit rate", "%", 1),
         Column("working set", "tokens"),
     ]
-    return Table("Hits with a cache that forgets nothing, in the planned order", columns, rows)
+    return Table("Hits in a cache that evicts nothing, in the planned order", columns, rows)

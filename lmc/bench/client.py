@@ -1,7 +1,7 @@
-"""One streamed completion: send exact tokens, take a timestamp per arriving token, count every failure by cause.
+"""Sends one streamed completion: exact tokens go out, each arriving token gets a timestamp, each failure gets a cause.
 
-aiohttp's stream is split by hand, because a general SSE parser costs more than the server at 40,000 tokens/s. Times are
-perf_counter seconds.
+The stream is split by hand, because at 40,000 tokens/s a general SSE parser costs more time than the server. Times are perf_counter
+seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKEN_ID_PREFIX = "token_id:"
 
 @dataclass
 class Outcome:
-    """What happened to one request. Times are None when the request never got that far; cached_tokens None is not 0."""
+    """What happened to one request. A time is None if the request did not get that far; cached_tokens is None if it was not reported."""
 
     request: Request
     intended_s: float
@@ -45,7 +45,7 @@ class Outcome:
         return self.status == "ok"
 
     def shift(self, by_s: float) -> None:
-        """Move all times."""
+        """Add by_s to all times."""
         self.intended_s += by_s
         self.sent_s += by_s
         self.token_times_s = [moment + by_s for moment in self.token_times_s]
@@ -55,7 +55,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go: `base_url` ends in /v1. `extra` goes into every request's body."""
+    """The server that requests go to: `base_url` ends in /v1, and `extra` is added to the body of every request."""
 
     base_url: str
     model: str
@@ -75,7 +75,7 @@ def new_session(target: Target) -> aiohttp.ClientSession:
 async def complete(
     session: aiohttp.ClientSession, target: Target, request: Request, request_id: str, intended_s: float
 ) -> Outcome:
-    """Send one request and read its stream. Never raises for what the server or the network does: see Outcome.status."""
+    """Send one request and read its stream. A failure of the server or the network is not raised: it is in Outcome.status."""
     body = orjson.dumps(_payload(target, request, request_id), option=orjson.OPT_SERIALIZE_NUMPY)
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
     outcome = Outcome(request, intended_s, time.perf_counter())
@@ -86,7 +86,7 @@ async def complete(
                 return outcome
             await _read_stream(response, outcome)
     except TimeoutError:
-        outcome.status, outcome.cause = "timeout", f"no end after {target.timeout_s:g} s"
+        outcome.status, outcome.cause = "timeout", f"the stream did not end within {target.timeout_s:g} s"
     except aiohttp.ClientError as error:
         outcome.status, outcome.cause = "disconnected", type(error).__name__
     except asyncio.CancelledError:
@@ -117,7 +117,10 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> No
                 _take(chunk, outcome, now)
             except (ValueError, TypeError, KeyError, AttributeError):
                 shown = _short(payload.decode(errors="replace"))
-                outcome.status, outcome.cause = "bad_response", f"not a completion chunk: {shown}"
+                outcome.status, outcome.cause = (
+                    "bad_response",
+                    f"the server sent something else than a completion: {shown}",
+                )
                 return
     outcome.status, outcome.cause = "disconnected", "the stream ended before [DONE]"
 
@@ -146,9 +149,9 @@ def _take(chunk: Any, outcome: Outcome, now: float) -> None:  # Any: one parsed 
 
 
 def gap_to_second(chosen: float, best: dict[str, float]) -> float:
-    """Best minus second best log-probability of a greedy token; infinite where unknown, which excuses nothing.
+    """Best minus second best log-probability of a greedy token; infinite if unknown, so that a difference there is no tie.
 
-    SGLang names tokens by their texts, so that two tokens of one text leave only the lesser one in `best`.
+    SGLang names tokens by their texts; if the two best have the same text, `best` holds only the less likely one.
     """
     first, *others = sorted({chosen, *best.values()} if len(best) == 1 else best.values(), reverse=True)
     return first - others[0] if others else math.inf
@@ -156,7 +159,7 @@ def gap_to_second(chosen: float, best: dict[str, float]) -> float:
 
 def _finish(outcome: Outcome) -> None:
     if not outcome.token_times_s:
-        outcome.status, outcome.cause = "bad_response", "no token before [DONE]"
+        outcome.status, outcome.cause = "bad_response", "the stream had no token before [DONE]"
         return
     sent = len(outcome.request.prompt)
     if outcome.prompt_tokens not in (None, sent):
@@ -171,7 +174,7 @@ def _finish(outcome: Outcome) -> None:
 
 
 def _payload(target: Target, request: Request, request_id: str) -> dict[str, object]:
-    """SGLang takes a request's id from the body (rid), vLLM from a header."""
+    """The body of a request. SGLang takes the request's id from it (rid), vLLM from a header."""
     payload: dict[str, object] = {
         "model": target.model,
         "rid": request_id,

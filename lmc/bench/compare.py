@@ -1,4 +1,4 @@
-"""Two runs of one workload, arm by arm: `lmc bench compare A B` says whether B is better than A."""
+"""Compares two runs of one workload arm by arm, for `lmc bench compare A B`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from lmc.errors import RunError
 
 
 def compare_runs(a: Path, b: Path, arms: Sequence[str] = ()) -> tuple[list[Comparison], list[OutputCheck]]:
-    """Ratios B / A for every arm that both runs have. Raises RunError when the runs did not send the same requests, or one is invalid."""
+    """Ratios B / A for every arm that both runs have. Raises RunError if a run is invalid or the runs did not send the same requests."""
     results = [read_results(path) for path in (a, b)]
     for path, result in zip((a, b), results, strict=True):
         if not result.valid:
-            raise RunError(f"{path}: this run is invalid and proves nothing: {result.problems[0]}")
+            raise RunError(f"{path}: this run is invalid, so it cannot be compared: {result.problems[0]}")
     names = [arm.name for arm in results[1].arms if arm.name in {other.name for other in results[0].arms}]
     for wanted in arms:
         if wanted not in names:
-            raise RunError(f"arm {wanted!r} is not in both runs; both have {', '.join(names) or 'none'}")
+            raise RunError(
+                f"arm {wanted!r} is not in both runs; choose one that is: {', '.join(names) or 'there is none'}"
+            )
     if not names:
-        raise RunError(f"{a} and {b} have no arm in common")
+        raise RunError(f"{a} and {b} have no arm in common; compare two runs of one workload")
     records = [read_records(path if path.is_dir() else path.parent) for path in (a, b)]
     comparisons: list[Comparison] = []
     outputs: list[OutputCheck] = []
@@ -45,4 +47,4 @@ def _require_same(arm: str, a: Sequence[RequestRecord], b: Sequence[RequestRecor
                 f"arm {arm}: {record.request_id} has another prompt in the two runs: they replayed different workloads"
             )
     if not pairs(a, b):
-        raise RunError(f"arm {arm}: no request was answered in both runs")
+        raise RunError(f"arm {arm}: no request was answered in both runs, so there is nothing to compare")

@@ -1,4 +1,4 @@
-"""Prometheus counters of engines and of lmc: read, subtract, sum over labels."""
+"""Reads the Prometheus counters of engines and of lmc, subtracts readings and sums over labels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Counters:
     samples: dict[Sample, float]
 
     def total(self, name: str, **labels: str) -> float | None:
-        """The sum over all samples of that name with those labels; None when there is none (absent is not 0)."""
+        """The sum over all samples of that name with those labels; None if there is no such sample."""
         wanted = set(labels.items())
         found = [value for (known, have), value in self.samples.items() if known == name and wanted <= have]
         return sum(found) if found else None
 
     def largest(self, name: str) -> float | None:
-        """Of a gauge that several ranks show."""
+        """The largest value of a gauge that several ranks publish."""
         return max((value for (known, _), value in self.samples.items() if known == name), default=None)
 
     def by_label(self, name: str, label: str) -> dict[str, float]:
@@ -35,12 +35,12 @@ class Counters:
         return sums
 
     def label(self, name: str, label: str) -> str | None:
-        """The value of a label, as info metrics carry settings."""
+        """The value of a label; info metrics publish settings in labels."""
         return next((dict(have)[label] for known, have in self.samples if known == name and label in dict(have)), None)
 
 
 def parse(pages: Sequence[str]) -> Counters:
-    """A name that several pages show counts once, as the last of them shows it: an engine may republish lmc's own metrics."""
+    """If several pages have a name, the last one counts, because an engine may publish lmc's own metrics again."""
     samples: dict[Sample, float] = {}
     for page in pages:
         found: dict[Sample, float] = {}
@@ -54,7 +54,7 @@ def parse(pages: Sequence[str]) -> Counters:
 
 
 async def read_counters(http: aiohttp.ClientSession, urls: Sequence[str]) -> Counters:
-    """Raises aiohttp.ClientError when a page cannot be had."""
+    """Read the pages at these URLs. Raises aiohttp.ClientError when one does not answer."""
     pages = []
     for url in urls:
         async with http.get(url) as response:
@@ -64,7 +64,7 @@ async def read_counters(http: aiohttp.ClientSession, urls: Sequence[str]) -> Cou
 
 
 def add_up(readings: Sequence[Counters]) -> Counters:
-    """The counters of several instances together."""
+    """The sums over the readings of several instances."""
     samples: dict[Sample, float] = {}
     for reading in readings:
         for key, value in reading.samples.items():

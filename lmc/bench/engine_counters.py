@@ -1,6 +1,7 @@
-"""What vLLM and SGLang call their counters; which of them runs shows in what it publishes.
+"""The names of vLLM's and SGLang's counters. Which engine runs is seen from the names that it publishes.
 
-SGLang publishes a counter when it first grows, and counts tokens that lmc loaded among its own cached ones; lmc says what it held itself.
+SGLang publishes a counter only once it has grown, and counts the tokens that lmc loaded among its own cached ones; lmc's counter says how
+many SGLang held itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ REPORTED = ("lmc_", "vllm:prefix_cache", "vllm:external_prefix_cache", SGLANG_PR
 
 
 class Pool(NamedTuple):
-    """An engine's own KV space, in blocks (SGLang: pages). `is_exact`: it forgets by LRU on whole blocks, as the simulator does."""
+    """An engine's own KV space, in blocks (SGLang: pages). `is_exact`: it evicts by LRU and whole blocks, as the simulator does."""
 
     block_tokens: int
     num_blocks: int
@@ -25,7 +26,7 @@ class Pool(NamedTuple):
 
 
 def pool(counters: Counters) -> Pool | None:
-    """None: nobody said."""
+    """The KV space that the counters describe; None if they do not describe it."""
     size = counters.label("vllm:cache_config_info", "block_size")
     blocks = counters.label("vllm:cache_config_info", "num_gpu_blocks")
     if size and blocks:
@@ -41,13 +42,13 @@ def looked_up(now: Counters, before: Counters) -> float | None:
 
 
 def looked_up_at_start(counters: Counters) -> float:
-    """The same since the engine started, as far as it was not the engine itself."""
+    """The same since the engine started, without the prompt that SGLang sends itself."""
     tokens = counters.total(SGLANG_PROMPTS) or 0.0
     return (counters.total(VLLM_LOOKED_UP) or 0.0) + (tokens if tokens > OWN_WARM_UP_TOKENS else 0.0)
 
 
 def device_hits(now: Counters, before: Counters) -> float | None:
-    """Prompt tokens that the engine's own cache held; None: nobody counted them."""
+    """Prompt tokens that the engine's own cache held; None if they were not counted."""
     hits = difference(now, before, VLLM_HITS)
     if hits is None and now.total(SGLANG_PROMPTS) is not None:
         hits = difference(now, before, LMC_DEVICE)

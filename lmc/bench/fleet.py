@@ -1,7 +1,7 @@
-"""A load sent by several client processes, because one event loop on one core is not enough for it.
+"""Sends a load from several client processes, for loads that one event loop on one core cannot send.
 
-Each process gets whole sessions (a closed loop: whole units) with their absolute times, all count from one start on the machine's
-monotonic clock, and what they measured is merged to what one process would have returned. Outcomes come back while the load runs.
+Each process gets whole sessions (of a closed loop: whole units) with their absolute times, which count from one start on the machine's
+monotonic clock. The measurements are merged into the result that one process would have returned. Outcomes arrive while the load runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lmc.bench.prompts import Request
 from lmc.bench.schedule import Plan, share_out
 from lmc.errors import RunError
 
-REQUESTS_PER_S = 750.0  # of one process: half of what benchmarks/bench_client.py asks of a core
+REQUESTS_PER_S = 750.0  # of one process: half of the rate that benchmarks/bench_client.py demands of a core
 TOKENS_PER_S = 20_000.0
 CONNECTIONS = 512
 START_AFTER_S = 0.2  # so that every process is waiting when the load begins
@@ -37,7 +37,7 @@ _UNSENT = np.empty(0, dtype=np.int32)
 
 @dataclass(frozen=True)
 class Job:
-    """What one process sends. `indexes` are places in the whole plan."""
+    """The work of one process. `indexes` are the places of its requests in the whole plan."""
 
     plan: Plan
     indexes: list[int]
@@ -47,7 +47,7 @@ class Job:
 
 
 def processes_for(plan: Plan) -> int:
-    """How many processes a load needs: by its rate where it has one, else by its concurrency; never more than cores."""
+    """The number of processes that a load needs, by its rate if it has one, else by its concurrency; at most the number of cores."""
     if plan.requested_rate is None:
         need = (plan.concurrency or 1) / CONNECTIONS
     else:
@@ -65,7 +65,7 @@ async def run_in_processes(
     offset_s: float = 0.0,
     processes: int = 2,
 ) -> Measured:
-    """As run_load(). Raises RunError when a process ends before its load does."""
+    """Like run_load(). Raises RunError if a process ends before its load does."""
     shares = share_out(plan, processes)
     arrived: asyncio.Queue[tuple[int, object]] = asyncio.Queue()
     context = multiprocessing.get_context("spawn")
@@ -113,7 +113,7 @@ async def _collect(
     while len(ended) < len(pipes):
         number, message = await arrived.get()
         if message is None:
-            raise RunError(f"client process {number} ended before its load did")
+            raise RunError(f"client process {number} ended before its load did; see its error above")
         if isinstance(message, Measured):
             ended.append(message)
         elif isinstance(message, list):
@@ -151,7 +151,7 @@ def _tell(pipes: Sequence[Connection], message: object) -> None:
 
 
 def _listen(number: int, pipe: Connection, put: Callable[[int, object], None]) -> None:
-    """On a thread of its own: hand on what a process sends, and None when it is gone before its Measured came."""
+    """Runs on a thread of its own: passes on the messages of a process, and None if it ends before it has sent its Measured."""
     try:
         while True:
             message = pipe.recv()
@@ -206,5 +206,5 @@ async def _send(pipe: Connection, job: Job) -> None:
 
 
 def _without_prompt(request: Request) -> Request:
-    """The other side has it."""
+    """The request without its prompt, which the other side knows."""
     return replace(request, prompt=_UNSENT)

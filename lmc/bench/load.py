@@ -1,4 +1,4 @@
-"""The loop that sends a plan. Latency counts from the planned time, whatever kept the request from being sent."""
+"""Sends a plan. Latency counts from the planned time, even if the request was sent later."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TICK_S = 0.02
 
 @dataclass(frozen=True)
 class Measured:
-    """One stretch of load: outcomes in planned order, only those that were sent. sending_s is the time until the last was sent.
+    """One stretch of load: the outcomes of the requests that were sent, in planned order. sending_s is the time until the last was sent.
 
-    origin_s: where the outcomes' times begin, as perf_counter seconds.
+    origin_s is the zero of the outcomes' times, in perf_counter seconds.
     """
 
     outcomes: list[Outcome]
@@ -72,10 +72,10 @@ async def run_load(
     offset_s: float = 0.0,
     start_s: float | None = None,
 ) -> Measured:
-    """Send the plan, to the targets in turn. After `seconds`, or once on_done says False, nothing new is sent.
+    """Send the plan to the targets in turn. After `seconds`, or once on_done returns False, no further request is sent.
 
-    `label` begins every request id; times of the outcomes count from the start of the load, plus `offset_s`. With `start_s`, a moment of
-    perf_counter, the load begins then, and times of the outcomes stay moments of perf_counter.
+    Every request id begins with `label`. Times of the outcomes count from the start of the load, plus `offset_s`. With `start_s`, a time of
+    perf_counter, the load begins at that time, and times of the outcomes remain times of perf_counter.
     """
     outcomes: list[Outcome | None] = [None] * len(plan.items)
     done = [asyncio.Event() for _ in plan.items]
@@ -85,7 +85,7 @@ async def run_load(
     async with new_session(targets[0]) as http, LoopMonitor() as monitor:
 
         async def due(index: int) -> float:
-            """Wait until a request may be sent; its intended time."""
+            """Wait until a request may be sent; returns its intended time."""
             item = plan.items[index]
             ready = start
             if item.after is not None:

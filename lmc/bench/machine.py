@@ -1,4 +1,4 @@
-"""What the numbers were made on: processor, memory, accelerator, versions, commit."""
+"""Describes the machine and the software of a run: processor, memory, accelerator, versions, commit."""
 
 from __future__ import annotations
 

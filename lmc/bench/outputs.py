@@ -1,4 +1,4 @@
-"""Do all arms say the same? Greedy tokens must be equal, except where the reference's two best tokens were nearly tied."""
+"""Checks that all arms give the same output: greedy tokens must be equal, except where the reference's two best were nearly tied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_SHOWN = 20
 def compare_outputs(
     arm: str, records: Sequence[RequestRecord], reference_arm: str, reference: Sequence[RequestRecord]
 ) -> OutputCheck:
-    """Token by token; after a tie that went the other way the rest of that request is free."""
+    """Compare token by token. After a tie that the arm decided differently, the rest of that request is not compared."""
     expected = {(record.repeat, record.request_id): record for record in reference if record.ok and record.tokens}
     differences: list[str] = []
     requests = tokens = ties = 0

@@ -1,4 +1,4 @@
-"""The pictures of a bench report. One colour per arm, in the order of the workload."""
+"""Draws the pictures of a bench report. Each arm has one colour, in the order of the workload."""
 
 from __future__ import annotations
 

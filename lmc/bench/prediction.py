@@ -1,7 +1,7 @@
-"""Sim meets bench: what the simulator's cost model says about each arm, beside what was measured.
+"""Predicts each arm's time to first token with the simulator's cost model, to be compared with the measured one.
 
-The prefill model is fitted on arms without lmc; the load rate is the one that lmc's own counters showed. The arms with lmc are then
-predicted from their hits, and were not part of the fit.
+The prefill model is fitted on the arms without lmc; the load rate comes from lmc's own counters. The arms with lmc are predicted from
+their hits, and their times are not part of the fit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIN_FIT = 3
 
 
 def predict(arms: Mapping[str, Arm], records: Mapping[str, Sequence[RequestRecord]]) -> list[Prediction]:
-    """One line per arm that ran; no time where there is nothing to fit on."""
+    """One prediction per arm that ran; it has no time if there are too few measurements to fit the model."""
     prefill = _fit([record for name in records if arms[name].cache is None for record in records[name] if record.ok])
     return [_predict_arm(name, [r for r in records[name] if r.ok], prefill, arms[name].cache) for name in records]
 
@@ -41,7 +41,7 @@ def _fit(records: Sequence[RequestRecord]) -> Prefill | None:
 
 def _predict_arm(
     name: str, records: Sequence[RequestRecord], prefill: Prefill | None, cache: dict[str, Any] | None
-) -> Prediction:  # Any: settings of lmc, only asked whether there are any
+) -> Prediction:  # Any: settings of lmc; only their presence matters
     measured = [r.service_ttft_ms for r in records if r.service_ttft_ms is not None]
     expected = [r.expected_hit_tokens for r in records]
     known = [e for e in expected if e is not None]
@@ -74,7 +74,7 @@ def _predict_arm(
 
 
 def _host_tier(records: Sequence[RequestRecord]) -> tuple[int, TierCost] | None:
-    """(bytes per token, tier) from what was loaded; None without loads."""
+    """(bytes per token, tier) from the measured loads; None without loads."""
     loads = [r for r in records if r.load_bytes and r.load_ms and r.cached_tokens]
     if not loads:
         return None

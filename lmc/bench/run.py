@@ -1,4 +1,4 @@
-"""A whole run: prompts, then arm after arm, then comparisons, bars and files."""
+"""Runs a workload: builds the prompts, runs the arms, and compares and judges them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RunOptions:
 
 
 def run_workload(workload: Workload, options: RunOptions) -> tuple[Results, list[RequestRecord]]:
-    """Run every arm and judge. Raises WorkloadError before an engine starts; RunError or EngineError when the first arm cannot start."""
+    """Run every arm and judge it. Raises WorkloadError before an engine starts, RunError or EngineError when the first arm cannot start."""
     tokenizer = ModelTokenizer.load(options.model_folder)
     prompts = build_prompts(workload, tokenizer, options.base)
     chosen = _chosen_arms(workload, options.arms)
@@ -70,7 +70,7 @@ def _chosen_arms(workload: Workload, wanted: Sequence[str]) -> list[str]:
             raise WorkloadError(f"no arm {name!r} in this workload; {nearest(name, known)}")
         base = workload.arms[name].restart_of
         if base is not None and base not in wanted:
-            raise WorkloadError(f"arm {name} restarts {base}: choose that one too")
+            raise WorkloadError(f"arm {name} restarts {base}; choose that arm too")
     return [name for name in known if not wanted or name in wanted]
 
 
@@ -108,7 +108,7 @@ class _Runner:
         return results, [record for name in self.records for record in self.records[name]]
 
     def _groups(self) -> list[list[str]]:
-        """Arms that run at the same time; a restarted arm needs its base to be gone."""
+        """Groups of arms that run at the same time. A restarted arm runs alone, after the arm that it restarts has ended."""
         fresh = [name for name in self.arms if self.workload.arms[name].restart_of is None]
         chosen = [self.workload.arms[name] for name in fresh]
         if self.workload.interleave is None or not fit_together(
@@ -119,10 +119,11 @@ class _Runner:
         return [fresh, *([name] for name in self.arms if name not in fresh)]
 
     async def _run_together(self, names: Sequence[str], repeat: int) -> None:
-        """Start these arms, send each block of the load to all of them in ABBA order, stop them."""
+        """Start these arms, send each stretch of the load to all of them in ABBA order, and stop them."""
         options, workload = self.options, self.workload
         launcher = Launcher(options.model, workload.engine, self.scratch / str(repeat), options.serve)
-        block = (workload.interleave or 0) if len(names) > 1 else 0
+        whole = len(self.plan.items)
+        size = workload.interleave or whole if len(names) > 1 else whole
         async with AsyncExitStack() as stack:
             runs: list[ArmRun] = []
             for name in names:
@@ -131,11 +132,11 @@ class _Runner:
                 await runs[-1].prepare(self._warm_up(name), self._prime(), self._probe())
                 options.progress.load(name, len(self.plan.items))
             last = runs[-1]
-            for index, part in enumerate(split(self.plan, block or len(self.plan.items))):
+            for index, stretch in enumerate(split(self.plan, size)):
                 for run in runs if index % 2 == 0 else runs[::-1]:
                     if run is not last:
                         await asyncio.sleep(SETTLE_S)
-                    await run.measure(part, workload.limits)
+                    await run.measure(stretch, workload.limits)
                     last = run
             for run in runs:
                 await run.finish()
@@ -160,7 +161,7 @@ class _Runner:
         return Probe(PROBE_TEXT, self.tokenizer.encode(PROBE_TEXT, add_special=False).tolist())
 
     def _warm_up(self, arm: str) -> list[Request]:
-        """Random prompts that are in no part; each twice, so that the path of a hit is warm as well."""
+        """Random prompts that are in no part. Each is sent twice, so that the path of a hit is warm as well."""
         wanted = self.workload.warm_up
         seed = self.workload.seed
         return [

@@ -1,6 +1,6 @@
-"""An S3 server of an arm's own: moto's, with one empty bucket, on a port of this machine, gone afterwards.
+"""Starts an S3 server (moto's) for one arm: it has one empty bucket, listens on a port of this machine, and is stopped afterwards.
 
-It is a stand-in written in Python, for the path and the bytes; its times say nothing about a real object store.
+It is written in Python and only stands in for an object store: the bytes and the code path are real, the times say nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LOCAL = "127.0.0.1"
 
 @asynccontextmanager
 async def started_s3(folder: Path) -> AsyncIterator[str]:
-    """The endpoint of a running server that has the bucket BUCKET. Raises EngineError."""
+    """Yields the endpoint of a running server that has the bucket BUCKET. Raises EngineError."""
     if importlib.util.find_spec("moto") is None:
-        raise EngineError("this arm needs an S3 server: pip install 'moto[server]', which is one")
+        raise EngineError("this arm needs an S3 server; pip install 'moto[server]', which has one")
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port(LOCAL)
     endpoint = f"http://{LOCAL}:{port}"

@@ -1,7 +1,7 @@
-"""When requests are sent: the whole plan is computed before the load starts, from the workload and its seed.
+"""Plans when requests are sent. The whole plan is computed before the load starts, from the workload and its seed.
 
-Open loops have absolute times, so a late request does not delay the next one. Closed loops have units that `concurrency` workers
-take one after another. A later turn of a session always waits for the turn before it.
+An open loop has absolute times, so a late request does not delay the next one. A closed loop has units, which `concurrency` workers take
+one after another. A later turn of a session always waits for the turn before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lmc.errors import WorkloadError
 
 @dataclass(frozen=True)
 class Planned:
-    """A request and its time from the start of the load (None: as soon as it may); `after` is the index of the turn before it."""
+    """A request and its time from the start of the load; None: as soon as possible. `after` is the index of the turn before it, if any."""
 
     request: Request
     at_s: float | None
@@ -28,7 +28,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """`units`: closed loop, what one worker takes at a time. `requested_rate`: open loop, sends per second until the last send."""
+    """`units` (closed loop) are the indices of requests that one worker sends in a row. `requested_rate` (open loop) is in sends/s."""
 
     items: list[Planned]
     units: list[list[int]] | None
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def is_ordered(self) -> bool:
-        """One request at a time: every run sees the same order, so hits are the same to the token."""
+        """Whether requests are sent one at a time: then every run has the same order, and its hits are the same to the token."""
         return self.units is not None and self.concurrency == 1
 
 
@@ -70,20 +70,22 @@ def make_plan(sessions: Sequence[Conversation], workload: Workload) -> Plan:
 
 
 def split(plan: Plan, size: int) -> list[Plan]:
-    """A closed loop in blocks of at least `size` requests, whole units each; an open loop stays whole, because its times are one plan."""
+    """Cut a closed loop into stretches of whole units, each of at least `size` requests. An open loop stays whole, as its times do."""
     if plan.units is None:
         return [plan]
-    blocks: list[list[list[int]]] = [[]]
+    stretches: list[list[list[int]]] = [[]]
     for unit in plan.units:
-        if sum(map(len, blocks[-1])) >= size:
-            blocks.append([])
-        blocks[-1].append(unit)
-    return [_sub_plan(plan, units) for units in blocks]
+        if sum(map(len, stretches[-1])) >= size:
+            stretches.append([])
+        stretches[-1].append(unit)
+    return [_sub_plan(plan, units) for units in stretches]
 
 
 def share_out(plan: Plan, count: int) -> list[tuple[Plan, list[int]]]:
-    """The plan in at most `count` parts that can be sent side by side, with the places of their items in the whole. Sessions stay whole,
-    because a turn waits for the one before it; the concurrency is divided."""
+    """Divide the plan into at most `count` plans that can be sent at the same time, each with the places of its items in the whole plan.
+
+    Sessions stay whole, because a turn waits for the one before it. The concurrency is divided.
+    """
     roots: list[int] = []  # of each item: the first item of its session
     for index, item in enumerate(plan.items):
         roots.append(index if item.after is None else roots[item.after])
@@ -107,7 +109,7 @@ def share_out(plan: Plan, count: int) -> list[tuple[Plan, list[int]]]:
 def _sub_plan(plan: Plan, units: list[list[int]]) -> Plan:
     chosen = [index for unit in units for index in unit]
     place = {index: position for position, index in enumerate(chosen)}
-    # A turn whose predecessor is in an earlier block has nothing to wait for.
+    # A turn whose predecessor is in an earlier stretch has nothing to wait for.
     items = [
         replace(plan.items[index], after=None if (after := plan.items[index].after) is None else place.get(after))
         for index in chosen
@@ -116,7 +118,7 @@ def _sub_plan(plan: Plan, units: list[list[int]]) -> Plan:
 
 
 def arrival_times(load: OpenLoop, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Start times in s, from 0; random gaps are rescaled so that `count` arrivals take exactly count / rate."""
+    """(count,) start times in s, from 0. Random gaps are rescaled so that all arrivals together take exactly count / rate seconds."""
     if load.kind == "constant":
         return np.arange(count, dtype=np.float64) / load.rate
     shape = 1.0 if load.kind == "poisson" else load.burstiness
@@ -143,19 +145,19 @@ def _closed_plan(sessions: Sequence[Conversation], load: Closed, limit: int | No
 
 
 def _trace_times(sessions: Sequence[Conversation], load: TraceTimes) -> list[tuple[Request, float | None]]:
-    """The data set's own times, from its first request on. Raises WorkloadError where a part has none."""
+    """The data set's own times, counted from its first request. Raises WorkloadError for a part without times."""
     requests = [request for session in sessions for request in session]
     for request in requests:
         if request.at_s is None:
             raise WorkloadError(
-                f"parts.{request.part}: load.kind trace needs times; give `at`, or a source of kind trace"
+                f"parts.{request.part}: its requests have no times, which load.kind trace needs; give `at`, or a source of kind trace"
             )
     first = min(request.at_s or 0.0 for request in requests)
     return [(request, ((request.at_s or 0.0) - first) / load.speed) for request in requests]
 
 
 def _user_times(sessions: Sequence[Conversation], load: Users) -> list[tuple[Request, float | None]]:
-    """User u starts at u / rate and sends a turn every users / rate s; when a session ends, the user begins the next one."""
+    """User u starts after u / rate seconds and sends a turn every users / rate seconds; after a session the user begins the next one."""
     gap = load.users / load.rate
     free_at = [user / load.rate for user in range(load.users)]
     timed: list[tuple[Request, float | None]] = []

@@ -1,4 +1,4 @@
-"""Was the client itself good enough? Send lag, achieved rate, CPU and event-loop lag, in every report."""
+"""Checks that the client was fast enough: send lag, achieved rate, CPU use and event-loop lag."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import numpy as np
 
 from lmc.bench.load import Measured
 
-LAG_MS = 5.0  # a client this late spoils no figure
-BUSY = 0.8  # of a core: a client process that busy is at its limit
-LAG_SHARE = 0.02  # nor does one that is late by this share of the median TTFT
+LAG_MS = 5.0  # a send lag of as much spoils no figure
+BUSY = 0.8  # of a core; a client process that uses as much is at its limit
+LAG_SHARE = 0.02  # of the median TTFT; such a lag spoils none either
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Lags in ms; rates in requests/s: of sends, in a closed loop (requested_rate None) of ends. client_cpu is a share of one core, of all
-    client processes together."""
+    """Lags are in ms. Rates are in requests/s and count sends; in a closed loop, where requested_rate is None, they count ends.
+
+    client_cpu is the CPU time of all client processes together, as a share of one core.
+    """
 
     requests: int
     send_lag_p50_ms: float
@@ -31,7 +33,7 @@ class SelfCheck:
     processes: int = 1
 
     def lag_problem(self, ttft_p50_ms: float) -> str | None:
-        """What is wrong with the client, if anything. Below 100 requests the p99 is one hiccup of the machine, so the p90 is judged."""
+        """A line that says that the client was too slow, or None. Below 100 requests one outlier is the p99, so the p90 is judged."""
         name, lag_ms = ("p99", self.send_lag_p99_ms) if self.requests >= 100 else ("p90", self.send_lag_p90_ms)
         if lag_ms <= max(LAG_MS, LAG_SHARE * ttft_p50_ms):
             return None
@@ -42,7 +44,7 @@ class SelfCheck:
 
 
 def check_client(stretches: Sequence[Measured]) -> SelfCheck:
-    """Over all stretches of load of one arm."""
+    """The self-check over all stretches of load of one arm."""
     outcomes = [outcome for stretch in stretches for outcome in stretch.outcomes]
     send = np.array([outcome.sent_s - outcome.intended_s for outcome in outcomes] or [0.0]) * 1e3
     loop = np.array([lag for stretch in stretches for lag in stretch.loop_lags_s] or [0.0]) * 1e3

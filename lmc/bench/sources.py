@@ -1,4 +1,4 @@
-"""Rows and documents for workloads, read through `datasets` in streaming mode: nothing is copied into a cache.
+"""Reads rows and documents for workloads through `datasets` in streaming mode, so that nothing is copied into a cache.
 
 JSON lines are read as text and parsed here, because real tool schemas do not fit one Arrow type.
 """
@@ -22,7 +22,7 @@ Row = dict[str, Any]  # Any: one row of somebody's data set
 
 
 def read_rows(source: FileSource | PackageSource | HubSource, base: Path) -> Iterator[Row]:
-    """Rows in file order. Raises WorkloadError with file and line."""
+    """The rows of a source, in file order. Raises WorkloadError with file and line."""
     if isinstance(source, HubSource):
         yield from _hub_rows(source, base)
         return
@@ -38,11 +38,13 @@ def read_text(source: FileSource | PackageSource | HubSource, base: Path) -> str
 
 
 def locate(source: FileSource | PackageSource, base: Path, scratch: Path) -> Path:
-    """The file on this machine; an archive's member is unpacked into `scratch`. Raises WorkloadError."""
+    """The path of the source's file; a member of an archive is unpacked into `scratch`. Raises WorkloadError."""
     if isinstance(source, PackageSource):
         spec = importlib.util.find_spec(source.package)
         if spec is None or not spec.submodule_search_locations:
-            raise WorkloadError(f"package {source.package!r} is not installed; its data file {source.path} is needed")
+            raise WorkloadError(
+                f"package {source.package!r} is not installed; install it, because the workload reads its file {source.path}"
+            )
         return _existing(Path(spec.submodule_search_locations[0]) / source.path)
     archive = find_file(source.path, base)
     if source.member is None:
@@ -56,17 +58,17 @@ def locate(source: FileSource | PackageSource, base: Path, scratch: Path) -> Pat
 
 
 def find_file(text: str, base: Path) -> Path:
-    """A path from a workload file: variables expanded, relative to the file. Raises WorkloadError."""
+    """The file that a workload names by this text: variables are expanded, and the path starts at `base`. Raises WorkloadError."""
     expanded = os.path.expandvars(text)
     if "$" in expanded:
         name = expanded[expanded.index("$") :].split("/")[0]
-        raise WorkloadError(f"{text}: the environment variable {name} is not set; it names the folder with the data")
+        raise WorkloadError(f"{text}: the environment variable {name} is not set; set it to the folder with the data")
     return _existing(base / Path(expanded).expanduser())
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise WorkloadError(f"{path}: no such data file")
+        raise WorkloadError(f"{path}: no such data file; correct the path in the workload")
     return path
 
 
@@ -88,7 +90,7 @@ def _file_rows(path: Path, kind: str) -> Iterator[Row]:
             raise WorkloadError(f"{path}:{number}: not JSON: {error}") from error
         for item in value if isinstance(value, list) else [value]:
             if not isinstance(item, dict):
-                raise WorkloadError(f"{path}:{number}: a row must be a JSON object, not {type(item).__name__}")
+                raise WorkloadError(f"{path}:{number}: the row is a JSON {type(item).__name__}; it must be an object")
             yield item
 
 
@@ -123,7 +125,7 @@ def _explode(row: Row, steps: list[str], where: str) -> Iterator[Row]:
     first, *rest = steps
     items = row.get(first)
     if not isinstance(items, list):
-        raise WorkloadError(f"{where}: explode: no list {first!r}")
+        raise WorkloadError(f"{where}: explode: the row has no list {first!r}; name one that it has")
     for item in items:
         if not rest:
             yield {first: item}

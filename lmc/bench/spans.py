@@ -1,4 +1,4 @@
-"""lmc's own view of the measured requests: GET /requests beside its metrics, with the server's clock translated into this process's."""
+"""Reads lmc's spans of the measured requests (GET /requests) and converts their times to this process's clock."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import aiohttp
 
 CLOCK_READINGS = 5
-# What vLLM makes of the client's X-Request-Id: with the number of the prompt, and in newer releases with something random.
+# vLLM wraps the client's X-Request-Id: it adds the number of the prompt and, in newer releases, random digits.
 _VLLM_IDS = (re.compile(r"cmpl-(.+)-\d+-[0-9a-f]{8}"), re.compile(r"cmpl-(.+)-\d+"))
 
 
 @dataclass(frozen=True)
 class RequestSpan:
-    """Times are this process's perf_counter seconds, as exact as half a round trip to the server."""
+    """Times are perf_counter seconds of this process; their error is at most half a round trip to the server."""
 
     hit_tokens: dict[str, int]
     miss: str | None
@@ -28,7 +28,7 @@ class RequestSpan:
 
 
 async def read_spans(http: aiohttp.ClientSession, metrics: Sequence[str]) -> dict[str, RequestSpan]:
-    """By the id that the client sent. Pages without spans are skipped. Raises aiohttp.ClientError when a server is gone."""
+    """The spans by the id that the client sent. Pages without spans are skipped. Raises aiohttp.ClientError if a server is gone."""
     found: dict[str, RequestSpan] = {}
     for page in metrics:
         url = page.removesuffix("/metrics") + "/requests"
@@ -51,14 +51,17 @@ async def read_spans(http: aiohttp.ClientSession, metrics: Sequence[str]) -> dic
 
 
 def client_id(engine_id: str) -> str:
-    """vLLM wraps the client's request id, SGLang keeps it."""
+    """The client's request id. vLLM wraps it, SGLang keeps it."""
     wrapped = next(filter(None, (form.fullmatch(engine_id) for form in _VLLM_IDS)), None)
     return wrapped.group(1) if wrapped else engine_id
 
 
 async def _clock_offset(http: aiohttp.ClientSession, url: str) -> float | None:
-    """What to add to the server's times, by the reading with the shortest round trip: 0 if that allows it, because processes of one machine
-    share a clock, else the middle. None: no spans there."""
+    """The seconds to add to the server's times; None if the page has no spans.
+
+    The reading with the shortest round trip decides. The offset is 0 if that reading allows it, because processes of one machine share a
+    clock; otherwise the server is assumed to have answered in the middle of the round trip.
+    """
     best_s = offset_s = None
     for _ in range(CLOCK_READINGS):
         began = time.perf_counter()

@@ -1,6 +1,6 @@
-"""One arm from start to stop: start, verify empty, warm up, prime, drain, measure, drain, stop.
+"""Runs one arm through its stages: start, verify empty, warm up, prime, drain, measure, drain, stop.
 
-It gathers; lmc.bench.verdict judges. Every stage leaves its time and what it saw.
+This module collects data; lmc.bench.verdict judges them. Every stage records its duration and a line about what it found.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOOKUPS, HITS = "lmc_lookup_tokens_total", "lmc_hit_tokens_total"
 
 @dataclass
 class ArmData:
-    """What one arm gave in one repeat. `before` and `after` are the counters around the measured load."""
+    """The data of one arm in one repeat. `before` and `after` are the counters before and after the measured load."""
 
     name: str
     arm: Arm
@@ -63,7 +63,7 @@ class ArmData:
 
 @dataclass
 class ArmRun:
-    """The stages of one arm on a ready server: prepare, measure (once or block by block), finish."""
+    """The stages of one arm on ready servers: prepare, measure (once or stretch by stretch), finish."""
 
     data: ArmData
     servers: list[Server]
@@ -80,11 +80,12 @@ class ArmRun:
 
     @property
     def label(self) -> str:
-        """Begins the id of every measured request."""
+        """The beginning of the id of every measured request."""
         return f"{self.data.name}/{self.data.repeat}"
 
     async def prepare(self, warm_up: Sequence[Request], prime: Sequence[Request], probe: Probe) -> None:
-        """`warm_up` must share no chunk with the load. Raises RunError when the server does not answer it, or has another tokenizer."""
+        """Bring the arm to the start of the load. `warm_up` must share no chunk with the load. Raises RunError if a request of it fails,
+        or if the server has another tokenizer."""
         for server in self.servers:
             await check_tokenizer(self.http, server, probe)
         with self._phase("verify empty") as said:
@@ -99,7 +100,7 @@ class ArmRun:
         self.data.before = self.last = await _read_all(self.http, self.servers)
 
     async def measure(self, plan: Plan, limits: Limits) -> None:
-        """One stretch of load; a later one goes on where this one ended."""
+        """Send one stretch of load; the next one continues where this one ended."""
         if self.stopped:
             return
         with self._phase("measure") as said:
@@ -112,14 +113,14 @@ class ArmRun:
         self.data.measured.append(stretch)
 
     async def finish(self) -> None:
-        """Let stores end and read the counters; what was measured stays, and is marked if that fails."""
+        """Wait for the stores to end and read the counters. If that fails, the measurements stay and a problem is noted."""
         try:
             with self._phase("drain") as said:
                 said.append(await _drain(self.http, self.servers))
             self.data.after = await _read_all(self.http, self.servers)
             await self._join_spans()
         except (aiohttp.ClientError, RunError) as error:
-            self.data.problems.append(await self._why_gone() or f"after the load: {error}")
+            self.data.problems.append(await self._why_gone() or f"reading the counters after the load failed: {error}")
         self.progress.phase(self.data.name, "stop")
 
     async def _join_spans(self) -> None:
@@ -142,7 +143,7 @@ class ArmRun:
             try:
                 now = await _read_all(self.http, self.servers)
             except aiohttp.ClientError as error:
-                data.problems.append(f"the metrics cannot be read any more: {error}")
+                data.problems.append(f"the metrics can no longer be read: {error}")
                 self.stopped = True
                 return False
             data.timeline.append(_hit_point(time.perf_counter() - self.began_s, now, before))
@@ -152,7 +153,7 @@ class ArmRun:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[list[str]]:
-        """Times a stage; the body appends what it saw to the list."""
+        """Times a stage; the body appends its findings to the list."""
         self.progress.phase(self.data.name, name)
         began = time.perf_counter()
         said: list[str] = []
@@ -172,7 +173,7 @@ class ArmRun:
             for index, (request, target) in enumerate(itertools.product(requests, self.targets)):
                 outcome = await complete(http, target, request, f"before/{index}", time.perf_counter())
                 if not outcome.ok:
-                    raise RunError(f"the request before the load failed: {outcome.status}: {outcome.cause}")
+                    raise RunError(f"a request before the load failed: {outcome.status}: {outcome.cause}")
         return len(requests)
 
 
@@ -180,7 +181,7 @@ class ArmRun:
 async def opened(
     name: str, arm: Arm, repeat: int, launcher: Launcher, timeout_s: float, progress: Progress
 ) -> AsyncIterator[ArmRun]:
-    """A started arm; leaving the context stops it. Raises EngineError when it does not start."""
+    """Starts an arm and stops it when the context ends. Raises EngineError when it does not start."""
     data = ArmData(name, arm, repeat)
     progress.phase(name, "start")
     began = time.perf_counter()
@@ -210,7 +211,7 @@ def _hit_point(at_s: float, now: Counters, before: Counters) -> HitPoint:
 
 
 async def _verify_empty(http: aiohttp.ClientSession, server: Server, data: ArmData) -> str:
-    """By counters, never by belief. A restarted arm must find its disk filled and everything else empty."""
+    """Check by the counters that the caches are empty. Of a restarted arm the disk must be filled and everything else empty."""
     if data.arm.url:
         return await _reset(http, server, data)
     counters = await read_counters(http, server.metrics)
@@ -222,12 +223,12 @@ async def _verify_empty(http: aiohttp.ClientSession, server: Server, data: ArmDa
         if slots and not may_be_full:
             data.problems.append(f"not empty at start: tier {tier} holds {slots:.0f} chunks")
     if data.arm.restart_of is not None and not any(slots for tier, slots in used.items() if tier != "host"):
-        data.problems.append(f"the disk of {data.arm.restart_of} is empty: nothing survived the restart")
+        data.problems.append(f"the disk of {data.arm.restart_of} is empty: no chunk survived the restart")
     return ", ".join(f"{tier} {slots:.0f} chunks" for tier, slots in sorted(used.items())) or "no lmc tiers"
 
 
 async def _reset(http: aiohttp.ClientSession, server: Server, data: ArmData) -> str:
-    """A server that ran before: ask it to forget (SGLang forgets its own cache, not lmc's), and say whether it did."""
+    """Ask a server that ran before to empty its caches, and say whether it did. SGLang empties its own cache, but not lmc's."""
     async with http.post(f"{server.root_url}/flush_cache") as response:
         if response.status == 200:
             return "flushed by request"
@@ -238,7 +239,7 @@ async def _reset(http: aiohttp.ClientSession, server: Server, data: ArmData) -> 
             )
         body = await response.json(content_type=None)
     if isinstance(body, dict) and body.get("success") is False:
-        data.problems.append("the server refused to forget its cache: blocks are in use")
+        data.problems.append("the server refused to empty its cache, because blocks are in use")
     return "reset by request"
 
 
@@ -254,5 +255,5 @@ async def _drain(http: aiohttp.ClientSession, servers: Sequence[Server]) -> str:
         if not pending:
             return "no lmc" if pending is None else "nothing pending"
         if time.perf_counter() - began > DRAIN_S:
-            raise RunError(f"{pending:.0f} stores are still pending after {DRAIN_S:g} s")
+            raise RunError(f"{pending:.0f} operations of the cache are still pending after {DRAIN_S:g} s")
         await asyncio.sleep(POLL_S)

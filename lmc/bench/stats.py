@@ -1,4 +1,4 @@
-"""Is arm a better than arm b? Paired by request, bootstrapped over sessions, with three answers: better, worse, undecided.
+"""Compares arm a with arm b, paired by request, with a bootstrap over sessions. The verdict is better, worse or undecided.
 
 A resample draws whole sessions (lmc.sim.bootstrap), the same ones for both arms. A verdict needs the whole interval beyond MARGIN and
 sessions that lean the same way by a two-sided sign test, because a few slow moments of a busy machine move an interval but not most pairs.
@@ -27,7 +27,7 @@ Pair = tuple[RequestRecord, RequestRecord]
 
 
 def pairs(a: Sequence[RequestRecord], b: Sequence[RequestRecord]) -> list[Pair]:
-    """Requests that both arms answered, in a's order."""
+    """The requests that both arms answered, in a's order."""
     answered = {(record.repeat, record.request_id): record for record in b if record.ok}
     return [
         (record, answered[record.repeat, record.request_id])
@@ -61,7 +61,7 @@ def compare(name_a: str, name_b: str, matched: Sequence[Pair], seed: int, is_ord
 
 
 class Draws:
-    """Resamples of sessions, the same for both arms. A draw is a weight per request: how often its session was drawn."""
+    """Resamples of sessions, the same for both arms. A resample gives each request a weight: how often its session was drawn."""
 
     def __init__(self, sessions: Sequence[tuple[int, str]], seed: int) -> None:
         codes: dict[tuple[int, str], int] = {}
@@ -70,14 +70,14 @@ class Draws:
         self._seed = seed
 
     def lean(self, a: Floats, b: Floats) -> bool:
-        """Whether most sessions differ in one direction: sign test on each session's sum, at the level of the intervals."""
+        """Whether most sessions differ in one direction, by a sign test on the sum of each session, at the level of the intervals."""
         sums = np.bincount(self._session, weights=a - b, minlength=self.num_sessions)
         wins, count = int((sums < 0).sum()), int((sums != 0).sum())
         rarer: int = sum(math.comb(count, k) for k in range(min(wins, count - wins) + 1))
         return bool(2 * rarer < (1 - LEVEL) * 2**count)
 
     def ratio(self, figure: Callable[[Floats], Floats]) -> tuple[float, float, float]:
-        """The figure of the sample and its interval. `figure` maps weights (draws, requests) to one number per draw."""
+        """The figure of the sample and its interval. `figure` maps weights (resamples, requests) to (resamples,)."""
         at_once = max(1, MAX_CELLS // max(self._session.size, 1))
         drawn = draw_sessions(self.num_sessions, [self._seed, 0xB007], at_once)
         low, high = bounds([figure(times[:, self._session].astype(np.float64)) for times in drawn])
@@ -85,7 +85,7 @@ class Draws:
 
 
 def weighted_percentile(values: Floats, weights: Floats, percentile: float) -> Floats:
-    """np.percentile of `values` (n,) with each value repeated by its weight; weights are whole numbers (draws, n)."""
+    """np.percentile of `values` (n,), each repeated as often as its weight says; weights are whole numbers (resamples, n)."""
     order = np.argsort(values, kind="stable")
     reach = np.cumsum(weights[:, order], axis=1)
     position = (reach[:, -1] - 1) * (percentile / 100)
@@ -98,7 +98,7 @@ def weighted_percentile(values: Floats, weights: Floats, percentile: float) -> F
 
 
 def judge(low: float, high: float, lower_is_better: bool, num_sessions: int) -> str:
-    """The verdict about a, from the interval of a / b."""
+    """The verdict about a, by the interval of a / b."""
     if num_sessions < MIN_SESSIONS:
         return "undecided"
     if high < 1 - MARGIN:

@@ -1,4 +1,4 @@
-"""The tables of a bench report, one function each: results in, rows with units out."""
+"""Builds the tables of a bench report from its results, one function per table."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def arms_table(results: Results) -> Table:
     ]
     used = [index for index in range(len(columns)) if any(row[index] is not None for row in rows)]
     columns, rows = [columns[index] for index in used], [[row[index] for index in used] for row in rows]
-    return Table("Figures per arm", columns, rows, "Hit rate: hit tokens / prompt tokens of answered requests.")
+    return Table(
+        "Figures per arm", columns, rows, "The hit rate is hit tokens / prompt tokens of the answered requests."
+    )
 
 
 def brief_table(results: Results) -> Table:
-    """The arms in the width of a terminal."""
+    """The most important figures of the arms, for the width of a terminal."""
     columns = [
         Column("arm"),
         Column("valid"),
@@ -76,7 +78,7 @@ def brief_table(results: Results) -> Table:
         ]
         for arm in results.arms
     ]
-    return Table(results.name, columns, rows, f"Ratio: to {results.arms[0].name}.")
+    return Table(results.name, columns, rows, f"The ratio is to {results.arms[0].name}.")
 
 
 def hits_table(results: Results) -> Table:
@@ -89,8 +91,8 @@ def hits_table(results: Results) -> Table:
             expected = [told.get(tier, 0 if tier in arm.hit_tokens_by_tier else None) for tier in tiers]
             rows.append([f"{arm.name}, expected", *expected, arm.expected_hit_tokens])
     note = (
-        "Tiers are counted by the engine (device) and by lmc; `all` is what the responses report. The simulator tells the tiers where one "
-        "request runs at a time and every tier has room for the load."
+        "The engine counts the device tier and lmc the others; `all` is the sum that the responses report. The simulator predicts the "
+        "tiers if one request runs at a time and every tier has room for the load."
     )
     return Table("Hit tokens by tier", columns, rows, note)
 
@@ -180,7 +182,7 @@ def attribution_table(results: Results, records: Sequence[RequestRecord]) -> Tab
 
 
 def attributed(results: Results, records: Sequence[RequestRecord]) -> list[tuple[str, list[RequestRecord]]]:
-    """The answered requests whose TTFT is known in parts, by arm and by whether they hit."""
+    """The answered requests whose TTFT parts are known, by arm and by whether they hit."""
     found = []
     for arm in results.arms:
         for kind, wanted in (("hits", True), ("misses", False)):
@@ -195,7 +197,7 @@ def attributed(results: Results, records: Sequence[RequestRecord]) -> list[tuple
 
 
 def misses_table(results: Results, records: Sequence[RequestRecord]) -> Table:
-    """Why hits ended, as lmc says it for each request."""
+    """The reasons that lmc gave for the end of each request's hit, counted."""
     rows: list[list[Cell]] = []
     for arm in results.arms:
         asked = [r for r in records if r.arm == arm.name and r.asked_ms is not None]
@@ -248,10 +250,12 @@ def parts_table(results: Results) -> Table:
         for part in [arm.parts[index]]
     ]
     skipped = {part: count for part, count in results.skipped_too_long.items() if count}
-    note = "Throughput: prompt and output tokens / time with a request of the part in flight."
+    note = "The throughput is prompt and output tokens / time during which a request of the part ran."
     if skipped:
         note += (
-            " Left out, longer than the context: " + ", ".join(f"{n} of {part}" for part, n in skipped.items()) + "."
+            " Requests were left out because they are longer than the context: "
+            + ", ".join(f"{n} of {part}" for part, n in skipped.items())
+            + "."
         )
     return Table("Parts of the workload", columns, rows, note)
 

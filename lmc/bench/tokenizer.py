@@ -1,4 +1,4 @@
-"""Text to token ids with the model's own tokenizer and chat template, without an engine or transformers."""
+"""Turns text into token ids with the model's own tokenizer and chat template, without an engine or transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelTokenizer:
 
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ModelError(f"{path}: no tokenizer; a model folder holds config.json, tokenizer.json and weights")
+            raise ModelError(f"{path}: no such file; give a model folder with config.json, tokenizer.json and weights")
         backend = Tokenizer.from_file(str(path))
         settings = _read_json(folder / "tokenizer_config.json")
         special = {
@@ -53,7 +53,7 @@ class ModelTokenizer:
     def encode_chat(self, messages: list[Message]) -> Tokens:
         """The prompt that asks for the next assistant message. Raises WorkloadError if the model has no chat template."""
         if self.template is None:
-            raise WorkloadError("this model has no chat template; use session.prompt, or a model that has one")
+            raise WorkloadError("the model has no chat template; use session.prompt, or a model that has one")
         try:
             text = self.template.render(messages=messages, add_generation_prompt=True, **self.special)
         except jinja2.TemplateError as error:

@@ -1,7 +1,7 @@
-"""The workload file: what is replayed, how it arrives, what is compared. One strict schema, read from YAML.
+"""The schema of a workload file: the requests, their arrival, and the arms that are compared. It is strict, and read from YAML.
 
 Nothing here opens a data set or starts an engine. Templates and expressions are Jinja2; their names are `row` (one row of the
-source), `rows` (all rows of a session, with session_by), `documents` and `index`.
+source), `documents` and `index`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:  # Any: whatever the YAML file holds at this place
+    def _refuse_unknown_keys(cls, data: Any) -> Any:  # Any: the YAML value at this place
         if isinstance(data, dict):
             for key in data:
                 if key not in cls.model_fields:
@@ -87,22 +87,25 @@ class HubSource(Strict):
 
 
 class RandomSource(Strict):
-    """Prompts of random tokens: no two share a chunk."""
+    """Prompts of random tokens, no two of which share a chunk."""
 
     kind: Literal["random"]
     tokens: Count
 
 
 class RepeatSource(Strict):
-    """The last requests of another part, once more."""
+    """The last requests of another part, sent once more."""
 
     kind: Literal["repeat"]
     part: str
 
 
 class TraceSource(Strict):
-    """Requests of a trace with block ids (`timestamp` in ms, `hash_ids`, `input_length`, `output_length`); each id becomes
-    `tokens_per_block` tokens that depend on nothing but the id and the seed. Lengths shrink by tokens_per_block / block_tokens."""
+    """Requests of a trace that names its trace blocks by ids (`timestamp` in ms, `hash_ids`, `input_length`, `output_length`).
+
+    Each id becomes `tokens_per_block` tokens that depend on nothing but the id and the seed; `block_tokens` is the length of a trace block
+    in the trace. Lengths are scaled by tokens_per_block / block_tokens.
+    """
 
     kind: Literal["trace"]
     path: str
@@ -117,7 +120,7 @@ Source = Annotated[
 
 
 class Session(Strict):
-    """How rows become conversations: either chat (`turns`, perhaps `system` and `replies`) or raw text (`prompt`)."""
+    """How a row becomes a conversation: either a chat (`turns`, with `system` and `replies` if needed) or raw text (`prompt`)."""
 
     system: Template | None = None
     turns: Expression | None = None
@@ -134,7 +137,7 @@ class Session(Strict):
 
 
 class Pick(Strict):
-    """Which sessions are taken, in the order of the source. Groups are sessions with equal `group_by`."""
+    """Which sessions are taken, in the order of the source. A group is all sessions with the same value of `group_by`."""
 
     sessions: Count | None = None
     groups: Count | None = None
@@ -160,7 +163,7 @@ class Part(Strict):
     def _session_where_rows_are(self) -> Part:
         has_rows = isinstance(self.source, FileSource | PackageSource | HubSource)
         if has_rows and self.session is None:
-            raise ValueError("session is missing: say how a row becomes a conversation")
+            raise ValueError("session is missing; it says how a row becomes a conversation")
         if not has_rows and (
             self.session or self.where or self.group_by or self.session_by or self.at or self.documents
         ):
@@ -173,7 +176,7 @@ class Part(Strict):
 
 
 class Closed(Strict):
-    """`concurrency` requests at a time, in order: session after session, turn after turn of all sessions, or shuffled by the seed."""
+    """`concurrency` requests at a time. Their order is session by session, turn by turn over all sessions, or shuffled by the seed."""
 
     kind: Literal["closed"] = "closed"
     concurrency: Count = 1
@@ -181,7 +184,7 @@ class Closed(Strict):
 
 
 class OpenLoop(Strict):
-    """Sessions arrive at `rate` per second, whatever the server does. burstiness 1 is Poisson, smaller is burstier (gamma)."""
+    """Sessions arrive at `rate` per second, even if the server is slow. burstiness 1 is Poisson, smaller is burstier (gamma)."""
 
     kind: Literal["constant", "poisson", "gamma"]
     rate: Positive
@@ -196,7 +199,7 @@ class TraceTimes(Strict):
 
 
 class Users(Strict):
-    """`users` conversations at a time; each user sends a turn every users / rate seconds."""
+    """`users` conversations run at a time; each user sends a turn every users / rate seconds."""
 
     kind: Literal["users"]
     users: Count
@@ -208,11 +211,11 @@ class Limits(Strict):
     seconds: Seconds | None = None
     concurrency: Count | None = None
     timeout: Seconds = 600.0
-    processes: Count | None = None  # of the client; as many as the rate or the concurrency needs, if absent
+    processes: Count | None = None  # of the client; default: as many as the rate or the concurrency needs
 
 
 class Slo(Strict):
-    """Bounds that a request must meet to count as goodput."""
+    """Bounds that a request must keep to count as goodput."""
 
     ttft_ms: Positive | None = None
     tpot_ms: Positive | None = None
@@ -220,14 +223,14 @@ class Slo(Strict):
 
 
 class WarmUp(Strict):
-    """Random prompts, disjoint from the workload; each is sent twice so that the path of a hit is warm too."""
+    """Random prompts that share nothing with the workload. Each is sent twice, so that the path of a hit is warm too."""
 
     requests: Annotated[int, Field(ge=0)] = 1
     tokens: Count = 300
 
 
 class Engine(Strict):
-    """What every arm's engine is started with."""
+    """Settings with which the engine of every arm is started."""
 
     kind: Literal["vllm", "sglang"] = "vllm"
     context: Count = 8192  # tokens of prompt and output; longer requests are skipped and counted
@@ -289,7 +292,9 @@ class Workload(Strict):
     prime: list[str] = []  # parts that are sent once before the measured load
     engine: Engine = Engine()
     arms: dict[str, Arm] = Field(min_length=1)
-    interleave: Count | None = None  # all arms run at once and take turns (ABBA) after so many requests
+    interleave: Count | None = (
+        None  # requests per stretch; all arms run at once and take turns (ABBA) after each stretch
+    )
     bars: list[Bar] = []
     quick: dict[str, Any] = {}  # Any: an overlay on this document, checked once it is laid over
 
@@ -308,7 +313,7 @@ class Workload(Strict):
             if isinstance(part.source, RepeatSource) and part.source.part not in parts[: parts.index(name)]:
                 raise ValueError(f"parts.{name}.source.part: {part.source.part!r} is not a part before it")
         if self.interleave and not isinstance(self.load, Closed):
-            raise ValueError("interleave: only a closed loop can be cut into blocks")
+            raise ValueError("interleave: only a closed loop can be cut into stretches; use load.kind closed")
         for part_name in self.prime:
             if part_name not in parts:
                 raise ValueError(f"prime: no part {part_name!r}; {nearest(part_name, parts)}")
@@ -336,7 +341,7 @@ def load_workload(path: Path, quick: bool = False) -> Workload:
     except yaml.YAMLError as error:
         raise WorkloadError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
-        raise WorkloadError(f"{path}: a workload is a mapping with name, parts and arms")
+        raise WorkloadError(f"{path}: not a workload; it must be a mapping with name, parts and arms")
     try:
         workload = Workload.model_validate(document)
         if quick and workload.quick:
@@ -347,7 +352,7 @@ def load_workload(path: Path, quick: bool = False) -> Workload:
 
 
 def overlay(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:  # Any: YAML trees
-    """`document` with `changes` laid over it: mappings merge, null removes a key, everything else is replaced."""
+    """`document` with `changes` applied: mappings are merged, null removes a key, any other value replaces the old one."""
     merged = dict(document)
     for key, value in changes.items():
         if value is None:

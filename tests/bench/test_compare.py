@@ -66,12 +66,12 @@ def test_runs_that_prove_nothing_are_refused(small: tuple[Results, list[RequestR
     results, records = small
     write_results(tmp_path / "a", results, records)
     write_results(tmp_path / "bad", replace(results, valid=False, problems=["it lagged"]), records)
-    with pytest.raises(RunError, match="this run is invalid and proves nothing: it lagged"):
+    with pytest.raises(RunError, match="this run is invalid, so it cannot be compared: it lagged"):
         compare_runs(tmp_path / "a", tmp_path / "bad")
     write_results(tmp_path / "other", results, [replace(r, prompt_tokens=r.prompt_tokens + 1) for r in records])
     with pytest.raises(RunError, match="they replayed different workloads"):
         compare_runs(tmp_path / "a", tmp_path / "other")
-    with pytest.raises(RunError, match="arm 'x' is not in both runs; both have none, lmc"):
+    with pytest.raises(RunError, match="arm 'x' is not in both runs; choose one that is: none, lmc"):
         compare_runs(tmp_path / "a", tmp_path / "a", ["x"])
     with pytest.raises(RunError, match="cannot read"):
         compare_runs(tmp_path / "a", tmp_path / "absent")

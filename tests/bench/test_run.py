@@ -91,7 +91,7 @@ def test_a_warm_engine_is_not_empty(run_small: RunSmall) -> None:
 def test_an_empty_disk_after_a_restart_is_seen(run_small: RunSmall) -> None:
     arms = {"lmc": CACHED, "again": {**CACHED, "restart_of": "lmc"}}
     results, _ = run_small(arms=arms, bars=[])
-    assert any("nothing survived the restart" in problem for problem in results.problems)
+    assert any("no chunk survived the restart" in problem for problem in results.problems)
 
 
 def test_hits_from_the_wrong_tier_are_seen(run_small: RunSmall) -> None:
@@ -113,7 +113,7 @@ def test_failures_are_counted_by_cause(run_small: RunSmall) -> None:
 
 def test_timeouts_are_a_cause_of_their_own(run_small: RunSmall) -> None:
     results, _ = run_small(limits={"timeout": "100ms", "requests": 2}, **_faulty("stall"))
-    assert results.arms[1].failures == {"timeout: no end after 0.1 s": 2}
+    assert results.arms[1].failures == {"timeout: the stream did not end within 0.1 s": 2}
 
 
 def test_an_engine_that_dies_leaves_partial_results(run_small: RunSmall) -> None:
@@ -278,7 +278,7 @@ def test_open_loop_counts_from_the_intended_time(run_small: RunSmall) -> None:
 def test_unknown_arm_and_missing_base(run_small: RunSmall) -> None:
     with pytest.raises(WorkloadError, match="no arm 'lcm' in this workload; did you mean 'lmc'"):
         run_small(["lcm"])
-    with pytest.raises(WorkloadError, match="arm lmc-restarted restarts lmc: choose that one too"):
+    with pytest.raises(WorkloadError, match="arm lmc-restarted restarts lmc; choose that arm too"):
         run_small(["lmc-restarted"])
 
 

@@ -138,16 +138,16 @@ def test_same_seed_same_plan() -> None:
 )
 def test_blocks_hold_the_plan_in_order(turns: list[int], size: int, order: str) -> None:
     plan = _plan(_sessions(*turns), {"kind": "closed", "order": order})
-    blocks = split(plan, size)
-    assert [i.request.id for block in blocks for i in block.items] == [i.request.id for i in plan.items]
-    assert all(len(block.items) >= size for block in blocks[:-1])
-    for block in blocks:
-        assert block.units is not None and block.is_ordered
-        assert [index for unit in block.units for index in unit] == list(range(len(block.items)))
-        for index, item in enumerate(block.items):
+    stretches = split(plan, size)
+    assert [i.request.id for stretch in stretches for i in stretch.items] == [i.request.id for i in plan.items]
+    assert all(len(stretch.items) >= size for stretch in stretches[:-1])
+    for stretch in stretches:
+        assert stretch.units is not None and stretch.is_ordered
+        assert [index for unit in stretch.units for index in unit] == list(range(len(stretch.items)))
+        for index, item in enumerate(stretch.items):
             if item.after is not None:
                 assert item.after < index
-                assert block.items[item.after].request.turn == item.request.turn - 1
+                assert stretch.items[item.after].request.turn == item.request.turn - 1
 
 
 def test_an_open_loop_is_one_block() -> None:
@@ -156,7 +156,7 @@ def test_an_open_loop_is_one_block() -> None:
 
 
 def test_trace_times_must_be_there() -> None:
-    with pytest.raises(WorkloadError, match=r"parts\.p: load\.kind trace needs times"):
+    with pytest.raises(WorkloadError, match=r"parts\.p: its requests have no times, which load\.kind trace needs"):
         _plan([[Request("p", 0, 0, EMPTY, 1)]], {"kind": "trace"})
 
 

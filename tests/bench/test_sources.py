@@ -42,7 +42,7 @@ def test_json_document_is_exploded_to_rows(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(document, indent=2))
     rows = _rows(tmp_path, path="a.json", format="json", explode=["data", "parts"])
     assert [(row["data"]["title"], row["parts"]["q"]) for row in rows] == [("t", 1), ("t", 2), ("u", 3)]  # type: ignore[index]
-    with pytest.raises(WorkloadError, match="explode: no list 'absent'"):
+    with pytest.raises(WorkloadError, match="explode: the row has no list 'absent'"):
         _rows(tmp_path, path="a.json", format="json", explode=["absent"])
 
 
@@ -86,7 +86,7 @@ def test_bad_files_name_file_and_line(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(WorkloadError, match=r"a\.jsonl:2: not JSON"):
         _rows(tmp_path, path="a.jsonl")
     (tmp_path / "b.jsonl").write_text("[1, 2]\n")
-    with pytest.raises(WorkloadError, match=r"b\.jsonl:1: a row must be a JSON object, not int"):
+    with pytest.raises(WorkloadError, match=r"b\.jsonl:1: the row is a JSON int; it must be an object"):
         _rows(tmp_path, path="b.jsonl")
     with pytest.raises(WorkloadError, match="no such data file"):
         _rows(tmp_path, path="absent.jsonl")

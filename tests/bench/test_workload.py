@@ -71,7 +71,7 @@ def test_files_that_are_no_workload(tmp_path: Path) -> None:
         load_workload(tmp_path / "absent.yaml")
     with pytest.raises(WorkloadError, match="not YAML"):
         _load(tmp_path, "a: [1")
-    with pytest.raises(WorkloadError, match="a workload is a mapping"):
+    with pytest.raises(WorkloadError, match="not a workload; it must be a mapping"):
         _load(tmp_path, "- 1")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(WorkloadError, match="not a text file"):
