@@ -90,7 +90,7 @@ def percentiles(values: Sequence[float | None]) -> dict[str, float]:
 
 
 def goodput(records: Sequence[RequestRecord], slo: Slo) -> float | None:
-    """Share of all sent requests that were answered within every bound; None without bounds."""
+    """The share of all sent requests that were answered within every bound; None without bounds."""
     bounds = [(name, bound) for name, bound in slo.model_dump().items() if bound is not None]
     if not bounds or not records:
         return None
@@ -111,7 +111,7 @@ def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _own_counters(data: ArmData) -> dict[str, float]:
-    """Growth of every lmc counter and of the engine's cache counters over the measured load."""
+    """How much each counter of lmc and each cache counter of the engine grew during the measured load."""
     if data.after is None or data.before is None:
         return {}
     grown: dict[str, float] = {}

@@ -290,9 +290,9 @@ def _trace_sessions(
             raise WorkloadError(
                 f"{path}:{index + 1}: timestamp, input_length or hash_ids is missing or wrong: {error!r}"
             ) from error
-        for name_in_trace in ids:
-            if name_in_trace not in trace_blocks:
-                drawn = random_tokens(tokenizer, source.tokens_per_block, seed, int(name_in_trace))
-                trace_blocks[name_in_trace] = drawn
-        prompt = np.concatenate([trace_blocks[name_in_trace] for name_in_trace in ids])[: max(1, round(length * scale))]
+        for block_id in ids:
+            if block_id not in trace_blocks:
+                drawn = random_tokens(tokenizer, source.tokens_per_block, seed, int(block_id))
+                trace_blocks[block_id] = drawn
+        prompt = np.concatenate([trace_blocks[block_id] for block_id in ids])[: max(1, round(length * scale))]
         yield [Request(name, index, 0, prompt, min(output, part.output_tokens), at_s=at_s)]

@@ -44,7 +44,7 @@ def judged(
 
 
 def hit_problems(records: Sequence[RequestRecord], exact: bool) -> list[str]:
-    """Where the measured hits are not the expected ones."""
+    """One line if the measured hits differ from the expected ones, else none."""
     known = [r for r in records if r.ok and r.cached_tokens is not None and r.expected_hit_tokens is not None]
     off = [r for r in known if r.cached_tokens != r.expected_hit_tokens]
     if exact:
@@ -63,7 +63,10 @@ def hit_problems(records: Sequence[RequestRecord], exact: bool) -> list[str]:
 
 
 def counter_problems(records: Sequence[RequestRecord], tiers: Mapping[str, float]) -> list[str]:
-    """What responses report and what engine and cache count must agree; not judged where a request failed or a part is not counted."""
+    """One line if the hit tokens that responses report differ from those that engine and cache counted, else none.
+
+    Nothing is judged if a request failed, or if a response or the engine did not count its hits.
+    """
     hits = [r.cached_tokens for r in records]
     if "device" not in tiers or not all(r.ok for r in records) or any(h is None for h in hits):
         return []
@@ -74,7 +77,7 @@ def counter_problems(records: Sequence[RequestRecord], tiers: Mapping[str, float
 
 
 def tier_problems(expected: Mapping[str, float] | None, measured: Mapping[str, float]) -> list[str]:
-    """Where hits did not come from the tier that the simulator expects."""
+    """One line for each tier whose hits differ from those that the simulator expects."""
     return [
         f"hits of tier {tier} are off: {measured.get(tier, 0):,.0f} tokens, the simulator expects {tokens:,.0f}"
         for tier, tokens in (expected or {}).items()

@@ -1,11 +1,12 @@
-"""The best that any eviction could do: Belady's rule (1966) for chains of blocks of one size.
+"""The upper bound of any eviction policy: Belady's rule (1966) for chains of trace blocks of one size.
 
-Of all blocks, those of the running request included, the one whose next use is farthest goes first, among equals the deepest. That a block
-need not be stored at all is part of it, so admission policies cannot beat it either. A parent is used no later than its child, so children
-go first by themselves, the resident set is closed under prefixes, and block hits are prefix hits.
+The rule evicts the trace block whose next use is farthest away, and among equals the deepest; those of the running request can be evicted
+too. So a trace block need not be stored at all, and admission policies cannot beat the rule either. A parent is used no later than its
+child, so children are evicted first, the resident set is closed under prefixes, and hits of trace blocks are prefix hits.
 
-Blocks wait in *buckets*, one for each request: those whose next use that is. They all lie on that request's chain, and the deeper ones were
-touched earlier, so a bucket is a queue. A block that is never used again is not kept. Time O(blocks + segments * log requests).
+Trace blocks wait in *buckets*: each request has one, for those whose next use it is. These all lie on the request's chain, and the deeper
+ones were touched earlier, so a bucket is a queue. A trace block that is never used again is not kept. The time is O(trace blocks + segments
+* log requests).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from lmc.sim.trace import Int32, Int64, Trace
 
 
 def belady_hits(trace: Trace, capacities: Iterable[int], *, workers: int | None = None) -> list[PolicyHits]:
-    """One result for each capacity (in blocks), in their order; the policy is called "belady". Victims are not logged."""
+    """One result for each capacity (in trace blocks), in their order. The results name the policy "belady" and hold no victims."""
     wanted = [int(capacity) for capacity in capacities]
     if any(capacity < 1 for capacity in wanted):
-        raise ConfigError(f"a capacity must be at least one block, not {min(wanted)}")
+        raise ConfigError(f"a capacity must be at least one trace block, not {min(wanted)}")
     next_use = _next_use(trace.ids, trace.starts, trace.num_unique)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         runs = [pool.submit(_belady_hits, trace.ids, trace.starts, trace.num_unique, next_use, size) for size in wanted]
@@ -39,7 +40,7 @@ def belady_hits(trace: Trace, capacities: Iterable[int], *, workers: int | None 
 
 @compiled()
 def _next_use(ids: Int32, starts: Int64, num_unique: int) -> Int32:
-    """(num_blocks,) the next request that uses the same block, or the number of requests."""
+    """(num_blocks,) the next request that uses the same trace block, or the number of requests if none does."""
     num_requests = starts.size - 1
     coming = np.full(num_unique, num_requests, dtype=np.int32)
     next_use = np.empty(ids.size, dtype=np.int32)
@@ -55,10 +56,12 @@ def _belady_hits(ids: Int32, starts: Int64, num_unique: int, next_use: Int32, ca
     num_requests = starts.size - 1
     hits = np.zeros(num_requests, dtype=np.int32)
     there = np.zeros(num_unique, dtype=np.uint8)
-    behind = np.zeros(num_unique, dtype=np.int32)  # the next block in its bucket
+    behind = np.zeros(num_unique, dtype=np.int32)  # the next one in its bucket
     first = np.full(num_requests, -1, dtype=np.int32)  # by bucket
     last = np.full(num_requests, -1, dtype=np.int32)
-    heap = np.empty(num_requests, dtype=np.int32)  # buckets, the farthest on top; one that is past stays at the bottom
+    heap = np.empty(
+        num_requests, dtype=np.int32
+    )  # of buckets, the farthest on top; a bucket of a past request stays at the bottom
     num_heap = 0
     count = 0
     evictions = 0

@@ -1,4 +1,4 @@
-"""From a reader's requests to a Trace: dense ids, parents, and the checks that every trace must pass."""
+"""Builds a Trace from the requests of a reader: assigns dense ids, finds parents and runs the checks that every trace must pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lmc.sim.trace import Int32, Int64, Trace
 class TraceBuilder:
     """Collects requests one by one; finish() checks them all and returns the trace.
 
-    sort orders requests by time (stable) instead of refusing them; rechain builds a trie, so that a hash that follows two different
-    blocks becomes two blocks, instead of refusing it.
+    With `sort`, requests are sorted by time (stable) instead of refused if they are out of order. With `rechain`, a hash that follows two
+    different trace blocks becomes two trace blocks (of a trie) instead of being refused.
     """
 
     source: str
@@ -51,7 +51,7 @@ class TraceBuilder:
         tenant: str = "",
         session: str | None = None,
     ) -> None:
-        """One request; line is where it stands in the file. hashes are 64-bit integers, equal exactly when the prefix is equal."""
+        """Add one request from this line of the file. hashes are 64-bit integers that are equal exactly if the whole prefixes are equal."""
         if isinstance(hashes, np.ndarray):
             self._hashes.frombytes(np.ascontiguousarray(hashes, dtype=np.int64).tobytes())
         else:
@@ -66,11 +66,11 @@ class TraceBuilder:
         self._sessions.append(code)
 
     def begin_file(self, name: str) -> None:
-        """The requests to come are from this file, one of several."""
+        """The requests that are added from now on are from this file, which is one of several."""
         self._files.append((len(self._lines), name))
 
     def _place(self, request: int) -> str:
-        """File and line of a request, in the order in which they were added."""
+        """The file and line of a request, whose number counts in the order of adding."""
         names = [name for first, name in self._files if first <= request]
         return f"{names[-1] if names else self.source}, line {self._lines[request]}"
 
@@ -80,10 +80,13 @@ class TraceBuilder:
         return [known.setdefault(name, len(known)) for name in names]
 
     def finish(self, lengths_only: bool = False) -> Trace:
-        """Raises TraceError for an empty trace, decreasing timestamps and a hash with two parents. lengths_only: no blocks are fine."""
+        """Check and return the trace; with lengths_only it may have no trace blocks.
+
+        Raises TraceError for an empty trace, for decreasing timestamps and for a hash with two parents.
+        """
         starts = np.frombuffer(self._starts, dtype=np.int64)
         if len(self._lines) == 0 or (len(self._hashes) == 0 and not lengths_only):
-            raise TraceError(f"{self.source}: no request with a block; check that this is the file you meant")
+            raise TraceError(f"{self.source}: no request has a trace block; check that this is the file you meant")
         raw = np.frombuffer(self._hashes, dtype=np.int64)
         timestamps_s = np.frombuffer(self._timestamps_s, dtype=np.float64)
         order = np.arange(timestamps_s.size)
@@ -101,7 +104,7 @@ class TraceBuilder:
         input_tokens = np.frombuffer(self._input_tokens, dtype=np.int64)[order]
         if not input_tokens.any():
             raise TraceError(
-                f"{self.source}: every prompt has 0 tokens, so no share of tokens can be given; repair the lengths"
+                f"{self.source}: every prompt has 0 tokens, so no hit rate can be computed; repair the lengths"
             )
         ids, parents = self._number(raw, starts, order)
         self._check_lengths(starts, input_tokens, order)
@@ -137,8 +140,9 @@ class TraceBuilder:
         request, position = _find_parents(ids, starts, parents)
         if request >= 0:
             raise TraceError(
-                f"{self._place(int(order[request]))}: hash {raw[starts[request] + position]} (block {position}) follows another block "
-                "than before: the hashes are not chained over the prefix; pass --rechain to treat them as hashes of single blocks"
+                f"{self._place(int(order[request]))}: hash {raw[starts[request] + position]} (trace block {position}) follows "
+                "another one than before, so the hashes are not chained over the prefix; pass --rechain to treat them as hashes of single "
+                "trace blocks"
             )
         return ids, parents
 
@@ -146,8 +150,8 @@ class TraceBuilder:
         too_long = np.flatnonzero((np.diff(starts) - 1) * self.block_tokens >= np.maximum(input_tokens, 1))
         if too_long.size:
             self.notes.append(
-                f"{too_long.size} requests have more blocks than their input length fills (first: {self._place(int(order[too_long[0]]))}): "
-                "the surplus blocks count as blocks but hold no tokens"
+                f"{too_long.size} requests have more trace blocks than their input length fills "
+                f"(first: {self._place(int(order[too_long[0]]))}); the surplus ones count as trace blocks but hold no tokens"
             )
 
 
@@ -165,7 +169,7 @@ def _number_by_first_use(raw: Int64, low: int, table: Int32, ids: Int32) -> int:
 
 @compiled()
 def _find_parents(ids: Int32, starts: Int64, parents: Int32) -> tuple[int, int]:
-    """Fill parents (-2 = not seen yet); returns (request, position) of the first block with two parents, or (-1, -1)."""
+    """Fill parents (-2: not seen yet). Returns (request, position) of the first trace block with two parents, or (-1, -1)."""
     for request in range(starts.size - 1):
         parent = -1
         first = starts[request]
@@ -180,7 +184,7 @@ def _find_parents(ids: Int32, starts: Int64, parents: Int32) -> tuple[int, int]:
 
 
 def _trie(raw: Int64, starts: Int64) -> tuple[Int32, Int32]:
-    """Ids of chains from hashes of single blocks."""
+    """(ids, parents) of chains, from hashes of single trace blocks."""
     nodes: dict[tuple[int, int], int] = {}
     parents = array("i")
     ids = array("i")

@@ -1,8 +1,8 @@
-"""A parsed trace as one memory-mapped file, so that the second load costs no parsing.
+"""Keeps a parsed trace as one memory-mapped file, so that it is parsed only once.
 
-It lies beside the trace (TRACE.lmcsim) or, where that folder is read-only, in the user's cache folder. It is used only if size and time of
-every input, the options and this module's version are those it was made from; anything else is read and written anew.
-Layout: magic, 8 bytes of header length, JSON header, then the columns, each aligned to 64 bytes.
+The file is written beside the trace (TRACE.lmcsim) or, if that folder is read-only, in the user's cache folder. It is used only if the size
+and time of every input, the options and the version of this module are still the same; otherwise the trace is parsed and written again.
+The layout is: magic, 8 bytes of header length, JSON header, then the columns, each aligned to 64 bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COLUMNS = (
 
 
 def load_trace(path: Path, options: ReadOptions, format_name: str | None = None) -> Trace:
-    """Like read_trace, through the cache file. A cache file that cannot be written is no error. Raises TraceError."""
+    """Like read_trace, but uses the cache file. It is no error if that cannot be written. Raises TraceError."""
     if not path.exists():
         return read_trace(path, options, format_name)
     made_from = _made_from(path, options, format_name)
@@ -78,7 +78,7 @@ def _write(place: Path, made_from: dict[str, Any], trace: Trace) -> bool:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.parent.stat().st_mode & 0o222:
-            return False  # marked read-only: left alone by root too
+            return False  # root could write here too, but the folder is marked read-only
         with temporary.open("wb") as file:
             file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
             file.write(bytes(-file.tell() % _ALIGN))
@@ -106,7 +106,7 @@ def _read(place: Path, made_from: dict[str, Any]) -> Trace | None:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError):
         return None
-    parts: dict[str, Any] = header["rest"]  # Any: what the fields of a Trace are
+    parts: dict[str, Any] = header["rest"]  # Any: fields of a Trace
     for name in ("tenant_names", "notes"):
         parts[name] = tuple(parts[name])
     for name, (dtype, offset, count) in header["columns"].items():
@@ -115,7 +115,7 @@ def _read(place: Path, made_from: dict[str, Any]) -> Trace | None:
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any] | None:
-    """Any: JSON. None when the file is no whole cache file."""
+    """The header of a cache file; None if the file is not one, or not whole. Any: JSON."""
     if file.read(len(_MAGIC)) != _MAGIC:
         return None
     size = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Capacities as users write them: 1000, 5k, 1% of the unique blocks, inf; in blocks, tokens or bytes."""
+"""Parses capacities as users write them: 1000, 5k, 1% of the unique trace blocks, inf; in trace blocks, tokens or bytes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lmc.units import parse_count, parse_size
 
 @dataclass(frozen=True)
 class CapacityOptions:
-    """What the user gave, as text; each list is parsed for every chunk size anew."""
+    """Capacities as text. Their values depend on the trace and the chunk size."""
 
-    blocks: tuple[str, ...] = ()  # counts, shares of the unique blocks ("1%"), "inf"
+    blocks: tuple[str, ...] = ()  # counts, shares of the unique trace blocks ("1%"), "inf"
     tokens: tuple[str, ...] = ()  # "3M"
     sizes: tuple[str, ...] = ()  # "64GiB"
-    token_bytes: int = 0  # KV bytes of a token over all ranks, 0 = as the trace says
+    token_bytes: int = 0  # KV bytes of a token over all ranks; 0: the trace says it
 
 
 DEFAULT = CapacityOptions(blocks=("1%", "3%", "10%", "30%", "inf"))
 
 
 def resolve(options: CapacityOptions, trace: Trace) -> list[float]:
-    """Capacities in blocks of the trace, in the order given; infinity stays infinity. Raises ConfigError."""
+    """Capacities in trace blocks, in the given order; "inf" becomes infinity. Raises ConfigError."""
     return [
         *(_blocks(text, trace) for text in options.blocks),
         *(_whole_blocks(text, parse_count(text), trace.block_tokens, trace) for text in options.tokens),
@@ -35,18 +35,18 @@ def resolve(options: CapacityOptions, trace: Trace) -> list[float]:
 
 
 def warn_small(trace: Trace, capacities: Iterable[float]) -> list[str]:
-    """A note when the smallest capacity, in blocks, does not hold the longest request."""
+    """A note if the smallest capacity, in trace blocks, does not hold the longest request; else nothing."""
     small = min(capacities, default=math.inf)
     if small >= trace.longest:
         return []
     return [
-        f"capacity {small:,.0f} is below the longest request of {trace.source} ({trace.longest:,} blocks): "
-        "such a request keeps its first blocks only; raise the capacity to hold whole requests"
+        f"capacity {small:,.0f} is below the longest request of {trace.source} ({trace.longest:,} trace blocks); "
+        "only the first trace blocks of such a request are kept; raise the capacity to hold whole requests"
     ]
 
 
 def parse_tier(text: str, trace: Trace, token_bytes: int) -> float:
-    """Blocks from a size ("64GiB"), a share of the unique blocks ("5%"), a number of blocks, "inf", or "0" for no tier."""
+    """Trace blocks from a size ("64GiB"), a share of the unique ones ("5%"), a number, "inf", or "0" for no tier. Raises ConfigError."""
     if text == "0":
         return 0
     if text[-1:] in "bB":
@@ -56,11 +56,11 @@ def parse_tier(text: str, trace: Trace, token_bytes: int) -> float:
 
 
 def block_bytes(options: CapacityOptions, trace: Trace) -> int:
-    """KV bytes of one block. Raises ConfigError when neither the trace nor the user says it."""
+    """KV bytes of one trace block. Raises ConfigError if neither the trace nor the user says how many."""
     size = options.token_bytes * trace.block_tokens or trace.block_bytes
     if size == 0:
         raise ConfigError(
-            f"{trace.source} does not say how large a block is in bytes; give --token-bytes (KV bytes per token)"
+            f"{trace.source} does not say how many bytes a trace block has; give --token-bytes (KV bytes per token)"
         )
     return size
 
@@ -76,7 +76,7 @@ def _blocks(text: str, trace: Trace) -> float:
             raise ConfigError(f"capacity {text!r} is not a share; write 1% or 0.5%") from None
         if not 0 < share <= 1:
             raise ConfigError(
-                f"capacity {text!r} is no share of the unique blocks; write more than 0% and at most 100%"
+                f"capacity {text!r} is no share of the unique trace blocks; write more than 0% and at most 100%"
             )
         return max(1, int(share * trace.num_unique))
     return _whole_blocks(text, parse_count(text), 1, trace)
@@ -85,6 +85,6 @@ def _blocks(text: str, trace: Trace) -> float:
 def _whole_blocks(text: str, amount: int, per_block: int, trace: Trace) -> int:
     if amount < per_block:
         raise ConfigError(
-            f"capacity {text!r} holds no block of {trace.source} ({trace.block_tokens} tokens each); choose a larger one"
+            f"capacity {text!r} holds no trace block of {trace.source} ({trace.block_tokens} tokens each); choose a larger one"
         )
     return amount // per_block

@@ -1,8 +1,8 @@
-"""What hits are worth: seconds of prefill, seconds of loading, time to first token, money.
+"""The cost model: seconds of prefill and of loading, time to first token, and money.
 
-Prefill of `new` tokens after `position` cached ones costs fixed + token * new + pair * new * (position + new / 2) seconds: the linear
-layers, and the attention over everything before. Loading costs a latency and bytes over bandwidth for each tier. Times are those of one
-request on an idle engine; queueing needs a bench.
+The prefill of `new` tokens after `position` cached ones costs fixed + token * new + pair * new * (position + new / 2) seconds; the last two
+terms are the linear layers and the attention to all earlier tokens. Loading from a tier costs its latency plus bytes over bandwidth. Times
+are those of one request on an idle engine: the model has no queueing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Prefill:
         return self.fixed_s * (new > 0) + self.token_s * new + self.pair_s * pairs
 
     def saved(self, hit_tokens: int, hit_squares: int) -> float:
-        """Seconds that hits save, from the sum of hit tokens and of their squares per request."""
+        """Seconds that hits save. The arguments are sums over the requests: of their hit tokens, and of the squares of these."""
         return self.token_s * hit_tokens + self.pair_s * hit_squares / 2
 
 
@@ -54,11 +54,11 @@ class CostModel:
 
     def tier(self, name: str) -> TierCost:
         if name not in self.tiers:
-            raise ConfigError(f"the cost model has no tier {name!r}; add it under tiers: with its bandwidth")
+            raise ConfigError(f"the cost model has no tier {name!r}; add it under `tiers`, with its bandwidth")
         return self.tiers[name]
 
     def serve(self, input_tokens: Int64, loaded: Mapping[str, Int64]) -> tuple[Float64, Float64]:
-        """(num_requests,) seconds to first token, and seconds of prefill in them; loaded are tokens by tier, fastest first.
+        """(num_requests,) seconds to the first token, and the seconds of prefill in them. `loaded` has tokens by tier, fastest first.
 
         A request loads its prefix up to the tier after which loading more takes longer than computing it.
         """
@@ -77,7 +77,7 @@ class CostModel:
         return ttft, computed
 
     def break_even_tokens(self, name: str) -> int | None:
-        """The shortest prefix that the tier loads faster than the engine computes it; None when it never does (below 16 Mi tokens)."""
+        """The shortest prefix that the tier loads faster than the engine computes it; None if there is none below 16 Mi tokens."""
         tier = self.tier(name)
         lengths = np.unique(np.geomspace(1, 2**24, 4096).astype(np.int64))
         gain = self.prefill.token_s * lengths + self.prefill.pair_s * lengths**2.0 / 2
@@ -93,14 +93,14 @@ class CostModel:
         return int(lengths[worth[0]])
 
     def rent(self, sizes_bytes: Mapping[str, float], hours: float) -> float:
-        """Dollars for keeping tiers of these sizes."""
+        """Dollars for tiers of these sizes during these hours."""
         return sum(self.tier(name).dollars_per_gib_hour * size / _GIB * hours for name, size in sizes_bytes.items())
 
 
 def fit_prefill(position: Sequence[int], new: Sequence[int], seconds: Sequence[float]) -> Prefill:
-    """Least squares of relative errors with no negative coefficient. Raises ConfigError with fewer than three measurements."""
+    """Fit by least squares of the relative errors, with no negative coefficient. Raises ConfigError for fewer than three measurements."""
     if len(seconds) < 3:
-        raise ConfigError(f"{len(seconds)} measured prefills are too few for a cost model; at least 3 are needed")
+        raise ConfigError(f"{len(seconds)} measured prefills are too few for a cost model; measure at least 3")
     count, before, target = np.asarray(new, float), np.asarray(position, float), np.asarray(seconds, float)
     terms = np.stack([np.ones_like(count), count, count * (before + count / 2)], axis=1) / target[:, None]
     best, best_error = np.zeros(3), np.inf

@@ -1,4 +1,4 @@
-"""A cost model from a YAML file; prefill may come from a bench report, a tier's bandwidth from a probe."""
+"""Reads a cost model from a YAML file. Its prefill may be fitted from a bench report, and a tier's bandwidth read from a probe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmc.units import parse_seconds, parse_size
 
 
 def read_cost_model(path: Path) -> CostModel:
-    """A YAML file as docs/simulating.md shows it. Raises ConfigError that names the key."""
+    """Read a YAML file of the form that docs/simulating.md shows. Raises ConfigError with the key."""
     try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -41,25 +41,25 @@ def read_cost_model(path: Path) -> CostModel:
 def _rate(path: Path, tier: str, entry: Mapping[str, Any]) -> float:  # Any: parsed YAML
     rate = parse_size(str(entry.get("bandwidth", "")).removesuffix("/s"))
     if rate == 0:
-        raise ConfigError(f"{path}: tiers.{tier}.bandwidth is 0; write 20GB/s or the like")
+        raise ConfigError(f"{path}: tiers.{tier}.bandwidth is 0; write a rate such as 20GB/s")
     return rate
 
 
 def _probed_rate(file: Path) -> float:
-    """Bytes per second of the best way to load, from the output of `lmc probe transfer --json`."""
+    """Bytes per second of the fastest load in the output of `lmc probe transfer --json`."""
     try:
         rows = orjson.loads(file.read_bytes())["rows"]
         return max(float(row["gb_per_s"]) for row in rows if row["direction"] == "load") * 1e9
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; give the output of lmc probe transfer --json") from None
     except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"{file} is no output of lmc probe transfer --json; make it anew") from None
+        raise ConfigError(f"{file} is not the output of lmc probe transfer --json; run that again") from None
 
 
 def _prefill(path: Path, section: Mapping[str, Any]) -> Prefill:  # Any: parsed YAML
     if "bench" in section:
         if len(section) > 1:
-            raise ConfigError(f"{path}: prefill.bench is a measurement; leave fixed, token and pair out beside it")
+            raise ConfigError(f"{path}: prefill.bench is a measurement; remove fixed, token and pair beside it")
         return fit_from_bench(path.parent / str(section["bench"]))
     if not section:
         raise ConfigError(f"{path}: prefill needs token (seconds per token), or bench (a folder that lmc bench wrote)")
@@ -67,7 +67,7 @@ def _prefill(path: Path, section: Mapping[str, Any]) -> Prefill:  # Any: parsed 
 
 
 def fit_from_bench(folder: Path) -> Prefill:
-    """From the requests of a bench report whose hits, if any, came from the engine's own cache. Raises ConfigError."""
+    """Fit the prefill to those requests of a bench report whose hits, if any, came from the engine's own cache. Raises ConfigError."""
     file = folder / "requests.parquet"
     if not file.is_file():
         raise ConfigError(f"{file} is not there; give the folder of a report that lmc bench wrote")
@@ -83,7 +83,7 @@ def fit_from_bench(folder: Path) -> Prefill:
 
 def _section(path: Path, name: str, value: Any, known: set[str] | None) -> dict[str, Any]:  # Any: parsed YAML
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: {name} is missing or no mapping; see docs/simulating.md for a whole example")
+        raise ConfigError(f"{path}: {name} is missing or is not a mapping; docs/simulating.md has a complete example")
     for key in value:
         if known is not None and key not in known:
             raise ConfigError(f"{path}: unknown key {key!r} in {name}; there are {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""What a trace is like: sizes, lengths, arrivals, reuse, sharing, and the hits of an unlimited cache by every usual denominator."""
+"""Describes a trace: sizes, lengths, arrivals, reuse, sharing, and the hits of an unlimited cache by every usual denominator."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Fact:
 
 
 def describe(trace: Trace) -> dict[str, list[Fact]]:
-    """Facts by section. A trace of lengths only has the first three sections."""
+    """Facts by section. A trace that holds lengths only has the first three sections."""
     sections = {"Size": _size(trace), "Lengths": _lengths(trace), "Arrivals": _arrivals(trace)}
     if trace.num_blocks:
         profile = stack.profile(trace)
         if trace.recorded_hits:
             sections["Hits of the recorded cache"] = _recorded(trace)
         sections["Hits of an unlimited cache"] = _ceiling(profile)
-        sections["Reuse of the hit blocks"] = _reuse(profile)
+        sections["Reuse of the trace blocks that hit"] = _reuse(profile)
         sections["Sharing"] = _sharing(profile)
     return sections
 
@@ -49,7 +49,7 @@ def facts_table(title: str, sections: dict[str, list[Fact]]) -> Table:
             [section if index == 0 else "", fact.label, _show(fact.value), fact.unit]
             for index, fact in enumerate(facts)
         ]
-    return Table(title, [Column(""), Column("what"), Column("value"), Column("unit")], rows)
+    return Table(title, [Column(""), Column("figure"), Column("value"), Column("unit")], rows)
 
 
 def _show(value: Cell) -> str:
@@ -66,13 +66,13 @@ def _size(trace: Trace) -> list[Fact]:
     ]
     if trace.num_blocks:
         facts += [
-            Fact("block_tokens", "block", "tokens", trace.block_tokens),
-            Fact("blocks", "blocks", "blocks", trace.num_blocks),
-            Fact("unique_blocks", "unique blocks", "blocks", trace.num_unique),
+            Fact("block_tokens", "trace block", "tokens", trace.block_tokens),
+            Fact("blocks", "trace blocks", "blocks", trace.num_blocks),
+            Fact("unique_blocks", "unique trace blocks", "blocks", trace.num_unique),
             Fact("longest_request_blocks", "longest request", "blocks", trace.longest),
         ]
     if trace.block_bytes:
-        facts.append(Fact("block_bytes", "KV of a block", "bytes", trace.block_bytes))
+        facts.append(Fact("block_bytes", "KV of a trace block", "bytes", trace.block_bytes))
     return facts
 
 
@@ -96,7 +96,7 @@ def _arrivals(trace: Trace) -> list[Fact]:
             Fact("requests_per_s", "requests", "per s", (trace.num_requests - 1) / duration),
             Fact(
                 "gap_variation",
-                "gaps between requests: deviation by mean (1 = Poisson)",
+                "gaps between requests: standard deviation / mean (Poisson: 1)",
                 "",
                 float(gaps.std() / gaps.mean()),
             ),
@@ -148,17 +148,22 @@ def _ceiling(profile: stack.StackProfile) -> list[Fact]:
 
 
 def _reuse(profile: stack.StackProfile) -> list[Fact]:
-    """Percentiles over hit blocks: how many other blocks were touched since, and how long ago it was."""
+    """Percentiles over the trace blocks that hit: how many others were touched since their last touch, and how long ago that was."""
     if profile.request.size == 0:
-        return [Fact("reused_blocks", "reused blocks", "blocks", 0)]
-    reached = stack.hit_curve(profile).hit_blocks  # hits by distance, summed up
+        return [Fact("reused_blocks", "reused trace blocks", "blocks", 0)]
+    reached = stack.hit_curve(profile).hit_blocks  # cumulative hits by distance
     order = np.argsort(profile.age_s)
     by_age = np.cumsum(profile.length[order], dtype=np.int64)
     facts: list[Fact] = []
     for p in _PERCENTILES:
         distance = int(np.searchsorted(reached, p / 100 * reached[-1]))
         facts.append(
-            Fact(f"reuse_distance_p{p}", f"distance (the LRU size that hits), p{p}", "unique blocks", distance)
+            Fact(
+                f"reuse_distance_p{p}",
+                f"distance (the smallest LRU capacity that hits), p{p}",
+                "unique blocks",
+                distance,
+            )
         )
     for p in _PERCENTILES:
         age = float(profile.age_s[order[np.searchsorted(by_age, p / 100 * by_age[-1])]])
@@ -175,19 +180,24 @@ def _sharing(profile: stack.StackProfile) -> list[Fact]:
     common = np.bincount(starts)
     touched = np.bincount(trace.ids, minlength=trace.num_unique)
     between = int(profile.length[foreign].sum(dtype=np.int64))
-    label = "sessions" if named else "sessions (inferred: prompts that hold an earlier prompt)"
+    label = "sessions" if named else "sessions (inferred from prompts that contain an earlier prompt)"
     return [
         Fact("sessions", label, "", int(sessions.max()) + 1),
         Fact(
             "foreign_hit_percent",
-            "hits on blocks last touched by another session",
+            "hits on trace blocks that another session touched last",
             "% of hits",
             100 * between / max(hits, 1),
         ),
-        Fact("common_start_percent", "requests with the commonest first block", "% of requests", _share(common)),
-        Fact("distinct_starts", "distinct first blocks", "blocks", int((common > 0).sum())),
         Fact(
-            "used_once_percent", "blocks requested once only", "% of unique blocks", 100 * float((touched == 1).mean())
+            "common_start_percent", "requests with the most common first trace block", "% of requests", _share(common)
+        ),
+        Fact("distinct_starts", "distinct first trace blocks", "blocks", int((common > 0).sum())),
+        Fact(
+            "used_once_percent",
+            "trace blocks that were requested once",
+            "% of unique blocks",
+            100 * float((touched == 1).mean()),
         ),
     ]
 

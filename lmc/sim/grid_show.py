@@ -1,4 +1,4 @@
-"""Tables and JSON of the grids: TTL x capacity, tier sizes, tenants. Every rate names its denominator."""
+"""Tables and JSON of hits by TTL and capacity, by tier sizes, and by tenant. Every rate names its denominator."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def tiers(
         ),
     ]
     rows = [_point_cells(point) for point in points]
-    how = "a block is in one tier only" if exclusive else "every tier sees every touch"
+    how = "a trace block is in one tier only" if exclusive else "every tier sees every touch"
     parts = [f"100 % is {points[0].total_tokens:,} input tokens; {WINDOWS[window]}. LRU; {how}."]
     breaks: dict[str, int | None] = {}
     if cost:
         breaks = {name: cost.break_even_tokens(name) for name in names}
         shown = [f"{name} {'never' if tokens is None else f'{tokens:,} tokens'}" for name, tokens in breaks.items()]
-        parts.append(f"Loading beats recomputing from: {', '.join(shown)}. Times without queueing.")
+        parts.append(f"Loading is faster than recomputing from: {', '.join(shown)}. The times contain no queueing.")
     json = {
         **_json(trace, window, records, filter(None, blocks["host"])),
         "exclusive": exclusive,
@@ -132,7 +132,7 @@ def groups(trace: Trace, capacities: Sequence[float], window: Window) -> Shown:
         Column("best quota", "blocks"),
         Column("hits in its quota", "% of its tokens"),
     ]
-    note = f"{WINDOWS[window]}. LRU. Quotas: the split of the capacity with the most hit tokens; groups then share nothing."
+    note = f"{WINDOWS[window]}. LRU. The quotas split the capacity so that hit tokens are most; groups with quotas share nothing."
     return Shown(
         Table(f"Hits by group, {trace.source}", columns, rows, note), _json(trace, window, records, capacities)
     )

@@ -1,4 +1,4 @@
-"""Tenants: what each hits in a shared cache, and the best split of a capacity into quotas of their own."""
+"""Hits by tenant: of each in a shared cache, and of each alone with the best split of the capacity into quotas."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class GroupHits:
     group: str
     requests: int
     total_tokens: int
-    shared_hit_tokens: int  # in one cache for all
-    quota_blocks: int  # the share that the best split gives it
-    quota_hit_tokens: int  # alone in that share
+    shared_hit_tokens: int  # in one cache that all tenants share
+    quota_blocks: int  # trace blocks that the best split gives to the tenant
+    quota_hit_tokens: int  # in a cache of its own of that size
 
 
 def group_hits(trace: Trace, capacity: float, window: Window = "all") -> list[GroupHits]:
-    """One row per tenant at a capacity in blocks, in the order in which tenants appear."""
+    """One row per tenant at a capacity in trace blocks, in the order in which tenants appear."""
     total = int(min(capacity, trace.num_unique))
     shared = group_curves(profile(trace), window)
     alone: list[HitCurve] = []
@@ -46,11 +46,11 @@ def group_hits(trace: Trace, capacity: float, window: Window = "all") -> list[Gr
 
 
 def split(curves: list[HitCurve], capacity: int) -> list[int]:
-    """Quotas in blocks that give the most hit tokens, by the best gain per block along each curve's concave hull.
+    """Quotas in trace blocks with the most hit tokens, chosen by the gain per trace block along the concave hull of each curve.
 
-    Optimal for concave curves; where a curve is not, its last hull edge may be cut, which costs at most that edge's gain.
+    The split is optimal for concave curves. Of other curves the last edge of the hull may be cut, which costs at most its gain.
     """
-    edges: list[tuple[float, int, int, int]] = []  # gain per block (negative to sort), curve, from, to
+    edges: list[tuple[float, int, int, int]] = []  # gain per trace block (negative, for sorting), curve, from, to
     for index, curve in enumerate(curves):
         corners = _hull(curve.hit_tokens.astype(np.float64))
         for low, high in pairwise(corners):
@@ -67,7 +67,7 @@ def split(curves: list[HitCurve], capacity: int) -> list[int]:
 
 
 def _hull(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
-    """Indices of the upper concave hull."""
+    """Indices of the corners of the upper concave hull."""
     # Only points where the curve rises can be corners.
     candidates = [0, *(np.flatnonzero(np.diff(values) > 0) + 1).tolist()]
     corners: list[int] = []

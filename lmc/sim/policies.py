@@ -1,4 +1,4 @@
-"""Which engine answers for a policy: the stack engine for plain LRU, an oracle for Belady, a compiled replay for every other one."""
+"""Computes the hits of a policy by its name: by the stack for plain LRU, by an oracle for Belady, by a compiled replay otherwise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_policies(names: Sequence[str]) -> None:
 class Hits(NamedTuple):
     blocks: int
     tokens: int
-    squares: int  # sum of squared hit tokens of the requests: the attention work that they save
+    squares: int  # sum over requests of the squared hit tokens, which measures the attention work that they save
 
 
 def hits_at(
@@ -39,7 +39,7 @@ def hits_at(
     curve: HitCurve,
     options: ReplayOptions = PLAIN,
 ) -> list[Hits]:
-    """Hits of the window at each capacity in blocks; curve is plain LRU's."""
+    """Hits of the window at each capacity in trace blocks. `curve` is that of plain LRU."""
     trace = stack.trace
     if policy == "lru" and options == PLAIN:
         squares = hit_squares(stack, window)
@@ -55,10 +55,12 @@ def hits_at(
 def replay_named(
     trace: Trace, policy: str, capacities: Sequence[float], options: ReplayOptions = PLAIN
 ) -> list[PolicyHits]:
-    """One run per capacity. A capacity beyond the unique blocks, infinity too, is one that never evicts."""
+    """One result per capacity. A capacity above the number of unique trace blocks, such as infinity, never evicts."""
     sizes = [int(min(capacity, trace.num_unique)) for capacity in capacities]
     if policy != BOUND:
         return replay_policy(trace, get_policy(policy), sizes, options)
     if options != PLAIN:
-        raise ConfigError("belady is the bound of a plain cache; leave it out with admission, watermark, delay or TTL")
+        raise ConfigError(
+            "belady is the bound of a plain cache; remove it, or the options for admission, watermark, delay and TTL"
+        )
     return belady_hits(trace, sizes)

@@ -1,11 +1,12 @@
 """Replays a trace through one eviction policy at given capacities.
 
-The kernel is the array twin of the directory: it calls the functions of lmc.cache.policy in the same order. Numba compiles it once for each
-policy from the very source that the live cache interprets, and keeps the result on disk; the kernel also runs interpreted, which is how the
-tests hold the two together. Capacities run in parallel on threads (the compiled kernel releases the GIL).
+The kernel does with arrays what the directory does with objects: it calls the functions of lmc.cache.policy in the same order. Numba
+compiles it once for each policy, from the source that the live cache interprets, and keeps the result on disk. The kernel also runs
+interpreted, so that the tests can compare the two. Capacities run in parallel on threads, because the compiled kernel releases the GIL.
 
-A request looks its chain up in the cache as it stands (hits: the longest prefix that is there), makes room, stores the missing blocks from
-the last to the first and then touches the others, also from the last to the first. A request longer than the cache keeps its first blocks.
+A request looks its chain up in the cache (its hit is the longest resident prefix), makes room, stores the missing trace blocks from the
+last to the first and then touches the others, also from the last to the first. Of a request longer than the cache only the first trace
+blocks are kept.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ Kernel = Callable[..., tuple[int, int]]
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """What can differ from a cache that stores everything at once and evicts one block for one block."""
+    """Deviations from a cache that stores everything at once and evicts one trace block for each new one."""
 
-    admit_touches: int = 1  # a block is stored when it is requested for the n-th time
+    admit_touches: int = 1  # a trace block is stored when it is requested for the n-th time
     low_watermark: float = 1.0  # a full cache evicts down to this share of its capacity
-    write_delay_s: float = 0.0  # a stored block is readable only this much later
-    ttl_s: float = float("inf")  # a block is dropped when its time to live is over
-    ttl_sliding: bool = True  # a touch renews it; False: it counts from when the block was stored
+    write_delay_s: float = 0.0  # time from the store until a trace block is readable
+    ttl_s: float = float("inf")  # a trace block is dropped when its time to live is over
+    ttl_sliding: bool = True  # a touch renews the time to live; False: it counts from the store
 
     def __post_init__(self) -> None:
         if self.admit_touches < 1:
@@ -56,20 +57,20 @@ PLAIN = ReplayOptions()
 
 @dataclass(frozen=True, eq=False)
 class PolicyHits:
-    """What one policy did at one capacity."""
+    """The result of one policy at one capacity."""
 
     policy: str
-    capacity: int  # blocks
-    request_hits: Int32  # (num_requests,) blocks found
-    evictions: int  # blocks evicted for room; expired ones do not count
-    resident: int  # blocks there at the end
-    victims: Int32 = field(repr=False)  # (evictions,) in order, if asked for
+    capacity: int  # trace blocks
+    request_hits: Int32  # (num_requests,) trace blocks found
+    evictions: int  # trace blocks evicted to make room; expired ones do not count
+    resident: int  # trace blocks resident at the end
+    victims: Int32 = field(repr=False)  # (evictions,) in order, if they were logged
 
     def hit_blocks(self, trace: Trace, window: Window = "all") -> int:
         return int(self.request_hits[trace.first_request(window) :].sum(dtype=np.int64))
 
     def hit_tokens(self, trace: Trace, window: Window = "all") -> int:
-        """A last, partial block is worth the tokens it has."""
+        """Hit tokens of the window. A partial last trace block counts the tokens that it has."""
         first = trace.first_request(window)
         tokens = self.request_hits[first:].astype(np.int64) * trace.block_tokens
         return int(np.minimum(tokens, trace.input_tokens[first:]).sum())
@@ -85,10 +86,10 @@ def replay_policy(
     log_victims: bool = False,
     compiled: bool = True,
 ) -> list[PolicyHits]:
-    """One result for each capacity (in blocks), in their order. workers is the number of threads, by default one a core."""
+    """One result for each capacity (in trace blocks), in their order. workers is the number of threads; default: one per core."""
     wanted = [int(capacity) for capacity in capacities]
     if any(capacity < 1 for capacity in wanted):
-        raise ConfigError(f"a capacity must be at least one block, not {min(wanted)}")
+        raise ConfigError(f"a capacity must be at least one trace block, not {min(wanted)}")
     kernel = compiled_kernel(spec) if compiled else make_kernel(spec)
     if not compiled:
         return [_replay_one(trace, spec, kernel, capacity, options, log_victims) for capacity in wanted]
@@ -121,9 +122,9 @@ def _replay_one(
         victims,
         np.zeros(num_nodes, dtype=np.uint8),  # there
         np.zeros(num_nodes, dtype=np.int32),  # holds
-        np.zeros(num_nodes if options.admit_touches > 1 else 0, dtype=np.int32),  # requested, so often
+        np.zeros(num_nodes if options.admit_touches > 1 else 0, dtype=np.int32),  # requested: how often
         np.zeros(num_nodes if options.write_delay_s > 0 else 0, dtype=np.float64),  # ready_s
-        # Blocks by when their time to live began; those past it that must wait for their children are late, out of the list.
+        # A list of trace blocks by the begin of their time to live. Late ones are past it but wait for their children, outside the list.
         np.zeros(num_nodes if expires else 0, dtype=np.float64),
         np.zeros(num_nodes if expires else 0, dtype=np.uint8),
         np.arange(num_nodes + 1 if expires else 1, dtype=np.int32),
@@ -134,7 +135,7 @@ def _replay_one(
 
 @cache
 def compiled_kernel(spec: PolicySpec) -> Kernel:
-    """The kernel of a policy, compiled on first use or read from Numba's cache on disk."""
+    """The kernel of a policy. It is compiled on first use, or read from Numba's cache on disk."""
     from numba import njit
     from numba.extending import register_jitable
 
@@ -144,19 +145,19 @@ def compiled_kernel(spec: PolicySpec) -> Kernel:
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 register_jitable(_nrt=False)(function)
     source = make_kernel(spec)
-    # Numba keeps one index file a function name and watches only that function's file. A name with the policy and a digest of its source
-    # makes an edited policy another entry, and the index of one policy never needs the modules of another.
+    # Numba keeps one index file per function name and watches only the file of that function. With the policy and a digest of its source in
+    # the name, an edited policy gets a new entry, and the index of one policy never needs the modules of another.
     digest = hashlib.blake2b(digest_size=8)
     for module in modules:
         digest.update(Path(inspect.getfile(module)).read_bytes())
     source.__qualname__ = f"kernel_{spec.name}_{digest.hexdigest()}"
-    # Without reference counting of arrays: they all come from outside, and counting costs more than the policies.
+    # No reference counting of arrays: they all belong to the caller, and counting costs more than the policies.
     kernel: Kernel = njit(cache=True, nogil=True, _nrt=False)(source)
     return kernel
 
 
 def _modules(spec: PolicySpec) -> list[Any]:  # Any: module objects
-    """The modules under lmc.cache.policy whose functions a policy uses, itself first."""
+    """The modules under lmc.cache.policy whose functions a policy uses; its own module is the first."""
     found: list[Any] = []
     waiting = [sys.modules[spec.on_hit.__module__]]
     while waiting:
@@ -287,7 +288,7 @@ def make_kernel(spec: PolicySpec) -> Kernel:
                 else:
                     on_hit(state, node, now)
                 if expires and (index >= found or ttl_sliding):
-                    # A block that was computed again, because it was late or not readable yet, is stored again.
+                    # A trace block that was computed again, because it was late or not readable yet, is stored again.
                     if late[node]:
                         late[node] = 0
                     elif index < present:

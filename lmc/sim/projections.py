@@ -1,7 +1,7 @@
-"""What one stack pass also answers exactly: sliding TTL x capacity, tiers, groups, and hits weighted by prefill work.
+"""Exact results that follow from one stack pass: hits by sliding TTL and capacity, hits by tenant, and hits weighted by prefill work.
 
-Not everything projects. A TTL that touches don't renew, a lower tier that hits in the upper one don't touch, admission and watermarks
-need a replay (lmc.sim.policy_replay, lmc.sim.full_replay).
+Other questions need a replay (lmc.sim.policy_replay, lmc.sim.full_replay): a TTL that touches do not renew, a lower tier that hits in the
+upper one do not touch, admission and watermarks.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from lmc.compiled import compiled
 from lmc.sim.stack import HitCurve, StackProfile, hit_curve
 from lmc.sim.trace import Int32, Int64, Window
 
-Hits = tuple[int, int]  # blocks, tokens
+Hits = tuple[int, int]  # trace blocks, tokens
 
 
 def ttl_plane(
     stack: StackProfile, ttls_s: Sequence[float], capacities: Sequence[float], window: Window = "all"
 ) -> list[list[Hits]]:
-    """Hits by TTL (outer) and capacity in blocks (inner); a block is dropped when it was not touched for longer than the TTL."""
+    """Hits by TTL (outer) and capacity in trace blocks (inner). A trace block is dropped if it was not touched for longer than the TTL."""
     curves = (hit_curve(stack, window, stack.age_s <= ttl_s) for ttl_s in ttls_s)
     return [[curve.at(capacity) for capacity in capacities] for curve in curves]
 
 
 def group_curves(stack: StackProfile, window: Window = "all") -> dict[str, HitCurve]:
-    """A curve for each tenant, all of them in one shared cache: their hits add up to the whole curve's."""
+    """A curve for each tenant of one shared cache. Their hits add up to those of the whole curve."""
     trace = stack.trace
     curves = {}
     for code, name in enumerate(trace.tenant_names):
@@ -40,7 +40,7 @@ def group_curves(stack: StackProfile, window: Window = "all") -> dict[str, HitCu
 
 
 def hit_squares(stack: StackProfile, window: Window = "all") -> Int64:
-    """(num_unique + 1,) sum of squared hit tokens of the requests, at every capacity: the attention work that the hits save."""
+    """(num_unique + 1,) sum of the requests' squared hit tokens at every capacity, which measures the attention work that hits save."""
     trace = stack.trace
     begin = int(np.searchsorted(stack.request, trace.first_request(window)))
     return _squares(

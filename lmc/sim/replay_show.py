@@ -1,4 +1,4 @@
-"""A full replay from a settings file, and its table and JSON."""
+"""Runs a full replay with the settings of a file, and builds its table and JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def replay_settings(
     cost: CostModel | None,
     token_bytes: int,
 ) -> ReplayResult:
-    """Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that the trace cannot show."""
+    """Replay the trace. Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that does not fit."""
     require_blocks(trace)
     config = load_settings(settings).config
     chunked = coarsen(trace, chunk_tokens_for(config, trace.block_tokens))
@@ -58,7 +58,7 @@ def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
     ]
     note = f"100 % is {total:,} input tokens; {WINDOWS[window]}. Chunks of {result.trace.block_tokens:,} tokens."
     if timed:
-        note += " Prompts are computed one after the other; decoding is left out."
+        note += " Prompts are computed one after the other; decoding is not simulated."
     json: dict[str, Any] = {  # Any: JSON
         "trace": trace_json(result.trace),
         "window": window,
@@ -70,5 +70,5 @@ def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
         "requests_by_instance": np.bincount(result.instance[first:]).tolist(),
         "notes": list(result.trace.notes),
     }
-    columns = [Column("what"), Column("value"), Column("share"), Column("unit")]
+    columns = [Column("figure"), Column("value"), Column("share"), Column("unit")]
     return Shown(Table(f"Replay of {result.trace.source}", columns, rows, note), json)

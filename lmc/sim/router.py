@@ -1,4 +1,4 @@
-"""Which of several engine instances gets a request."""
+"""Chooses the engine instance that gets a request."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lmc.cache.keys import ChunkKey
 from lmc.errors import ConfigError
 
 Routing = Literal["round-robin", "prefix"]
-_WORTH_FOLLOWING = 2  # a shorter match is a prompt that everybody shares
+_WORTH_FOLLOWING = 2  # chunks; a shorter match may be a system prompt that all requests share
 
 
 class Router:
-    """prefix: the instance that last served the longest known prefix, else the one that got the fewest prompt tokens so far."""
+    """With "prefix", the instance that last served the longest known prefix is chosen, else the one with the fewest prompt tokens."""
 
     def __init__(self, routing: Routing, instances: int) -> None:
         if instances < 1:
-            raise ConfigError(f"{instances} instances cannot serve; at least 1 is needed")
+            raise ConfigError(f"{instances} instances cannot serve; choose at least 1")
         if routing not in get_args(Routing):
             raise ConfigError(f"unknown routing {routing!r}; there are {', '.join(get_args(Routing))}")
         self._routing = routing

@@ -1,4 +1,4 @@
-"""Which requests belong together: the trace's own sessions, or conversations that are inferred from growing prompts."""
+"""Finds the requests that belong together: the sessions of the trace, or conversations that are inferred from growing prompts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lmc.sim.trace import Int32, Int64
 def sessions_of(stack: StackProfile) -> tuple[Int32, bool]:
     """(num_requests,) session numbers without gaps, and whether the trace named them.
 
-    Where it does not, a request continues the request that last touched its deepest known block if it holds all full blocks of it, and at
-    least two: a prompt that contains a whole earlier prompt is taken as the next turn. Common templates can so join strangers; that makes
-    sessions too long, and intervals that are drawn over sessions too wide rather than too narrow.
+    If it does not, a prompt that contains a whole earlier prompt counts as its next turn: a request continues the request that last touched
+    its deepest known trace block, provided that it holds all full trace blocks of that request, and at least two. A common template can
+    join unrelated requests. That makes sessions too long, and intervals that are drawn over sessions too wide rather than too narrow.
     """
     trace = stack.trace
     if (trace.sessions >= 0).all():

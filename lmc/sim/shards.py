@@ -1,9 +1,10 @@
-"""SHARDS: an LRU miss-ratio curve from a sample of the blocks (Waldspurger et al., FAST 2015), with its error measured.
+"""SHARDS: estimates an LRU miss-ratio curve and its error from a sample of the trace blocks (Waldspurger et al., FAST 2015).
 
-A block is in the sample by a hash of its id, so all its accesses are or none; because a prefix hit is a plain stack hit, sampling blocks is
-valid for chains too. Distances are scaled by 1 / rate. Only the misses for want of room are estimated (sampled ones / rate); first accesses
-miss at any size and are counted, not sampled. So a block that every request holds, sampled or not, does not shift the curve, which is what
-the paper's SHARDS-adj is for, and the curve ends exactly at the unlimited cache. The error is the spread over independent samples.
+A hash of its id decides whether a trace block is in the sample, so all its accesses are in it or none. A prefix hit is a plain stack hit,
+so sampling is valid for chains too. Distances are scaled by 1 / rate. Only misses for lack of room are estimated (those in the sample /
+rate). First accesses miss at any size; they are counted exactly. So a trace block that every request holds does not shift the curve,
+sampled or not (the paper's SHARDS-adj corrects for that), and the curve ends exactly at the hits of an unlimited cache. The error is the
+spread over independent samples.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ _RUNS = 5
 @dataclass(frozen=True, eq=False)
 class Estimate:
     capacities: Sequence[float]
-    block_hit_rate: Float64  # (num_capacities,) mean over the runs, of all blocks of the window
+    block_hit_rate: Float64  # (num_capacities,) hits / all trace blocks of the window, mean over the runs
     token_hit_rate: Float64
-    error: Float64  # (num_capacities,) standard error of that mean, token hit rate
-    sampled_blocks: int  # accesses simulated, all runs together
+    error: Float64  # (num_capacities,) standard error of the token hit rate
+    sampled_blocks: int  # simulated accesses of all runs together
 
 
 def estimate(
     trace: Trace, rate: float, capacities: Sequence[float], window: Window = "all", runs: int = _RUNS, seed: int = 0
 ) -> Estimate:
-    """Hit rates at capacities in blocks. Raises ConfigError for a rate that is no share or that samples next to nothing."""
+    """Hit rates at capacities in trace blocks. Raises ConfigError for a rate that is no share or samples fewer than two trace blocks."""
     if not 0 < rate <= 1:
         raise ConfigError(f"sampling rate {rate} is no share; choose more than 0 and at most 1")
     blocks, tokens, accesses = [], [], 0
@@ -40,7 +41,7 @@ def estimate(
         chosen = _chosen(trace.num_unique, rate, seed * 1_000_003 + run)
         if chosen.sum() < 2:
             raise ConfigError(
-                f"sampling rate {rate} leaves {chosen.sum()} of {trace.num_unique} blocks; choose a higher rate"
+                f"sampling rate {rate} leaves {chosen.sum()} of {trace.num_unique} trace blocks; choose a higher rate"
             )
         by_block, by_token, used = _one_run(trace, chosen, rate, capacities, window)
         blocks.append(by_block)
@@ -69,7 +70,7 @@ def _one_run(
 
 
 def _chosen(num_unique: int, rate: float, seed: int) -> Marks:
-    """Which blocks are in the sample: a hash of id and seed (splitmix64) below the rate."""
+    """(num_unique,) whether each trace block is in the sample: its hash of id and seed (splitmix64) is below the rate."""
     value = np.arange(num_unique, dtype=np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % 2**64)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -78,7 +79,7 @@ def _chosen(num_unique: int, rate: float, seed: int) -> Marks:
 
 
 def _sample(trace: Trace, taken: Marks, chosen: Marks) -> Trace:
-    """The chosen blocks only. Parents are not needed by the stack pass and are left out."""
+    """The trace with the chosen trace blocks only. It has no parents, because the stack pass does not need them."""
     before = np.concatenate(([0], np.cumsum(taken, dtype=np.int64)))
     number = np.cumsum(chosen, dtype=np.int32) - np.int32(1)
     return replace(
@@ -90,7 +91,7 @@ def _sample(trace: Trace, taken: Marks, chosen: Marks) -> Trace:
 
 
 def _block_tokens(trace: Trace) -> Int64:
-    """(num_blocks,) tokens of each access: full blocks, but for partial last ones."""
+    """(num_blocks,) tokens of each access: a full trace block, or the rest in a partial last one."""
     weights = np.full(trace.num_blocks, trace.block_tokens, dtype=np.int64)
     sizes = np.diff(trace.starts)
     some = sizes > 0

@@ -1,4 +1,4 @@
-"""A remote tier that several instances share: it evicts what was used longest ago, and nobody else knows what it holds."""
+"""A remote tier that several instances share. It evicts the least recently used chunk; instances must ask what it holds."""
 
 from __future__ import annotations
 

@@ -23,19 +23,19 @@ class Shown:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the table must know."""
+        """Notes that belong under the table."""
         return tuple(self.json["notes"])
 
 
 def parse_window(text: str) -> Window:
-    """Raises ConfigError."""
+    """The window of that name. Raises ConfigError."""
     if text not in WINDOWS:
         raise ConfigError(f"unknown window {text!r}; there are {', '.join(WINDOWS)}")
     return text
 
 
 def trace_json(trace: Trace) -> dict[str, Any]:
-    """What a result says about its trace. Any: JSON."""
+    """The description of the trace in every result. Any: JSON."""
     return {
         "source": trace.source,
         "format": trace.format,

@@ -1,12 +1,14 @@
-"""Exact prefix-LRU hits for all capacities in one pass over a trace.
+"""Computes the exact prefix-LRU hits for all capacities in one pass over a trace.
 
-Lookups see the cache as it is when the request arrives; then the request touches its blocks from the last to the first. A parent is so
-always younger than its child, the resident set is closed under prefixes, and a prefix hit is a plain LRU stack hit: a block is found by
-every cache of at least its *rank*, its place in the stack (1 is the youngest). A request longer than the cache keeps its first blocks.
-(Mattson et al. 1970 for stacks; the LiteHit notes of alibaba/tair-kvcache for frozen lookups and tail-to-head touches.)
+A lookup sees the cache as it is when the request arrives; then the request touches its trace blocks from the last to the first. So a
+parent is always younger than its child, the resident set is closed under prefixes, and a prefix hit is a plain LRU stack hit: a cache
+holds a trace block if its capacity is at least the block's *rank*, its place in the stack (1 is the youngest). Of a request longer than the
+cache only the first trace blocks are kept. (Mattson et al. 1970 for stacks; the LiteHit notes of alibaba/tair-kvcache for frozen lookups
+and tail-to-head touches.)
 
-Blocks that one request touched last form one contiguous *segment* of the stack, in chain order. So the pass keeps a Fenwick tree over
-requests, not blocks, and writes one row per segment that a new request walks through. Everything else is computed from those rows.
+The trace blocks that one request touched last form one contiguous *segment* of the stack, in chain order. So the pass keeps a Fenwick tree
+over requests instead of trace blocks, and writes one row per segment that a new request walks through. Everything else is computed from
+those rows.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ Marks = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class StackProfile:
-    """All hits of a trace: blocks first..first+length-1 of a request had ranks above+1..above+length."""
+    """All hits of a trace: trace blocks first..first+length-1 of a request had ranks above+1..above+length."""
 
     trace: Trace
     request: Int32  # (num_segments,) never decreasing
     first: Int32  # position in the request's chain
     length: Int32
-    above: Int32  # blocks that are younger than the segment
+    above: Int32  # trace blocks that are younger than the segment
     previous: Int32  # the request that touched the segment last
 
     @property
@@ -41,7 +43,7 @@ class StackProfile:
 
 @dataclass(frozen=True, eq=False)
 class HitCurve:
-    """Hits of the measured requests at every capacity from 0 to the number of unique blocks."""
+    """Hits of the measured requests at every capacity from 0 to the number of unique trace blocks."""
 
     hit_blocks: Int64  # (num_unique + 1,)
     hit_tokens: Int64  # (num_unique + 1,)
@@ -49,18 +51,18 @@ class HitCurve:
     total_tokens: int
 
     def at(self, capacity: float) -> tuple[int, int]:
-        """Hit blocks and hit tokens at a capacity in blocks; infinity is allowed."""
+        """(hit trace blocks, hit tokens) at a capacity in trace blocks, which may be infinity."""
         index = int(min(capacity, self.hit_blocks.size - 1))
         return int(self.hit_blocks[index]), int(self.hit_tokens[index])
 
 
 def profile(trace: Trace) -> StackProfile:
-    """The one pass. Time O(blocks + segments * log live requests), memory 4 bytes a unique block and 20 bytes a segment."""
+    """The pass. It takes time O(trace blocks + segments * log live requests) and 4 bytes per unique trace block, 20 per segment."""
     return StackProfile(trace, *_walk(trace.ids, trace.starts, trace.num_unique))
 
 
 def hit_curve(stack: StackProfile, window: Window = "all", rows: Marks | None = None) -> HitCurve:
-    """Hits of the window's requests at every capacity; rows, if given, marks the segments that count as hits at all."""
+    """Hits of the window's requests at every capacity. `rows`, if given, marks the segments that can count as hits."""
     trace = stack.trace
     start = trace.first_request(window)
     begin = int(np.searchsorted(stack.request, start))
@@ -78,9 +80,9 @@ def hit_curve(stack: StackProfile, window: Window = "all", rows: Marks | None = 
 
 
 def request_hits(stack: StackProfile, capacity: float, max_age_s: float = np.inf) -> Int64:
-    """(num_requests,) hit blocks of each request at one capacity, counting only blocks touched within max_age_s (a sliding TTL).
+    """(num_requests,) trace blocks that hit at one capacity, counting only those touched within max_age_s (a sliding TTL).
 
-    Exact with a TTL too: blocks past a sliding TTL are the oldest ones, so they lie below every block that is still alive.
+    The TTL is exact: expired trace blocks are the oldest ones, so they lie below all others in the stack.
     """
     hits = np.clip(int(min(capacity, stack.trace.num_unique)) - stack.above.astype(np.int64), 0, stack.length)
     if max_age_s < np.inf:
@@ -90,14 +92,17 @@ def request_hits(stack: StackProfile, capacity: float, max_age_s: float = np.inf
 
 @compiled()
 def _walk(ids: Int32, starts: Int64, num_unique: int) -> tuple[Int32, Int32, Int32, Int32, Int32]:
-    """Requests take *slots* in order of time; a slot counts the blocks that its request was the last to touch, and a Fenwick tree sums
-    them up. When all slots are taken, those of live requests are closed up."""
+    """(request, first, length, above, previous) of all segments.
+
+    Requests take *slots* in order of time. A slot counts the trace blocks that its request was the last to touch, and a Fenwick tree sums
+    the counts. When all slots are taken, those of live requests are moved together.
+    """
     num_requests = starts.size - 1
     size = 4096
     while 8 * size < num_unique:
         size *= 2
-    last = np.full(num_unique, -1, dtype=np.int32)  # slot of the request that touched the block last
-    slots = np.zeros((size, 2), dtype=np.int32)  # blocks, request; side by side, so that one read gets both
+    last = np.full(num_unique, -1, dtype=np.int32)  # slot of the request that touched the trace block last
+    slots = np.zeros((size, 2), dtype=np.int32)  # trace blocks, request; side by side, so that one read gets both
     tree = np.zeros(size + 1, dtype=np.int32)
     used = 0
     resident = 0
@@ -165,7 +170,7 @@ def _walk(ids: Int32, starts: Int64, num_unique: int) -> tuple[Int32, Int32, Int
 
 @compiled()
 def _close_up(slots: Int32, last: Int32) -> int:
-    """Move live slots together, in order, and tell the blocks. Returns how many there are."""
+    """Move the live slots together, in order, and update `last`. Returns the number of live slots."""
     moved = np.empty(slots.shape[0], dtype=np.int32)
     live = 0
     for slot in range(slots.shape[0]):
@@ -217,9 +222,9 @@ def _curves(
     block_tokens: int,
     num_unique: int,
 ) -> tuple[Int64, Int64]:
-    """Sum second differences: a segment adds one hit at each of its ranks, so it is two entries."""
+    """Sum up second differences: a segment adds one hit at each of its ranks, so it makes two entries."""
     blocks = np.zeros(num_unique + 2, dtype=np.int64)
-    missing = np.zeros(num_unique + 2, dtype=np.int64)  # tokens that last blocks lack to be full, by rank
+    missing = np.zeros(num_unique + 2, dtype=np.int64)  # by rank, the tokens that partial last trace blocks lack
     for row in range(request.size):
         owner = request[row]
         low = above[row] + 1
@@ -229,7 +234,7 @@ def _curves(
         begin = first[row]
         end = begin + length[row]
         full = input_tokens[owner] // block_tokens
-        for position in range(max(begin, full), end):  # nothing but the partial last block, in a sound trace
+        for position in range(max(begin, full), end):  # only the partial last one, in a correct trace
             has = min(max(input_tokens[owner] - position * block_tokens, 0), block_tokens)
             missing[low + position - begin] += block_tokens - has
     tokens = np.empty(num_unique + 1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Everything that `lmc sim report` shows of a trace, computed once: curves, policies, chunk sizes, TTL plane, tier grid, times."""
+"""Computes all that `lmc sim report` shows of a trace: curves, policies, chunk sizes, TTLs, tier sizes, times."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from lmc.sim.trace import Float64, Trace, Window, coarsen, require_blocks
 WINDOWS: tuple[Window, ...] = ("all", "last-half")
 _CHUNK_FACTORS = (1, 2, 4, 8)
 _TTLS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 86400.0, float("inf"))
-_GRID = 8  # tier sizes a side
+_GRID = 8  # sizes of each tier
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
     trace: Trace
     stack: StackProfile
-    curves: dict[Window, HitCurve]  # LRU, blocks as recorded
-    sizes: list[int]  # capacities in blocks of the policy runs
-    rows: dict[Window, list[Row]]  # every policy, Belady and LRU at the sizes
+    curves: dict[Window, HitCurve]  # LRU, trace blocks as recorded
+    sizes: list[int]  # capacities of the policy runs in trace blocks
+    rows: dict[Window, list[Row]]  # every policy, Belady and LRU at these sizes
     chunk_curves: dict[int, HitCurve]  # LRU by chunk size, all requests, full chunks only
     ttls_s: list[float]
     ttl_rates: Float64  # (ttls, sizes) token hit rate
     tier_sizes: list[int]
-    exclusive_rates: Float64  # (host, disk) token hit rate of both together
-    priced: list[TierPoint]  # host only, one for each size, with a cost model; else empty
+    exclusive_rates: Float64  # (host sizes, disk sizes) token hit rate of both together
+    priced: list[TierPoint]  # host only, one for each size; empty without a cost model
 
     def best(self, window: Window, size: int) -> Row:
-        """The row with the most hits of a policy that knows no future."""
+        """The row with the most hits among the policies, which do not know the future as Belady does."""
         rows = [row for row in self.rows[window] if row.capacity_blocks == size and row.policy != BOUND]
         return max(rows, key=lambda row: row.hit_tokens)
 
 
 def make_study(trace: Trace, policies: Sequence[str] = (), num_sizes: int = 20, cost: CostModel | None = None) -> Study:
-    """policies: those to replay; none means all. Raises TraceError for a trace without blocks."""
+    """Compute the study. `policies` are replayed; none means all. Raises TraceError for a trace without trace blocks."""
     require_blocks(trace)
     stack = profile(trace)
     curves = {window: hit_curve(stack, window) for window in WINDOWS}
@@ -79,7 +79,7 @@ def make_study(trace: Trace, policies: Sequence[str] = (), num_sizes: int = 20, 
 def _policy_rows(
     trace: Trace, names: Sequence[str], sizes: Sequence[int], curves: dict[Window, HitCurve]
 ) -> dict[Window, list[Row]]:
-    """Policies one after the other, their sizes in parallel: the kernels of one policy are compiled once."""
+    """Policies run one after the other and their sizes in parallel, so that the kernel of a policy is compiled once."""
     rows: dict[Window, list[Row]] = {window: [] for window in WINDOWS}
     for window in WINDOWS:
         rows[window] += [_row("lru", trace, size, *curves[window].at(size), curves[window]) for size in sizes]
@@ -96,6 +96,6 @@ def _row(policy: str, trace: Trace, size: int, blocks: int, tokens: int, curve: 
 
 
 def _spread(largest: int, count: int) -> list[int]:
-    """Sizes from a thousandth of the unique blocks to all of them, evenly on a log scale."""
+    """Sizes from a thousandth of the unique trace blocks to all of them, evenly on a log scale."""
     smallest = max(1, largest // 1000)
     return sorted({round(float(size)) for size in np.geomspace(smallest, largest, count)})

@@ -1,4 +1,4 @@
-"""The report of a full study: one HTML page, its pictures, its rows as CSV."""
+"""Writes the report of a study: one HTML page, its pictures, and its rows as CSV."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARES = (0.01, 0.03, 0.10, 0.30, 1.0)
 
 
 def write_report(study: Study, folder: Path, command: str, origin: str = "") -> Path:
-    """Writes report.html, its pictures and rows.csv. Returns the page."""
+    """Write report.html, its pictures and rows.csv. Returns the path of the page."""
     page = _page(study, command, origin)
     report.write_pictures(folder, page)
     report.write_file(folder / "rows.csv", report.table_csv(_rows(study)))
@@ -65,8 +65,8 @@ def _summary(study: Study) -> str:
     warm = study.curves["last-half"]
     warm_ceiling = warm.at(float("inf"))[1] / max(warm.total_tokens, 1)
     return (
-        f"{trace.num_requests:,} requests with {format_count(trace.num_tokens)} input tokens in {trace.num_unique:,} unique blocks of "
-        f"{trace.block_tokens:,} tokens. An unlimited cache would hit {format_percent(ceiling)} of the input tokens, "
+        f"{trace.num_requests:,} requests with {format_count(trace.num_tokens)} input tokens in {trace.num_unique:,} unique "
+        f"trace blocks of {trace.block_tokens:,} tokens. An unlimited cache would hit {format_percent(ceiling)} of the input tokens, "
         f"{format_percent(warm_ceiling)} in the last half of the requests."
     )
 
@@ -77,8 +77,10 @@ def _memory_text(study: Study) -> str:
     parts = []
     for share in (0.5, 0.8, 0.9, 0.99):
         blocks = int((curve.hit_tokens >= share * most).argmax())
-        parts.append(f"{share:.0%} with {blocks:,} blocks ({format_count(blocks * study.trace.block_tokens)} tokens)")
-    return f"LRU reaches these shares of what an unlimited cache would hit: {', '.join(parts)}."
+        parts.append(
+            f"{share:.0%} with {blocks:,} trace blocks ({format_count(blocks * study.trace.block_tokens)} tokens)"
+        )
+    return f"LRU reaches these shares of the hits of an unlimited cache: {', '.join(parts)}."
 
 
 def _policy_text(study: Study) -> str:
@@ -87,13 +89,11 @@ def _policy_text(study: Study) -> str:
         wins[study.best("all", size).policy] = wins.get(study.best("all", size).policy, 0) + 1
     ranked = sorted(wins.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{policy} at {count}" for policy, count in ranked)
-    return (
-        f"Most hits of all policies that know no future, by number of capacities ({len(study.sizes)} in all): {shown}."
-    )
+    return f"Number of capacities ({len(study.sizes)} in all) at which a policy has the most hits, Belady's bound excluded: {shown}."
 
 
 def _shares_table(study: Study) -> Table:
-    """At the capacities of the study that are nearest to shares of the unique blocks."""
+    """Hits at the capacities of the study that are nearest to _SHARES of the unique trace blocks."""
     rows: list[list[Cell]] = []
     for share in _SHARES:
         size = min(study.sizes, key=lambda blocks: abs(blocks - share * study.trace.num_unique))
@@ -143,7 +143,7 @@ def _times_table(study: Study) -> Table:
         Column("saved prefill", "GPU h"),
         Column("cost", "$/M tokens", 4),
     ]
-    return Table("Times and money by the cost model", columns, rows, "All requests; LRU; no queueing.")
+    return Table("Times and money by the cost model", columns, rows, "All requests; LRU; without queueing.")
 
 
 def _rows(study: Study) -> Table:

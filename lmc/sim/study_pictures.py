@@ -1,4 +1,4 @@
-"""Pictures of a full study. Axes carry units; captions name denominators."""
+"""Draws the pictures of a study. Axes have units; captions name denominators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOKENS = "of the input tokens of the measured requests"
 
 
 def miss_ratios(study: Study) -> Figure:
-    """LRU at every capacity, Belady and the policies at theirs, cold and warm."""
+    """Draws the misses of LRU at every capacity, and of Belady and the policies at theirs, from a cold and from a warm cache."""
     picture, axes = new_axes(2, width=5.6)
     for axis, window in zip(axes, WINDOWS, strict=True):
         curve = study.curves[window]
@@ -57,7 +57,7 @@ def miss_ratios(study: Study) -> Figure:
 
 
 def policy_map(study: Study) -> Figure:
-    """Hits of each policy less LRU's, in points."""
+    """Draws the hits of each policy minus those of LRU, in percentage points."""
     rows = study.rows["all"]
     policies = sorted({row.policy for row in rows} - {"lru"}, key=lambda name: (name == BOUND, name))
     rate = {(row.policy, row.capacity_blocks): 100 * row.token_hit_rate for row in rows}
@@ -70,7 +70,7 @@ def policy_map(study: Study) -> Figure:
     axis.set_xticks(range(len(study.sizes)), _sizes(study, study.sizes), rotation=45, ha="right", fontsize=8)
     axis.set_xlabel(_capacity_label(study))
     axis.grid(False)
-    caption = f"Points of hit tokens above or below LRU of the same size ({_TOKENS}); {WINDOW_TEXT['all']}."
+    caption = f"Percentage points of hit tokens above or below LRU of the same size ({_TOKENS}); {WINDOW_TEXT['all']}."
     return to_figure(picture, "Policies against LRU", caption)
 
 
@@ -84,9 +84,7 @@ def chunk_sizes(study: Study) -> Figure:
     axis.set_xlabel("capacity (tokens of KV cache)")
     axis.set_ylabel("input tokens that hit (%)")
     axis.legend(frameon=False, fontsize=8, title="chunk", title_fontsize=8)
-    caption = (
-        f"LRU, full chunks only; a prompt's rest that fills no chunk always misses. Hits in % {_TOKENS}; all requests."
-    )
+    caption = f"LRU, full chunks only; the rest of a prompt that fills no chunk always misses. Hits in % {_TOKENS}; all requests."
     return to_figure(picture, "Hits by chunk size", caption)
 
 
@@ -105,12 +103,12 @@ def tier_map(study: Study) -> Figure:
     _heat(axis, 100 * study.exclusive_rates, labels, labels)
     axis.set_ylabel(f"host {_capacity_label(study)}")
     axis.set_xlabel(f"disk {_capacity_label(study)}")
-    caption = f"LRU, a block in one tier only; hits of both together in % {_TOKENS}; {WINDOW_TEXT['all']}."
+    caption = f"LRU, a trace block in one tier only; hits of both together in % {_TOKENS}; {WINDOW_TEXT['all']}."
     return to_figure(picture, "Hits of host and disk together", caption)
 
 
 def times(study: Study) -> Figure:
-    """Needs a cost model."""
+    """Draws time to first token by host capacity; the study must have a cost model."""
     picture, (axis,) = new_axes()
     sizes = [max(point.blocks["host"], study.sizes[0] / 2) for point in study.priced]
     for p, color in zip(PERCENTILES, (COLORS[2], COLORS[3], COLORS[1]), strict=True):
@@ -137,7 +135,7 @@ def _heat(axis: Any, values: Float64, rows: Sequence[str], columns: Sequence[str
 
 
 def _cells(axis: Any, values: Float64, write: Callable[[float], str]) -> None:  # Any: matplotlib
-    """Numbers in the cells of the image that was just drawn, white on dark ones."""
+    """Write numbers into the cells of the image that was just drawn, white on dark ones."""
     colors = axis.images[-1].to_rgba(values)[..., :3] @ np.array([0.3, 0.59, 0.11])
     for row in range(values.shape[0]):
         for column in range(values.shape[1]):
@@ -156,7 +154,7 @@ def _misses(curve: HitCurve, blocks: Int64) -> Float64:
 
 
 def _tokens(study: Study, blocks: Sequence[float] | Int64) -> Float64:
-    """Tokens, or GiB where the trace knows its bytes."""
+    """Capacities in trace blocks as tokens, or as GiB if the trace says how many bytes they have."""
     per_block = study.trace.block_bytes / 1024**3 if study.trace.block_bytes else study.trace.block_tokens
     return np.asarray(blocks, dtype=np.float64) * per_block
 

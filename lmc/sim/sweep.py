@@ -1,4 +1,4 @@
-"""A sweep: hits of policies x chunk sizes x capacities on one trace, as plain rows."""
+"""Sweeps policies, chunk sizes and capacities over one trace; the hits are plain rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lmc.sim.trace import Trace, Window, coarsen, require_blocks
 class Row:
     policy: str
     chunk_tokens: int
-    capacity_blocks: float  # chunks of chunk_tokens; infinity = no eviction
+    capacity_blocks: float  # of chunk_tokens each; infinity: no eviction
     hit_blocks: int
     total_blocks: int
     hit_tokens: int
     total_tokens: int
-    error: float | None = None  # standard error of the token hit rate, where it is an estimate
-    hit_bytes: int | None = None  # where the bytes of a token are known
-    saved_prefill_s: float | None = None  # GPU seconds that the hits save, with a cost model
+    error: float | None = None  # standard error of the token hit rate, if that is an estimate
+    hit_bytes: int | None = None  # None if the bytes of a token are not known
+    saved_prefill_s: float | None = None  # GPU seconds that the hits save; None without a cost model
 
     @property
     def token_hit_rate(self) -> float:
@@ -45,7 +45,7 @@ class Sweep:
 
     @property
     def totals(self) -> dict[int, int]:
-        """Measured blocks by chunk size."""
+        """Measured trace blocks by chunk size."""
         return {row.chunk_tokens: row.total_blocks for row in self.rows}
 
 
@@ -58,7 +58,10 @@ def run_sweep(
     options: ReplayOptions = PLAIN,
     cost: CostModel | None = None,
 ) -> Sweep:
-    """Rows in the order chunk size, policy, capacity. Without chunk sizes the blocks are taken as recorded, partial last ones too."""
+    """Rows in the order chunk size, policy, capacity. Without chunk sizes the recorded trace blocks are used, with partial last ones.
+
+    Raises ConfigError for an unknown policy or a capacity that cannot be used, TraceError for a trace without trace blocks.
+    """
     require_blocks(trace)
     check_policies(policies)
     rows: list[Row] = []
@@ -99,10 +102,10 @@ def sample_sweep(
     chunk_sizes: Sequence[int],
     rate: float,
 ) -> Sweep:
-    """LRU estimated from a share of the blocks. Raises ConfigError for any other policy."""
+    """Hits of LRU, estimated from a share of the trace blocks. Raises ConfigError for any other policy."""
     require_blocks(trace)
     if list(policies) != ["lru"]:
-        raise ConfigError("--shards estimates lru only; leave --policy out")
+        raise ConfigError("--shards estimates lru only; remove --policy")
     rows: list[Row] = []
     accesses = 0
     notes = list(trace.notes)
@@ -119,6 +122,6 @@ def sample_sweep(
             error = float(found.error[index])
             rows.append(Row("lru", chunked.block_tokens, size, hit_blocks, blocks, hit_tokens, tokens, error))
     notes.append(
-        f"estimated from {rate:.4g} of the blocks, {accesses:,} sampled accesses in all; error is the standard error"
+        f"the hits are estimated from {rate:.4g} of the trace blocks ({accesses:,} sampled accesses); the error is the standard error"
     )
     return Sweep(trace, window, rows, {}, tuple(notes))

@@ -13,7 +13,7 @@ from lmc.sim.sweep import Row, Sweep
 
 
 def row_json(row: Row) -> dict[str, Any]:
-    """Any: JSON. An unlimited capacity is written "inf", because JSON has no infinity."""
+    """A row; an unlimited capacity is written "inf", because JSON has no infinity. Any: JSON."""
     capacity = show_capacity(row.capacity_blocks)
     return {
         "policy": row.policy,
@@ -43,7 +43,7 @@ def sweep_json(sweep: Sweep) -> dict[str, Any]:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    several = len(sweep.totals) > 1  # a second chunk size takes the place of the share of blocks on a narrow screen
+    several = len(sweep.totals) > 1  # the chunk size then replaces the share of trace blocks, for a narrow screen
     sampled = any(row.error is not None for row in sweep.rows)
     priced = any(row.saved_prefill_s is not None for row in sweep.rows)
     columns = [
@@ -71,7 +71,7 @@ def sweep_table(sweep: Sweep) -> Table:
         ]
         for row in sweep.rows
     ]
-    totals = ", ".join(f"{blocks:,} blocks of {chunk:,} tokens" for chunk, blocks in sweep.totals.items())
+    totals = ", ".join(f"{blocks:,} trace blocks of {chunk:,} tokens" for chunk, blocks in sweep.totals.items())
     total_tokens = sweep.rows[0].total_tokens
     return Table(
         f"Prefix hits, {sweep.trace.source}",
@@ -82,13 +82,13 @@ def sweep_table(sweep: Sweep) -> Table:
 
 
 def sweep_rows(sweep: Sweep) -> Table:
-    """The rows under the names that --json uses, for CSV."""
+    """The rows for CSV, under the names that --json uses."""
     records = [row_json(row) for row in sweep.rows]
     return Table("rows", [Column(name) for name in records[0]], [list(record.values()) for record in records])
 
 
 def miss_ratio_figure(sweep: Sweep) -> Figure:
-    """LRU at every capacity as a line per chunk size, other policies as points."""
+    """Draws LRU at every capacity, one line per chunk size, and the other policies at their capacities."""
     picture, (axis,) = new_axes()
     several = len(sweep.curves) > 1
     for chunk_tokens, curve in sweep.curves.items():

@@ -1,4 +1,4 @@
-"""Every combination of tier sizes at once: hits per tier and, with a cost model, time to first token and money."""
+"""Computes hits per tier for every combination of tier sizes and, with a cost model, time to first token and money."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Worth:
-    """What the hits do, by the cost model."""
+    """The effect of the hits by the cost model."""
 
     ttft_s: dict[int, float]  # by percentile
     saved_prefill_s: float  # GPU seconds, of the window
@@ -26,14 +26,14 @@ class Worth:
 
 @dataclass(frozen=True)
 class TierPoint:
-    blocks: dict[str, float]  # size of each tier, fastest first
+    blocks: dict[str, float]  # size of each tier in trace blocks, fastest first
     hit_tokens: dict[str, int]
     total_tokens: int
     worth: Worth | None
 
     @property
     def hit_rate(self) -> float:
-        """Of all input tokens."""
+        """Hit tokens / all input tokens."""
         return sum(self.hit_tokens.values()) / max(self.total_tokens, 1)
 
 
@@ -44,7 +44,7 @@ def tier_grid(
     cost: CostModel | None = None,
     exclusive: bool = False,
 ) -> list[TierPoint]:
-    """Points in the order of product(sizes). Tiers stand fastest first; exclusive ones hold a block once, others see every touch."""
+    """Points in the order of product(sizes), with tiers fastest first. Exclusive tiers hold a trace block once; others see every touch."""
     trace = stack.trace
     first = trace.first_request(window)
     inputs = trace.input_tokens[first:]
@@ -75,7 +75,7 @@ def tier_grid(
 def worth_of(
     trace: Trace, cost: CostModel, sizes_bytes: Mapping[str, float], loaded: Mapping[str, Int64], requests: slice
 ) -> Worth:
-    """loaded are tokens by tier, fastest first, of those requests."""
+    """The worth of the hits of these requests; `loaded` has their tokens by tier, fastest first."""
     inputs = trace.input_tokens[requests]
     ttft, computed = cost.serve(inputs, loaded)
     whole = cost.prefill.seconds(np.zeros_like(inputs), inputs)
@@ -90,6 +90,6 @@ def worth_of(
 
 
 def _bytes(stack: StackProfile, blocks: Mapping[str, float], cost: CostModel) -> dict[str, float]:
-    """An unlimited tier is as large as all unique blocks."""
+    """Bytes of each tier; an unlimited tier is as large as all unique trace blocks."""
     block_bytes = stack.trace.block_tokens * cost.token_bytes
     return {name: min(count, stack.trace.num_unique) * block_bytes for name, count in blocks.items()}

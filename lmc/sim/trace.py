@@ -1,8 +1,10 @@
-"""The columnar form of a trace: what every reader makes and every engine of the simulator reads.
+"""The columnar form of a trace, which every reader makes and the whole simulator works on.
 
-A trace is a list of requests in order of arrival. A request is a chain of blocks: equal id means equal whole prefix. Ids are dense and
-numbered by first appearance, so a block is new exactly when its id equals the number of ids seen before, and a parent's id is always
-smaller than its child's. This module knows no file format; lmc.sim.build checks what readers bring.
+A trace is a list of requests in order of arrival, and a request is a chain of *trace blocks*: pieces of block_tokens tokens, named by an id
+that is equal exactly if the whole prefix is equal. (In the simulator, names such as num_blocks and options such as --capacity-blocks count
+trace blocks; the engine's block does not occur here. After coarsen() a trace block is a chunk.) Ids are dense and numbered by first
+appearance: a trace block is new if its id equals the number of ids before it, and the id of a parent is smaller than that of its child.
+This module knows no file format; lmc.sim.build checks what readers deliver.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ class Trace:
     source: str  # the file's name, for messages and reports
     format: str  # the reader's name
     block_tokens: int
-    ids: Int32  # (num_blocks,) dense ids in [0, num_unique), requests one after the other
-    starts: Int64  # (num_requests + 1,) blocks of request r are ids[starts[r]:starts[r + 1]]
+    ids: Int32  # (num_blocks,) dense ids in [0, num_unique), request by request
+    starts: Int64  # (num_requests + 1,) the trace blocks of request r are ids[starts[r]:starts[r + 1]]
     timestamps_s: Float64  # (num_requests,) never decreasing
-    input_tokens: Int64  # (num_requests,) prompt tokens, also those that fill no block
+    input_tokens: Int64  # (num_requests,) prompt tokens, including those that fill no trace block
     output_tokens: Int64  # (num_requests,)
-    parents: Int32  # (num_unique,) the block before it, -1 for the first block of a chain
+    parents: Int32  # (num_unique,) the trace block before each, -1 for the first of a chain
     tenants: Int32  # (num_requests,) index into tenant_names
     tenant_names: tuple[str, ...]
-    sessions: Int32  # (num_requests,) session number, -1 where the trace names none
-    block_bytes: int = 0  # KV bytes of one block over all ranks, 0 where the trace does not say it
-    recorded_hits: dict[str, int] = field(default_factory=dict)  # tokens by tier that the recorded cache itself hit
-    notes: tuple[str, ...] = ()  # choices that the reader made and a reader of the result must know
+    sessions: Int32  # (num_requests,) session number, -1 if the trace names none
+    block_bytes: int = 0  # KV bytes of one trace block over all ranks, 0 if the trace does not say it
+    recorded_hits: dict[str, int] = field(default_factory=dict)  # hit tokens of the recorded cache, by tier
+    notes: tuple[str, ...] = ()  # choices of the file's reader that matter for the results
 
     @property
     def num_requests(self) -> int:
@@ -57,25 +59,25 @@ class Trace:
 
     @property
     def longest(self) -> int:
-        """Blocks of the longest request."""
+        """Trace blocks of the longest request."""
         return int(np.diff(self.starts).max())
 
     def first_request(self, window: Window) -> int:
-        """Index of the first measured request; those before it only warm the cache up."""
+        """The index of the first measured request; earlier ones only warm the cache up."""
         return self.num_requests // 2 if window == "last-half" else 0
 
 
 def require_blocks(trace: Trace) -> None:
-    """Raises TraceError for a trace that holds lengths only."""
+    """Raises TraceError for a trace without trace blocks, which holds lengths only."""
     if trace.num_blocks == 0:
         raise TraceError(
             f"{trace.source}: a trace in {trace.format} format holds arrivals and lengths but no content, so hits cannot be simulated; "
-            "use `lmc sim describe`, or a trace with hashes or prompts"
+            "use `lmc sim describe`, or give a trace with hashes or prompts"
         )
 
 
 def select_requests(trace: Trace, chosen: npt.NDArray[np.bool_]) -> Trace:
-    """A trace of the chosen requests alone."""
+    """The trace of the chosen requests alone; `chosen` is (num_requests,)."""
     sizes = np.diff(trace.starts)
     starts = np.concatenate(([0], np.cumsum(sizes[chosen])))
     blocks = trace.ids[np.repeat(chosen, sizes)]
@@ -97,7 +99,7 @@ def select_requests(trace: Trace, chosen: npt.NDArray[np.bool_]) -> Trace:
 
 
 def speed_up(trace: Trace, speed: float) -> Trace:
-    """The same requests, arriving so many times as fast. Raises ConfigError when speed is no positive number."""
+    """The same requests with times between arrivals divided by speed. Raises ConfigError if speed is not a positive number."""
     if not 0 < speed < np.inf:
         raise ConfigError(f"--speed must be a positive number, not {speed:g}")
     if speed == 1.0:
@@ -108,14 +110,14 @@ def speed_up(trace: Trace, speed: float) -> Trace:
 
 
 def coarsen(trace: Trace, chunk_tokens: int) -> Trace:
-    """The same requests in chunks of chunk_tokens: full chunks only; the tokens of partial tails stay in input_tokens.
+    """The same requests with full chunks of chunk_tokens as trace blocks; input_tokens still counts the tokens of partial tails.
 
-    Chained ids make this exact: a chunk's id is the id of its last block. Raises TraceError when chunk_tokens is no multiple of the
-    trace's block, because ids say nothing about finer pieces.
+    This is exact because ids are chained: the id of a chunk is that of its last trace block. Raises TraceError if chunk_tokens is not a
+    multiple of block_tokens, because ids say nothing about smaller pieces.
     """
     if chunk_tokens <= 0 or chunk_tokens % trace.block_tokens:
         raise TraceError(
-            f"{trace.source}: chunks of {chunk_tokens} tokens cannot be simulated on blocks of {trace.block_tokens}; "
+            f"{trace.source}: chunks of {chunk_tokens} tokens cannot be simulated on trace blocks of {trace.block_tokens}; "
             f"choose a multiple of {trace.block_tokens}"
         )
     factor = chunk_tokens // trace.block_tokens
@@ -129,7 +131,7 @@ def coarsen(trace: Trace, chunk_tokens: int) -> Trace:
         )
     within = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1], num_chunks)
     last_blocks = trace.ids[np.repeat(trace.starts[:-1], num_chunks) + (within + 1) * factor - 1]
-    # First appearance order survives: renumber the blocks that end a chunk by the order in which they first appear.
+    # The order of first appearance is kept: trace blocks that end a chunk are renumbered in the order in which they first appear.
     is_chunk = np.zeros(trace.num_unique, dtype=bool)
     is_chunk[last_blocks] = True
     number = np.cumsum(is_chunk, dtype=np.int32) - np.int32(1)

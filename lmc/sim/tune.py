@@ -1,13 +1,14 @@
 """Searches chunk size, policy, tier sizes and TTL within a budget: the second quarter of the trace chooses, the second half judges.
 
-The first quarter only warms the cache up: hits from an empty cache would ask for less room than a running one needs.
-Coarse to fine, so that long traces stay affordable:
-1. chunk size, with LRU at the budget: the largest whose hits stay within _CHUNK_SLACK of the best, as larger chunks mean fewer copies;
-2. policy, at the budget: the best one, if it beats LRU twice (warm-up and second quarter) and by more than chance, else LRU;
-3. sizes, on a ladder below the budget: with prices the point that costs least per token, else the cheapest one within _SIZE_SLACK of the
-   best in hits, and in hits that the host serves;
-4. TTL: the one of _TTLS_S after the shortest that costs no more than _TTL_SLACK of the hits, if any.
-Lower tiers are taken to see every touch (write: through). What is found can be checked on the real directory with lmc.sim.full_replay.
+The first quarter only warms the cache up, because a cache that starts empty seems to need less room than a running one. The search takes
+four steps, so that long traces take little time:
+1. The chunk size is chosen with LRU at the budget. It is the largest whose hits are within _CHUNK_SLACK of the best, because larger chunks
+   need fewer copies.
+2. The policy is chosen at the budget. It is the best one if that beats LRU in both quarters and by more than chance, else LRU.
+3. The sizes are chosen on a ladder below the budget. With prices the point with the least cost per token wins, else the cheapest one
+   within _SIZE_SLACK of the best, in hits and in hits of the host.
+4. The TTL: take the shortest in _TTLS_S that loses at most _TTL_SLACK of the hits, then use the next longer one.
+Lower tiers see every touch (write: through). lmc.sim.full_replay can check the result with the real directory.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _REGRET = 0.01
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes over all ranks, and rent for both tiers by the prices of the cost model."""
+    """The limits of the search: bytes over all ranks, and dollars per hour for both tiers by the prices of the cost model."""
 
     host_bytes: int
     disk_bytes: int = 0
@@ -51,7 +52,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Point:
-    """A configuration and its hits; rates are hit tokens of all input tokens."""
+    """A configuration and its hit rates (hit tokens / all input tokens)."""
 
     chunk_tokens: int
     policy: str
@@ -59,7 +60,7 @@ class Point:
     disk_bytes: int
     ttl_s: float | None
     tuning_hit_rate: float = 0.0  # second quarter, which chose
-    tuning_host_rate: float = 0.0  # that part of it that the host serves
+    tuning_host_rate: float = 0.0  # the part of it that the host serves
     hit_rate: float = 0.0  # second half, which judges
     tuning_dollars: float | None = None  # per million input tokens, second quarter; None without prices
     dollars_per_million: float | None = None  # the same, second half
@@ -80,23 +81,23 @@ class Tuned:
 
 
 def make_budget(memory: str, disk: str, dollars_per_hour: float | None, cost: CostModel | None) -> Budget:
-    """Raises ConfigError for sizes that cannot be parsed, and for a rent without prices."""
+    """Raises ConfigError for sizes that cannot be parsed, and for a limit in dollars without prices."""
     if dollars_per_hour is not None and cost is None:
         raise ConfigError("--dollars-per-hour needs prices; give --cost with dollars_per_gib_hour for its tiers")
     return Budget(parse_size(memory), 0 if disk == "0" else parse_size(disk), dollars_per_hour)
 
 
 def known_token_bytes(trace: Trace, given: int, cost: CostModel | None) -> int:
-    """KV bytes per token: as given, else from the trace, else from the cost model, else 0."""
+    """KV bytes per token: the given ones, else those of the trace, else those of the cost model, else 0."""
     return given or trace.block_bytes // trace.block_tokens or (cost.token_bytes if cost else 0)
 
 
 def tune(
     trace: Trace, token_bytes: int, budget: Budget, policies: Sequence[str] = (), cost: CostModel | None = None
 ) -> Tuned:
-    """token_bytes 0: not known, ASSUMED_TOKEN_BYTES are taken and a note says so.
+    """Run the search. If token_bytes is 0, they are not known: ASSUMED_TOKEN_BYTES are used and a note says so.
 
-    Raises ConfigError when the budget holds no chunk or the trace is too short to be cut in halves.
+    Raises ConfigError if the budget holds no chunk or the trace is too short to be divided.
     """
     require_blocks(trace)
     if trace.num_requests < 8:
@@ -115,8 +116,8 @@ def tune(
     notes = list(trace.notes)
     if not known:
         notes.append(
-            f"nothing says how many bytes a token's KV takes; taken are {format_size(token_bytes)}, as of an 8B model with grouped-query "
-            "attention in 16 bits: give --token-bytes for yours"
+            f"neither the trace nor an option says how many bytes the KV of a token has, so {format_size(token_bytes)} are assumed, as for "
+            "an 8B model with grouped-query attention in 16 bits; give --token-bytes for another model"
         )
     if not search.sessions_named:
         notes.append(
@@ -127,7 +128,7 @@ def tune(
     if missed.hit_rate > sized.hit_rate + _REGRET and chosen.dollars_per_million is None:
         notes.append(
             f"the second half would have hit {missed.hit_rate * 100:.1f} % with {missed.policy}, {format_size(missed.host_bytes)} of host "
-            f"and {format_size(missed.disk_bytes)} of disk: the workload was still growing; tune on a longer trace"
+            f"and {format_size(missed.disk_bytes)} of disk, because the workload was still growing; tune on a longer trace"
         )
     return Tuned(
         trace,
@@ -176,7 +177,7 @@ class _Search:
         return max(point.chunk_tokens for point in points if point.tuning_hit_rate >= best - _CHUNK_SLACK)
 
     def choose_policy(self, chunk: int) -> str:
-        """LRU, unless another one is better on both quarters of the tuning half, and by more than chance."""
+        """The best policy that beats LRU in both quarters of the first half and by more than chance, else "lru"."""
         host, disk = self.budget.host_bytes, self.budget.disk_bytes
         plain = self.hits(Point(chunk, "lru", host, disk, None))
         points = [self.point(chunk, name, host, disk) for name in self.policies]
@@ -211,11 +212,11 @@ class _Search:
         return [self.point(chunk, name, host, disk) for name in sorted({policy, "lru"}) for host, disk in allowed]
 
     def with_ttl(self, point: Point) -> Point:
-        """The point with the TTL after the shortest one that costs next to nothing, if the trace is long enough to show it."""
+        """The point with the TTL of step 4, or without one if the trace is too short to judge."""
         seen_s = float(self.trace.timestamps_s[self.trace.num_requests // 2] - self.trace.timestamps_s[0])
         enough = False
         for ttl_s in _TTLS_S:
-            if ttl_s * 4 > seen_s:  # too few gaps of that length were seen to judge by
+            if ttl_s * 4 > seen_s:  # there are too few gaps of that length to judge
                 break
             bound = self.point(point.chunk_tokens, point.policy, point.host_bytes, point.disk_bytes, ttl_s)
             if enough:
@@ -254,7 +255,7 @@ class _Search:
         return self._by_tier(point)[1]
 
     def _by_tier(self, point: Point) -> tuple[Int64, Int64]:
-        """(num_requests,) hit tokens in the host, and in both: the longer of the two prefixes, as the disk sees every touch."""
+        """(num_requests,) hit tokens in the host, and in both tiers: the longer of the two prefixes, because the disk sees every touch."""
         size = point.chunk_tokens * self.token_bytes
         host = self._run(point.chunk_tokens, point.policy, point.host_bytes // size, point.ttl_s)
         both = host
@@ -281,7 +282,7 @@ class _Search:
         return 0.0 if self.cost is None else self.cost.rent({name: size for name, size in sizes.items() if size}, 1.0)
 
     def tokens(self, chunk: int, blocks: Int64) -> Int64:
-        """Hit tokens as the live cache serves them: the chunk that holds a prompt's last token is never loaded."""
+        """Hit tokens as in the live cache, which never loads the chunk that holds the last token of a prompt."""
         loaded: Int64 = np.minimum(blocks, np.maximum(self.trace.input_tokens - 1, 0) // chunk)
         return loaded * chunk
 
@@ -299,7 +300,7 @@ class _Search:
         return self._runs[key]
 
     def _rungs(self, most: int, chunk: int) -> list[int]:
-        """Whole chunks on the ladder below a budget, or below all unique chunks if these are fewer; largest first."""
+        """Sizes on the ladder below a budget, or below the size of all unique chunks if that is less; largest first, in whole chunks."""
         size = chunk * self.token_bytes
         largest = min(most // size, self.stacks[chunk].trace.num_unique)
         counts = {int(largest * share) for share in _LADDER} - {0}
@@ -307,7 +308,7 @@ class _Search:
 
 
 def _front(points: list[Point]) -> list[Point]:
-    """Points that no other one beats: no larger in either tier, and no worse in hits of both and of the host. Smallest first."""
+    """The points, smallest first, that no other one beats: with no larger tier and no fewer hits, in both tiers and in the host."""
 
     def merits(point: Point) -> tuple[float, ...]:
         return -point.host_bytes, -point.disk_bytes, point.tuning_hit_rate, point.tuning_host_rate

@@ -1,4 +1,4 @@
-"""The result of tuning as a table, as JSON, and as a settings file for `lmc serve --config`."""
+"""Writes the result of tuning as a table, as JSON, and as a settings file for `lmc serve --config`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmc.units import format_percent, format_seconds, format_size
 
 
 def settings_of(point: Point, disk_path: Path) -> dict[str, Any]:
-    """The settings of lmc.cache.config that the point stands for. Any: YAML."""
+    """The settings (lmc.cache.config) of a point. Any: YAML."""
     settings: dict[str, Any] = {
         "chunk_tokens": point.chunk_tokens,
         "policy": point.policy,
@@ -31,7 +31,7 @@ def settings_of(point: Point, disk_path: Path) -> dict[str, Any]:
 
 
 def write_settings(tuned: Tuned, path: Path, disk_path: Path) -> None:
-    """The file says where it comes from and what to expect. It is read back before this returns."""
+    """Write the settings file, with the trace and the expected hits as comments, and read it back to check it."""
     expected = tuned.expected
     head = [
         f"# Written by lmc sim tune from {tuned.trace.source} ({tuned.trace.num_requests:,} requests).",
@@ -90,7 +90,7 @@ def front_table(tuned: Tuned) -> Table:
     ]
     ttl = "none" if tuned.chosen.ttl_s is None else format_seconds(tuned.chosen.ttl_s)
     note = (
-        f"Hit tokens of all input tokens. The second quarter of the requests chose, the second half judges. Chosen: "
+        f"Hit tokens / all input tokens. The second quarter of the requests chose, the second half judges. Chosen: "
         f"{_show(tuned.expected)} expected, {_show(tuned.over_lru, signed=True)} against LRU in the same sizes, "
         f"{format_percent(tuned.ceiling)} unlimited; TTL {ttl}. {len(tuned.tried)} configurations tried."
     )

@@ -1,4 +1,4 @@
-"""Trace formats, one per file. The format of a file is found by its content."""
+"""The trace formats, one per module. The format of a file is found by its content."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lmc.sim.formats.base import Format, ReadOptions
 from lmc.sim.formats.lines import files_of, parse_record, read_lines
 from lmc.sim.trace import Trace
 
-# The order matters: the first format that matches is taken, the ones with the most telling fields stand first.
+# The order matters: the first format that matches is taken, so those with the most specific fields are first.
 _MODULES = (lmc_record, lmcache, bailian, ragpulse, mooncake, kv_cache_tester, vllm_events, prompts, azure)
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in _MODULES}
 
 
 def read_trace(path: Path, options: ReadOptions | None = None, format_name: str | None = None) -> Trace:
-    """Read any known trace. Raises TraceError that names file, line and remedy."""
+    """Read a trace of any known format. Raises TraceError with file, line and remedy."""
     options = options or ReadOptions()
     if format_name is not None:
         if format_name not in FORMATS:
@@ -36,7 +36,7 @@ def read_trace(path: Path, options: ReadOptions | None = None, format_name: str 
 
 
 def find_format(path: Path) -> Format:
-    """By the first record; a folder by its first file. Raises TraceError."""
+    """The format of a file, found by its first record; that of a folder, by its first file. Raises TraceError."""
     path = files_of(path)[0]
     for number, line in read_lines(path):
         is_csv = not line.startswith((b"{", b"["))
@@ -45,6 +45,7 @@ def find_format(path: Path) -> Format:
             if candidate.matches(record):
                 return candidate
         raise TraceError(
-            f"{path}, line {number}: no known trace format; lmc sim reads {', '.join(FORMATS)} (docs/simulating.md shows their fields)"
+            f"{path}, line {number}: the line has no known trace format; convert the file to one of {', '.join(FORMATS)} "
+            "(docs/simulating.md shows their fields)"
         )
     raise TraceError(f"{path}: the file is empty; give a trace with at least one request")

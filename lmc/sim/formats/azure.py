@@ -1,4 +1,4 @@
-"""Azure LLM inference trace: CSV of arrival, prompt length and output length. It holds no content, so no hits."""
+"""Reads the Azure LLM inference trace: CSV of arrival, prompt length and output length. Without content it can have no hits."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def read(path: Path, options: ReadOptions) -> Trace:
                 number, [], arrival.replace(tzinfo=arrival.tzinfo or UTC).timestamp(), int(context), int(generated)
             )
         except ValueError:
-            raise bad_line(path, number, f"not a row of {','.join(_COLUMNS)}", "repair or delete the line") from None
-    builder.notes.append("the trace holds lengths only: arrivals can be used, hits cannot be simulated")
+            raise bad_line(
+                path, number, f"the line is not a row of {','.join(_COLUMNS)}", "repair or delete the line"
+            ) from None
+    builder.notes.append("the trace holds arrivals and lengths only, so hits cannot be simulated")
     return builder.finish(lengths_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Qwen/Bailian usage traces: JSONL like Mooncake's, with seconds, 16-token blocks, and chats linked by parent_chat_id."""
+"""Reads Qwen/Bailian usage traces: JSONL like Mooncake's, with seconds, 16-token trace blocks, and chats linked by parent_chat_id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
         chat = record.get("chat_id")
         parent = record.get("parent_chat_id", -1)
         if not isinstance(chat, int) or not isinstance(parent, int):
-            raise bad_line(path, number, "'chat_id' or 'parent_chat_id' is no whole number", "repair the line")
+            raise bad_line(path, number, "'chat_id' or 'parent_chat_id' is not a whole number", "repair the line")
         session_of[chat] = session_of.get(parent, chat if parent < 0 else parent)
         try:
             builder.add(
@@ -38,10 +38,10 @@ def read(path: Path, options: ReadOptions) -> Trace:
                 session=str(session_of[chat]),
             )
         except (TypeError, OverflowError):
-            raise bad_line(
-                path, number, "'hash_ids' holds something else than 64-bit integers", "repair the line"
-            ) from None
+            raise bad_line(path, number, "'hash_ids' is not a list of 64-bit integers", "repair the line") from None
     return builder.finish()
 
 
-FORMAT = Format("bailian", "Qwen/Bailian usage trace, 16-token blocks; the request type is the group", matches, read)
+FORMAT = Format(
+    "bailian", "Qwen/Bailian usage trace, 16-token trace blocks; the request type is the group", matches, read
+)

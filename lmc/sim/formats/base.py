@@ -1,4 +1,4 @@
-"""What a trace format is: a name, a test on the first record, a reader."""
+"""The interface of a trace format: a name, a test of the first record, and a reader."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from lmc.sim.trace import Trace
 
 @dataclass(frozen=True)
 class ReadOptions:
-    block_tokens: int | None = None  # for formats that do not say it, or that are cut into blocks here
-    sort: bool = False  # sort requests by time instead of refusing disorder
-    rechain: bool = False  # hashes name single blocks, not prefixes
-    session_gap_s: float = 60.0  # for sessions without a common clock: seconds between their starts
+    block_tokens: int | None = (
+        None  # of a trace block, for formats that do not say it or are cut into trace blocks here
+    )
+    sort: bool = False  # sort requests by time instead of refusing them out of order
+    rechain: bool = False  # hashes name single trace blocks, not prefixes
+    session_gap_s: float = 60.0  # seconds between session starts, for traces whose sessions have separate clocks
     tokenizer: Path | None = None  # for prompts as text
 
 
@@ -27,6 +29,8 @@ def _itself(path: Path, options: ReadOptions) -> list[Path]:
 class Format:
     name: str
     summary: str
-    matches: Callable[[Record], bool]  # is this the first record of such a file? For CSV: its columns are the keys
+    matches: Callable[
+        [Record], bool
+    ]  # whether this is the first record of such a file; of CSV the keys are the columns
     read: Callable[[Path, ReadOptions], Trace]
-    inputs: Callable[[Path, ReadOptions], list[Path]] = _itself  # every file that the result depends on
+    inputs: Callable[[Path, ReadOptions], list[Path]] = _itself  # all files that the result depends on

@@ -1,6 +1,6 @@
-"""kv-cache-tester sessions: one coding-agent session a line, block ids local to it, written as runs of consecutive ids.
+"""Reads kv-cache-tester sessions: one coding-agent session per line, with trace block ids as runs of consecutive numbers.
 
-Sessions have no common clock, so they are started one every session_gap_s; ids of different sessions never meet.
+Sessions have separate clocks, so one is started every session_gap_s. Ids are local to a session: different sessions share no trace block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lmc.sim.trace import Int64, Trace
 
 Runs = npt.NDArray[np.int64]
 
-_SURPLUS_BLOCKS = 1024  # blocks beyond the prompt's length that are let pass; more would be a broken count
+_SURPLUS_BLOCKS = 1024  # trace blocks beyond the prompt's length that are accepted; more are taken for a broken count
 _LARGEST_ID = 2**40
 
 
@@ -47,7 +47,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
         block_tokens = block_tokens or size
         if size != block_tokens or size == 0:
             raise bad_line(
-                path, number, f"block_size {size} after {block_tokens}", "all sessions must have one block size"
+                path, number, f"block_size {size} after {block_tokens}", "all sessions must have the same block_size"
             )
         start_s = num_sessions * options.session_gap_s
         base = next_id
@@ -72,8 +72,8 @@ def read(path: Path, options: ReadOptions) -> Trace:
     requests.sort(key=lambda request: request[:2])
     builder = TraceBuilder(path.name, FORMAT.name, block_tokens, rechain=options.rechain)
     builder.notes += [
-        f"the {num_sessions} sessions have no common clock: one starts every {options.session_gap_s:g} s (--session-gap)",
-        "block ids are local to a session: tools and system prompts shared between sessions count as misses",
+        f"the {num_sessions} sessions have separate clocks, so one starts every {options.session_gap_s:g} s (--session-gap)",
+        "ids of trace blocks are local to a session, so tools and system prompts that sessions share count as misses",
     ]
     for request in requests:
         builder.add(
@@ -88,10 +88,10 @@ def read(path: Path, options: ReadOptions) -> Trace:
 
 
 def _flatten(path: Path, number: int, session: Record) -> Iterator[tuple[float, Record]]:
-    """Seconds since the session's start, and the request; those of a sub-agent count from its start."""
+    """Yields the seconds since the session's start, and the request. The requests of a sub-agent are included."""
     for record in get_list(path, number, session, "requests"):
         if not isinstance(record, dict):
-            raise bad_line(path, number, "'requests' holds something else than objects", "repair or delete the line")
+            raise bad_line(path, number, "'requests' is not a list of objects", "repair or delete the line")
         start = get_number(path, number, record, "t")
         if record.get("type") == "subagent":
             for t, nested in _flatten(path, number, record):
@@ -106,9 +106,14 @@ def _runs(path: Path, number: int, record: Record, most: int) -> Runs:
     except (ValueError, TypeError, OverflowError):
         runs = np.full((1, 2), -1)
     if (runs < 0).any() or (runs >= _LARGEST_ID).any():
-        raise bad_line(path, number, "'hash_runs' is no list of [first id, count]", "repair or delete the line")
+        raise bad_line(path, number, "'hash_runs' is not a list of [first id, count]", "repair or delete the line")
     if runs[:, 1].sum() > most:
-        raise bad_line(path, number, f"{runs[:, 1].sum()} blocks in a prompt that fills {most}", "repair the line")
+        raise bad_line(
+            path,
+            number,
+            f"'hash_runs' has {runs[:, 1].sum()} trace blocks in a prompt that fills {most}",
+            "repair the line",
+        )
     return runs
 
 

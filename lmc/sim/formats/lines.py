@@ -1,4 +1,4 @@
-"""Lines and JSON records of a trace file, plain or compressed, with the place of every error."""
+"""Reads lines and JSON records of a trace file, plain or compressed. Errors name their file and line."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _PIECE = 1 << 20
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder by name, less hidden ones and kept traces. Raises TraceError when it has none."""
+    """The file itself, or the files of a folder by name, without hidden files and cache files. Raises TraceError if there are none."""
     if not path.is_dir():
         return [path]
     files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
     files = [file for file in files if file.suffix != ".lmcsim"]
     if not files:
-        raise TraceError(f"{path}: the folder holds no file; give a trace, or a folder of rotated logs")
+        raise TraceError(f"{path}: the folder has no file; give a trace, or a folder of rotated logs")
     return files
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank. Compression is found by content. Raises TraceError."""
+    """Yields numbered lines that are not blank. Compression is found by content. Raises TraceError."""
     number = 0
     try:
         with path.open("rb") as raw:
@@ -40,14 +40,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield number, stripped
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise TraceError(
-            f"{path}, after line {number}: the compressed file is damaged ({error}); get a whole copy"
+            f"{path}, after line {number}: the compressed file is damaged ({error}); get a complete copy"
         ) from None
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror or error}; give a readable trace file") from None
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Numbered JSON objects, one a line. Raises TraceError."""
+    """Yields numbered JSON objects, one per line. Raises TraceError."""
     for number, line in read_lines(path):
         yield number, parse_record(path, number, line)
 
@@ -56,10 +56,10 @@ def parse_record(path: Path, number: int, line: bytes) -> Record:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise bad_line(path, number, f"not JSON ({error})", "repair or delete the line") from None
+        raise bad_line(path, number, f"the line is not JSON ({error})", "repair or delete the line") from None
     if not isinstance(record, dict):
         raise bad_line(
-            path, number, f"a JSON {type(record).__name__} where an object is needed", "repair or delete the line"
+            path, number, f"the line is a JSON {type(record).__name__}, not an object", "repair or delete the line"
         )
     return record
 
@@ -69,7 +69,7 @@ def bad_line(path: Path, number: int, wrong: str, remedy: str) -> TraceError:
 
 
 def get_count(path: Path, number: int, record: Record, key: str) -> int:
-    """A whole number that is not negative, and small enough to be summed up and squared."""
+    """A whole number from 0 on that is small enough for sums of its squares. Raises TraceError."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
         raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a whole number from 0 to 2**40")
@@ -77,7 +77,7 @@ def get_count(path: Path, number: int, record: Record, key: str) -> int:
 
 
 def get_number(path: Path, number: int, record: Record, key: str) -> float:
-    """A number that is not negative, and no larger than microseconds since 1970 are; RAGPulse writes numbers as text."""
+    """A number from 0 on, at most as large as microseconds since 1970; it may be text, as RAGPulse writes it. Raises TraceError."""
     value = record.get(key)
     try:
         parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
@@ -119,7 +119,7 @@ def _decompress(raw: BinaryIO) -> Iterable[bytes]:
 
 
 def _unzstd(raw: BinaryIO) -> Iterator[bytes]:
-    """Pieces of all frames. Raises EOFError when the last one is cut short, which zstandard's own reader does not tell."""
+    """Yields the content of all frames. Raises EOFError if the last frame is cut short, which zstandard's own reader does not notice."""
     decompressor = zstandard.ZstdDecompressor()
     frame = decompressor.decompressobj()
     begun = False

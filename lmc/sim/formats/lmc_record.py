@@ -1,4 +1,4 @@
-"""lmc's own record (lmc serve --record): a header line, then one line per lookup with the chunks' names, chained, full chunks only."""
+"""Reads lmc's own record (lmc serve --record): a header line, then one line per lookup with the names of its full chunks."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ def read(path: Path, options: ReadOptions) -> Trace:
     records = read_records(path)
     first, header = next(records)
     if not matches(header):
-        raise bad_line(path, first, f"no {TRACE_FORMAT} header", "give a file written by lmc serve --record")
+        raise bad_line(
+            path, first, f"the line is not a {TRACE_FORMAT} header", "give a file written by lmc serve --record"
+        )
     if header.get("version") != TRACE_VERSION:
         raise bad_line(
-            path, first, f"version {header.get('version')!r}", f"this lmc reads version {TRACE_VERSION}; upgrade lmc"
+            path,
+            first,
+            f"the record has version {header.get('version')!r}",
+            f"this lmc reads version {TRACE_VERSION}; upgrade lmc",
         )
     chunk_tokens = get_count(path, first, header, "chunk_tokens")
     if chunk_tokens == 0:
         raise bad_line(path, first, "'chunk_tokens' is 0", "it must be positive")
     if options.block_tokens not in (None, chunk_tokens):
-        raise TraceError(f"{path}: its chunks have {chunk_tokens} tokens; leave --block-tokens out")
+        raise TraceError(f"{path}: the record says that its chunks have {chunk_tokens} tokens; remove --block-tokens")
     builder = TraceBuilder(path.name, FORMAT.name, chunk_tokens, sort=options.sort, rechain=options.rechain)
     hits: dict[str, int] = {}
     for number, record in records:
@@ -53,7 +58,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
 def _hits(path: Path, number: int, record: Record) -> dict[str, int]:
     hits = record.get("hit_tokens", {})
     if not isinstance(hits, dict) or not all(isinstance(tokens, int) for tokens in hits.values()):
-        raise bad_line(path, number, "'hit_tokens' is no mapping of tiers to tokens", "repair or delete the line")
+        raise bad_line(path, number, "'hit_tokens' is not a mapping of tiers to tokens", "repair or delete the line")
     return hits
 
 
@@ -67,7 +72,7 @@ def _hashes(path: Path, number: int, record: Record) -> Int64:
         raise bad_line(
             path,
             number,
-            f"'chunks' holds something else than names of {2 * NAME_BYTES} hex digits",
+            f"'chunks' is not a list of names of {2 * NAME_BYTES} hex digits",
             "repair or delete the line",
         )
     return np.frombuffer(packed, dtype=">u8").astype(np.uint64).view(np.int64)

@@ -1,4 +1,4 @@
-"""LMCache's lookup-hash log: JSONL, one lookup a line, hex names of the full chunks. A folder of rotated logs is one trace, by time."""
+"""Reads LMCache's lookup-hash log: JSONL with one lookup per line. A folder of rotated logs is one trace, sorted by time."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def read(path: Path, options: ReadOptions) -> Trace:
                     file,
                     number,
                     f"chunk_size {size} after {builder.block_tokens}",
-                    "split the log by chunk size before it is read",
+                    "split the log by chunk size",
                 )
             names = get_list(file, number, record, "chunk_hashes")
             if not all(isinstance(name, str) for name in names):
-                raise bad_line(file, number, "'chunk_hashes' holds something else than text", "repair the line")
+                raise bad_line(file, number, "'chunk_hashes' is not a list of texts", "repair the line")
             model = str(record.get("model_name", ""))
             models.add(model)
             builder.add(
@@ -61,12 +61,12 @@ def read(path: Path, options: ReadOptions) -> Trace:
         raise TraceError(f"{path}: the file is empty; give a trace with at least one request")
     if len(models) > 1:
         chunk_bytes = 0
-        builder.notes.append(f"{len(models)} models share the capacity here; their chunks may differ in bytes")
+        builder.notes.append(f"{len(models)} models share the capacity; their chunks may differ in bytes")
     return replace(builder.finish(), block_bytes=chunk_bytes)
 
 
 def _chunk_bytes(record: Record) -> int:
-    """Bytes of a chunk from shapes and dtypes, 0 where they do not say it."""
+    """Bytes of a chunk, from shapes and dtypes; 0 if these do not say it."""
     shapes, dtypes = record.get("shapes"), record.get("dtypes")
     if not isinstance(shapes, list) or not isinstance(dtypes, list) or len(shapes) != len(dtypes):
         return 0

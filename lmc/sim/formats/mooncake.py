@@ -1,4 +1,4 @@
-"""Mooncake JSONL: {"timestamp": ms, "input_length", "output_length", "hash_ids": [one id per block, chained]}."""
+"""Reads Mooncake JSONL: {"timestamp": ms, "input_length", "output_length", "hash_ids": [a chained id per trace block]}."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def matches(record: Record) -> bool:
 
 def read(path: Path, options: ReadOptions) -> Trace:
     builder = TraceBuilder(path.name, FORMAT.name, BLOCK_TOKENS, sort=options.sort, rechain=options.rechain)
-    smallest, largest = 1, 2**62  # block sizes for which every request has exactly the blocks that its length fills
+    smallest, largest = 1, 2**62  # bounds of the block_tokens with which each length fills exactly its hash_ids
     for number, record in read_records(path):
         hashes = get_list(path, number, record, "hash_ids")
         input_tokens = get_count(path, number, record, "input_length")
@@ -31,9 +31,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
                 get_count(path, number, record, "output_length"),
             )
         except (TypeError, OverflowError):
-            raise bad_line(
-                path, number, "'hash_ids' holds something else than 64-bit integers", "repair the line"
-            ) from None
+            raise bad_line(path, number, "'hash_ids' is not a list of 64-bit integers", "repair the line") from None
         if hashes:
             smallest = max(smallest, -(-input_tokens // len(hashes)))
             if len(hashes) > 1:
@@ -47,12 +45,12 @@ def _block_tokens(smallest: int, largest: int, notes: list[str]) -> int:
         return BLOCK_TOKENS
     power = 1 << (smallest - 1).bit_length()
     if power <= largest:
-        notes.append(f"blocks of {power} tokens, found from the lengths (the format does not say it)")
+        notes.append(f"trace blocks have {power} tokens by the lengths of the requests (the format does not say it)")
         return power
     notes.append(
-        f"blocks of {BLOCK_TOKENS} tokens assumed: lengths and numbers of blocks do not agree; --block-tokens overrides"
+        f"trace blocks are assumed to have {BLOCK_TOKENS} tokens, because lengths and numbers of ids disagree; --block-tokens changes it"
     )
     return BLOCK_TOKENS
 
 
-FORMAT = Format("mooncake", "Mooncake JSONL, chained hash_ids of 512-token blocks", matches, read)
+FORMAT = Format("mooncake", "Mooncake JSONL, chained hash_ids of 512-token trace blocks", matches, read)

@@ -1,4 +1,4 @@
-"""Prompts as text: JSONL with `input`, `prompt`, `text` or chat `messages`, cut into blocks by a tokenizer of the user's choice."""
+"""Reads prompts as text: JSONL with `input`, `prompt`, `text` or chat `messages`. The user's tokenizer cuts them into trace blocks."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ def read(path: Path, options: ReadOptions) -> Trace:
             len(encode(output)) if isinstance(output, str) else 0,
             session=None if session is None else str(session),
         )
-    builder.notes.append(f"tokenized with {options.tokenizer}; another model's tokenizer gives other blocks")
+    builder.notes.append(
+        f"the prompts were tokenized with {options.tokenizer}; the tokenizer of another model gives other trace blocks"
+    )
     if chats:
-        builder.notes.append("chat messages were laid out as ChatML; the model's own template may differ")
+        builder.notes.append("chat messages were formatted as ChatML; the model's own template may differ")
     if not timed:
-        builder.notes.append("no timestamps: all requests arrive at second 0, in the order of the file")
+        builder.notes.append("the file has no timestamps, so all requests arrive at second 0, in the order of the file")
     return builder.finish()
 
 
@@ -62,7 +64,9 @@ def _prompt(path: Path, number: int, record: Record) -> str:
     parts = []
     for message in get_list(path, number, record, "messages"):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise bad_line(path, number, "a message has no text content", "only text chats can be read")
+            raise bad_line(
+                path, number, "a message has no text content", "remove the line; only text chats can be read"
+            )
         parts.append(f"<|im_start|>{message.get('role', 'user')}\n{message['content']}<|im_end|>\n")
     return "".join(parts) + "<|im_start|>assistant\n"
 
@@ -76,7 +80,7 @@ def _seconds(timestamp: float) -> float:
 def _tokenizer(path: Path, name: Path | None) -> Callable[[str], list[int]]:
     if name is None:
         raise TraceError(
-            f"{path} holds prompts as text; give --tokenizer, a tokenizer.json or a model folder that has one"
+            f"{path} holds prompts as text; give a tokenizer.json, or a model folder that has one, with --tokenizer"
         )
     file = _tokenizer_file(name)
     try:
@@ -84,11 +88,13 @@ def _tokenizer(path: Path, name: Path | None) -> Callable[[str], list[int]]:
     except ImportError:
         raise TraceError(f"{path} holds prompts as text; pip install tokenizers to read them") from None
     if not file.is_file():
-        raise TraceError(f"{file} is not there; give --tokenizer a tokenizer.json or a model folder that has one")
+        raise TraceError(
+            f"{file} is not there; give a tokenizer.json, or a model folder that has one, with --tokenizer"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for a bad file
-        raise TraceError(f"{file} is no tokenizer ({error}); give a tokenizer.json") from None
+        raise TraceError(f"{file} is not a tokenizer ({error}); give a tokenizer.json") from None
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text).ids

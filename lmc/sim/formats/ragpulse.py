@@ -1,7 +1,7 @@
-"""RAGPulse: a request is a list of prompt components by id; companion files beside the trace give each component's length.
+"""Reads RAGPulse: a request is a list of prompt components by id; companion files beside the trace give the length of each component.
 
-Components are laid out as sys_prompt, passages, history, web_search, user_input; token j of a component stands for itself, and full
-blocks of the whole prompt are chained as the cache would. So hits are prefix hits: a passage at another place is a miss.
+A prompt is the sequence sys_prompt, passages, history, web_search, user_input. Each token of a component gets a number of its own, and the
+full trace blocks of the prompt are chained as the cache chains chunks. So hits are prefix hits: a passage at another place is a miss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lmc.sim.formats.tokens import hash_tokens
 from lmc.sim.trace import Trace
 
 BLOCK_TOKENS = 16
-# field in the trace, field and file of the companion
+# field in the trace, field in the companion, name of the companion
 _COMPONENTS = (
     ("sys_prompt", "sys_prompt_id", "sys_prompt"),
     ("passages_ids", "passage_id", "passages"),
@@ -32,7 +32,7 @@ def matches(record: Record) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Trace:
-    places: dict[tuple[str, int], range] = {}  # component -> its token numbers, none shared with another component
+    places: dict[tuple[str, int], range] = {}  # component -> its token numbers, which no other component has
     next_token = 0
     for name, id_field, file_part in _COMPONENTS:
         companion = _companion(path, file_part)
@@ -47,7 +47,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
             for component in get_list(path, number, {name: [], **_components(path, number, record)}, name):
                 if not isinstance(component, int) or (name, component) not in places:
                     raise bad_line(
-                        path, number, f"{name} {component!r} has no length", "get the companion files of this trace"
+                        path, number, f"{name} {component!r} has no length", "use the companion files of this trace"
                     )
                 tokens.extend(places[name, component])
         builder.add(
@@ -59,7 +59,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
             session=get_text(path, number, record, "session_id"),
         )
     builder.notes.append(
-        f"components were cut into blocks of {builder.block_tokens} tokens, system prompt, passages, history, search, user input"
+        f"system prompt, passages, history, search and user input were joined and cut into trace blocks of {builder.block_tokens} tokens"
     )
     return builder.finish()
 
@@ -67,7 +67,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
 def _components(path: Path, number: int, record: Record) -> Record:
     components = record.get("hash_ids")
     if not isinstance(components, dict):
-        raise bad_line(path, number, "'hash_ids' is no mapping of components", "repair or delete the line")
+        raise bad_line(path, number, "'hash_ids' is not a mapping of components", "repair or delete the line")
     return components
 
 

@@ -1,4 +1,4 @@
-"""Blocks from token ids, with the cache's own chained names."""
+"""Cuts token ids into trace blocks, with chained names as the cache makes them."""
 
 from __future__ import annotations
 

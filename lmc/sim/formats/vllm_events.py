@@ -1,8 +1,9 @@
-"""vLLM's KV events, logged as JSON lines: batches {"ts", "events"} or single events with "type" and "ts".
+"""Reads vLLM's KV events, logged as JSON lines: batches {"ts", "events"} or single events with "type" and "ts".
 
-Events tell what was computed, not what was asked for. A BlockStored event whose parent ends no recent request is read as a new request
-that holds the parent's whole chain and the stored blocks; one that goes on where a request ended within _SAME_REQUEST_S (chunked prefill,
-decoding) belongs to that request. Requests that the engine's own cache served whole leave no event, so hits are a lower bound.
+Events tell which blocks were computed, not which were requested. A BlockStored event that continues a request within _SAME_REQUEST_S
+(chunked prefill, decoding) belongs to that request; any other one begins a new request, with its parent's whole chain and the stored
+blocks. A request that the engine's own cache served as a whole leaves no event, so hits are a lower bound. A trace block is a block of the
+engine here.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
     for number, now, event in _stored(path):
         size = event.get("block_size")
         if not isinstance(size, int) or size <= 0 or size != (block_tokens or size):
-            raise bad_line(path, number, f"block_size {size!r}", "it must be positive and the same in all events")
+            raise bad_line(path, number, f"block_size is {size!r}", "it must be positive and the same in all events")
         block_tokens = size
         parent = event.get("parent_block_hash")
         blocks = builder.name_to_int(str(name) for name in get_list(path, number, event, "block_hashes"))
@@ -69,16 +70,16 @@ def read(path: Path, options: ReadOptions) -> Trace:
         request.last_s = now
         ending_in[before] = request
     if not requests:
-        raise TraceError(f"{path}: no BlockStored event; log an engine that has prefix caching and KV events on")
+        raise TraceError(f"{path}: the log has no BlockStored event; log an engine with prefix caching and KV events")
     builder.block_tokens = block_tokens
     for request in requests:
         tokens = len(request.blocks) * block_tokens
         builder.add(request.line, request.blocks, request.start_s, tokens, 0, session=request.session)
     builder.notes.append(
-        "requests were rebuilt from stored blocks: those that the engine's cache served whole are missing"
+        "requests were rebuilt from stored blocks; those that the engine's cache served as a whole are missing"
     )
     if cut_off:
-        builder.notes.append(f"{cut_off} chains start before the log does and are shorter here than they were")
+        builder.notes.append(f"{cut_off} chains began before the log, so they are too short")
     return builder.finish()
 
 
@@ -91,7 +92,7 @@ def _chain(block: int, parent_of: dict[int, int]) -> list[int]:
 
 
 def _stored(path: Path) -> Iterator[tuple[int, float, Record]]:
-    """BlockStored events of the device and of the first KV cache group, with line and seconds."""
+    """Yields the BlockStored events of the device and of the first KV cache group, with line and seconds."""
     for number, record in read_records(path):
         now = get_number(path, number, record, "ts")
         for event in get_list(path, number, record, "events") if "events" in record else [record]:
@@ -103,7 +104,7 @@ def _stored(path: Path) -> Iterator[tuple[int, float, Record]]:
 
 
 def _named(event: Any) -> Record:
-    """Events come as objects or, from older engines, as arrays. Any: parsed JSON."""
+    """An event as an object; older engines write arrays. Any: parsed JSON."""
     if isinstance(event, list):
         return dict(zip(_FIELDS, event, strict=False))
     return event if isinstance(event, dict) else {}
