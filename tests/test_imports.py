@@ -19,6 +19,7 @@ ALLOWED = {
     "lmc.compiled": set(),
     "lmc.units": {"lmc.errors"},
     "lmc.model": {"lmc.errors"},
+    "lmc.weights": {"lmc.errors", "lmc.model"},
     "lmc.report": {"lmc.errors", "lmc.units"},
     "lmc.cache": set(),
     "lmc.cache.keys": {"lmc.errors"},
@@ -59,7 +60,7 @@ ALLOWED = {
         "lmc.errors",
         "lmc.units",
     },
-    "lmc.cache.connectors": {"lmc.cache", "lmc.errors", "lmc.model", "lmc.units"},
+    "lmc.cache.connectors": {"lmc.cache", "lmc.errors", "lmc.units", "lmc.weights"},
     "lmc.probe": {"lmc.cache", "lmc.errors", "lmc.report", "lmc.units"},
     "lmc.sim": {
         "lmc.cache.keys",

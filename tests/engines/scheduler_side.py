@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.request import Request
 
 from lmc.cache.config import chunk_tokens_for
-from lmc.cache.connectors.vllm.messages import Introduction
+from lmc.cache.connectors.vllm.messages import Introduction, StepReport
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.keys import Namespace
 from lmc.cache.plan import CopyReading, Plan, Report, WorkerReady
@@ -73,7 +73,10 @@ class DrivenSide:
         return found
 
     def step(self, scheduled: dict[str, int]) -> None:
-        self.report(self.side.plan(self.output(scheduled)))
+        step = self.side.step(self.output(scheduled))
+        self.plans.append(step.plan)
+        model = self.namespace.model if step.asks_model else ""
+        self.side.learn(StepReport(self.report_of(step.plan), model=model))
 
     def drain(self) -> None:
         """Steps without requests, until no copy is under way."""

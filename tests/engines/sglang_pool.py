@@ -85,6 +85,7 @@ class Engine:
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
         self.pool = MHATokenToKVPool(4096, PAGE, torch.float32, HEADS, SIZE, LAYERS, "cpu", False)
+        self.runner = SimpleNamespace(token_to_kv_pool=self.pool, model=_model_of(model))
         self.linker = LmcLinker(
             SimpleNamespace(
                 disaggregation_mode="null",
@@ -92,6 +93,8 @@ class Engine:
                 revision=None,
                 dtype="float32",
                 model_path=model,
+                load_format="auto",
+                download_dir=None,
                 json_model_override_args="{}",
                 quantization=None,
             ),
@@ -184,6 +187,16 @@ class Engine:
             {},
             {},
         )
+
+
+def _model_of(name: str) -> Any:
+    """Stands in for the engine's model, whose weights the linker reads: other weights for each name."""
+    from torch import nn
+
+    model = nn.Linear(8, len(name))
+    model.weight.data.fill_(float(sum(name.encode())))
+    model.bias.data.zero_()
+    return model
 
 
 Start = Callable[..., Engine]

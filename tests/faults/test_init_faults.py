@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 
 from lmc.cache.connectors.vllm import worker as worker_module
 from lmc.cache.connectors.vllm.connector import _settings
-from lmc.cache.connectors.vllm.messages import Introduction
+from lmc.cache.connectors.vllm.messages import Introduction, StepPlan
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.plan import Plan
@@ -36,8 +36,17 @@ def unknown_layout(*_: object, **__: object) -> None:
 
 
 def open_worker_side(pipeline: int, **values: object) -> WorkerSide:
-    parallel = SimpleNamespace(pipeline_parallel_size=pipeline, rank=0)
-    side = WorkerSide(settings(**values), SimpleNamespace(parallel_config=parallel), None)  # type: ignore[arg-type]
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=pipeline, tensor_parallel_size=1, enable_expert_parallel=False, rank=0
+    )
+    config = SimpleNamespace(
+        parallel_config=parallel,
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        lora_config=None,
+        load_config=SimpleNamespace(load_format="dummy"),
+        model_config=None,
+    )
+    side = WorkerSide(settings(**values), config, None)  # type: ignore[arg-type]
     side.open({})
     return side
 
@@ -56,9 +65,9 @@ def test_a_worker_that_cannot_open_its_cache_does_without(monkeypatch, caplog, p
     worker = open_worker_side(pipeline)
     assert "lmc: no cache on rank 0: " in caplog.text and said in caplog.text
     worker.fence()
-    worker.begin(Plan(), None)  # type: ignore[arg-type]  # without a cache nobody looks at it
+    worker.begin(StepPlan(Plan()), None)  # type: ignore[arg-type]  # without a cache nobody looks at it
     worker.wait_layer("layer0")
-    worker.end(Plan())
+    worker.end(StepPlan(Plan()))
     assert (worker.loaded(), worker.failed_blocks(), worker.report()) == (set(), set(), None)
 
     scheduler = SchedulerSide(settings(), BLOCK_TOKENS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 
@@ -42,3 +43,10 @@ def parse_control(
         where = ".".join(map(str, first["loc"])) or "lmc"
         logger.warning("lmc: request %s bypasses the cache: %s lmc.%s: %s", request_id, field, where, first["msg"])
         return RequestControl(bypass=True)
+
+
+def tenant_name(tenant: str, salt: str | None) -> str:
+    """The tenant that a request shares with. A tenant that looks like a tenant and a salt is none."""
+    if salt:
+        return json.dumps([tenant, salt])
+    return json.dumps([tenant]) if tenant.startswith("[") else tenant

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from transformers import StaticCache
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.base import LocalCache
+from lmc.cache.connectors.weights import HeldWeights, name_weights
 from lmc.cache.keys import Namespace
 from lmc.cache.transfer.layout import KVLayout
 from lmc.errors import ConfigError, LayoutError
-from lmc.model import weights_digest
 
 BLOCK_TOKENS = 32
 
@@ -48,10 +47,9 @@ class CachedGenerator:
             BLOCK_TOKENS,
             packing=str(model.config._attn_implementation),
         )
-        folder = Path(model.config._name_or_path)
         namespace = Namespace(
             engine="transformers",
-            model=weights_digest(folder) if folder.is_dir() else str(folder),
+            model=name_weights([HeldWeights([model]).read()]),
             revision=str(getattr(model.config, "_commit_hash", None) or ""),
             kv_dtype=str(model.dtype),
             layout=layout.fingerprint,

@@ -248,6 +248,12 @@ class CacheScheduler:
         if self._presence is not None:
             logger.warning("lmc: reset: from now on this instance shares no chunks with others")
 
+    def rename(self, model: str) -> None:
+        """The engine holds other weights than before the last reset: from now on chunks are stored and found under their name."""
+        self.namespace = dataclasses.replace(self.namespace, model=model)
+        self._salts = Salts(self.chunk_tokens)
+        logger.warning("lmc: the weights have changed: chunks of before are not used any more")
+
     def stats(self) -> dict[str, object]:
         """The state in numbers, for people; may be called from any thread."""
         return collect_stats(self.namespace, self.directory, self.metrics, self.chunk_bytes * self.num_ranks)

@@ -181,9 +181,9 @@ class CacheWorker:
             report.copying[self._rank] = self._copying = copying
         return report
 
-    def give_up(self, operations: Sequence[int]) -> None:
+    def give_up(self, operations: Sequence[int], cause: str = CRASH) -> None:
         """Whoever was to carry these operations out cannot; any thread."""
-        self._finish(operations, CRASH)
+        self._finish(operations, cause)
 
     def close(self, timeout: float | None = None) -> None:
         """Let the writes under way end within timeout seconds (default: as configured), then release memory and connections."""

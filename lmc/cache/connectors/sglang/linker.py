@@ -22,13 +22,13 @@ from lmc.cache.connectors.sglang.asked_pins import AskedPins
 from lmc.cache.connectors.sglang.copies import Copies
 from lmc.cache.connectors.sglang.prompts import PageKeys, Prompt, unsupported
 from lmc.cache.connectors.sglang.waiting import agree, watch_queue
+from lmc.cache.connectors.sglang.weights import EngineWeights
 from lmc.cache.keys import Namespace
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies
 from lmc.cache.settings import load_settings
 from lmc.cache.transfer.layout import KVLayout
 from lmc.errors import ConfigError, LayoutError, LmcError
-from lmc.model import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._num_offloads = 0
         self._copies: Copies | None = None
         self._rank, self._ranks = _rank(params)
+        self._weights = EngineWeights(server_args, pool)
         config = _settings(extra_config or {})
         self._tenant = config.tenant
         try:
@@ -71,7 +72,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             layout = _layout(pool, self._page)
             namespace = Namespace(
                 engine="sglang",
-                model=_model_identity(server_args),
+                model=self._weights.model,
                 revision=str(server_args.revision or ""),
                 kv_dtype=f"{server_args.dtype}/{pool.dtype}",
                 layout=layout.fingerprint,
@@ -375,9 +376,3 @@ def _rank(params: Any) -> tuple[int, int]:
     if group is None or not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(group=group), distributed.get_world_size(group=group)
-
-
-def _model_identity(server_args: Any) -> str:
-    folder = Path(server_args.model_path)
-    weights = weights_digest(folder) if folder.is_dir() else server_args.model_path
-    return f"{weights}-{server_args.json_model_override_args}-{server_args.quantization or ''}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from array import array
 from collections import OrderedDict
@@ -13,7 +12,7 @@ from typing import Any
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from lmc.cache.connectors.control import RequestControl, parse_control
+from lmc.cache.connectors.control import RequestControl, parse_control, tenant_name
 from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
 from lmc.cache.scheduler.cache import Identity
 
@@ -30,7 +29,7 @@ class Prompt:
         self.tokens: Sequence[int] = request.origin_input_ids + request.output_ids
         self.identity = Identity(
             lora=request.extra_key or "",  # holds the adapter's id, which SGLang draws anew in every process
-            tenant=json.dumps([tenant, request.cache_salt]) if request.cache_salt else tenant,
+            tenant=tenant_name(tenant, request.cache_salt),
         )
         start = root(namespace, lora=self.identity.lora, tenant=self.identity.tenant)
         self.keys: list[ChunkKey] = KeyChain(start, size).extend(self.tokens)

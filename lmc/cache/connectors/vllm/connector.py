@@ -26,7 +26,6 @@ from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.observe.logs import use_format
-from lmc.cache.plan import Plan
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
 
@@ -92,12 +91,12 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         return self._scheduler.sources(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return StepPlan(self._scheduler.plan(scheduler_output))
+        return self._scheduler.step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, StepReport):
-            self._scheduler.apply(report.report)
+            self._scheduler.learn(report)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return False, self._scheduler.finish(request)
@@ -138,7 +137,7 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         self._worker.fence()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._worker.begin(self._step_plan(), forward_context)
+        self._worker.begin(self._step(), forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         self._worker.wait_layer(layer_name)
@@ -149,7 +148,7 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         """Stores copy whole chunks in wait_for_save."""
 
     def wait_for_save(self) -> None:
-        self._worker.end(self._step_plan())
+        self._worker.end(self._step())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         loaded = self._worker.loaded()
@@ -159,8 +158,7 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         return self._worker.failed_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        report = self._worker.report()
-        return StepReport(report) if report else None
+        return self._worker.report()
 
     # Both
 
@@ -170,10 +168,10 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
     def shutdown(self) -> None:
         self._side.close()
 
-    def _step_plan(self) -> Plan:
+    def _step(self) -> StepPlan:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepPlan)
-        return metadata.plan
+        return metadata
 
 
 def _settings(vllm_config: VllmConfig) -> CacheConfig:

@@ -3,76 +3,101 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from blake3 import blake3
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from lmc.cache.connectors.control import tenant_name
 from lmc.cache.scheduler.cache import Identity
 from lmc.errors import LayoutError
-from lmc.model import adapter_digest, weights_digest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
-
-def request_identity(request: Request, tenant: str) -> Identity:
-    """Adapter, tenant and salt, and what stands at multimodal placeholders and at positions given as embeddings."""
-    lora = request.lora_request
-    return Identity(
-        lora=_adapter_identity(lora) if lora else "",
-        tenant=json.dumps([tenant, request.cache_salt]) if request.cache_salt else tenant,
-        extra=_content_identity(request) if request.mm_features or request.prompt_embeds is not None else None,
-    )
+_FROM_FILES = {"auto", "fastsafetensors", "gguf", "hf", "instanttensor", "mistral", "npcache", "pt", "safetensors"}
 
 
-def _adapter_identity(lora: LoRARequest) -> str:
-    """An adapter is met once under an id, unless it is reloaded in place; what its files hold later is not what the engine runs."""
-    met = _met_adapter.__wrapped__ if lora.load_inplace else _met_adapter
-    return met(lora.lora_int_id, lora.lora_name, lora.lora_path)
+def request_identity(request: Request, tenant: str, adapter: str = "") -> Identity:
+    """Adapter, tenant and salt, and what the model gets at each position beside the token id."""
+    return Identity(lora=adapter, tenant=tenant_name(tenant, request.cache_salt), extra=_content_identity(request))
 
 
-@lru_cache(maxsize=4096)
-def _met_adapter(number: int, name: str, path: str) -> str:
-    folder = Path(path).expanduser()
-    return adapter_digest(folder) if (folder / "adapter_config.json").is_file() else f"{name}\0{path}"
-
-
-def _content_identity(request: Request) -> Callable[[int, int], bytes]:
+def _content_identity(request: Request) -> Callable[[int, int], bytes] | None:
+    """What stands at multimodal placeholders, which positions are given as embeddings, and as which."""
     embeddings = request.prompt_embeds
+    parameters = request.pooling_params.extra_kwargs if request.pooling_params is not None else None
     spans = [
         (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length, feature.identifier)
         for feature in request.mm_features
     ]
+    if not spans and embeddings is None and not parameters:
+        return None
+    embedded = _embedded_positions(request)
 
     def between(start: int, end: int) -> bytes:
+        """Empty where there are tokens only, whatever follows."""
         inside = [(first - start, last - start, name) for first, last, name in spans if first < end and last > start]
-        identity = json.dumps(inside).encode()
-        if embeddings is not None and start < len(embeddings):
-            rows = embeddings[start:end].contiguous().view(torch.uint8).numpy()
-            identity += blake3(rows).digest()
+        rows = torch.zeros(end - start, dtype=torch.bool)
+        rows[: max(0, len(embedded) - start)] = embedded[start:end]
+        if not inside and not parameters and not rows.any():
+            return b""
+        identity = json.dumps([inside, parameters], sort_keys=True, default=repr).encode()
+        if embeddings is not None and rows.any():
+            chosen = embeddings[start:end][rows[: len(embeddings) - start]]
+            identity += b"\0" + np.packbits(rows.numpy()).tobytes() + str(chosen.dtype).encode()
+            identity += blake3(chosen.reshape(-1).view(torch.uint8).numpy()).digest()
         return identity
 
     return between
 
 
-def model_identity(vllm_config: VllmConfig) -> str:
-    """The weights and every configuration value that the engine has in force."""
+def _embedded_positions(request: Request) -> torch.Tensor:
+    """(prompt tokens,) bool: where the model gets an embedding of the client's; the token id there means nothing.
+
+    Without a mask, and with both, vLLM's two model runners disagree about which of them counts, so both belong to the name.
+    """
+    embeddings, mask = request.prompt_embeds, request.prompt_is_token_ids
+    if embeddings is None:
+        return torch.zeros(0, dtype=torch.bool)
+    if mask is None:
+        return torch.ones(len(embeddings), dtype=torch.bool)
+    return ~torch.tensor(mask, dtype=torch.bool)[: len(embeddings)]
+
+
+def model_identity(vllm_config: VllmConfig, weights: str) -> str:
+    """The weights, by their name, and every configuration value that the engine has in force."""
     model = vllm_config.model_config
     in_force = json.loads(model.hf_config.to_json_string(use_diff=False))
     for volatile in ("transformers_version", "_name_or_path"):
         in_force.pop(volatile, None)
-    folder = Path(model.model)
-    weights = weights_digest(folder) if folder.is_dir() else model.model
     return (
         f"{weights}-{blake3(json.dumps(in_force, sort_keys=True).encode()).hexdigest()[:16]}-{model.quantization or ''}"
     )
+
+
+def weights_source(vllm_config: VllmConfig) -> Path | None:
+    """The folder or file that the engine has loaded as it is; None if it made its weights up, or got them elsewhere."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if load.load_format not in _FROM_FILES:
+        return None
+    if os.path.exists(model.model):  # noqa: PTH110  # Path's raises what only this rank may meet
+        return Path(model.model)
+    try:
+        found = snapshot_download(
+            model.model, revision=model.revision, cache_dir=load.download_dir, local_files_only=True
+        )
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None  # neither a path nor on the hub
+    return Path(found)
 
 
 def require_full_attention(kv_cache_config: KVCacheConfig) -> None:

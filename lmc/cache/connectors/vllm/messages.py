@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmc.cache.connectors.vllm.adapters import Loaded
 from lmc.cache.plan import Plan, Report, WorkerReady
 
 
@@ -22,12 +23,25 @@ class Introduction(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 @dataclass
 class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     plan: Plan
+    adapters: dict[str, tuple[int, tuple[str, ...]]] = field(
+        default_factory=dict
+    )  # request -> its adapter, digests by rank
+    asks_adapters: bool = False  # which adapters are loaded
+    asks_model: bool = False  # whether the weights are those of before
 
 
 @dataclass
 class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     report: Report
+    adapters: Loaded = field(default_factory=dict)
+    answers_adapters: bool = False
+    model: str = ""  # the name of what the engine holds now, where the step asked
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
-        return StepReport(self.report.merge(other.report))
+        return StepReport(
+            self.report.merge(other.report),
+            {**self.adapters, **other.adapters},
+            self.answers_adapters and other.answers_adapters,
+            self.model or other.model,
+        )

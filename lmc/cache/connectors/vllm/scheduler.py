@@ -11,9 +11,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.control import RequestControl, parse_control
+from lmc.cache.connectors.vllm.adapters import AdapterNames
 from lmc.cache.connectors.vllm.events import TierEvents
 from lmc.cache.connectors.vllm.identity import request_identity
-from lmc.cache.connectors.vllm.messages import Introduction
+from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.directory import HOST
@@ -40,6 +41,7 @@ class _Tracked:
     num_prompt: int
     identity: Identity
     control: RequestControl
+    digests: tuple[str, ...] = ()  # of its adapter, by rank
     computed: int = 0  # tokens the engine held itself at the last lookup
     background: bool = False  # what the last lookup said of the load
 
@@ -57,6 +59,11 @@ class SchedulerSide:
     promised: list[int] = field(default_factory=list)  # blocks that this step's plan must fill
     growth: CounterGrowth | None = None
     waiting: list[str] = field(default_factory=list)  # requests whose background load this step's plan must start
+    adapters: AdapterNames = field(default_factory=lambda: AdapterNames(1))
+    model_unsure: bool = (
+        False  # a reset may have followed a change of weights; nothing is loaded or stored until that is known
+    )
+    asks_model: bool = False  # in this step
 
     def meet(self, introductions: list[KVConnectorHandshakeMetadata]) -> None:
         ready: list[WorkerReady] = []
@@ -78,6 +85,7 @@ class SchedulerSide:
                 raise
             logger.error("lmc: running WITHOUT the cache: %s", error)
             return
+        self.adapters = AdapterNames(len(introductions))
         if self.announces:
             self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
         self.growth = CounterGrowth(self.scheduler.metrics.registry)
@@ -91,7 +99,15 @@ class SchedulerSide:
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
         if self.scheduler is None or request.skip_reading_prefix_cache:
             return 0, False
+        if self.model_unsure:
+            self.asks_model = True  # not before the engine takes in requests again: weights may change until then
+            return None, False
         with self:
+            adapter = request.lora_request
+            if adapter is not None and request.request_id not in self.tracked:
+                known = self.adapters.known(adapter)
+                if not known:
+                    return (0 if known is False else None), False
             tracked = self._track(request)
             tracked.computed = computed
             if tracked.control.bypass:
@@ -124,6 +140,27 @@ class SchedulerSide:
                     sources[source] = sources.get(source, 0) + tokens
         return sources
 
+    def step(self, output: SchedulerOutput) -> StepPlan:
+        self.asks_model |= self.model_unsure and bool(output.num_scheduled_tokens)
+        plan = self.plan(output)
+        adapters = {}
+        for copies in (*plan.loads, *plan.background_loads, *plan.stores):
+            tracked = self.tracked.get(copies.request_id)
+            if tracked is not None and tracked.digests:
+                adapters[copies.request_id] = (tracked.request.lora_request.lora_int_id, tracked.digests)
+        step = StepPlan(plan, adapters, self.adapters.asking, self.asks_model)
+        self.adapters.asking = self.asks_model = False
+        return step
+
+    def learn(self, report: StepReport) -> None:
+        self.adapters.learn(report.adapters, report.answers_adapters)
+        if report.model and self.scheduler is not None:
+            self.model_unsure = False
+            if report.model != self.scheduler.namespace.model:
+                with self:
+                    self.scheduler.rename(report.model)
+        self.apply(report.report)
+
     def plan(self, output: SchedulerOutput) -> Plan:
         promised, self.promised = self.promised, []
         waiting, self.waiting = self.waiting, []
@@ -136,7 +173,7 @@ class SchedulerSide:
 
     def _plan_store(self, output: SchedulerOutput, request_id: str, num_scheduled: int) -> None:
         tracked = self.tracked.get(request_id)
-        if tracked is None or self.scheduler is None or not tracked.control.store:
+        if tracked is None or self.scheduler is None or not tracked.control.store or self.model_unsure:
             return
         request = tracked.request
         num_valid = min(request.num_computed_tokens + num_scheduled, request.num_tokens)
@@ -161,8 +198,11 @@ class SchedulerSide:
             tracked = None
         if tracked is None:
             control = parse_control(request.kv_transfer_params, request.request_id)
-            identity = request_identity(request, control.tenant or self.config.tenant)
-            tracked = _Tracked(request, request.num_prompt_tokens, identity, control)
+            lora = request.lora_request
+            digests = self.adapters.digests(lora.lora_int_id) if lora is not None else ()
+            name = self.adapters.name(lora) if lora is not None else ""
+            identity = request_identity(request, control.tenant or self.config.tenant, name)
+            tracked = _Tracked(request, request.num_prompt_tokens, identity, control, digests)
             self.tracked[request.request_id] = tracked
         return tracked
 
@@ -201,6 +241,7 @@ class SchedulerSide:
     def reset(self) -> bool:
         if self.scheduler is not None:
             with self:
+                self.model_unsure = True
                 self.scheduler.reset()
         return True
 

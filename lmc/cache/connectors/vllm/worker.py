@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import distributed, nn
 from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import get_tp_group
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
-from lmc.cache.connectors.vllm.identity import model_identity, page_packing, require_full_attention
-from lmc.cache.connectors.vllm.messages import Introduction
+from lmc.cache.connectors.vllm.adapters import Loaded, LoadedAdapters
+from lmc.cache.connectors.vllm.identity import model_identity, page_packing, require_full_attention, weights_source
+from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.stats import LmcStats
+from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_models, name_weights
 from lmc.cache.keys import Namespace
-from lmc.cache.plan import Plan, Report
+from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.open import open_worker
 from lmc.cache.worker.worker import CacheWorker
@@ -36,6 +42,11 @@ class WorkerSide:
     vllm_config: VllmConfig
     kv_cache_config: KVCacheConfig
     worker: CacheWorker | None = None
+    weights: HeldWeights | None = None
+    model: str = ""  # the name of the model whose KV this is
+    adapters: LoadedAdapters | None = None
+    asked: StepPlan | None = None  # the step under way
+    told: Loaded = field(default_factory=dict)
     failure: str = "the engine registered no KV cache"
 
     def open(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -43,11 +54,14 @@ class WorkerSide:
         try:
             if parallel.pipeline_parallel_size > 1:
                 raise ConfigError("pipeline parallelism is not supported")
+            self._find_weights(kv_caches)  # first of what may fail on one rank only: all ranks must take part
+            readings = self._read_weights(weights_source(self.vllm_config) if parallel.rank == 0 else None)
             require_full_attention(self.kv_cache_config)
             layout = KVLayout.from_vllm(kv_caches, self.kv_cache_config, isa=page_packing(self.vllm_config, kv_caches))
+            self.model = model_identity(self.vllm_config, name_weights(readings))
             namespace = Namespace(
                 engine="vllm",
-                model=model_identity(self.vllm_config),
+                model=self.model,
                 revision=str(self.vllm_config.model_config.revision or ""),
                 kv_dtype=f"{self.vllm_config.model_config.dtype}/{self.vllm_config.cache_config.cache_dtype}",
                 layout=layout.fingerprint,
@@ -61,6 +75,26 @@ class WorkerSide:
             self.failure = str(error)
             logger.error("lmc: no cache on rank %d: %s", parallel.rank, error)
 
+    def _read_weights(self, source: Path | None) -> list[WeightsReading]:
+        """The readings of all ranks that hold a part of the weights. Every rank must call it, whatever else goes wrong."""
+        assert self.weights is not None
+        reading = self.weights.read(source)
+        if self.vllm_config.parallel_config.tensor_parallel_size == 1:
+            return [reading]
+        group = get_tp_group()
+        readings = [reading] * group.world_size
+        distributed.all_gather_object(readings, reading, group=group.cpu_group)
+        return readings
+
+    def _find_weights(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        parallel, layers = self.vllm_config.parallel_config, self.vllm_config.compilation_config.static_forward_context
+        known = [layers[name] for name in kv_caches if isinstance(layers.get(name), nn.Module)]
+        models = find_models(known)
+        elsewhere = parallel.enable_expert_parallel and parallel.data_parallel_size > 1  # are some of the experts
+        self.weights = HeldWeights(models, is_all=len(known) == len(kv_caches) and not elsewhere)
+        if self.vllm_config.lora_config is not None:
+            self.adapters = LoadedAdapters.of(models, parallel.rank)
+
     def introduce(self) -> Introduction:
         return Introduction(self.worker.ready() if self.worker is not None else None, self.failure)
 
@@ -68,17 +102,56 @@ class WorkerSide:
         if self.worker is not None:
             self.worker.fence()
 
-    def begin(self, plan: Plan, forward_context: ForwardContext) -> None:
+    def begin(self, step: StepPlan, forward_context: ForwardContext) -> None:
+        self.asked = step
         if self.worker is not None:
+            plan = step.plan
+            if step.adapters:
+                plan = self._refuse_loads(step)
             self.worker.begin(plan, by_layer=self._runs_layer_hooks(forward_context))
 
     def wait_layer(self, name: str) -> None:
         if self.worker is not None:
             self.worker.wait_layer(name)
 
-    def end(self, plan: Plan) -> None:
+    def end(self, step: StepPlan) -> None:
         if self.worker is not None:
+            plan = step.plan
+            if step.adapters and (wrong := self._of_other_adapters(step, plan.stores)):
+                self.worker.give_up(_operations(wrong), COPY)
+                plan = replace(plan, stores=[one for one in plan.stores if one not in wrong])
             self.worker.end(plan)
+
+    def _refuse_loads(self, step: StepPlan) -> Plan:
+        """The plan without the loads of requests whose adapter is no longer the one by which they were named."""
+        plan = step.plan
+        wrong = self._of_other_adapters(step, plan.loads)
+        late = self._of_other_adapters(step, plan.background_loads, may_be_absent=True)
+        if not wrong and not late:
+            return plan
+        assert self.worker is not None
+        self.worker.give_up(_operations([*wrong, *late]), COPY)
+        blocks = [block for one in (*wrong, *late) for chunk in one.chunks for block in chunk.blocks if block != SKIP]
+        return replace(
+            plan,
+            loads=[one for one in plan.loads if one not in wrong],
+            background_loads=[one for one in plan.background_loads if one not in late],
+            failed_blocks=[*plan.failed_blocks, *blocks],
+            failed_requests=[*plan.failed_requests, *(one.request_id for one in late)],
+        )
+
+    def _of_other_adapters(
+        self, step: StepPlan, requests: Sequence[RequestCopies], *, may_be_absent: bool = False
+    ) -> list[RequestCopies]:
+        """may_be_absent: the engine loads the adapter after this step, if it does not hold it now."""
+        if self.adapters is None:
+            return []
+        loaded, rank, wrong = self.adapters.read(), self.adapters.rank, []
+        for request in requests:
+            number, digests = step.adapters.get(request.request_id, (0, ()))
+            if digests and loaded.get((number, rank), digests[rank] if may_be_absent else "") != digests[rank]:
+                wrong.append(request)
+        return wrong
 
     def _runs_layer_hooks(self, forward_context: ForwardContext) -> bool:
         """Whether wait_layer() will be called for every layer of this pass, and before anything asks for failed blocks.
@@ -97,8 +170,23 @@ class WorkerSide:
     def failed_blocks(self) -> set[int]:
         return self.worker.take_failed_blocks() if self.worker is not None else set()
 
-    def report(self) -> Report | None:
-        return self.worker.take_report() if self.worker is not None else None
+    def report(self) -> StepReport | None:
+        """What has become of copies, and what the step asked."""
+        asked, self.asked = self.asked, None
+        report = self.worker.take_report() if self.worker is not None else None
+        adapters = self.adapters.read() if self.adapters is not None else {}
+        asks_adapters, asks_model = asked is not None and asked.asks_adapters, asked is not None and asked.asks_model
+        if not report and adapters == self.told and not asks_adapters and not asks_model:
+            return None
+        self.told = adapters
+        model = self._model_now() if asks_model else ""
+        return StepReport(report or Report(), adapters, asks_adapters, model)
+
+    def _model_now(self) -> str:
+        readings = self._read_weights(None)
+        if any(one.changed for one in readings):
+            self.model = model_identity(self.vllm_config, name_weights(readings))
+        return self.model
 
     def stats(self) -> LmcStats | None:
         """The scheduler's half counts for both."""
@@ -107,3 +195,7 @@ class WorkerSide:
     def close(self) -> None:
         if self.worker is not None:
             self.worker.close()
+
+
+def _operations(requests: Sequence[RequestCopies]) -> list[int]:
+    return [chunk.operation for request in requests for chunk in request.chunks]
