@@ -13,6 +13,7 @@ from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.request import Request
 
 from lmc.cache.config import chunk_tokens_for
+from lmc.cache.connectors.vllm.adapters import Loaded
 from lmc.cache.connectors.vllm.messages import Introduction, StepReport
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.keys import Namespace
@@ -43,6 +44,7 @@ class DrivenSide:
         self.scheduler = self.side.scheduler
         self.blocks = list(range(1, NUM_BLOCKS))
         self.plans: list[Plan] = []  # all that were made
+        self.adapters: Loaded = {}  # that the engine holds
         self._numbers = itertools.count()
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
@@ -76,7 +78,7 @@ class DrivenSide:
         step = self.side.step(self.output(scheduled))
         self.plans.append(step.plan)
         model = self.namespace.model if step.asks_model else ""
-        self.side.learn(StepReport(self.report_of(step.plan), model=model))
+        self.side.learn(StepReport(self.report_of(step.plan), dict(self.adapters), step.asks_adapters, model))
 
     def drain(self) -> None:
         """Steps without requests, until no copy is under way."""

@@ -180,17 +180,49 @@ def test_an_adapter_is_known_by_its_weights(engine: VllmDriver, tmp_path: Path) 
     """The same adapter elsewhere is the same; another one at the same place is not."""
     text = prompt(3, 500)
     here = make_adapter(tmp_path / "here", 3)
+    engine.call("add_adapter", adapter=["here", 11, str(here)])
     engine.generate([text], adapters=[["here", 11, str(here)]])
     engine.call("reset_device")
     there = shutil.copytree(here, tmp_path / "there")
+    engine.call("add_adapter", adapter=["there", 12, str(there)])
     assert engine.generate([text], adapters=[["there", 12, str(there)]])[0]["cached"] == 2 * CHUNK
     shutil.rmtree(here)
     make_adapter(here, 4)
     changed = ["here", 13, str(here)]
     engine.call("reset_device")  # which knows adapters by name
+    engine.call("add_adapter", adapter=changed)
     got = engine.generate([text], adapters=[changed])
     assert got[0]["cached"] == 0
     assert_same(got, past_both(engine, text, adapters=[changed]))
+
+
+def test_what_the_engine_has_loaded_of_an_adapter_counts_and_not_its_files(engine: VllmDriver, tmp_path: Path) -> None:
+    """Its files are replaced between loading and the first request: what is stored must not be the new adapter's."""
+    text = prompt(5, 500)
+    loaded = ["swapped", 21, str(make_adapter(tmp_path / "swapped", 5))]
+    engine.call("add_adapter", adapter=loaded)
+    shutil.rmtree(tmp_path / "swapped")
+    make_adapter(tmp_path / "swapped", 6)
+    engine.generate([text], adapters=[loaded])
+    engine.call("reset_device")
+    assert engine.generate([text], adapters=[loaded])[0]["cached"] == 2 * CHUNK
+    other = ["new", 22, str(tmp_path / "swapped")]
+    engine.call("add_adapter", adapter=other)
+    engine.call("reset_device")
+    got = engine.generate([text], adapters=[other])
+    assert got[0]["cached"] == 0
+    assert_same(got, past_both(engine, text, adapters=[other]))
+
+
+def test_an_adapter_that_the_engine_has_yet_to_load_is_not_cached_at_first(engine: VllmDriver, tmp_path: Path) -> None:
+    """Nobody can say before that what it will be."""
+    text = prompt(6, 500)
+    late = ["late", 31, str(make_adapter(tmp_path / "late", 7))]
+    cached = []
+    for _ in range(3):
+        engine.call("reset_device")
+        cached.append(engine.generate([text], adapters=[late])[0]["cached"])
+    assert cached == [0, 0, 2 * CHUNK]
 
 
 def test_prompts_given_as_embeddings_share_with_their_equals_only(engine: VllmDriver) -> None:

@@ -164,6 +164,16 @@ class _Engine(InsideVllm):
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False, lora_request=adapters if any(adapters) else None)
         return [outcome(output) for output in outputs]
 
+    def add_adapter(self, adapter: list[Any]) -> bool:
+        """Load [name, id, folder], as a server does when it is told of an adapter."""
+        from vllm.lora.request import LoRARequest
+
+        return bool(self.llm.llm_engine.add_lora(LoRARequest(*adapter)))
+
+    def reload_weights(self, folder: str) -> None:
+        """Other weights in place, as reinforcement learning does between two rollouts."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+
     def generate_embedded(self, seed: int, length: int, parameters: dict[str, Any]) -> dict[str, Any]:
         """A prompt that is given as random embeddings."""
         import torch
