@@ -75,7 +75,9 @@ def transfer(hashes: list[str], pages: list[int] | None = None) -> Any:
 class Engine:
     """One SGLang process: a pool and its linker."""
 
-    def __init__(self, settings: dict[str, object], model: str = "one", **params: object) -> None:
+    def __init__(
+        self, settings: dict[str, object], model: str = "one", *, runner: bool = True, **params: object
+    ) -> None:
         import torch
 
         from lmc.cache.connectors.sglang import LmcLinker
@@ -85,7 +87,8 @@ class Engine:
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
         self.pool = MHATokenToKVPool(4096, PAGE, torch.float32, HEADS, SIZE, LAYERS, "cpu", False)
-        self.runner = SimpleNamespace(token_to_kv_pool=self.pool, model=_model_of(model))
+        if runner:  # SGLang's ModelRunner, by which the linker finds the model
+            self.runner = SimpleNamespace(token_to_kv_pool=self.pool, model=_model_of(model))
         self.linker = LmcLinker(
             SimpleNamespace(
                 disaggregation_mode="null",
@@ -218,10 +221,11 @@ def start_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     monkeypatch.setattr(linker, "watch_queue", lambda hold: None)  # there is no scheduler here
     engines: list[Engine] = []
 
-    def one(model: str = "one", params: dict[str, object] | None = None, **settings: object) -> Engine:
-        engines.append(
-            Engine({key.replace("__", "."): value for key, value in settings.items()}, model, **params or {})
-        )
+    def one(
+        model: str = "one", params: dict[str, object] | None = None, *, runner: bool = True, **settings: object
+    ) -> Engine:
+        named = {key.replace("__", "."): value for key, value in settings.items()}
+        engines.append(Engine(named, model, runner=runner, **params or {}))
         return engines[-1]
 
     yield one

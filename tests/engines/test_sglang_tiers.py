@@ -152,3 +152,21 @@ def test_vllm_on_the_same_redis_is_another_world(start: Start, tmp_path: Path) -
         engine.settle()
         after = set(client.keys())
         assert before < after and len(after) == 6
+
+
+def test_weights_that_are_updated_in_place_have_another_name(start: Start, disk: Path) -> None:
+    """As update_weights_from_disk, _tensor, _distributed and _ipc do it: the files, if there are any, stay as they are."""
+    first, second = start(disk__path=str(disk)), start(disk__path=str(disk))
+    model = first.cache.scheduler.namespace.model
+    assert second.cache.scheduler.namespace.model == model
+    assert not first.linker._weights.changed()
+    for engine in (first, second):
+        engine.runner.model.bias.data[0] += 1.0
+        assert engine.linker._weights.changed()
+        assert not engine.linker._weights.changed()
+    assert first.linker._weights.model == second.linker._weights.model != model
+
+
+def test_an_engine_whose_weights_cannot_be_found_shares_with_no_other_start(start: Start, disk: Path) -> None:
+    first, second = (start(disk__path=str(disk), runner=False) for _ in range(2))
+    assert first.cache.scheduler.namespace.model != second.cache.scheduler.namespace.model

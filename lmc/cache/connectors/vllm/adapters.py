@@ -66,6 +66,7 @@ class AdapterNames:
     asking: bool = False  # in this step
     _loaded: Loaded = field(default_factory=dict)
     _absent: set[int] = field(default_factory=set)  # no rank had it when they were asked
+    _named: dict[int, str] = field(default_factory=dict)
     _sources: dict[int, object] = field(
         default_factory=dict
     )  # what each was loaded from, as far as can be seen from outside
@@ -93,16 +94,17 @@ class AdapterNames:
         return tuple(self._loaded[number, rank] for rank in range(self.num_ranks))
 
     def name(self, adapter: LoRARequest) -> str:
-        return blake3("".join(self.digests(adapter.lora_int_id)).encode()).hexdigest()[:32]
+        """The same wherever the same weights are loaded on as many ranks."""
+        name = blake3("".join(self.digests(adapter.lora_int_id)).encode()).hexdigest()[:32]
+        if self._named.get(adapter.lora_int_id) != name:
+            self._named[adapter.lora_int_id] = name
+            logger.info("lmc: the chunks of adapter %r are those of lora %s", adapter.lora_name, name)
+        return name
 
     def learn(self, loaded: Loaded, answers: bool) -> None:
         """answers: it is all that the engine holds, by its workers' reply to a question."""
-        for key, digest in loaded.items():
-            if self._loaded.get(key) != digest:
-                self._loaded[key] = digest
-                logger.debug("lmc: adapter %d has weights %s on rank %d", key[0], digest, key[1])
-        present = {number for number, _ in loaded}
-        self._absent -= present
+        self._loaded.update(loaded)
+        self._absent -= {number for number, _ in loaded}
         if answers:
             self._absent |= set(self._sources) - {number for number, _ in self._loaded}
 
