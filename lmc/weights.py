@@ -104,13 +104,14 @@ def _file_digest(file: Path, progress: _Progress) -> str:
     if (digest := _read_kept(kept, before)) is not None:
         progress.add(file.stat().st_size)
         return digest
-    now = time.time()
+    now, size, done = time.time(), file.stat().st_size, 0
     hasher = blake3(max_threads=blake3.AUTO)
     buffer = bytearray(_PIECE_BYTES)
     view = memoryview(buffer)
     with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
+        while done <= size and (count := stream.readinto(buffer)):
             hasher.update(view[:count])
+            done += count
             progress.add(count)
     if _version(file) != before:
         raise ModelError(f"{file} was written to while it was read; start again when it is complete")

@@ -72,7 +72,7 @@ HIT = 18 * BLOCK
 
 
 def test_requests_share_by_what_is_loaded_under_their_adapters() -> None:
-    driven = DrivenSide(BLOCK, slots=200)
+    driven = DrivenSide(BLOCK, slots=200, chunk_tokens=BLOCK)
     driven.adapters = {(1, 0): "same", (2, 0): "same", (3, 0): "other"}
     found = [driven.serve(driven.request(TEXT, lora_request=lora(number))) for number in (1, 2, 3, 3)]
     assert found == [0, HIT, 0, HIT]
@@ -80,7 +80,7 @@ def test_requests_share_by_what_is_loaded_under_their_adapters() -> None:
 
 
 def test_a_request_whose_adapter_is_not_loaded_is_neither_loaded_nor_stored() -> None:
-    driven = DrivenSide(BLOCK, slots=200)
+    driven = DrivenSide(BLOCK, slots=200, chunk_tokens=BLOCK)
     assert driven.serve(driven.request(TEXT, lora_request=lora(1))) == 0
     assert not any(plan.stores for plan in driven.plans)
     driven.adapters = {(1, 0): "loaded by that request"}
@@ -90,7 +90,7 @@ def test_a_request_whose_adapter_is_not_loaded_is_neither_loaded_nor_stored() ->
 
 def test_files_that_were_replaced_make_the_scheduler_ask_again(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
-    driven = DrivenSide(BLOCK, slots=200)
+    driven = DrivenSide(BLOCK, slots=200, chunk_tokens=BLOCK)
     driven.adapters = {(1, 0): "one"}
     request = lora(1, tmp_path)
     assert [driven.serve(driven.request(TEXT, lora_request=request)) for _ in range(2)] == [0, HIT]
