@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import obstore
@@ -32,10 +32,10 @@ from lmc.cache.config import CacheConfig, RedisConfig, S3Config
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
+from lmc.cache.tiers.format import FOOTER_BYTES, TierScope, derive_auth_key
 from lmc.cache.tiers.redis import RedisTier
 from lmc.cache.tiers.s3 import S3Tier
-from lmc.cache.worker.worker import yield_to_the_engine
+from lmc.cache.worker.tier_copies import yield_to_the_engine
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 from lmc.units import format_size, parse_size
 from tests import services
@@ -161,7 +161,7 @@ def run_in(pool: ThreadPoolExecutor, contest: Contest, chunks: Chunks, rounds: i
 def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
     tier = DiskTier(folder, scope)
     store_all(tier, chunks)
-    files = [tier._file(key) for key in chunks.keys]
+    files = [Path(tier._file_name(key)) for key in chunks.keys]
     wanted = FOOTER_BYTES + scope.chunk_bytes
 
     def drop(number: int) -> None:
@@ -196,6 +196,16 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
     bare = {"buffered read": read(0), "O_DIRECT read": read(os.O_DIRECT)}
     yield Contest("disk load, not in page cache", 0.85, load(tier, chunks), bare, drop)
     yield Contest("disk store, synced", None, store(tier, chunks), {"write, fsync, rename": write}, writes=True)
+    sealed = DiskTier(folder, replace(scope, namespace="sealed", auth_key=derive_auth_key("benchmark")))
+    store_all(sealed, chunks)
+    files = [Path(sealed._file_name(key)) for key in chunks.keys]
+    for number in range(len(files)):
+        read(0)(number)
+    yield Contest("disk load, in page cache, with auth_key", None, load(sealed, chunks), {"buffered read": read(0)})
+    yield Contest("disk load, not in page cache, with auth_key", None, load(sealed, chunks), bare, drop)
+    yield Contest(
+        "disk store, synced, with auth_key", None, store(sealed, chunks), {"write, fsync, rename": write}, writes=True
+    )
 
 
 def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
@@ -237,9 +247,21 @@ def redis_contests(port: int, scope: TierScope, chunks: Chunks) -> Iterator[Cont
 
     yield Contest("redis load", 0.85, tier_load, {"recv_into": receive}, threads=CONNECTIONS)
     yield Contest("redis store", 0.85, tier_store, {"sendmsg": send}, threads=CONNECTIONS, writes=True)
+    key = derive_auth_key("benchmark")
+    sealed = [RedisTier(settings, replace(scope, auth_key=key)) for _ in range(CONNECTIONS)]
+    store_all(sealed[0], chunks)
+
+    def sealed_load(number: int) -> None:
+        sealed[number % CONNECTIONS].get(chunks.keys[number], chunks.slots[number])
+
+    def sealed_store(number: int) -> None:
+        sealed[number % CONNECTIONS].put(chunks.keys[number], chunks.source[number])
+
+    yield Contest("redis load, with auth_key", None, sealed_load, {"recv_into": receive}, threads=CONNECTIONS)
+    yield Contest("redis store, with auth_key", None, sealed_store, {"sendmsg": send}, threads=CONNECTIONS, writes=True)
     for connection in connections:
         connection.close()
-    for tier in tiers:
+    for tier in (*tiers, *sealed):
         tier.close()
 
 

@@ -11,6 +11,7 @@ LmcError
  ├─ TierError        a tier failed to put, get or delete          becomes a miss
  │   ├─ TierFull     no room left
  │   └─ Corrupt      stored bytes do not match their footer
+ │       └─ Forged   the footer is not one of this cache's auth_key
  └─ TransferError    a copy between engine and cache failed       becomes a miss
 
 A message is one line: what is wrong, where, and what to do.
@@ -62,6 +63,10 @@ class TierFull(TierError):
 
 
 class Corrupt(TierError):
+    pass
+
+
+class Forged(Corrupt):
     pass
 
 

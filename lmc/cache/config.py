@@ -54,8 +54,8 @@ class DiskConfig(Section):
     path: Path | None = None
     """Folder of the chunk files. Without it, there is no disk tier."""
     capacity: Size = 100 * 1024**3
-    """Size limit of the chunk files, over all ranks. The eviction policy chooses what to delete. In a shared folder the limit applies
-    to each instance separately."""
+    """Size limit of all chunk files under path, over all ranks, models and instances. Chunks of models and settings that no process uses
+    are deleted first. Then the eviction policy chooses."""
     shared: bool = False
     """Share the folder with other instances: look there for chunks that this instance did not write."""
     fsync: bool = True
@@ -157,6 +157,11 @@ class CacheConfig(Section):
     """Longest time that stopping waits for writes under way. Writes that are not done by then are lost."""
     tenant: str = ""
     """Salt of every key. Instances with different tenants share no chunk."""
+    auth_key: str | None = Field(default=None, json_schema_extra=_SECRET)
+    """Secret that authenticates stored chunks, of at least 16 characters: without it, nobody who can write to disk, Redis or S3 can forge a
+    chunk. All instances that share chunks need the same one. Prefer LMC_AUTH_KEY or auth_key_file. Without it lmc only finds accidents."""
+    auth_key_file: Path | None = None
+    """File that contains auth_key. Set only one of the two."""
     strict: bool = False
     """Refuse to start the engine when a configured tier cannot be opened. Otherwise the engine runs without that tier."""
     log_format: Literal["text", "json"] = "text"
@@ -183,6 +188,8 @@ class CacheConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> CacheConfig:
+        if self.auth_key is not None and self.auth_key_file is not None:
+            raise ConfigError("auth_key and auth_key_file are both set; leave one out")
         if self.redis.mode != "standalone" and self.redis.url and self.redis.url.startswith("unix:"):
             raise ConfigError(
                 f"redis.mode {self.redis.mode} needs a redis:// or rediss:// address, not {self.redis.url!r}"

@@ -17,6 +17,7 @@ from lmc.cache.directory.holds import (
     CORRUPT,
     CRASH,
     ERROR,
+    FORGED,
     FULL,
     LATE,
     NO_OPERATION,
@@ -32,6 +33,7 @@ __all__ = [
     "CORRUPT",
     "CRASH",
     "ERROR",
+    "FORGED",
     "FULL",
     "LATE",
     "NO_OPERATION",
@@ -102,7 +104,7 @@ class Plan:
 
 
 class BreakerReading(NamedTuple):
-    """A circuit breaker's state and its totals since the start."""
+    """The state of one direction of a circuit breaker, and its totals since the start."""
 
     is_open: bool
     failures: int
@@ -128,9 +130,10 @@ class Report:
     failed: dict[int, str] = field(default_factory=dict)  # operation -> cause, one of CAUSES
     transfers: list[tuple[str, int, float]] = field(default_factory=list)  # (what, bytes, seconds) of each batch
     loads: dict[str, tuple[int, float]] = field(default_factory=dict)  # request -> (bytes, seconds) of its loads
-    breakers: dict[tuple[int, str], BreakerReading] = field(default_factory=dict)  # by rank and remote tier
+    breakers: dict[tuple[int, str, str], BreakerReading] = field(default_factory=dict)  # by rank, tier and direction
     faults: dict[int, int] = field(default_factory=dict)  # rank -> number of its last forward pass on unfilled blocks
     copying: dict[int, CopyReading] = field(default_factory=dict)  # by rank, where it has changed
+    stuck: set[int] = field(default_factory=set)  # operations that hang in a tier on some rank and may never end
 
     def merge(self, other: Report) -> Report:
         """Both reports as one; for reports of different ranks."""
@@ -142,10 +145,11 @@ class Report:
             {**other.breakers, **self.breakers},
             {**other.faults, **self.faults},
             {**other.copying, **self.copying},
+            self.stuck | other.stuck,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.finished or self.copying)
+        return bool(self.finished or self.copying or self.stuck)
 
 
 def _side_by_side(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from lmc.cache.tiers.namespaces import NamespaceUse
     from lmc.probe.inspect import Inspection
 
 app = typer.Typer(help="Check stored chunk files, and watch a running cache.", no_args_is_help=True)
@@ -21,19 +23,30 @@ def add_to(parent: typer.Typer) -> None:
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="Chunk files, or folders of chunk files such as disk.path.")],
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per file, each on its own line.")
+        bool, typer.Option("--json", help="Print one JSON object per file and namespace, each on its own line.")
     ] = False,
+    auth_key_file: Annotated[Path | None, typer.Option(help="File that contains the auth_key of the chunks.")] = None,
 ) -> None:
-    """Describe chunk files and check every byte. Exits with 1 if a file is damaged or is not a chunk."""
+    """Describe chunk files, check every byte, and list the namespaces of a disk folder.
+
+    Exits with 1 if a file is damaged, forged or not a chunk.
+    """
+    from lmc.cache.config import CacheConfig
+    from lmc.cache.tiers.namespaces import list_namespaces
+    from lmc.cache.tiers.open import read_auth_key
     from lmc.probe.inspect import find_files, inspect_file
 
+    auth_key = read_auth_key(CacheConfig(auth_key_file=auth_key_file))
     damaged = 0
     count = 0
     for path in find_files(files):
-        found = inspect_file(path)
+        found = inspect_file(path, auth_key)
         count += 1
         damaged += found.problem is not None
         typer.echo(_as_json(found) if as_json else _as_text(found))
+    for folder in files:
+        for namespace in list_namespaces(folder):
+            typer.echo(_namespace_as_json(namespace) if as_json else _namespace_as_text(namespace))
     if not as_json:
         typer.echo(f"{count} files, {damaged} damaged")
     if damaged:
@@ -61,7 +74,8 @@ def stats(
 def _as_text(found: Inspection) -> str:
     from lmc.units import format_size
 
-    lines = [f"{found.path}: {found.problem or 'ok'}"]
+    well = "sealed with an auth_key; give --auth-key-file to check it" if found.unchecked else "ok"
+    lines = [f"{found.path}: {found.problem or well}"]
     if found.footer is not None:
         footer = found.footer
         lines.append(f"  namespace {footer.namespace}  rank {footer.rank}  key {footer.key.hex()}")
@@ -72,10 +86,28 @@ def _as_text(found: Inspection) -> str:
     return "\n".join(lines)
 
 
+def _namespace_as_text(one: NamespaceUse) -> str:
+    from lmc.units import format_size
+
+    used = (
+        "in use"
+        if one.open
+        else f"last used {datetime.datetime.fromtimestamp(one.used, datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    )
+    return f"namespace {one.label}: {one.chunks} chunks, {format_size(one.num_bytes)}, {used}"
+
+
+def _namespace_as_json(one: NamespaceUse) -> str:
+    import orjson
+
+    return orjson.dumps(one).decode()
+
+
 def _as_json(found: Inspection) -> str:
     import orjson
 
     record: dict[str, object] = {"file": str(found.path), "file_bytes": found.file_bytes, "problem": found.problem}
+    record["checked"] = not found.unchecked
     if found.footer is not None:
         footer = found.footer
         record |= {

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, checksum, decode
+from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, TierScope, checksum, decode, is_sealed
+from lmc.cache.tiers.namespaces import LEASE
 from lmc.errors import ConfigError, Corrupt
 
 
@@ -17,36 +18,48 @@ class Inspection:
     file_bytes: int
     footer: ChunkFooter | None  # None when it cannot be read
     problem: str | None  # None when all is well
+    unchecked: bool = False  # it is sealed with an auth_key that is not known here, so only its footer was checked
 
 
 def find_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The paths that are files, and all files below those that are folders. Raises ConfigError for a path that is neither."""
+    """The paths that are files, and all files below those that are folders, less the leases of namespaces and links.
+
+    Raises ConfigError for a path that is neither.
+    """
     for path in paths:
         if path.is_dir():
-            yield from sorted(found for found in path.rglob("*") if found.is_file())
+            files = (found for found in path.rglob("*") if found.is_file() and not found.is_symlink())
+            yield from sorted(found for found in files if found.name != LEASE)
         elif path.is_file():
             yield path
         else:
             raise ConfigError(f"{path}: no such file or folder")
 
 
-def inspect_file(path: Path) -> Inspection:
-    """Check footer, length and checksum. Raises ConfigError when the file cannot be read."""
+def inspect_file(path: Path, auth_key: bytes = b"") -> Inspection:
+    """Check footer, length and checksum, with an auth_key the seal, too. Raises ConfigError when the file cannot be read."""
     footer = None
+    unchecked = False
     problem: str | None = None
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             payload_bytes = max(size - FOOTER_BYTES, 0)
             file.seek(payload_bytes)
-            footer = decode(file.read(FOOTER_BYTES))
+            page = memoryview(file.read(FOOTER_BYTES))
+            footer = decode(page)
             if payload_bytes != footer.payload_bytes:
                 raise Corrupt(f"the payload has {payload_bytes} bytes instead of {footer.payload_bytes}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-                if checksum(view[:payload_bytes]) != footer.checksum:
+                if auth_key:
+                    scope = TierScope(footer.namespace, footer.rank, footer.layout, payload_bytes, auth_key)
+                    scope.verify(footer.key, page, scope.checksum(view[:payload_bytes]))
+                elif is_sealed(page):
+                    unchecked = True
+                elif checksum(view[:payload_bytes]) != footer.checksum:
                     raise Corrupt("the payload does not match its checksum")
     except Corrupt as error:
         problem = str(error)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    return Inspection(path, size, footer, problem)
+    return Inspection(path, size, footer, problem, unchecked)

@@ -20,6 +20,7 @@ import pytest
 from lmc.cache.tiers import file_read, read_loop
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope
+from lmc.cache.tiers.namespaces import LEASE
 from lmc.errors import Corrupt, TierError, TierFull
 from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
 
@@ -35,7 +36,8 @@ def tier(tmp_path: Path) -> DiskTier:
 
 
 def files_under(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    """Without the namespace's lease."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != LEASE]
 
 
 def chunk_file(folder: Path) -> Path:
@@ -148,7 +150,7 @@ def test_a_failed_store_leaves_nothing_and_harms_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    owner = Path if call in ("rename", "mkdir") else os
+    owner = Path if call == "mkdir" else os
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, fail)
         with pytest.raises(TierError, match=said) as caught:
@@ -203,17 +205,16 @@ def test_a_failed_load_names_file_and_cause(tier: DiskTier, monkeypatch: pytest.
 def test_a_failure_that_the_compiled_code_meets(
     tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not injected: the kernel reads no folder. Also a failure that is over before Python asks for it costs no chunk."""
+    """Not injected: the kernel reads no file that was opened to be written. Also a failure that is over before Python asks for it costs no
+    chunk."""
     pretend_cached(monkeypatch, True)
     tier.put(key(1), payload(1))
     path = chunk_file(tmp_path)
-    path.rename(path.with_suffix(".aside"))
-    path.mkdir()
-    with pytest.raises(TierError, match=f"cannot load .*{key(1).hex()}: Is a directory") as caught:
-        load(tier, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(file_read, "open_to_read", lambda *_: os.open(path, os.O_WRONLY))
+        with pytest.raises(TierError, match=f"cannot load .*{key(1).hex()}: Bad file descriptor") as caught:
+            load(tier, 1)
     assert type(caught.value) is TierError
-    path.rmdir()
-    path.with_suffix(".aside").rename(path)
     monkeypatch.setattr(read_loop, "read_and_hash", lambda *_: (4096, 0, True))
     with pytest.raises(TierError, match="a read failed and then did not") as caught:
         load(tier, 1)
@@ -224,8 +225,9 @@ def test_other_failed_calls_are_tier_errors(tier: DiskTier, monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    for call in ("exists", "unlink", "iterdir"):
-        monkeypatch.setattr(Path, call, fail)
+    tier.put(key(1), payload(1))
+    for call in ("stat", "unlink", "scandir"):
+        monkeypatch.setattr(os, call, fail)
     for work in (lambda: tier.contains([key(1)]), lambda: tier.delete(key(1)), lambda: list(tier.scan())):
         with pytest.raises(TierError, match="Input/output error"):
             work()

@@ -114,12 +114,12 @@ def test_a_breaker_spares_the_wait(server: RedisServer, hasty: RedisTier) -> Non
     for _ in range(2):
         with pytest.raises(TierError):
             load(breaker, 1)
-    with ends_within(TIMEOUT), pytest.raises(TierOpen, match="redis tier: failed 2 times in a row"):
+    with ends_within(TIMEOUT), pytest.raises(TierOpen, match="redis tier, reads: failed 2 times in a row"):
         load(breaker, 1)
     server.resume()
     now = 0.3
     assert load(breaker, 1) == payload(1)
-    assert breaker.state == "closed"
+    assert breaker.state("read") == "closed"
 
 
 @every_call
@@ -228,11 +228,35 @@ def test_a_value_of_a_wrong_size_is_corrupt_and_can_be_replaced(
     assert load(tier, 1) == payload(2)
 
 
-def test_a_value_of_another_type_is_an_error(server: RedisServer, tier: RedisTier) -> None:
-    with server.client() as client:
-        client.lpush(tier._name(key(1)), b"surprise")
-    with pytest.raises(TierError, match="WRONGTYPE"):
-        load(tier, 1)
+def test_a_value_of_another_type_is_corrupt_and_can_be_deleted_or_replaced(
+    server: RedisServer, tier: RedisTier
+) -> None:
+    for end in (lambda: tier.delete(key(1)), lambda: tier.put(key(1), payload(2))):
+        with server.client() as client:
+            client.lpush(tier._name(key(1)), b"surprise")
+        with pytest.raises(Corrupt, match="WRONGTYPE"):
+            load(tier, 1)
+        end()
+    assert load(tier, 1) == payload(2)
+
+
+@pytest.mark.parametrize("refusal", ["min-replicas-to-write", "read-only replica"])
+def test_a_server_that_refuses_writes_is_read_on(tmp_path: Path, server: RedisServer, refusal: str) -> None:
+    writer = open_tier(server.port, timeout=PATIENCE)
+    for number in range(3):
+        writer.put(key(number), payload(number))
+    with services.redis_server(tmp_path, "--replicaof", services.LOCAL, str(server.port)) as replica:
+        with replica.client() as client:
+            services.wait_until(lambda: client.dbsize() == 3, "the replica's copy")
+            if refusal != "read-only replica":
+                client.replicaof("NO", "ONE")
+                client.config_set(refusal, 1)
+        breaker = Breaker(open_tier(replica.port, timeout=PATIENCE))
+        for number in range(20):
+            with pytest.raises(TierError, match=r"READONLY|NOREPLICAS|left alone"):
+                breaker.put(key(number), payload(number))
+            assert load(breaker, number % 3) == payload(number % 3)
+        assert (breaker.state("write"), breaker.state("read")) == ("open", "closed")
 
 
 RIGHT_START = b"$44096\r\n"

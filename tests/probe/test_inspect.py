@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from lmc.cache.tiers.disk import DiskTier
+from lmc.cache.tiers.format import derive_auth_key
+from lmc.cache.tiers.namespaces import LEASE
 from lmc.cli.cache import app
 from tests.contracts.tier import SCOPE, key, payload
 
@@ -14,7 +17,7 @@ from tests.contracts.tier import SCOPE, key, payload
 @pytest.fixture
 def chunk(tmp_path: Path) -> Path:
     DiskTier(tmp_path, SCOPE).put(key(1), payload(1))
-    [path] = (found for found in tmp_path.rglob("*") if found.is_file())
+    [path] = (found for found in tmp_path.rglob("*") if found.is_file() and found.name != LEASE)
     return path
 
 
@@ -32,7 +35,8 @@ def test_a_sound_chunk(chunk: Path) -> None:
 
 def test_a_folder_as_json(chunk: Path, tmp_path: Path) -> None:
     code, text = inspect("--json", tmp_path)
-    [record] = [json.loads(line) for line in text.splitlines()]
+    record, namespace = (json.loads(line) for line in text.splitlines())
+    assert (namespace["label"], namespace["chunks"]) == (SCOPE.namespace, 1)
     assert code == 0
     assert record["problem"] is None
     assert (record["key"], record["payload_bytes"]) == (key(1).hex(), len(payload(1)))
@@ -63,3 +67,30 @@ def test_a_damaged_chunk(chunk: Path, damage: object, said: str) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "absent")])
     assert "no such file or folder" in str(result.exception)
+
+
+def test_namespaces_are_listed_with_what_they_take(tmp_path: Path) -> None:
+    old = DiskTier(tmp_path, replace(SCOPE, namespace="old"))
+    old.put(key(1), payload(1))
+    old.close()
+    living = DiskTier(tmp_path, SCOPE)
+    code, text = inspect(tmp_path)
+    assert code == 0
+    assert "namespace old: 1 chunks, 43.1 KiB, last used 20" in text
+    assert f"namespace {SCOPE.namespace}: 0 chunks, 0 B, in use" in text
+    _, text = inspect("--json", tmp_path)
+    assert '{"label":"old","chunks":1,"num_bytes":44096,' in text
+    living.close()
+
+
+def test_a_sealed_chunk_is_checked_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("a key that nobody guesses")
+    (tmp_path / "other").write_text("another that nobody guesses")
+    sealed = replace(SCOPE, auth_key=derive_auth_key("a key that nobody guesses"))
+    DiskTier(tmp_path / "disk", sealed).put(key(1), payload(1))
+    code, text = inspect(tmp_path / "disk")
+    assert code == 0 and "sealed with an auth_key; give --auth-key-file" in text
+    code, text = inspect(tmp_path / "disk", "--auth-key-file", tmp_path / "key")
+    assert code == 0 and ": ok" in text
+    code, text = inspect(tmp_path / "disk", "--auth-key-file", tmp_path / "other")
+    assert code == 1 and "not sealed with this cache's auth_key" in text

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lmc.cache.directory.holds import Operation, Operations, Ticket
+from lmc.cache.directory.holds import FULL, Operation, Operations, Ticket
 from lmc.cache.directory.misses import evicted_from
 from lmc.cache.directory.nodes import ABSENT, RESIDENT, ResidentSet
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.keys import ChunkKey
 
+_RELIEF = 64  # so large a part of a tier goes when its medium is full
 WriteMode = Literal["through", "back", "around"]
 Cause = Literal["room", "quota", "demoted", "expired", "cleared", "failed"]
 
@@ -62,6 +63,7 @@ class Below:
         self._reserve = max(1, places.host.capacity // 8) if write == "back" and self.exists else 0
         self._writing: dict[str, int] = {}  # bounded tier -> writes under way
         self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first
+        self._relieving: set[int] = set()  # deletions that make room in a medium that is fuller than its capacity says
         self._demoting: dict[int, int] = {}  # node -> writes after which its host copy goes
 
     @property
@@ -137,10 +139,11 @@ class Below:
                 asked = True
         return asked
 
-    def delete(self, residents: ResidentSet, node: int) -> None:
+    def delete(self, residents: ResidentSet, node: int) -> int:
+        """Returns the operation."""
         places = self._places
         places.leave(residents, node)
-        self._issue("delete", node, places.nodes.key(node), residents.name)
+        return self._issue("delete", node, places.nodes.key(node), residents.name)
 
     def delete_remote(self, remote: RemoteKeys, key: ChunkKey) -> None:
         """Delete what others may have stored; this instance's own chunks in a shared tier go by delete()."""
@@ -156,10 +159,11 @@ class Below:
         residents = self._places.set_of(done.ticket.tier)
         assert residents is not None
         residents.vacate(done.node)
+        self._relieving.discard(done.ticket.operation)
         self._places.forget_unused(done.node)
 
-    def complete_write(self, done: Operation, stored: bool) -> None:
-        places, node = self._places, done.node
+    def complete_write(self, done: Operation, failure: str | None) -> None:
+        places, node, stored = self._places, done.node, failure is None
         residents = places.set_of(done.ticket.tier)
         if residents is None:
             next(remote for remote in self._unbounded if remote.name == done.ticket.tier).end_write(
@@ -176,6 +180,8 @@ class Below:
             else:
                 places.leave(residents, node)
                 residents.vacate(node)
+                if failure == FULL:
+                    self._relieve(residents)
         if done.demotes:
             self._demoting[node] -= 1
             if self._demoting[node] == 0:
@@ -183,6 +189,20 @@ class Below:
                 if places.host.readable(node) and not places.host.holds[node] and self.has_copy(node):
                     self.evict_from_host(node, "demoted")
         places.forget_unused(node)
+
+    def _relieve(self, residents: ResidentSet) -> None:
+        """The medium was full before the capacity was reached: others fill it, too. Some chunks go, so that the next writes find room.
+
+        Once for all the writes that were under way together.
+        """
+        if self._relieving:
+            return
+        for _ in range(max(1, residents.count // _RELIEF)):
+            victim = residents.victim()
+            if victim < 0:
+                return
+            self._count(residents.name, victim, "room")
+            self._relieving.add(self.delete(residents, victim))
 
     def _touched_enough(self, node: int) -> bool:
         return self._places.touches[node] >= self._write_touches
@@ -246,7 +266,7 @@ class Below:
         gone: tuple[int, ...] = (),
         gone_keys: tuple[ChunkKey, ...] = (),
         demotes: bool = False,
-    ) -> None:
+    ) -> int:
         slot, parent = -1, None
         if kind == "write":
             slot, parent = self._places.slots[node], self._places.parent_key(node)
@@ -257,6 +277,7 @@ class Below:
         self._places.hold_one(node, 1)
         if demotes:
             self._demoting[node] = self._demoting.get(node, 0) + 1
+        return ticket.operation
 
     def _count(self, tier: str, node: int, cause: Cause) -> None:
         self._counts.gone(tier, cause)

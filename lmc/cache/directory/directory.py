@@ -122,7 +122,8 @@ class Directory:
     # Moving chunks
 
     def store(self, keys: Sequence[ChunkKey], now: float, *, tenant: str = "", touch: bool = True) -> list[Ticket]:
-        """A request holds the chunks of keys, a whole prefix: touch what is stored, make room for what is not.
+        """A request holds the chunks of keys, a whole prefix: touch what is stored, make room for what is not, or what could not be
+        brought up from a tier that is left alone.
 
         Inserts and touches go from the last chunk to the first, so a parent is younger than its child. Returns a store ticket for each
         chunk that got a slot, in order of the prefix; where slots run out, the rest is dropped.
@@ -135,7 +136,9 @@ class Directory:
         missing = [
             index
             for index, node in enumerate(chain)
-            if node < 0 or (in_host[node] != RESIDENT and not places.present(node))
+            if node < 0
+            or (in_host[node] == ABSENT and node in places.unreached)
+            or (in_host[node] != RESIDENT and not places.present(node))
         ]
         new: list[int] = []
         tickets: list[Ticket] = []
@@ -248,7 +251,7 @@ class Directory:
             return None
         self._places.hold_one(done.node, -1)
         if done.ticket.kind == "write":
-            self._below.complete_write(done, failure is None)
+            self._below.complete_write(done, failure)
         elif done.ticket.kind == "delete":
             self._below.complete_delete(done)
         else:
@@ -257,6 +260,16 @@ class Directory:
         if done.ticket.key in self._doomed:
             self._doomed = self._removal.forget_unused(self._doomed)
         return done.ticket
+
+    def mark_stuck(self, operations: Iterable[int]) -> None:
+        """These copies hang in a tier and may never end. A chunk on its way into host memory counts as absent from now on.
+
+        They stay open, and their slots taken, until complete() says that they ended after all; nobody needs to wait for that.
+        """
+        for operation in operations:
+            stuck = self._operations.mark_stuck(operation)
+            if stuck is not None and stuck.ticket.kind == "stage":
+                self._host_slots.strand(stuck)
 
     def take_tickets(self) -> list[Ticket]:
         """Writes and deletes that became due since the last call."""
@@ -345,6 +358,11 @@ class Directory:
         return len(self._operations)
 
     @property
+    def num_stuck(self) -> int:
+        """Of these, those that may never end."""
+        return self._operations.num_stuck
+
+    @property
     def num_pins(self) -> int:
         return len(self._pins)
 
@@ -370,6 +388,8 @@ class Directory:
     def _advance(self, now: float) -> float:
         """Time never goes back, whatever the caller's clock does."""
         self._now = max(self._now, now)
+        for remote in self._remotes:
+            remote.now = self._now
         return self._now
 
     def _source(self, key: ChunkKey, node: int, now: float) -> str | None:

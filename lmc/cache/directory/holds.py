@@ -12,13 +12,14 @@ from lmc.cache.keys import ChunkKey
 # Why an operation failed; the words of the metrics. The worker's log has the whole story.
 ABSENT = "absent"  # the tier has no such chunk
 CORRUPT = "corrupt"  # the stored bytes fail the checksum or length check
+FORGED = "forged"  # it was not stored with this cache's auth_key
 FULL = "full"  # no room in the tier
 UNAVAILABLE = "unavailable"  # its circuit breaker is open
 ERROR = "error"  # the tier failed otherwise
 COPY = "copy"  # blocks could not be copied, or held garbage
 LATE = "late"  # it waited beyond its limit
 CRASH = "crash"  # a fault in lmc
-CAUSES = (ABSENT, CORRUPT, FULL, UNAVAILABLE, ERROR, COPY, LATE, CRASH)
+CAUSES = (ABSENT, CORRUPT, FORGED, FULL, UNAVAILABLE, ERROR, COPY, LATE, CRASH)
 NO_OPERATION = 0  # of a deletion whose end nobody waits for
 
 Kind = Literal["store", "write", "stage", "delete", "load"]
@@ -45,12 +46,18 @@ class Operation:
     node: int  # -1: of a chunk that only a remote tier knows
     evict: tuple[int, ...] = ()
     demotes: bool = False  # when it is done the host copy goes
+    stranded_slot: int = -1  # the host slot that a stuck copy may still fill; it is free again when the copy ends
 
 
 class Operations:
     def __init__(self) -> None:
         self._open: dict[int, Operation] = {}
+        self._stuck: set[int] = set()
         self._last = 0
+
+    @property
+    def num_stuck(self) -> int:
+        return len(self._stuck)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -77,7 +84,15 @@ class Operations:
         return ticket
 
     def close(self, operation: int) -> Operation | None:
+        self._stuck.discard(operation)
         return self._open.pop(operation, None)
+
+    def mark_stuck(self, operation: int) -> Operation | None:
+        """Returns the operation, or None when it is not open or was stuck already."""
+        if operation in self._stuck or operation not in self._open:
+            return None
+        self._stuck.add(operation)
+        return self._open[operation]
 
 
 class Pins:

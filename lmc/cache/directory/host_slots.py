@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmc.cache.directory.below import Below, Counts
-from lmc.cache.directory.holds import CORRUPT, LATE, UNAVAILABLE, Kind, Operation, Operations, Ticket
+from lmc.cache.directory.holds import CORRUPT, FORGED, LATE, UNAVAILABLE, Kind, Operation, Operations, Ticket
 from lmc.cache.directory.misses import Miss
 from lmc.cache.directory.nodes import ABSENT, SPOILED
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.keys import ChunkKey
 
+_NOT_OURS = (CORRUPT, FORGED)  # the causes for which a chunk of others is deleted
 _CHUNK_IS_FINE = (LATE, UNAVAILABLE)  # causes that say nothing about the chunk
 
 
@@ -48,6 +49,8 @@ class HostSlots:
         if node < 0:
             node = chain[index] = places.add(key, parent, now)
             places.hold_one(node, 1)
+        elif places.present(node):
+            places.adopt(node, parent, tenant)
         else:
             places.parents[node] = parent
             places.ages.born(node, now)
@@ -68,6 +71,9 @@ class HostSlots:
     def complete(self, done: Operation, failure: str | None) -> None:
         """A store, a stage or a load ended."""
         ticket, node, places = done.ticket, done.node, self._places
+        if done.stranded_slot >= 0:
+            places.free_stranded(done.stranded_slot)
+            return
         self.staging.discard(node)
         if ticket.kind == "load":
             if failure is not None and places.host.readable(node):
@@ -75,13 +81,26 @@ class HostSlots:
                 places.misses.note(ticket.key, Miss.LOAD_FAILED)
                 self._spoiled.add(node)
         elif failure is None:
+            if ticket.kind == "stage":
+                self._confirm_source(ticket)
             places.arrive(places.host, node)
+            places.unreached.discard(node)
             self._below.after_store(node)
         else:
             places.misses.note(ticket.key, Miss.STORE_FAILED if ticket.kind == "store" else Miss.LOAD_FAILED)
             if ticket.kind == "stage":
                 self._doubt_source(ticket, node, failure)
             places.leave_host(node)
+
+    def strand(self, stage: Operation) -> None:
+        """A stage hangs in its tier: the chunk counts as absent there, and its slot is free when the copy ends, however late."""
+        places, node = self._places, stage.node
+        self.staging.discard(node)
+        places.misses.note(stage.ticket.key, Miss.LOAD_FAILED)
+        self._doubt_source(stage.ticket, node, "stuck")
+        stage.node, stage.stranded_slot = -1, places.strand_slot(node)
+        places.hold_one(node, -1)
+        places.forget_unused(node)
 
     def free_spoiled(self) -> None:
         """Free the slots of failed loads to which no transfer refers any more."""
@@ -93,17 +112,25 @@ class HostSlots:
             self._counts.gone(HOST, "failed")
             self._places.leave_host(node)
 
+    def _confirm_source(self, ticket: Ticket) -> None:
+        """A stage succeeded, so the chunk is there now."""
+        for remote in self._remotes:
+            if remote.name == ticket.tier and ticket.key in remote:
+                remote.learn(ticket.key)
+
     def _doubt_source(self, ticket: Ticket, node: int, failure: str) -> None:
         """A stage failed: where the chunk cannot be read, it counts as absent."""
         residents = self._places.set_of(ticket.tier)
         if residents is not None and residents.readable(node):
             if failure not in _CHUNK_IS_FINE:
                 self._below.delete(residents, node)
+            else:
+                self._places.unreached.add(node)
             return
         for remote in self._remotes:
             if remote.name == ticket.tier:
                 remote.forget(ticket.key)
-                if failure == CORRUPT:  # the one cause for which a chunk of others is deleted
+                if failure in _NOT_OURS:
                     self._below.delete_remote(remote, ticket.key)
 
     def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:

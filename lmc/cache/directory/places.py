@@ -46,9 +46,11 @@ class Places:
         self.changes = Changes()
         self.access = 0  # the number of the request, which is the policies' clock
         self.slots = array("i", [-1]) * num_nodes
+        self.unreached: set[int] = set()  # nodes below the host that could not be brought up when they were wanted
         self.touches = array("H", bytes(2 * num_nodes))
         self._free_slots: list[int] = []
         self._fresh_slot = 0  # slots from here on were never taken
+        self._num_stranded = 0
 
     # Asking
 
@@ -91,6 +93,7 @@ class Places:
         """Free a node to which nothing refers any more."""
         if self.nodes.keys[node] is not None and all(residents.unused(node) for residents in self.sets):
             self.nodes.remove(node)
+            self.unreached.discard(node)
             self.ages.gone(node)
             self.tenants.forget(node)
 
@@ -172,12 +175,21 @@ class Places:
         self.tenants.entered_host(node)
 
     def leave_host(self, node: int) -> None:
+        self.free_stranded(self.strand_slot(node))
+        self.forget_unused(node)
+
+    def strand_slot(self, node: int) -> int:
+        """The chunk leaves the host, but its slot is not free: something may still be written there. Returns the slot."""
         self.leave(self.host, node)
         self.host.vacate(node)
         self.tenants.left_host(node)
-        self._free_slots.append(self.slots[node])
-        self.slots[node] = -1
-        self.forget_unused(node)
+        slot, self.slots[node] = self.slots[node], -1
+        self._num_stranded += 1
+        return slot
+
+    def free_stranded(self, slot: int) -> None:
+        self._num_stranded -= 1
+        self._free_slots.append(slot)
 
     def insert(self, residents: ResidentSet, nodes: Sequence[int]) -> None:
         """In the same order as touches."""
@@ -204,7 +216,7 @@ class Places:
         """Assert them; idle: no operation is open and no pin is held, so all holds come from children."""
         slots = [self.slots[node] for node in self.nodes if self.slots[node] >= 0]
         assert len(slots) == len(set(slots)) and not set(slots) & set(self._free_slots)
-        assert len(slots) + self.num_free_slots == self.host.capacity
+        assert len(slots) + self.num_free_slots + self._num_stranded == self.host.capacity
         assert all(slot < self._fresh_slot for slot in slots)
         for index, residents in enumerate(self.sets):
             taken = [node for node in self.nodes if residents.state[node] != ABSENT]

@@ -1,6 +1,7 @@
 """What is known of a tier without a capacity of ours (Redis, S3): a bounded memory of keys that are there.
 
-Such a tier has its own eviction, so knowledge may be out of date: a stage then fails and the chunk counts as absent.
+Such a tier has its own eviction, so knowledge may be out of date: a stage then fails and the chunk counts as absent. After BELIEVED_SECONDS
+a chunk that is in use here is written again, since nothing tells when a server was emptied.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ def leading(
     return keys[: len(present)], present
 
 
+BELIEVED_SECONDS = 900.0
+
+
 class RemoteKeys:
     def __init__(self, name: str, limit: int) -> None:
         self.name = name
         self._limit = limit
-        self._known: OrderedDict[ChunkKey, None] = OrderedDict()
+        self.now = float("-inf")  # the directory's time
+        self._known: OrderedDict[ChunkKey, float] = OrderedDict()  # key -> when it was known to be there
         self._writing: set[ChunkKey] = set()
         self._deleting: set[ChunkKey] = set()
 
@@ -52,7 +57,7 @@ class RemoteKeys:
         """The key is there; not believed while its deletion is under way."""
         if key in self._deleting:
             return
-        self._known[key] = None
+        self._known[key] = self.now
         self._known.move_to_end(key)
         if len(self._known) > self._limit:
             self._known.popitem(last=False)
@@ -61,7 +66,9 @@ class RemoteKeys:
         self._known.pop(key, None)
 
     def may_write(self, key: ChunkKey) -> bool:
-        return key not in self._known and key not in self._writing and key not in self._deleting
+        known = self._known.get(key)
+        fresh = known is not None and self.now - known < BELIEVED_SECONDS
+        return not fresh and key not in self._writing and key not in self._deleting
 
     @property
     def num_writing(self) -> int:

@@ -115,8 +115,8 @@ class Accounting:
             self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
             self.metrics.transfer_seconds.labels(transfer).observe(seconds)
         self.spans.loaded(report.loads)
-        for (rank, tier), reading in report.breakers.items():
-            self.metrics.note_breaker(rank, tier, reading)
+        for (rank, tier, direction), reading in report.breakers.items():
+            self.metrics.note_breaker(rank, tier, direction, reading)
         for rank, copying in report.copying.items():
             self.metrics.note_copying(rank, copying)
         self.metrics.settle(self._directory.counts)

@@ -58,8 +58,12 @@ class CacheMetrics:
         self.failure_causes = counter(
             "failure_causes", "The same operations by tier and cause", "operation", "tier", "cause"
         )
-        self.breaker_open = gauge("breaker_open", "1 while a remote tier is left alone after failures", "tier")
-        self.breaker_events = counter("breaker_events", "Failed calls, calls not made, and openings", "tier", "event")
+        self.breaker_open = gauge(
+            "breaker_open", "1 while one direction of a tier is left alone after failures", "tier", "direction"
+        )
+        self.breaker_events = counter(
+            "breaker_events", "Failed calls, calls not made, and openings", "tier", "direction", "event"
+        )
 
         self.transferred_bytes = counter("transferred_bytes", "Bytes copied", "transfer")
         self.transfer_seconds = histogram("transfer_seconds", "Time of one batch of copies", _SECONDS, "transfer")
@@ -93,7 +97,7 @@ class CacheMetrics:
         for what in ("store", "write"):
             self.dropped_chunks.labels(what)
         self._counts = Counts()  # as of the last settle()
-        self._breakers: dict[tuple[int, str], BreakerReading] = {}
+        self._breakers: dict[tuple[int, str, str], BreakerReading] = {}
         self._copying: dict[int, CopyReading] = {}
 
     def follow(self, name: str, read: Callable[[], float]) -> None:
@@ -122,13 +126,16 @@ class CacheMetrics:
             self.removed_chunks.labels(tier, cause).inc(total - before.removed.get((tier, cause), 0))
         self._counts = Counts(counts.stores_dropped, counts.writes_dropped, dict(counts.evicted), dict(counts.removed))
 
-    def note_breaker(self, rank: int, tier: str, reading: BreakerReading) -> None:
-        before = self._breakers.get((rank, tier), BreakerReading(False, 0, 0, 0))
-        self._breakers[rank, tier] = reading
+    def note_breaker(self, rank: int, tier: str, direction: str, reading: BreakerReading) -> None:
+        before = self._breakers.get((rank, tier, direction), BreakerReading(False, 0, 0, 0))
+        if reading == before and (rank, tier, direction) in self._breakers:
+            return
+        self._breakers[rank, tier, direction] = reading
         for event in ("failures", "refusals", "openings"):
-            self.breaker_events.labels(tier, event).inc(getattr(reading, event) - getattr(before, event))
-        is_open = any(known.is_open for (_, name), known in self._breakers.items() if name == tier)
-        self.breaker_open.labels(tier).set(is_open)
+            growth = getattr(reading, event) - getattr(before, event)
+            self.breaker_events.labels(tier, direction, event).inc(growth)
+        is_open = any(known.is_open for (_, *way), known in self._breakers.items() if way == [tier, direction])
+        self.breaker_open.labels(tier, direction).set(is_open)
 
     def note_copying(self, rank: int, reading: CopyReading) -> None:
         before = self._copying.get(rank, CopyReading({}, {}, 0, 0, ""))

@@ -98,9 +98,9 @@ class CacheScheduler:
 
     @property
     def busy(self) -> bool:
-        """True while copies are under way, so that somebody must fetch reports."""
+        """True while copies are under way that will end, so that somebody must fetch reports."""
         waiting = bool(self._plan) or bool(self._mailbox.waiting) or bool(self._prefetcher.wishes)
-        return waiting or self.directory.num_open > 0
+        return waiting or self.directory.num_open > self.directory.num_stuck
 
     # A request's life
 
@@ -230,6 +230,7 @@ class CacheScheduler:
                 self._ended[operation] = ended
                 continue
             self._complete(operation, self._causes.pop(operation, None), now)
+        self.directory.mark_stuck(report.stuck)
         self._accounting.reported(report)
 
     def reset(self) -> None:

@@ -9,7 +9,7 @@ from lmc.cache.directory import Directory, build_directory
 from lmc.cache.keys import ChunkKey
 from lmc.cache.plan import WorkerReady
 from lmc.cache.scheduler.presence import Presence
-from lmc.cache.tiers.base import Tier
+from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.format import TierScope, stored_bytes
 from lmc.cache.tiers.open import open_tiers
 from lmc.errors import ConfigError
@@ -59,7 +59,7 @@ def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: 
     names = list(directory.known_remote())
     if not names:
         return None
-    tiers: dict[str, list[Tier]] = {name: [] for name in names}
+    tiers: dict[str, list[Breaker]] = {name: [] for name in names}
     for worker in ready:
         namespace = worker.namespace
         scope = TierScope(namespace.label(), worker.rank, namespace.layout, worker.chunk_bytes)

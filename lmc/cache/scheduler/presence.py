@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -20,8 +19,8 @@ from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.plan import CRASH, ERROR, UNAVAILABLE
-from lmc.cache.tiers.base import Tier
-from lmc.cache.tiers.breaker import TierOpen
+from lmc.cache.tiers.breaker import Breaker, TierOpen
+from lmc.cache.tiers.threads import IoThreads
 from lmc.errors import TierError
 
 logger = logging.getLogger(__name__)
@@ -57,23 +56,22 @@ class Question:
 class Presence:
     """tiers: for each name the tiers of all ranks."""
 
-    def __init__(self, tiers: Mapping[str, Sequence[Tier]]) -> None:
+    def __init__(self, tiers: Mapping[str, Sequence[Breaker]]) -> None:
         self._tiers = dict(tiers)
-        self._pools = {name: ThreadPoolExecutor(_THREADS, thread_name_prefix=f"lmc-ask-{name}") for name in tiers}
-        self._asking: dict[str, set[Future[None]]] = {name: set() for name in tiers}
+        self._threads = {name: IoThreads(_THREADS, f"lmc-ask-{name}", partial(self._ask, name)) for name in tiers}
         self._answers: deque[Answer] = deque()
         self._sparingly = Sparingly()
 
     def ask(self, keys: Sequence[ChunkKey]) -> Question:
-        """Keys are consecutive chunks of a prefix. Returns at once; a tier that has too much to do is not asked."""
-        question = Question(tuple(keys))
-        asked = [name for name, asking in self._asking.items() if len(asking) < _WAITING]
-        question.open = len(asked)
-        question.failed = len(asked) < len(self._tiers)
-        for name in asked:
-            asking = self._pools[name].submit(self._ask, name, question)
-            self._asking[name].add(asking)
-            asking.add_done_callback(partial(self._on_end, name))
+        """Keys are consecutive chunks of a prefix. Returns at once; a tier that has too much to do, or is left alone, is not asked."""
+        question = Question(tuple(keys), open=len(self._tiers))
+        for name, threads in self._threads.items():
+            if any(tier.refuses("read") for tier in self._tiers[name]):
+                for waiting in (question, *threads.take_back(lambda _: True)):  # behind a call that hangs
+                    self._answer(name, waiting, UNAVAILABLE)
+            elif threads.num_jobs >= _WAITING or not threads.put(question):
+                question.failed = True
+                question.answered()
         return question
 
     def answers(self) -> list[Answer]:
@@ -85,14 +83,12 @@ class Presence:
 
     def close(self, timeout: float) -> None:
         """Let calls under way end within timeout seconds, then release connections."""
-        for pool in self._pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-        _, late = wait([asking for of_tier in self._asking.values() for asking in list(of_tier)], timeout)
-        if late:
-            return  # a thread still uses its connection; the tier's own time-out ends it
-        for ranks in self._tiers.values():
-            for tier in ranks:
-                tier.close()
+        until = time.monotonic() + timeout
+        for name, threads in self._threads.items():
+            threads.close()
+            if threads.wait(max(until - time.monotonic(), 0.0)):
+                for tier in self._tiers[name]:
+                    tier.close()  # else a thread still uses its connection; it ends with the tier's own time-out, or with the process
 
     def _ask(self, name: str, question: Question) -> None:
         started = time.perf_counter()
@@ -107,19 +103,24 @@ class Presence:
         except TierError as error:
             failure = ERROR
             self._sparingly.warn(logger, name, str(error), operation="ask", tier=name, cause=ERROR)
-        finally:
-            question.failed = question.failed or bool(failure)
-            self._answers.append(Answer(name, keys, present, time.perf_counter() - started, failure))
-            question.answered()
+        except BaseException as error:
+            logger.error("lmc: asking the %s tier for chunks crashed", name, exc_info=error)
+        self._answer(name, question, failure, keys, present, time.perf_counter() - started)
+
+    def _answer(
+        self,
+        name: str,
+        question: Question,
+        failure: str,
+        keys: Sequence[ChunkKey] = (),
+        present: Sequence[bool] = (),
+        seconds: float = 0.0,
+    ) -> None:
+        question.failed = question.failed or bool(failure)
+        self._answers.append(Answer(name, keys, present, seconds, failure))
+        question.answered()
 
     def _contains(self, name: str, keys: Sequence[ChunkKey]) -> list[bool]:
         """Which chunks are there: every rank's part of them."""
         by_rank = [tier.contains(keys) for tier in self._tiers[name]]
         return [all(ranks) for ranks in zip(*by_rank, strict=True)]
-
-    def _on_end(self, name: str, asked: Future[None]) -> None:
-        """Name a fault in lmc itself; the question has been answered without it."""
-        self._asking[name].discard(asked)
-        error = None if asked.cancelled() else asked.exception()
-        if error is not None:
-            logger.error("lmc: asking the %s tier for chunks crashed", name, exc_info=error)

@@ -2,10 +2,12 @@
 
     PATH/v3/<namespace>/r<rank>/<first byte of the key>/<key>     the payload, then the footer
     PATH/v3/<namespace>/r<rank>/tmp/                              chunks being written
+    PATH/v3/<namespace>/lease                                     locked while the namespace is in use
 
 A put writes a temporary file, syncs it and renames it, so a name always stands for a whole chunk (without fsync, after a power cut, for
 one that does not match its checksum). The writer holds a lock (flock) on its temporary file: one that can be locked has no writer any more,
-and scan removes it. Bytes are read in file_read.py and written in file_write.py. All calls release the GIL while they wait for the disk.
+and scan removes it. Bytes are read in file_read.py and written in file_write.py; files.py opens, places and removes entries whatever others
+have put there, and namespaces.py shares the folder's capacity out. All calls release the GIL while they wait for the disk.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.cache.tiers.file_read import read_chunk, read_footer, read_loop
 from lmc.cache.tiers.file_write import write_chunk
-from lmc.cache.tiers.format import FORMAT, TierScope, checksum, decode, stored_bytes
+from lmc.cache.tiers.files import FILE_MODE, is_file, make_folders, move_over, remove, replace_by_folder
+from lmc.cache.tiers.format import FORMAT, TierScope, decode, stored_bytes
+from lmc.cache.tiers.namespaces import TEMPORARY, FolderShare, take_lease
 from lmc.errors import Corrupt, TierError, TierFull
 
 _log = logging.getLogger(__name__)
@@ -37,24 +43,30 @@ _FILE_NAME = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}")
 class DiskTier:
     """Chunks under path. Raises TierError when the folder cannot be created or written.
 
-    A put that finds no room raises TierFull and leaves nothing behind; how much may be stored is for the directory to decide.
+    A put that finds no room raises TierFull and leaves nothing behind; which chunks go is for the directory to decide. capacity: bytes that
+    all namespaces under path may take over num_ranks ranks; chunks of namespaces that nobody uses make room.
     """
 
     name = "disk"
 
-    def __init__(self, path: Path, scope: TierScope, *, fsync: bool = True) -> None:
+    def __init__(
+        self, path: Path, scope: TierScope, *, fsync: bool = True, capacity: int | None = None, num_ranks: int = 1
+    ) -> None:
         self._scope = scope
         self._fsync = fsync
-        self._folder = path / FORMAT / scope.namespace / f"r{scope.rank}"
-        self._folder_name = str(self._folder)
-        self._temporary = self._folder / "tmp"
+        self._path = str(path)
+        self._namespace_folder = str(path / FORMAT / scope.namespace)
+        self._folder = f"{self._namespace_folder}/r{scope.rank}"
+        self._temporary = f"{self._folder}/{TEMPORARY}"
+        self._share = None if capacity is None else FolderShare(path, scope.namespace, scope.rank, num_ranks, capacity)
+        self._lease = -1
         self._process = secrets.token_hex(8)
         self._serial = itertools.count()
         read_loop()  # takes a second when it was never compiled: better now than in the first load
         try:
-            self._temporary.mkdir(parents=True, exist_ok=True)
+            self._make_folders()
             fd, probe = self._create()
-            probe.unlink()  # while it is locked, or the scan of another process may do it
+            Path(probe).unlink()  # while it is locked, or the scan of another process may do it
             os.close(fd)
         except OSError as error:
             raise TierError(f"disk tier: cannot write in {self._folder}: {error.strerror}") from error
@@ -65,42 +77,60 @@ class DiskTier:
                 )
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
-        target = self._file(key)
         self._scope.check_size(data)
-        footer = self._scope.seal(key, checksum(data), parent)
+        footer = self._scope.seal(key, self._scope.checksum(data), parent)
+        size = stored_bytes(len(data))
+        kept = False
         try:
-            self._write(target, data, footer)
+            if self._share is not None:
+                self._share.take(size)
+            try:
+                self._write(key, data, footer)
+                kept = True
+            finally:
+                if self._share is not None and not kept:
+                    self._share.give(size)
+        except (Corrupt, TierFull) as error:
+            raise type(error)(f"disk tier: cannot store {self._file_name(key)}: {error}") from None
         except OSError as error:
             kind = TierFull if error.errno in _NO_ROOM else TierError
-            raise kind(f"disk tier: cannot store {target}: {error.strerror}") from error
+            raise kind(f"disk tier: cannot store {self._file_name(key)}: {error.strerror}") from error
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
-        source = self._file_name(key)
+        """A file that this user may not read counts as absent: it is another user's, and no harm is done to it."""
+        folder, name = self._place(key)
         try:
-            footer, found = read_chunk(source, out)
+            footer, found = read_chunk(folder, name, out, self._scope)
             self._scope.verify(key, footer, found)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             raise KeyError(key) from None
         except Corrupt as error:
-            raise Corrupt(f"disk tier: {source}: {error}") from None
+            raise type(error)(f"disk tier: {folder}/{name}: {error}") from None
         except OSError as error:
-            raise TierError(f"disk tier: cannot load {source}: {error.strerror}") from error
+            raise TierError(f"disk tier: cannot load {folder}/{name}: {error.strerror}") from error
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         try:
-            return [self._file(key).exists() for key in keys]
+            return [is_file(*self._place(key)) for key in keys]
         except OSError as error:
             raise TierError(f"disk tier: cannot look into {self._folder}: {error.strerror}") from error
 
     def delete(self, key: ChunkKey) -> None:
-        target = self._file(key)
+        folder, name = self._place(key)
         try:
-            target.unlink(missing_ok=True)
+            freed = remove(folder, name)
+        except Corrupt as error:
+            raise Corrupt(f"disk tier: cannot delete {folder}/{name}: {error}") from None
         except OSError as error:
-            raise TierError(f"disk tier: cannot delete {target}: {error.strerror}") from error
+            raise TierError(f"disk tier: cannot delete {folder}/{name}: {error.strerror}") from error
+        if self._share is not None:
+            self._share.give(freed)
 
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        """Oldest first. Removes what dead writers have left; files of another name or size are not chunks and not reported."""
+        """Oldest first. Removes what dead writers have left; what has another name or size or is no file is not a chunk and not reported.
+
+        What cannot be looked at is left out.
+        """
         try:
             self._remove_leftovers()
             found = sorted(self._files())
@@ -122,7 +152,7 @@ class DiskTier:
                 _log.warning(text, number, len(keys), self._folder, seconds)
                 break
             try:
-                footer = decode(read_footer(self._file_name(key), self._scope.chunk_bytes))
+                footer = decode(read_footer(*self._place(key), self._scope.chunk_bytes))
             except (OSError, Corrupt):
                 continue  # a load will say what is wrong with it
             if footer.key == key and footer.parent is not None:
@@ -130,54 +160,69 @@ class DiskTier:
         return found
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Let the namespace go: from now on its chunks may make room for others."""
+        lease, self._lease = self._lease, -1
+        if lease >= 0:
+            with suppress(OSError):
+                os.utime(lease)
+            os.close(lease)
 
-    def _file(self, key: ChunkKey) -> Path:
-        return Path(self._file_name(key))
+    def _place(self, key: ChunkKey) -> tuple[str, str]:
+        """Folder and name of the key's file; a Path would take 20 us to build."""
+        name = key.hex()
+        return f"{self._folder}/{name[:2]}", name
 
     def _file_name(self, key: ChunkKey) -> str:
-        name = key.hex()
-        return f"{self._folder_name}/{name[:2]}/{name}"  # a Path would take 20 us to build
+        return "/".join(self._place(key))
 
-    def _create(self) -> tuple[int, Path]:
+    def _make_folders(self) -> None:
+        """Also when somebody has removed them."""
+        make_folders(self._path, FORMAT, self._scope.namespace, f"r{self._scope.rank}")
+        replace_by_folder(self._temporary)
+        lease, self._lease = self._lease, take_lease(self._namespace_folder)
+        if lease >= 0:
+            os.close(lease)
+
+    def _create(self) -> tuple[int, str]:
         """A new temporary file, locked by this process."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         while True:
-            path = self._temporary / f"{self._process}-{next(self._serial)}"
+            path = f"{self._temporary}/{self._process}-{next(self._serial)}"
             try:
-                fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:
-                self._temporary.mkdir(parents=True, exist_ok=True)  # somebody emptied the folder
+                fd = os.open(path, flags, FILE_MODE)
+            except (FileNotFoundError, NotADirectoryError):
+                self._make_folders()  # somebody emptied the folder
                 continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 if os.fstat(fd).st_nlink:
                     return fd, path
             except OSError:
-                path.unlink(missing_ok=True)
+                Path(path).unlink(missing_ok=True)
                 os.close(fd)
                 raise
             os.close(fd)  # a scan came between open and lock
 
-    def _write(self, target: Path, data: memoryview, footer: bytes) -> None:
+    def _write(self, key: ChunkKey, data: memoryview, footer: bytes) -> None:
+        folder, name = self._place(key)
         fd, temporary = self._create()
         try:
             write_chunk(fd, data, footer)
             if self._fsync:
                 os.fsync(fd)
-            if not target.parent.is_dir():
-                target.parent.mkdir(exist_ok=True)
+            if replace_by_folder(folder):
                 self._sync_folder(self._folder)
-            temporary.rename(target)
+            move_over(temporary, folder, name)
         finally:
             os.close(fd)
-            temporary.unlink(missing_ok=True)  # renamed if all went well
+            Path(temporary).unlink(missing_ok=True)  # renamed if all went well
         try:
-            self._sync_folder(target.parent)
+            self._sync_folder(folder)
         except OSError:
-            target.unlink(missing_ok=True)  # a put that fails stores nothing
+            remove(folder, name)  # a put that fails stores nothing
             raise
 
-    def _sync_folder(self, path: Path) -> None:
+    def _sync_folder(self, path: str) -> None:
         if not self._fsync:
             return
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -188,30 +233,43 @@ class DiskTier:
 
     def _files(self) -> Iterator[tuple[int, str]]:
         """(time of the last change in ns, name) of each file that has a chunk's name and size."""
-        for folder in self._folder.iterdir():
-            if folder == self._temporary or not folder.is_dir():
+        left_out: list[OSError] = []
+        with os.scandir(self._folder) as folders:
+            for folder in folders:
+                if folder.name == TEMPORARY or not folder.is_dir(follow_symlinks=False):
+                    continue
+                try:
+                    with os.scandir(folder.path) as entries:
+                        yield from self._chunks_among(entries, left_out)
+                except OSError as error:
+                    left_out.append(error)
+        if left_out:
+            text = "lmc: disk tier: %d entries of %s cannot be looked at and are left out; the first: %s"
+            _log.warning(text, len(left_out), self._folder, left_out[0])
+
+    def _chunks_among(self, entries: Iterator[os.DirEntry[str]], left_out: list[OSError]) -> Iterator[tuple[int, str]]:
+        for entry in entries:
+            if not _FILE_NAME.fullmatch(entry.name):
                 continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if not _FILE_NAME.fullmatch(entry.name):
-                        continue
-                    try:
-                        status = entry.stat()
-                    except FileNotFoundError:
-                        continue  # another process evicted it
-                    if status.st_size == stored_bytes(self._scope.chunk_bytes):
-                        yield status.st_mtime_ns, entry.name
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # another process evicted it
+            except OSError as error:
+                left_out.append(error)
+                continue
+            if stat.S_ISREG(status.st_mode) and status.st_size == stored_bytes(self._scope.chunk_bytes):
+                yield status.st_mtime_ns, entry.name
 
     def _remove_leftovers(self) -> None:
-        for path in self._temporary.iterdir():
-            try:
-                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            except (FileNotFoundError, PermissionError):
-                continue  # renamed meanwhile, or another user's
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-            except BlockingIOError:
-                pass  # its writer is alive
-            finally:
-                os.close(fd)
+        """What cannot be opened, locked or removed stays: it is no temporary file of lmc's, another user's, or its writer is alive."""
+        with os.scandir(self._temporary) as entries:
+            leftovers = [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
+        for path in leftovers:
+            with suppress(OSError):
+                fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    Path(path).unlink()
+                finally:
+                    os.close(fd)

@@ -20,7 +20,8 @@ from types import ModuleType
 
 import numpy as np
 
-from lmc.cache.tiers.format import FOOTER_BYTES, checksum
+from lmc.cache.tiers.files import open_to_read
+from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
 from lmc.errors import Corrupt
 
 # At either end of the payload. A file is read and forgotten from its start to its end, so what lies between is seldom different; to look at
@@ -40,6 +41,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.pages = _aligned_pages(3)  # a payload's last bytes, the footer, and what tells a longer file
         self.behind_payload = np.frombuffer(self.pages, np.uint8)[: FOOTER_BYTES + 1]
+        self.footer = self.pages[:FOOTER_BYTES]  # of the file that was read last
 
 
 def _aligned_pages(count: int) -> memoryview:
@@ -62,34 +64,26 @@ def read_loop() -> ModuleType:
     return read_loop
 
 
-def read_chunk(source: str, out: memoryview) -> tuple[memoryview, int]:
-    """Fill out with the payload; returns the footer, valid until this thread reads again, and the payload's xxh3-64.
+def read_chunk(folder: str, name: str, out: memoryview, scope: TierScope) -> tuple[memoryview, int]:
+    """Fill out with the payload; returns the footer, valid until this thread reads again, and the payload's checksum in scope.
 
-    Raises OSError, and Corrupt for another size.
+    Raises OSError, and Corrupt for another size or for something else than a regular file.
     """
-    loop, payload, behind = read_loop(), np.frombuffer(out, np.uint8), scratch.behind_payload
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_to_read(folder, name)
     try:
-        size, digest, failed = loop.read_and_hash(fd, payload, behind, EDGE, loop.PIECE)
-        if size < 0:
-            footer = _read_direct(fd, out)
-            if footer is not None:
-                return footer, checksum(out)
-            size, digest, failed = loop.read_and_hash(fd, payload, behind, 0, loop.PIECE)
-        if failed:
-            os.pread(fd, 1, size)  # raises what the compiled code met
-            raise OSError(errno.EIO, "a read failed and then did not")
+        read = _read_and_authenticate if scope.auth_key else _read_and_hash
+        size, digest = read(fd, out, scope)
         if size != len(out) + FOOTER_BYTES:
             found = size if size < len(out) + FOOTER_BYTES else os.fstat(fd).st_size
             raise Corrupt(f"the file has {found} bytes instead of {len(out) + FOOTER_BYTES}")
-        return scratch.pages[:FOOTER_BYTES], digest if len(out) >= loop.SHORTEST else checksum(out)
+        return scratch.footer, digest
     finally:
         os.close(fd)
 
 
-def read_footer(source: str, payload_bytes: int) -> bytes:
-    """The page behind a payload of that size, and no more of the file. Raises OSError."""
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+def read_footer(folder: str, name: str, payload_bytes: int) -> bytes:
+    """The page behind a payload of that size, and no more of the file. Raises OSError, and Corrupt when it is no regular file."""
+    fd = open_to_read(folder, name)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else the kernel reads ahead
         return os.pread(fd, FOOTER_BYTES, payload_bytes)
@@ -97,8 +91,40 @@ def read_footer(source: str, payload_bytes: int) -> bytes:
         os.close(fd)
 
 
-def _read_direct(fd: int, out: memoryview) -> memoryview | None:
-    """Read the file past the page cache, if that is possible and the file has the right size; returns the footer."""
+def _read_and_hash(fd: int, out: memoryview, scope: TierScope) -> tuple[int, int]:
+    """The bytes that were read, no more than one beyond the chunk's, and the payload's checksum."""
+    loop, payload, behind = read_loop(), np.frombuffer(out, np.uint8), scratch.behind_payload
+    scratch.footer = scratch.pages[:FOOTER_BYTES]
+    size, digest, failed = loop.read_and_hash(fd, payload, behind, EDGE, loop.PIECE)
+    if size < 0:
+        if _read_direct(fd, out):
+            return len(out) + FOOTER_BYTES, scope.checksum(out)
+        size, digest, failed = loop.read_and_hash(fd, payload, behind, 0, loop.PIECE)
+    if failed:
+        os.pread(fd, 1, size)  # raises what the compiled code met
+        raise OSError(errno.EIO, "a read failed and then did not")
+    return size, digest if len(out) >= loop.SHORTEST else scope.checksum(out)
+
+
+def _read_and_authenticate(fd: int, out: memoryview, scope: TierScope) -> tuple[int, int]:
+    """The same where the compiled hash is not the one that counts."""
+    loop, edge = read_loop(), min(EDGE, len(out))
+    scratch.footer = scratch.pages[:FOOTER_BYTES]
+    cached = loop._is_cached(fd, 0, edge) and loop._is_cached(fd, len(out) - edge, edge)
+    size = 0
+    if not cached and _read_direct(fd, out):
+        size = len(out) + FOOTER_BYTES
+    while size <= len(out) + FOOTER_BYTES:
+        rest = scratch.pages[max(size - len(out), 0) : FOOTER_BYTES + 1]
+        count = os.preadv(fd, [out[size:], rest] if size < len(out) else [rest], size)
+        if count == 0:
+            break
+        size += count
+    return size, scope.checksum(out)
+
+
+def _read_direct(fd: int, out: memoryview) -> bool:
+    """Read the file past the page cache, if that is possible and the file has the right size."""
     tail = len(out) % PAGE  # direct reads are of whole pages; the kernel stops at the end of the file by itself
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
@@ -111,6 +137,7 @@ def _read_direct(fd: int, out: memoryview) -> memoryview | None:
     finally:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
     if size != len(out) + FOOTER_BYTES:
-        return None
+        return False
     out[len(out) - tail :] = scratch.pages[:tail]
-    return scratch.pages[tail : tail + FOOTER_BYTES]
+    scratch.footer = scratch.pages[tail : tail + FOOTER_BYTES]
+    return True

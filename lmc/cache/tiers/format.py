@@ -5,19 +5,25 @@ it, how long it is and what it hashes to, and carries a checksum of itself that 
 be hashed while it is being sent, piece by piece, and is FOOTER_BYTES long, so that direct output ends on a page. All numbers are
 little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets the chunks of another one.
 
+A checksum finds accidents; who can write to the medium can make one, too. With an auth_key the payload's hash and a seal of the footer are
+keyed BLAKE3, at the footer's end; without that key nobody can make them, and a chunk that lacks them is refused as forged.
+
 Version 2 added the parent, so that a restart knows which chunk continues which; version 3 put the header of before behind the payload.
 """
 
 from __future__ import annotations
 
+import hmac
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import xxhash
+from blake3 import blake3
 
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.errors import ConfigError, Corrupt
+from lmc.errors import ConfigError, Corrupt, Forged
 
 FOOTER_BYTES = 4096
 VERSION = 3
@@ -30,14 +36,42 @@ _NO_KEY = ChunkKey(bytes(KEY_BYTES))  # stands for the parent of the first chunk
 _FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}s{KEY_BYTES}sHH")
 _START = struct.Struct("<8sHH")
 _CHECKSUM = struct.Struct("<Q")
+_FIELD = (1 << 64) - 1
 _PAYLOAD = struct.Struct("<QQI")  # bytes, checksum, rank; then comes the key
 _CHECKSUM_AT = _START.size
 _PAYLOAD_AT = _CHECKSUM_AT + _CHECKSUM.size
 _KEY_AT = _PAYLOAD_AT + _PAYLOAD.size
 _PARENT_AT = _KEY_AT + KEY_BYTES
 _LENGTHS_AT = _PARENT_AT + KEY_BYTES
-_TEXT_BYTES = FOOTER_BYTES - _FIXED.size
+_HASH_BYTES = 32
+_SEAL_AT = FOOTER_BYTES - _HASH_BYTES
+_HASH_AT = _SEAL_AT - _HASH_BYTES  # of the payload; both are zeros without an auth_key
+_TEXT_BYTES = _HASH_AT - _FIXED.size
 _THIS_VERSION = _START.pack(_MAGIC, VERSION, FOOTER_BYTES)
+
+
+class Hasher(Protocol):
+    """Hashes a payload piece by piece."""
+
+    def update(self, data: memoryview, /) -> object: ...
+
+    def intdigest(self) -> int: ...
+
+
+class _KeyedHasher:
+    def __init__(self, auth_key: bytes) -> None:
+        self._hasher = blake3(key=auth_key)
+
+    def update(self, data: memoryview, /) -> None:
+        self._hasher.update(data)
+
+    def intdigest(self) -> int:
+        return int.from_bytes(self._hasher.digest(), "little")
+
+
+def derive_auth_key(text: str) -> bytes:
+    """The key of 32 bytes for an auth_key as people write it."""
+    return blake3(text.encode(), derive_key_context="lmc 2026 auth_key of stored chunks").digest()
 
 
 def stored_bytes(chunk_bytes: int) -> int:
@@ -52,7 +86,7 @@ class ChunkFooter:
     layout: str
     key: ChunkKey
     payload_bytes: int
-    checksum: int  # xxh3-64 of the payload
+    checksum: int  # xxh3-64 of the payload; with an auth_key, the first 8 bytes of its keyed hash
     parent: ChunkKey | None = None  # None: the chunk is the first of its prefix
 
 
@@ -64,6 +98,9 @@ class TierScope:
     rank: int
     layout: str  # KVLayout.fingerprint
     chunk_bytes: int
+    auth_key: bytes = field(
+        default=b"", repr=False
+    )  # of derive_auth_key(); empty: chunks are checked, not authenticated
 
     def __post_init__(self) -> None:
         if self.chunk_bytes <= 0 or self.rank < 0:
@@ -78,32 +115,68 @@ class TierScope:
         if len(data) != self.chunk_bytes:
             raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
 
+    def hasher(self) -> Hasher:
+        """For a payload: xxh3-64, or keyed BLAKE3 with an auth_key."""
+        return _KeyedHasher(self.auth_key) if self.auth_key else xxhash.xxh3_64()
+
+    def checksum(self, data: memoryview) -> int:
+        """What hasher() says of the whole payload."""
+        if not self.auth_key:
+            return checksum(data)
+        hasher = self.hasher()
+        hasher.update(data)
+        return hasher.intdigest()
+
     def seal(self, key: ChunkKey, payload_checksum: int, parent: ChunkKey | None = None) -> bytes:
         """The footer to store behind a payload of that checksum."""
         page = bytearray(self._blank)
         page[_PAYLOAD_AT:_LENGTHS_AT] = self._payload(key, payload_checksum) + (parent or _NO_KEY)
+        if self.auth_key:
+            page[_HASH_AT:_SEAL_AT] = payload_checksum.to_bytes(_HASH_BYTES, "little")
+            page[_SEAL_AT:] = self._authentication(page)
         return _seal_page(page)
 
     def verify(self, key: ChunkKey, page: memoryview, payload_checksum: int) -> None:
-        """Raises Corrupt unless page is the footer of this key in this scope with a payload of that checksum."""
+        """Raises Corrupt unless page is the footer of this key in this scope with a payload of that checksum, and Forged when it is the
+        footer of some chunk, but not sealed with the auth_key."""
         if (
             page[_PAYLOAD_AT:_PARENT_AT] == self._payload(key, payload_checksum)
             and page[_LENGTHS_AT : _LENGTHS_AT + len(self._texts)] == self._texts
             and page[:_CHECKSUM_AT] == _THIS_VERSION
             and page[_CHECKSUM_AT:_PAYLOAD_AT] == _page_checksum(page)
+            and self._is_authentic(page, payload_checksum)
         ):
             return  # any parent: the page's checksum covers it
         footer = decode(page)
+        if self.auth_key and not hmac.compare_digest(page[_SEAL_AT:], self._authentication(page)):
+            raise Forged("it is not sealed with this cache's auth_key")
         found = (footer.namespace, footer.rank, footer.layout, footer.key, footer.payload_bytes)
         wanted = (self.namespace, self.rank, self.layout, key, self.chunk_bytes)
         names = ("namespace", "rank", "layout", "key", "size")
         wrong = [name for name, have, want in zip(names, found, wanted, strict=True) if have != want]
         if wrong:
             raise Corrupt(f"stored under another {' and '.join(wrong)}")
+        if is_sealed(page) and not self.auth_key:
+            raise Corrupt("it was stored with an auth_key, and this cache has none")
         raise Corrupt("the payload does not match its checksum")
 
+    def _is_authentic(self, page: memoryview, payload_checksum: int) -> bool:
+        if not self.auth_key:
+            return True
+        payload_hash = payload_checksum.to_bytes(_HASH_BYTES, "little")
+        return hmac.compare_digest(page[_HASH_AT:_SEAL_AT], payload_hash) and hmac.compare_digest(
+            page[_SEAL_AT:], self._authentication(page)
+        )
+
+    def _authentication(self, page: bytes | bytearray | memoryview) -> bytes:
+        """Of the page up to here, whose own checksum counts as zeros."""
+        hasher = blake3(page[:_CHECKSUM_AT], key=self.auth_key)
+        hasher.update(bytes(_CHECKSUM.size))
+        hasher.update(page[_PAYLOAD_AT:_SEAL_AT])
+        return hasher.digest()
+
     def _payload(self, key: ChunkKey, payload_checksum: int) -> bytes:
-        return _PAYLOAD.pack(self.chunk_bytes, payload_checksum, self.rank) + key
+        return _PAYLOAD.pack(self.chunk_bytes, payload_checksum & _FIELD, self.rank) + key
 
     @cached_property
     def _blank(self) -> bytes:
@@ -116,7 +189,13 @@ class TierScope:
         return self._blank[_LENGTHS_AT:used]
 
 
+def is_sealed(page: bytes | bytearray | memoryview) -> bool:
+    """Whether the footer was made with an auth_key."""
+    return any(page[_HASH_AT:])
+
+
 def checksum(data: memoryview | bytes) -> int:
+    """xxh3-64."""
     return xxhash.xxh3_64_intdigest(data)
 
 

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import KEY_BYTES, ChunkKey
-from lmc.cache.tiers.base import Tier
-from lmc.cache.tiers.breaker import Breaker
+from lmc.cache.tiers.breaker import BoundedBreaker, Breaker
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.format import TierScope, derive_auth_key
 from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import ConfigError, TierError
 
+if TYPE_CHECKING:
+    from lmc.cache.tiers.s3 import S3Tier
+
 _log = logging.getLogger(__name__)
+_SHORTEST_PATIENCE = 5.0  # seconds; a busy machine may keep a call waiting for that long
+_CALLS_PER_WAIT = (
+    10  # a prompt has many chunks: a call that takes a larger part of what a request waits at most is too slow
+)
+_SHORTEST_KEY = 16
 _NO_KEY = ChunkKey(bytes(KEY_BYTES))
 
 
-def open_tiers(config: CacheConfig, scope: TierScope) -> tuple[dict[str, Tier], list[str]]:
-    """Tiers by name, from the nearest to the farthest, and what is wrong with them in one line each.
+def open_tiers(
+    config: CacheConfig, scope: TierScope, num_ranks: int | None = None
+) -> tuple[dict[str, Breaker], list[str]]:
+    """Tiers by name, from the nearest to the farthest, and what is wrong with them in one line each. num_ranks: that write; None: this
+    caller only asks.
 
     A disk tier that cannot be opened is left out. A remote tier that does not answer stays: its breaker tries again. Raises ConfigError for
     settings that cannot work, and TierError instead of any warning when the configuration is strict.
     """
-    tiers: dict[str, Tier] = {}
+    tiers: dict[str, Breaker] = {}
     warnings: list[str] = []
+    scope = replace(scope, auth_key=read_auth_key(config))
+    patience = max(config.load_deadline, _SHORTEST_PATIENCE)  # nobody waits for a chunk any longer
+    slow = patience / _CALLS_PER_WAIT
 
     def warn(error: TierError, consequence: str) -> None:
         if config.strict:
@@ -34,13 +49,17 @@ def open_tiers(config: CacheConfig, scope: TierScope) -> tuple[dict[str, Tier], 
 
     if config.disk.path is not None:
         try:
-            tiers["disk"] = DiskTier(config.disk.path, scope, fsync=config.disk.fsync)
+            capacity = None if num_ranks is None else config.disk.capacity
+            disk = DiskTier(
+                config.disk.path, scope, fsync=config.disk.fsync, capacity=capacity, num_ranks=num_ranks or 1
+            )
+            tiers["disk"] = BoundedBreaker(disk, patience=patience, slow=slow)
         except TierError as error:
             warn(error, "running without it")
     if config.redis.url is not None:
-        tiers["redis"] = Breaker(RedisTier(config.redis, scope))
+        tiers["redis"] = Breaker(RedisTier(config.redis, scope), patience=patience, slow=slow)
     if config.s3.bucket is not None:
-        tiers["s3"] = Breaker(_open_s3(config, scope))
+        tiers["s3"] = Breaker(_open_s3(config, scope), patience=patience, slow=slow)
     for tier in tiers.values():
         try:
             tier.contains([_NO_KEY])
@@ -49,7 +68,22 @@ def open_tiers(config: CacheConfig, scope: TierScope) -> tuple[dict[str, Tier], 
     return tiers, warnings
 
 
-def _open_s3(config: CacheConfig, scope: TierScope) -> Tier:
+def read_auth_key(config: CacheConfig) -> bytes:
+    """The key of stored chunks; empty when none is set. Raises ConfigError."""
+    text = config.auth_key
+    if config.auth_key_file is not None:
+        try:
+            text = config.auth_key_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"auth_key_file: cannot read {config.auth_key_file}: {error}") from None
+    if text is None:
+        return b""
+    if len(text) < _SHORTEST_KEY:
+        raise ConfigError(f"auth_key: a key of {len(text)} characters can be guessed; use at least {_SHORTEST_KEY}")
+    return derive_auth_key(text)
+
+
+def _open_s3(config: CacheConfig, scope: TierScope) -> S3Tier:
     try:
         from lmc.cache.tiers.s3 import S3Tier
     except ModuleNotFoundError as error:

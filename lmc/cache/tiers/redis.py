@@ -20,7 +20,7 @@ from redis.exceptions import RedisClusterException
 
 from lmc.cache.config import RedisConfig
 from lmc.cache.keys import ChunkKey
-from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, checksum
+from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope
 from lmc.cache.tiers.redis_connect import node_pool, open_client, parse_address
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
@@ -57,7 +57,7 @@ class RedisTier:
             return self._scope.seal(key, payload_checksum, parent)
 
         def store(wire: Wire) -> None:
-            wire.set(name, data, footer, expiry)
+            wire.set(name, data, footer, self._scope.hasher(), expiry)
             wire.line()
 
         with self._named_errors("store", key) as client:
@@ -66,7 +66,7 @@ class RedisTier:
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
-                client.set(name, bytes(data) + footer(checksum(data)), px=self._ttl_ms)
+                client.set(name, bytes(data) + footer(self._scope.checksum(data)), px=self._ttl_ms)
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
         name = self._name(key)
@@ -79,7 +79,9 @@ class RedisTier:
 
         def load(wire: Wire) -> int | None:
             wire.command(b"GET", name)
-            return verified(wire.bulk(out, footer))  # here: a connection that brings garbage is not used again
+            return verified(
+                wire.bulk(out, footer, self._scope.hasher())
+            )  # here: a connection that brings garbage is not used again
 
         with self._named_errors("load", key) as client:
             try:
@@ -87,7 +89,7 @@ class RedisTier:
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
-                found = verified(_get_moved(client, name, out, footer))
+                found = verified(self._get_moved(client, name, out, footer))
             if found is None:
                 raise KeyError(key)
 
@@ -148,6 +150,17 @@ class RedisTier:
                 line.discard()
         return answer
 
+    def _get_moved(self, client: Redis | RedisCluster, name: bytes, out: memoryview, footer: memoryview) -> int | None:
+        """GET while the cluster moves the key's slot: redis-py follows the redirections, at the price of copies."""
+        value = client.get(name)
+        if value is None:
+            return None
+        if len(value) != len(out) + len(footer):
+            raise Corrupt(f"the value has {len(value)} bytes instead of {len(out) + len(footer)}")
+        out[:] = memoryview(value)[: len(out)]
+        footer[:] = value[len(out) :]
+        return self._scope.checksum(out)
+
     @contextmanager
     def _named_errors(self, action: str, key: ChunkKey) -> Iterator[Redis | RedisCluster]:
         client = None
@@ -155,10 +168,9 @@ class RedisTier:
             client = self._connected()
             yield client
         except Corrupt as error:
-            raise Corrupt(self._message(action, key, error)) from None
+            raise type(error)(self._message(action, key, error)) from None
         except ErrorReply as reply:
-            kind = TierFull if str(reply).startswith("OOM") else TierError
-            raise kind(self._message(action, key, reply)) from None
+            raise _kind_of(reply)(self._message(action, key, reply)) from None
         except _FAILURES as error:
             if self._config.mode == "cluster" and self._client is client:
                 self._forget_client()  # the next call learns the topology anew
@@ -166,6 +178,14 @@ class RedisTier:
 
     def _message(self, action: str, key: ChunkKey, error: Exception) -> str:
         return f"redis tier at {self._address}: cannot {action} {key.hex()}: {error}"
+
+
+def _kind_of(reply: ErrorReply) -> type[TierError]:
+    if str(reply).startswith("OOM"):
+        return TierFull
+    if str(reply).startswith("WRONGTYPE"):
+        return Corrupt  # somebody's list or hash stands under the chunk's name; a delete or a put ends that
+    return TierError
 
 
 class _Line:
@@ -198,15 +218,3 @@ def _pop_usable(idle: list[_Line]) -> _Line | None:
             return line
         line.discard()
     return None
-
-
-def _get_moved(client: Redis | RedisCluster, name: bytes, out: memoryview, footer: memoryview) -> int | None:
-    """GET while the cluster moves the key's slot: redis-py follows the redirections, at the price of copies."""
-    value = client.get(name)
-    if value is None:
-        return None
-    if len(value) != len(out) + len(footer):
-        raise Corrupt(f"the value has {len(value)} bytes instead of {len(out) + len(footer)}")
-    out[:] = memoryview(value)[: len(out)]
-    footer[:] = value[len(out) :]
-    return checksum(out)

@@ -15,9 +15,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
-import xxhash
-
-from lmc.cache.tiers.format import FOOTER_BYTES
+from lmc.cache.tiers.format import FOOTER_BYTES, Hasher
 from lmc.errors import Corrupt
 
 _PIECE = (
@@ -49,12 +47,18 @@ class Wire:
         self._deadline = time.monotonic() + self._seconds
         self._send([memoryview(b"*%d\r\n" % len(arguments) + _encoded(arguments))])
 
-    def set(self, name: bytes, body: memoryview, footer: Callable[[int], bytes], options: Sequence[bytes] = ()) -> None:
-        """Send SET with a value of body and the FOOTER_BYTES that footer returns for body's xxh3-64."""
+    def set(
+        self,
+        name: bytes,
+        body: memoryview,
+        footer: Callable[[int], bytes],
+        hasher: Hasher,
+        options: Sequence[bytes] = (),
+    ) -> None:
+        """Send SET with a value of body and the FOOTER_BYTES that footer returns for what hasher says of body."""
         self._deadline = time.monotonic() + self._seconds
         start = b"*%d\r\n" % (3 + len(options)) + _encoded([b"SET", name]) + b"$%d\r\n" % (len(body) + FOOTER_BYTES)
         unsent = [memoryview(start)]
-        hasher = xxhash.xxh3_64()
         for position in range(0, len(body), _PIECE):
             piece = body[position : position + _PIECE]
             hasher.update(piece)
@@ -71,8 +75,9 @@ class Wire:
             raise Corrupt(f"the reply {line[:40]!r} is followed by {rest[:40]!r}")
         return line
 
-    def bulk(self, body: memoryview, footer: memoryview) -> int | None:
-        """Receive a value that must be exactly as long as body and footer; returns body's xxh3-64, or None when there is no value.
+    def bulk(self, body: memoryview, footer: memoryview, hasher: Hasher) -> int | None:
+        """Receive a value that must be exactly as long as body and footer; returns what hasher says of body; None: there
+        is no value.
 
         Raises ErrorReply, and Corrupt for anything else, after which the connection is out of step.
         """
@@ -89,7 +94,7 @@ class Wire:
                 self._no_value(begun, len(body) + len(footer))
                 return None
         position = min(received - len(start), len(body))
-        hasher = xxhash.xxh3_64(body[:position])
+        hasher.update(body[:position])
         while position < len(body):
             piece = body[position : position + _PIECE]
             count = self._receive([piece], whole=True)

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import obstore
-import xxhash
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from lmc.cache.config import S3Config
 from lmc.cache.keys import ChunkKey
-from lmc.cache.tiers.format import FORMAT, TierScope, checksum, stored_bytes
+from lmc.cache.tiers.format import FORMAT, Hasher, TierScope, stored_bytes
 from lmc.errors import ConfigError, Corrupt, TierError
 
 _RETRIES = 2
@@ -42,7 +41,7 @@ class S3Tier:
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         self._scope.check_size(data)
-        footer = self._scope.seal(key, checksum(data), parent)
+        footer = self._scope.seal(key, self._scope.checksum(data), parent)
         with self._named_errors("store", key):
             try:
                 obstore.put(self._store, self._name(key), [data, footer], use_multipart=False)
@@ -61,7 +60,7 @@ class S3Tier:
             if size != stored_bytes(len(out)):
                 raise Corrupt(f"the object has {size} bytes instead of {stored_bytes(len(out))}")
             value = memoryview(answer.bytes())
-            self._scope.verify(key, value[len(out) :], _copy(value[: len(out)], out))
+            self._scope.verify(key, value[len(out) :], _copy(value[: len(out)], out, self._scope.hasher()))
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """One HEAD request per key, many at once; all together end within the time-out."""
@@ -103,7 +102,7 @@ class S3Tier:
         try:
             yield
         except Corrupt as error:
-            raise Corrupt(f"{where}: {error}") from None
+            raise type(error)(f"{where}: {error}") from None
         except TimeoutError as error:
             raise TierError(f"{where}: no answer within {self._timeout:g} s") from error
         except (BaseError, OSError) as error:
@@ -140,9 +139,8 @@ def _open(config: S3Config) -> S3Store:
         raise ConfigError(f"s3: {_first_line(error)}") from error
 
 
-def _copy(source: memoryview, out: memoryview) -> int:
-    """Copy and return the xxh3-64 of what was copied."""
-    hasher = xxhash.xxh3_64()
+def _copy(source: memoryview, out: memoryview, hasher: Hasher) -> int:
+    """Copy and return what hasher says of the copy."""
     for start in range(0, len(out), _PIECE):
         piece = out[start : start + _PIECE]
         piece[:] = source[start : start + _PIECE]

@@ -40,7 +40,7 @@ def open_worker(
             "raise it or lower chunk_tokens"
         )
     scope = TierScope(namespace.label(), rank, layout.fingerprint, chunk_bytes)
-    tiers, warnings = open_tiers(config, scope)
+    tiers, warnings = open_tiers(config, scope, num_ranks)
     slab = open_slab(layout.device, num_slots, chunk_bytes)
     backend = choose_backend(layout, name=config.transfer_backend, is_pinned=slab.is_pinned)
     return CacheWorker(

@@ -1,46 +1,33 @@
 """The worker: one rank's memory and tiers. It does what a plan says and reports; it decides nothing.
 
 Copies between blocks and slots are the BlockCopier's; their outcomes are noted on the engine's thread. Copies between slots and the tiers
-below run on I/O threads, which touch nothing but slots.
+below are the TierCopier's; its threads touch nothing but slots.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 
 from lmc.cache.keys import ChunkKey, Namespace
-from lmc.cache.observe.logs import Sparingly
 from lmc.cache.plan import (
-    ABSENT,
     CAUSES,
     COPY,
-    CORRUPT,
     CRASH,
-    ERROR,
-    FULL,
-    LATE,
-    UNAVAILABLE,
     BreakerReading,
     CopyReading,
     Plan,
     Report,
-    Ticket,
-    TierCopy,
     WorkerReady,
 )
-from lmc.cache.tiers.base import BoundedTier, Tier
-from lmc.cache.tiers.breaker import Breaker, TierOpen
+from lmc.cache.tiers.breaker import DIRECTIONS, BoundedBreaker, Breaker
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction
 from lmc.cache.worker.block_copies import BlockCopier
-from lmc.errors import Corrupt, TierError, TierFull
+from lmc.cache.worker.tier_copies import TierCopier
+from lmc.errors import TierError
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +46,7 @@ class CacheWorker:
         rank: int,
         slab: Slab,
         copier: BlockCopier,
-        tiers: Mapping[str, Tier],
+        tiers: Mapping[str, Breaker],
         copying: Callable[[], CopyReading],
         *,
         io_threads: Mapping[str, int],
@@ -75,15 +62,10 @@ class CacheWorker:
         self._copying = copying()  # as last told
         self._warnings = tuple(warnings)
         self._close_timeout = close_timeout
-        # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
-        self._readers = {name: ThreadPoolExecutor(io_threads[name], f"lmc-{name}-read") for name in tiers}
-        self._writers = {
-            name: ThreadPoolExecutor(io_threads[name], f"lmc-{name}-write", initializer=yield_to_the_engine)
-            for name in tiers
-        }
-        self._under_way: set[Future[None]] = set()
-        self._sparingly = Sparingly()
-        self._lock = threading.Lock()  # guards _under_way and the report, which other threads write to
+        self._tier_copies = TierCopier(
+            tiers, slab, rank, io_threads=io_threads, finish=self._finish, measure=self._measure
+        )
+        self._lock = threading.Lock()  # guards the report, which other threads write to
         self._report = Report()
         self._failed_blocks: set[int] = set()
         self._loaded: set[str] = set()
@@ -95,7 +77,7 @@ class CacheWorker:
         stored = {}
         parents: dict[ChunkKey, ChunkKey] = {}
         for name, tier in self._tiers.items():
-            if not isinstance(tier, BoundedTier):
+            if not isinstance(tier, BoundedBreaker):
                 continue
             try:
                 stored[name] = [key for key, _ in tier.scan()]
@@ -109,7 +91,7 @@ class CacheWorker:
             self._slab.num_slots,
             stored,
             self._copying,
-            tuple(name for name, tier in self._tiers.items() if not isinstance(tier, BoundedTier)),
+            tuple(name for name, tier in self._tiers.items() if not isinstance(tier, BoundedBreaker)),
             tuple(warnings),
             parents,
         )
@@ -121,7 +103,7 @@ class CacheWorker:
         """
         self._loaded.update(work.failed_requests)
         for copy in work.tier_copies:
-            self._submit(copy)
+            self._tier_copies.begin(copy)
         for request in work.background_loads:
             self.copier.load_in_background(request)
         unfilled = set(work.failed_blocks)
@@ -168,13 +150,15 @@ class CacheWorker:
     def take_report(self) -> Report:
         """What ended since the last call."""
         self._settle()
+        stuck = self._tier_copies.settle()
         with self._lock:
             report, self._report = self._report, Report()
+        report.stuck = stuck
         for name, tier in self._tiers.items():
-            if isinstance(tier, Breaker):
-                counters = tier.counters
-                report.breakers[self._rank, name] = BreakerReading(
-                    tier.state != "closed", counters.failures, counters.refusals, counters.openings
+            for direction in DIRECTIONS:
+                counters = tier.counters(direction)
+                report.breakers[self._rank, name, direction] = BreakerReading(
+                    tier.state(direction) != "closed", counters.failures, counters.refusals, counters.openings
                 )
         copying = self._read_copying()
         if copying != self._copying:
@@ -187,30 +171,12 @@ class CacheWorker:
 
     def close(self, timeout: float | None = None) -> None:
         """Let the writes under way end within timeout seconds (default: as configured), then release memory and connections."""
-        timeout = self._close_timeout if timeout is None else timeout
         self.copier.close()
-        with self._lock:
-            under_way = set(self._under_way)
-        _, late = wait(under_way, timeout)
-        for pool in (*self._readers.values(), *self._writers.values()):
-            pool.shutdown(wait=False, cancel_futures=True)
-        if late:
-            logger.warning(
-                "lmc: closing with %d copies not done within %g s; those chunks are lost", len(late), timeout
-            )
-        if any(not copy.done() for copy in late):
-            return  # a thread still uses the memory; its tier's own time-out ends it
+        if not self._tier_copies.close(self._close_timeout if timeout is None else timeout):
+            return  # a thread still uses the memory; it ends with the tier's own time-out, or with the process
         for tier in self._tiers.values():
             tier.close()
         self._slab.close()
-
-    def _submit(self, copy: TierCopy) -> None:
-        ticket = copy.ticket
-        pools = self._readers if ticket.kind == "stage" else self._writers
-        submitted = pools[ticket.tier].submit(self._copy_tier, copy, time.monotonic())
-        with self._lock:
-            self._under_way.add(submitted)
-        submitted.add_done_callback(partial(self._on_end, ticket))
 
     def _note_unfilled(self, blocks: set[int]) -> None:
         """The forward pass that begins, or has ended, reads these blocks and they hold garbage."""
@@ -236,50 +202,6 @@ class CacheWorker:
                     num_bytes, seconds = self._report.loads.get(batch.request_id, (0, 0.0))
                     self._report.loads[batch.request_id] = (num_bytes + batch.num_bytes, seconds + batch.seconds)
 
-    def _copy_tier(self, copy: TierCopy, submitted: float) -> None:
-        ticket = copy.ticket
-        if copy.limit is not None and time.monotonic() - submitted > copy.limit:
-            self._finish([ticket.operation], LATE)
-            return
-        tier = self._tiers[ticket.tier]
-        view = self._slab.view(ticket.slot) if ticket.kind != "delete" else memoryview(b"")
-        started = time.perf_counter()
-        try:
-            if ticket.kind == "stage":
-                tier.get(ticket.key, view)
-            else:
-                for key in ticket.evict:
-                    tier.delete(key)
-                if ticket.kind == "write":
-                    tier.put(ticket.key, view, ticket.parent)
-                else:
-                    tier.delete(ticket.key)
-        except KeyError:
-            self._finish([ticket.operation], ABSENT)
-        except TierOpen:
-            self._finish([ticket.operation], UNAVAILABLE)  # the breaker has said so when it opened
-        except TierError as error:
-            self._complain(ticket, error)
-            self._finish([ticket.operation], _cause(error))
-        else:
-            self._finish([ticket.operation], None)
-            self._measure(f"{ticket.tier} {ticket.kind}", len(view), time.perf_counter() - started)
-
-    def _complain(self, ticket: Ticket, error: TierError) -> None:
-        cause, key = _cause(error), ticket.key.hex()
-        text = f"{ticket.kind} of chunk {key[:16]} failed: {error}"
-        about = {"operation": ticket.kind, "tier": ticket.tier, "cause": cause, "key": key, "rank": self._rank}
-        self._sparingly.warn(logger, (ticket.tier, ticket.kind, cause), text, **about)
-
-    def _on_end(self, ticket: Ticket, future: Future[None]) -> None:
-        """After a fault in lmc itself: say so, and let the operation end, so that its slot is free again."""
-        with self._lock:
-            self._under_way.discard(future)
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            logger.error("lmc: %s of chunk %s crashed", ticket.kind, ticket.key.hex()[:16], exc_info=error)
-            self._finish([ticket.operation], CRASH)
-
     def _finish(self, operations: Sequence[int], failure: str | None) -> None:
         """Failure is one of CAUSES; anything else counts as COPY."""
         with self._lock:
@@ -291,14 +213,3 @@ class CacheWorker:
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
             self._report.transfers.append((what, num_bytes, seconds))
-
-
-def yield_to_the_engine() -> None:
-    """Nobody waits for a write, and on a CPU engine a core that writes is missing from the forward pass."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(os.getpriority(os.PRIO_PROCESS, 0), WRITE_NICENESS))
-
-
-def _cause(error: TierError) -> str:
-    if isinstance(error, Corrupt):
-        return CORRUPT
-    return FULL if isinstance(error, TierFull) else ERROR

@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from lmc.cache.directory import HOST, Directory, Miss, evicted_from
 from lmc.cache.directory.nodes import Nodes
-from lmc.cache.directory.remote import RemoteKeys
+from lmc.cache.directory.remote import BELIEVED_SECONDS, RemoteKeys
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.registry import get_policy
 
@@ -376,3 +376,64 @@ def test_what_is_known_of_a_remote_tier_is_bounded():
     known.learn(keys("a", 3)[2])
     known.learn(keys("b", 1)[0])
     assert [key in known for key in keys("a", 5)] == [False, False, True, False, True] and len(known) == 3
+
+
+def test_a_chunk_in_use_is_published_again_when_it_was_known_long_ago():
+    """Nothing tells when a Redis was emptied."""
+    directory = make(remote=["redis"])
+    chain = keys("a", 2)
+    assert [ticket.kind for ticket in put(directory, chain)] == ["store", "store", "write", "write"]
+    assert put(directory, chain, 1.0 + BELIEVED_SECONDS / 2) == []
+    again = directory.store(chain, 1.0 + BELIEVED_SECONDS)
+    assert again == [] and [ticket.key for ticket in directory.take_tickets()] == chain
+
+
+def test_what_was_brought_up_from_a_remote_tier_is_known_to_be_there():
+    directory = make(2, remote=["redis"])
+    chain = keys("a", 2)
+    directory.learn("redis", chain, [True, True])
+    directory.lookup(chain, 1.0 + BELIEVED_SECONDS)
+    for ticket in directory.stage(chain, 1.0 + BELIEVED_SECONDS):
+        directory.complete(ticket.operation, None, 1.0 + BELIEVED_SECONDS)
+    assert directory.take_tickets() == []
+    directory.store(chain, 2.0 + BELIEVED_SECONDS)
+    assert directory.take_tickets() == []
+
+
+def test_a_full_medium_costs_some_chunks_once_for_all_writes_that_were_under_way():
+    directory = make(8, disk=100)
+    put(directory, keys("a", 4))
+    fresh = directory.store(keys("b", 4), 0.0)
+    for ticket in fresh:
+        directory.complete(ticket.operation, None, 0.0)
+    for ticket in directory.take_tickets():
+        directory.complete(ticket.operation, "full", 0.0)
+    (relief,) = directory.take_tickets()
+    assert (relief.kind, relief.key) == ("delete", keys("a", 4)[-1])
+    assert directory.counts.evicted == {"disk": 1}
+    directory.complete(relief.operation, None, 0.0)
+    assert [ticket.kind for ticket in put(directory, keys("b", 4))] == ["write"] * 4
+    assert directory.usage()["disk"][0] == 7
+
+
+def test_a_stage_that_hangs_is_not_waited_for_and_keeps_only_its_slot():
+    directory = make(4, disk=10)
+    chain = keys("a", 2)
+    directory.restore("disk", chain, 0.0)
+    first, second = directory.stage(chain, 0.0)
+    directory.mark_stuck([first.operation])
+    assert not directory.arriving([chain[0]])
+    directory.complete(second.operation, "unavailable", 0.0)
+    tickets = directory.take_tickets()
+    assert [ticket.kind for ticket in tickets] == ["delete"]
+    settle(directory, tickets)
+    stored = put(directory, chain)
+    assert [ticket.kind for ticket in stored] == ["store", "store", "write"], "what could not be read is stored anew"
+    assert first.slot not in {ticket.slot for ticket in stored}
+    assert len(put(directory, keys("b", 4))) < 8, "one slot is still taken"
+    assert (directory.num_open, directory.num_stuck) == (1, 1)
+    directory.complete(first.operation, None, 0.0)
+    assert (directory.num_open, directory.num_stuck) == (0, 0)
+    directory.clear()
+    settle(directory)
+    assert len([t for t in put(directory, keys("c", 4)) if t.kind == "store"]) == 4

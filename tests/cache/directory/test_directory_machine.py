@@ -157,7 +157,26 @@ class DirectoryMachine(RuleBasedStateMachine):
         if ticket.operation in self.open and ticket.operation not in self.done and self.world.do(ticket):
             self.done.add(ticket.operation)
 
-    @rule(target=tickets, ticket=tickets, fails=st.sampled_from([None, None, None, "error", "corrupt"]))
+    @precondition(lambda self: not self.calm)
+    @rule(target=tickets, ticket=tickets)
+    def hang(self, ticket):
+        """The worker says that a copy may never end; it may end all the same, later."""
+        before = self.directory.num_stuck
+        self.directory.mark_stuck([ticket.operation])
+        assert self.directory.num_stuck - before in ((0, 1) if ticket.operation in self.open else (0,))
+        if ticket.operation in self.open and ticket.kind == "stage":
+            self.disturbed = True
+            assert not self.directory.arriving([ticket.key]) or any(
+                other.key == ticket.key and other.operation != ticket.operation and other.kind in ("store", "stage")
+                for other in self.open.values()
+            )
+        return self.take([])
+
+    @rule(
+        target=tickets,
+        ticket=tickets,
+        fails=st.sampled_from([None, None, None, "error", "corrupt", "full", "unavailable"]),
+    )
     def report(self, ticket, fails):
         fails = None if self.calm else fails
         opened = self.open.pop(ticket.operation, None)

@@ -59,14 +59,14 @@ def test_what_the_directory_counts_is_added_once(metrics):
 
 
 def test_a_breaker_counts_as_open_while_it_is_open_on_any_rank(metrics):
-    metrics.note_breaker(0, "redis", BreakerReading(True, 3, 0, 1))
-    metrics.note_breaker(1, "redis", BreakerReading(False, 1, 0, 0))
-    assert value(metrics, "breaker_open", tier="redis") == 1
-    metrics.note_breaker(0, "redis", BreakerReading(False, 4, 9, 1))
-    assert value(metrics, "breaker_open", tier="redis") == 0
-    assert value(metrics, "breaker_events_total", tier="redis", event="failures") == 5
-    assert value(metrics, "breaker_events_total", tier="redis", event="refusals") == 9
-    assert value(metrics, "breaker_events_total", tier="redis", event="openings") == 1
+    metrics.note_breaker(0, "redis", "read", BreakerReading(True, 3, 0, 1))
+    metrics.note_breaker(1, "redis", "read", BreakerReading(False, 1, 0, 0))
+    assert value(metrics, "breaker_open", tier="redis", direction="read") == 1
+    metrics.note_breaker(0, "redis", "read", BreakerReading(False, 4, 9, 1))
+    assert value(metrics, "breaker_open", tier="redis", direction="read") == 0
+    assert value(metrics, "breaker_events_total", tier="redis", direction="read", event="failures") == 5
+    assert value(metrics, "breaker_events_total", tier="redis", direction="read", event="refusals") == 9
+    assert value(metrics, "breaker_events_total", tier="redis", direction="read", event="openings") == 1
 
 
 def test_which_backend_copied_is_counted_once_and_a_problem_is_shown_while_it_lasts(metrics):

@@ -6,6 +6,7 @@ import threading
 import time
 
 from lmc.cache.scheduler.cache import Identity
+from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import TierError
 from tests.cache.instance import Clock, Instance, chunk_files, prompt, settings, start
@@ -88,7 +89,7 @@ class Remote:
 def test_a_request_waits_for_a_remote_answer_no_longer_than_the_deadline(instances, tmp_path):
     clock, remote = Clock(), Remote()
     instance = start(instances, clock=clock, disk_path=tmp_path, disk_shared=True, lookup_deadline=0.5)
-    instance.scheduler._presence._tiers["disk"] = [remote]
+    instance.scheduler._presence._tiers["disk"] = [Breaker(remote)]
     tokens = prompt(1, 50)
     ask = lambda name: instance.scheduler.lookup(name, tokens, 0, Identity())  # noqa: E731
     assert ask("r") is None

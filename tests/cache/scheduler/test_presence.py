@@ -7,6 +7,7 @@ import pytest
 from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.accounting import Salts
 from lmc.cache.scheduler.presence import Presence
+from lmc.cache.tiers.breaker import Breaker
 from lmc.errors import TierError
 from tests.services import wait_until
 
@@ -14,7 +15,7 @@ KEYS = [ChunkKey(bytes([number] * 32)) for number in range(200)]
 
 
 class Tier:
-    """Holds the first `stored` keys."""
+    """Stands for a server, which would answer too quickly to be asked in between. Holds the first `stored` keys."""
 
     name = "redis"
 
@@ -46,7 +47,7 @@ def ask(presence: Presence, keys=KEYS):
 @pytest.mark.parametrize(("stored", "batches"), [(0, [16]), (15, [16]), (16, [16, 64]), (200, [16, 64, 120])])
 def test_keys_are_asked_in_growing_batches_up_to_the_first_absent_one(stored, batches):
     tier = Tier(stored)
-    presence = Presence({"redis": [tier]})
+    presence = Presence({"redis": [Breaker(tier)]})
     (answer,) = ask(presence)
     assert tier.batches == batches
     assert sum(answer.present) == min(stored, sum(batches)) and len(answer.keys) == len(answer.present)
@@ -55,14 +56,14 @@ def test_keys_are_asked_in_growing_batches_up_to_the_first_absent_one(stored, ba
 
 
 def test_a_chunk_is_there_when_it_is_there_for_every_rank():
-    presence = Presence({"redis": [Tier(10), Tier(4), Tier(7)]})
+    presence = Presence({"redis": [Breaker(Tier(stored)) for stored in (10, 4, 7)]})
     (answer,) = ask(presence)
     assert sum(answer.present) == 4
     presence.close(10)
 
 
 def test_each_tier_answers_for_itself():
-    presence = Presence({"redis": [Tier(broken=True)], "s3": [Tier(5)]})
+    presence = Presence({"redis": [Breaker(Tier(broken=True))], "s3": [Breaker(Tier(5))]})
     answers = {answer.tier: answer for answer in ask(presence)}
     assert answers["redis"].failure and not answers["redis"].keys
     assert sum(answers["s3"].present) == 5 and not answers["s3"].failure
@@ -72,7 +73,7 @@ def test_each_tier_answers_for_itself():
 def test_a_tier_with_too_much_to_do_is_not_asked():
     tier = Tier(5)
     tier.gate.clear()
-    presence = Presence({"redis": [tier]})
+    presence = Presence({"redis": [Breaker(tier)]})
     questions = [presence.ask(KEYS) for _ in range(70)]
     assert [question.done for question in questions] == [False] * 64 + [True] * 6
     assert [question.failed for question in questions] == [False] * 64 + [True] * 6
@@ -86,7 +87,7 @@ def test_a_tier_with_too_much_to_do_is_not_asked():
 def test_close_waits_no_longer_than_its_limit_for_a_tier_that_hangs():
     tier = Tier(5)
     tier.gate.clear()
-    presence = Presence({"redis": [tier]})
+    presence = Presence({"redis": [Breaker(tier)]})
     questions = [presence.ask(KEYS) for _ in range(5)]
     presence.close(0.1)
     assert not tier.closed, "its connection is in use"
@@ -94,9 +95,30 @@ def test_close_waits_no_longer_than_its_limit_for_a_tier_that_hangs():
     tier.gate.set()
 
 
+def test_a_tier_that_hangs_is_asked_no_more_and_answers_for_what_waits():
+    tier, now = Tier(5), 0.0
+    tier.gate.clear()
+    presence = Presence({"redis": [Breaker(tier, patience=5.0, now=lambda: now)]})
+    first = [presence.ask(KEYS) for _ in range(6)]
+    wait_until(
+        lambda: presence._threads["redis"].num_jobs == 6 and len(presence._threads["redis"].running()) == 2, "calls"
+    )
+    now = 6.0
+    late = presence.ask(KEYS)
+    assert late.done and late.failed
+    assert [question.done for question in first] == [False, False, True, True, True, True]
+    assert {answer.failure for answer in presence.answers()} == {"unavailable"}
+    tier.gate.set()
+    wait_until(lambda: all(question.done for question in first), "the answers after all", 10)
+    now = 60.0
+    (answer,) = ask(presence)[-1:]
+    assert sum(answer.present) == 5, "the trial call went well"
+    presence.close(10)
+
+
 def test_what_could_not_be_asked_is_not_known(caplog):
     tier = Tier(broken=True)
-    presence = Presence({"redis": [tier], "s3": [Tier(5)]})
+    presence = Presence({"redis": [Breaker(tier)], "s3": [Breaker(Tier(5))]})
     question = presence.ask(KEYS)
     wait_until(lambda: question.done, "the answer", 10)
     assert question.failed

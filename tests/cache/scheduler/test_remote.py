@@ -158,8 +158,8 @@ def test_an_unreachable_server_costs_a_warning_and_is_used_when_it_comes(tmp_pat
             for seed in range(2, 6):
                 instance.serve(prompt(seed, 50))
             assert instance.serve(tokens).sources == {"host": 48}
-            assert instance.metric("breaker_open", tier="redis") == 1
-            assert instance.metric("breaker_events_total", tier="redis", event="openings") >= 1
+            assert instance.metric("breaker_open", tier="redis", direction="write") == 1
+            assert instance.metric("breaker_events_total", tier="redis", direction="write", event="openings") >= 1
             assert instance.metric("failure_causes_total", operation="write", tier="redis", cause="unavailable") > 0
             with services.redis_server(tmp_path, port=server.port), server.client() as client:
                 until = time.monotonic() + 20
@@ -168,7 +168,7 @@ def test_an_unreachable_server_costs_a_warning_and_is_used_when_it_comes(tmp_pat
                     time.sleep(0.1)
                 assert client.keys("*"), "the breaker tries again, and what was dropped is written"
                 instance.settle()
-                assert instance.metric("breaker_open", tier="redis") == 0
+                assert instance.metric("breaker_open", tier="redis", direction="write") == 0
 
 
 @pytest.mark.fault

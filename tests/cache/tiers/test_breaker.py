@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lmc.cache.keys import ChunkKey
-from lmc.cache.tiers.breaker import Breaker, TierOpen
+from lmc.cache.tiers.breaker import SLOWEST, Breaker, TierOpen
 from lmc.cache.tiers.disk import DiskTier
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
 from tests.contracts.tier import OpenTier, TierContract, key, payload
@@ -74,8 +74,9 @@ def broken(threshold: int = 3) -> tuple[Breaker, ScriptedTier, Clock]:
     breaker = Breaker(tier, threshold=threshold, first_wait=1.0, longest_wait=5.0, now=clock)
     tier.answer = TierError("down")
     for _ in range(threshold):
-        with pytest.raises(TierError):
-            breaker.get(key(1), SLOT)
+        for call in (lambda: breaker.get(key(1), SLOT), lambda: breaker.delete(key(1))):
+            with pytest.raises(TierError):
+                call()
     return breaker, tier, clock
 
 
@@ -95,7 +96,7 @@ def test_an_open_breaker_makes_no_call(call: Callable[[Breaker], object]) -> Non
     with pytest.raises(TierOpen, match=r"failed 3 times in a row; left alone for another 1\.0 s"):
         call(breaker)
     assert tier.calls == made
-    assert breaker.counters.refusals == 1
+    assert breaker.counters("read").refusals + breaker.counters("write").refusals == 1
 
 
 def test_answers_pass_through() -> None:
@@ -112,14 +113,14 @@ def test_an_answer_of_a_live_server_is_no_failure(answer: Exception) -> None:
     for _ in range(5):
         with pytest.raises(type(answer)):
             breaker.get(key(1), SLOT)
-    assert breaker.state == "closed"
-    assert breaker.counters.failures == 0
+    assert breaker.state("read") == "closed"
+    assert breaker.counters("read").failures == 0
     breaker, tier, clock = broken()
     clock.seconds += 1
     tier.answer = answer
     with pytest.raises(type(answer)):
         breaker.get(key(1), SLOT)
-    assert breaker.state == "closed", "it ends a trial well, too"
+    assert breaker.state("read") == "closed", "it ends a trial well, too"
 
 
 def test_successes_in_between_keep_it_closed() -> None:
@@ -131,8 +132,8 @@ def test_successes_in_between_keep_it_closed() -> None:
             breaker.delete(key(1))
         tier.answer = None
         breaker.delete(key(1))
-    assert breaker.state == "closed"
-    assert (breaker.counters.failures, breaker.counters.openings) == (5, 0)
+    assert breaker.state("write") == "closed"
+    assert (breaker.counters("write").failures, breaker.counters("write").openings) == (5, 0)
 
 
 def test_the_back_off_doubles_up_to_its_limit() -> None:
@@ -144,7 +145,7 @@ def test_the_back_off_doubles_up_to_its_limit() -> None:
         clock.seconds += 0.01
         with pytest.raises(TierError, match="down"):
             breaker.get(key(1), SLOT)
-    assert breaker.counters.openings == 1
+    assert breaker.counters("read").openings == 1
 
 
 def test_a_successful_trial_closes_it_and_forgets_the_back_off() -> None:
@@ -155,7 +156,7 @@ def test_a_successful_trial_closes_it_and_forgets_the_back_off() -> None:
     clock.seconds += 2
     tier.answer = None
     breaker.get(key(1), SLOT)
-    assert breaker.state == "closed"
+    assert breaker.state("read") == "closed"
     tier.answer = TierError("down")
     for _ in range(3):
         with pytest.raises(TierError, match="down"):
@@ -181,7 +182,7 @@ def test_only_one_call_is_the_trial() -> None:
         breaker.get(key(1), SLOT)
     go_on.set()
     trial.join()
-    assert breaker.state == "closed"
+    assert breaker.state("read") == "closed"
 
 
 def test_an_interrupted_trial_is_followed_by_another() -> None:
@@ -192,7 +193,7 @@ def test_an_interrupted_trial_is_followed_by_another() -> None:
         breaker.get(key(1), SLOT)
     tier.answer = None
     breaker.get(key(1), SLOT)
-    assert breaker.state == "closed"
+    assert breaker.state("read") == "closed"
 
 
 def test_opening_and_closing_are_logged_once_with_the_cause(caplog: pytest.LogCaptureFixture) -> None:
@@ -205,9 +206,90 @@ def test_opening_and_closing_are_logged_once_with_the_cause(caplog: pytest.LogCa
         breaker.get(key(1), SLOT)
         breaker.get(key(1), SLOT)
     assert [record.getMessage() for record in caplog.records] == [
-        "down; 3 failures in a row, so the tier is left alone for 1 s",
-        "scripted tier: answers again",
+        *["down; 3 failures in a row, so the tier is left alone for 1 s"] * 2,
+        "scripted tier, reads: answers again",
     ]
+
+
+def test_writes_that_fail_take_no_reads_away() -> None:
+    tier = ScriptedTier()
+    breaker = Breaker(tier, threshold=2)
+    tier.answer = TierError("NOREPLICAS")
+    for _ in range(2):
+        with pytest.raises(TierError, match="NOREPLICAS"):
+            breaker.put(key(1), payload(1))
+    with pytest.raises(TierOpen):
+        breaker.delete(key(1))
+    tier.answer = None
+    breaker.get(key(1), SLOT)
+    assert breaker.contains([key(1)]) == [True]
+    assert (breaker.state("read"), breaker.state("write")) == ("closed", "open")
+    assert breaker.refuses("write") and not breaker.refuses("read")
+
+
+def takes(tier: ScriptedTier, clock: Clock, seconds: float) -> None:
+    def reply() -> None:
+        clock.seconds += seconds
+
+    tier._reply = reply  # type: ignore[method-assign]
+
+
+def test_reads_that_are_only_slow_open_it_and_a_slow_trial_does_not_close_it(caplog: pytest.LogCaptureFixture) -> None:
+    tier, clock = ScriptedTier(), Clock()
+    breaker = Breaker(tier, first_wait=1.0, slow=0.5, now=clock)
+    takes(tier, clock, 0.7)
+    for _ in range(3):
+        breaker.get(key(1), SLOT)
+    with pytest.raises(TierOpen):
+        breaker.get(key(1), SLOT)
+    assert "a call took 0.7 s, more than 0.5 s" in caplog.text
+    clock.seconds += 1
+    breaker.get(key(1), SLOT)
+    assert breaker.state("read") == "open"
+    clock.seconds += 2
+    takes(tier, clock, 0.4)
+    breaker.get(key(1), SLOT)
+    assert breaker.state("read") == "closed"
+
+
+def test_large_chunks_may_take_longer_and_writes_any_time() -> None:
+    tier, clock = ScriptedTier(), Clock()
+    breaker = Breaker(tier, threshold=1, slow=0.5, now=clock)
+    takes(tier, clock, 1.4)
+    breaker.get(key(1), memoryview(bytearray(SLOWEST)))
+    assert breaker.state("read") == "closed"
+    breaker.put(key(1), SLOT)
+    assert breaker.state("write") == "closed"
+    breaker.get(key(1), SLOT)
+    assert breaker.state("read") == "open"
+
+
+def test_one_call_that_never_ends_opens_it_and_its_late_end_says_nothing() -> None:
+    tier, clock = ScriptedTier(), Clock()
+    breaker = Breaker(tier, first_wait=1.0, patience=5.0, now=clock)
+    inside, go_on = threading.Event(), threading.Event()
+    reply = tier._reply
+
+    def hang() -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    tier._reply = hang  # type: ignore[method-assign]
+    stuck = threading.Thread(target=breaker.get, args=(key(1), SLOT))
+    stuck.start()
+    assert inside.wait(10)
+    clock.seconds += 4.9
+    assert not breaker.refuses("read")
+    clock.seconds += 0.2
+    assert breaker.refuses("read")
+    assert (breaker.counters("read").failures, breaker.counters("read").openings) == (1, 1)
+    go_on.set()
+    stuck.join()
+    assert breaker.state("read") == "open", "an answer after so long is no success"
+    clock.seconds += 1
+    tier._reply = reply  # type: ignore[method-assign]
+    breaker.get(key(1), SLOT)
+    assert breaker.state("read") == "closed"
 
 
 def test_close_reaches_the_tier_also_when_open() -> None:
@@ -216,7 +298,9 @@ def test_close_reaches_the_tier_also_when_open() -> None:
     assert tier.closed
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": 0}, {"first_wait": 0.0}, {"first_wait": 2.0, "longest_wait": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": 0}, {"first_wait": 0.0}, {"first_wait": 2.0, "longest_wait": 1.0}, {"slow": 9.0}]
+)
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         Breaker(ScriptedTier(), **wrong)  # type: ignore[arg-type]
@@ -259,7 +343,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @invariant()
     def state_fits_the_history(self) -> None:
-        assert self.breaker.state == ("closed" if len(self.failures) < self.threshold else "open")
+        assert self.breaker.state("read") == ("closed" if len(self.failures) < self.threshold else "open")
 
 
 TestBreakerMachine = BreakerMachine.TestCase

@@ -210,6 +210,7 @@ def test_scan_goes_from_the_oldest_to_the_youngest(tmp_path: Path) -> None:
 def test_scan_removes_what_dead_writers_left_and_spares_the_living(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, SCOPE)
     fd, living = tier._create()
+    living = Path(living)
     dead = living.with_name("dead-0")
     dead.write_bytes(b"half a chunk")
     assert list(DiskTier(tmp_path, SCOPE).scan()) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.tiers.breaker import Breaker
+from lmc.cache.tiers.breaker import BoundedBreaker, Breaker
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.open import open_tiers
 from lmc.errors import ConfigError, TierError
@@ -21,7 +21,7 @@ def test_without_settings_there_is_no_tier() -> None:
 def test_a_disk_tier_works(tmp_path: Path) -> None:
     tiers, warnings = open_tiers(CacheConfig.model_validate({"disk": {"path": tmp_path}}), SCOPE)
     assert not warnings
-    assert isinstance(tiers["disk"], DiskTier)
+    assert isinstance(tiers["disk"], BoundedBreaker) and isinstance(tiers["disk"]._tier, DiskTier)
     tiers["disk"].put(key(1), payload(1))
     assert load(tiers["disk"], 1) == payload(1)
 

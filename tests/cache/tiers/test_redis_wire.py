@@ -54,7 +54,7 @@ def receive(reply: bytes, places: list[int], piece: int = 1 << 20) -> tuple[int 
     body, footer = bytearray(BODY), bytearray(FOOTER)
     with pytest.MonkeyPatch.context() as patch, peer(cut(reply, places), seconds=5.0) as (wire, _):
         patch.setattr(redis_wire, "_PIECE", piece)
-        digest = wire.bulk(memoryview(body), memoryview(footer))
+        digest = wire.bulk(memoryview(body), memoryview(footer), xxhash.xxh3_64())
     return digest, bytes(body), bytes(footer)
 
 
@@ -106,7 +106,7 @@ def test_a_reply_without_an_end_is_given_up() -> None:
 @pytest.mark.parametrize("size", [4_097, 9_000])
 def test_garbage_as_long_as_a_value_is_judged_without_waiting_for_more(size: int) -> None:
     with pytest.raises(Corrupt, match="starts with"), peer([b"x" * size]) as (wire, _):
-        wire.bulk(memoryview(bytearray(9_000)), memoryview(bytearray(FOOTER)))
+        wire.bulk(memoryview(bytearray(9_000)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64())
 
 
 def test_a_closed_connection_is_an_error() -> None:
@@ -118,15 +118,15 @@ def test_a_closed_connection_is_an_error() -> None:
 
 def test_the_deadline_holds_for_the_whole_reply() -> None:
     with pytest.raises(TimeoutError), peer([REPLY[:-10]], seconds=0.1) as (wire, _):
-        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)))
+        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64())
     with pytest.raises(TimeoutError), peer([REPLY[:100]], seconds=1.0) as (wire, there):
         started = time.monotonic()
         threading.Timer(0.7, there.sendall, [REPLY[100:-10]]).start()
-        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)))
+        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64())
     assert time.monotonic() - started < 1.5, "what came late gave it no new second"
     here, there = socket.socketpair()
     with here, there, pytest.raises(TimeoutError):
-        Wire(here, 0.1).set(b"key", memoryview(bytes(50_000_000)), lambda _: b"")  # nobody reads
+        Wire(here, 0.1).set(b"key", memoryview(bytes(50_000_000)), lambda _: b"", xxhash.xxh3_64())  # nobody reads
 
 
 def parse_command(data: bytes) -> list[bytes]:
@@ -184,11 +184,13 @@ def test_a_value_is_sent_with_its_checksum_behind_it(size: int, piece: int, opti
     body = random.Random(seed).randbytes(size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(redis_wire, "_PIECE", piece)
-        command = parse_command(sent(lambda wire: wire.set(b"key", memoryview(body), footer, options)))
+        command = parse_command(
+            sent(lambda wire: wire.set(b"key", memoryview(body), footer, xxhash.xxh3_64(), options))
+        )
     assert command == [b"SET", b"key", body + footer(xxhash.xxh3_64_intdigest(body)), *options]
 
 
 def test_a_large_value_is_sent_in_parts_to_a_slow_reader() -> None:
     body = random.Random(3).randbytes(5_000_001)
-    command = parse_command(sent(lambda wire: wire.set(b"key", memoryview(body), footer), 100_000))
+    command = parse_command(sent(lambda wire: wire.set(b"key", memoryview(body), footer, xxhash.xxh3_64()), 100_000))
     assert command == [b"SET", b"key", body + footer(xxhash.xxh3_64_intdigest(body))]
