@@ -13,6 +13,7 @@ LmcError
  │   └─ Corrupt      stored bytes do not match their footer
  │       └─ Forged   the footer is not one of this cache's auth_key
  └─ TransferError    a copy between engine and cache failed       becomes a miss
+     └─ CaptureError a CUDA graph is being captured               tried again
 
 A message is one line: what is wrong, where, and what to do.
 """
@@ -72,3 +73,7 @@ class Forged(Corrupt):
 
 class TransferError(LmcError):
     """A copy failed; the engine recomputes."""
+
+
+class CaptureError(TransferError):
+    """The driver takes no such call while a CUDA graph is captured; later it will."""

@@ -7,12 +7,14 @@ driver calls: a failure is only their return code and leaves no sticky error for
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from lmc.cache.transfer.planner import Addresses
-from lmc.errors import TransferError
+from lmc.errors import CaptureError, TransferError
 
 BATCH_VERSION = 12080  # the first driver with batched copies
 BATCH_VERSION_2 = 13000  # the signature lost its failIdx
@@ -20,7 +22,11 @@ BATCH_VERSION_2 = 13000  # the signature lost its failIdx
 SOURCE_IN_STREAM_ORDER = 1
 SOURCE_ANY_ORDER = 3  # for host memory that nothing queued on the stream writes
 
+CAPTURE_RELAXED = 2  # cuThreadExchangeStreamCaptureMode: this thread's calls are no part of anybody's capture
+HOST_POINTERS = 91  # device attribute: registered host memory has the same address on the device
+
 _PORTABLE = 1  # cuMemHostRegister: for every context
+_CAPTURE_UNSUPPORTED = 900
 
 _ADDRESS_ARRAY = np.ctypeslib.ndpointer(dtype=np.uint64, ndim=1, flags="C_CONTIGUOUS")
 
@@ -66,14 +72,24 @@ class Driver:
     def has_batch(self) -> bool:
         return self._batch is not None
 
-    def copy(self, src: Addresses, dst: Addresses, size: Addresses, source_order: int, stream: int) -> None:
-        """Queue copies on a stream other than the default one: in one call from driver 12.8 on, one by one before. Raises TransferError."""
+    def takes_host_pointers(self, device: int) -> bool:
+        """Whether the device reaches registered memory under the host's own address. Under WSL2 and on some virtual GPUs it does not:
+        batched copies fault there, after the call has returned, and so do kernels; single copies are translated."""
+        value = ctypes.c_int(0)
+        code = self._library.cuDeviceGetAttribute(ctypes.byref(value), HOST_POINTERS, device)
+        return code == 0 and value.value == 1
+
+    def copy(
+        self, src: Addresses, dst: Addresses, size: Addresses, source_order: int, stream: int, *, batched: bool = True
+    ) -> None:
+        """Queue copies on a stream other than the default one: in one call from driver 12.8 on, one by one before, or where batched is
+        False. Raises TransferError."""
         if stream == 0:
             raise TransferError("batched copies need a stream of their own, not the default stream")
         self._refuse_capture(stream)
         if len(size) == 0:
             return
-        if self._batch is None:
+        if self._batch is None or not batched:
             for copy in zip(dst.tolist(), src.tolist(), size.tolist(), strict=True):
                 self._check("cuMemcpyAsync", self._copy(*copy, stream))
             return
@@ -87,8 +103,28 @@ class Driver:
         code = self._batch(*arguments, ctypes.byref(failed), stream)
         self._check("cuMemcpyBatchAsync", code, f" at copy {failed.value} of {len(size)}")
 
+    @contextmanager
+    def apart_from_captures(self) -> Iterator[None]:
+        """The calling thread's calls inside are allowed while another thread captures a CUDA graph, and leave that capture whole.
+
+        An engine captures in the mode in which a call such as cuMemHostRegister of any other thread fails and ends the capture.
+        """
+        before = self.exchange_capture_mode(CAPTURE_RELAXED)
+        try:
+            yield
+        finally:
+            self.exchange_capture_mode(before)
+
+    def exchange_capture_mode(self, mode: int) -> int:
+        """Set the calling thread's mode; returns the mode that it had."""
+        value = ctypes.c_int(mode)
+        self._check(
+            "cuThreadExchangeStreamCaptureMode", self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(value))
+        )
+        return value.value
+
     def register(self, address: int, size: int) -> None:
-        """Pin host memory. The calling thread needs a current context."""
+        """Pin host memory. The calling thread needs a current context. Raises CaptureError when it may be tried again."""
         self._check(
             "cuMemHostRegister",
             self._library.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(size), _PORTABLE),
@@ -139,23 +175,28 @@ class Driver:
         if code != 0:
             text = ctypes.c_char_p()
             name = self._library.cuGetErrorName(code, ctypes.byref(text))
-            raise TransferError(f"{call} failed{where}: {(text.value or b'').decode() if name == 0 else code}")
+            kind = CaptureError if code == _CAPTURE_UNSUPPORTED else TransferError
+            raise kind(f"{call} failed{where}: {(text.value or b'').decode() if name == 0 else code}")
 
 
 class DeviceRegistrar:
-    """Pins memory from any thread, in the primary context of one device: the context that torch uses."""
+    """Pins memory from any thread, in the primary context of one device: the context that torch uses. The engine may be capturing a
+    CUDA graph at the same time."""
 
     def __init__(self, driver: Driver, device: int) -> None:
         self._driver = driver
-        self._context = driver.primary_context(device)
+        with driver.apart_from_captures():
+            self._context = driver.primary_context(device)
 
     def register(self, address: int, size: int) -> None:
-        self._driver.enter(self._context)
-        self._driver.register(address, size)
+        with self._driver.apart_from_captures():
+            self._driver.enter(self._context)
+            self._driver.register(address, size)
 
     def unregister(self, address: int) -> None:
-        self._driver.enter(self._context)
-        self._driver.unregister(address)
+        with self._driver.apart_from_captures():
+            self._driver.enter(self._context)
+            self._driver.unregister(address)
 
 
 def load_driver() -> Driver:

@@ -1,8 +1,9 @@
 """The memory of the host tier: one mapping of equal slots, made ready piece by piece in the background.
 
-A piece is bound to the GPU's memory node, touched by several threads and registered with the driver, in this order; then its slots are
-ready. Registering in one call would hold the driver's lock for minutes (0.1 s per GB), and start-up waits for none of it. What fails
-leaves pageable memory and a text in `problem`: slower, never wrong.
+The mapping is private and anonymous, which is what the kernel gives huge pages to: shared memory gets them under a switch of its own, off
+by default. A piece is bound to the GPU's memory node, touched by several threads and registered with the driver, in this order; then its
+slots are ready. Registering in one call would hold the driver's lock for minutes (0.1 s per GB), and start-up waits for none of it. What
+fails leaves pageable memory and a text in `problem`: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lmc.errors import TierError, TransferError
+from lmc.errors import CaptureError, TierError, TransferError
 from lmc.units import format_size
 
 logger = logging.getLogger(__name__)
 
 PAGE = mmap.PAGESIZE
 PIECE_BYTES = 1 << 30
+HUGE_PAGE = 2 << 20
+HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TOUCH_BYTES = 32 << 20  # one thread's bite; close() waits for no more than this
+RETRY_SECONDS = 0.05  # until pinning is tried again after it was refused because a CUDA graph was being captured
 
 _POPULATE_WRITE = 23  # madvise: fault pages in for writing without changing them (Linux 5.14)
 _PREFERRED = (
@@ -41,7 +45,7 @@ class Registrar(Protocol):
     """Pins memory for a device. lmc.cache.transfer.cuda has the real one."""
 
     def register(self, address: int, size: int) -> None:
-        """Raises TransferError; the memory is then pageable as before."""
+        """Raises TransferError; the memory is then pageable as before. CaptureError: it may be tried again."""
 
     def unregister(self, address: int) -> None:
         """Raises TransferError."""
@@ -68,14 +72,18 @@ class Slab:
         self.slot_stride = -(-slot_bytes // PAGE) * PAGE
         self.problem = ""  # why memory is not as it should be, for logs and metrics
         size = num_slots * self.slot_stride
-        # Pinned pages must not become copy-on-write when the process forks; private memory is more often given huge pages.
-        sharing = mmap.MAP_PRIVATE if registrar is None else mmap.MAP_SHARED
         try:
-            memory = mmap.mmap(-1, size, flags=sharing | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
             raise TierError(f"host tier: cannot map {format_size(size)}: {error}; lower host.capacity") from error
-        self._bytes = np.frombuffer(memory, dtype=np.uint8)  # keeps the mapping while a view of it lives
+        if registrar is not None:
+            memory.madvise(mmap.MADV_DONTFORK)  # a child would get copies of pinned pages
+        mapped = np.frombuffer(memory, dtype=np.uint8)  # keeps the mapping while a view of it lives
+        start = -mapped.ctypes.data % HUGE_PAGE
+        self._bytes = mapped[start : start + size]
         self._base = self._bytes.ctypes.data
+        if size >= HUGE_PAGE and (failure := _ask_for_huge_pages(memory)):
+            self.degrade(f"pages are small, which slows touching, pinning and copies: {failure}")
         self._registrar = registrar
         self._numa_node = numa_node
         self._threads = max(1, min(threads, os.cpu_count() or 1))
@@ -126,9 +134,8 @@ class Slab:
 
     def degrade(self, problem: str) -> None:
         """Remember and log why the memory is slower than it should be."""
-        if not self.problem:
-            logger.warning("lmc: host tier: %s", problem)
-        self.problem = problem
+        logger.warning("lmc: host tier: %s", problem)
+        self.problem = f"{self.problem}; {problem}" if self.problem else problem
 
     def close(self) -> None:
         """Stop the background work and unregister. The memory itself goes with the last view of it."""
@@ -178,13 +185,18 @@ class Slab:
 
     def _pin(self, first: int, count: int, address: int, size: int) -> bool:
         assert self._registrar is not None
-        try:
-            self._registrar.register(address, size)
-        except TransferError as error:
-            self.degrade(f"{self.num_slots - first} of {self.num_slots} slots stay pageable: {error}")
-            return False
-        self._pinned_slots = first + count
-        return True
+        while True:
+            try:
+                self._registrar.register(address, size)
+            except CaptureError:
+                if self._closing.wait(RETRY_SECONDS):
+                    return False
+            except TransferError as error:
+                self.degrade(f"{self.num_slots - first} of {self.num_slots} slots stay pageable: {error}")
+                return False
+            else:
+                self._pinned_slots = first + count
+                return True
 
 
 def open_slab(device: str, num_slots: int, slot_bytes: int) -> Slab:
@@ -218,6 +230,19 @@ def gpu_numa_node(pci_bus_id: str, sysfs: Path = Path("/sys/bus/pci/devices")) -
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _ask_for_huge_pages(memory: mmap.mmap) -> str:
+    """Why the kernel will give none; empty if it may."""
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        if "[never]" in HUGE_PAGES_FILE.read_text():
+            return f"{HUGE_PAGES_FILE} is set to never; set it to madvise"
+    except FileNotFoundError:
+        return ""  # the kernel took the advice and does not say how it is set up
+    except OSError as error:
+        return f"madvise for huge pages: {error.strerror}"
+    return ""
 
 
 def _bind(address: int, size: int, node: int) -> str:

@@ -55,6 +55,11 @@ class CudaRuntime:
     def compute_stream(self) -> Stream:
         return CudaStream(_cuda().current_stream(self._device))
 
+    def own_thread(self) -> None:
+        from lmc.cache.transfer.cuda import CAPTURE_RELAXED, load_driver
+
+        load_driver().exchange_capture_mode(CAPTURE_RELAXED)
+
 
 def _cuda() -> Any:
     import torch
@@ -136,6 +141,9 @@ class ThreadRuntime:
 
     def compute_stream(self) -> Stream:
         return CallerStream()
+
+    def own_thread(self) -> None:
+        """Threads capture nothing."""
 
     def close(self) -> None:
         for stream in self._streams:

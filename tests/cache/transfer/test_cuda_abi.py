@@ -13,7 +13,7 @@ import torch
 
 from lmc.cache.transfer.backends.dma import DmaBackend
 from lmc.cache.transfer.cuda import DeviceRegistrar, Driver
-from lmc.errors import TransferError
+from lmc.errors import CaptureError, TransferError
 from tests.contracts.transfer import ORDERS, check_backend, vllm_engine
 
 STREAM = 0x7FFF00002000
@@ -53,3 +53,24 @@ def test_registration_passes_whole_addresses_and_sizes(library: ctypes.CDLL) -> 
 
 def test_the_bus_id_is_read(library: ctypes.CDLL) -> None:
     assert Driver(library).pci_bus_id(0) == "0000:3B:00.0"
+
+
+def test_registration_goes_on_while_another_thread_captures(library: ctypes.CDLL) -> None:
+    driver = Driver(library)
+    library.set_capturing(1)
+    try:
+        with pytest.raises(CaptureError, match="cuMemHostRegister failed"):
+            driver.register(0x7F1234567000, 5 << 32)
+        registrar = DeviceRegistrar(driver, 0)
+        registrar.register(0x7F1234567000, 5 << 32)
+        registrar.unregister(0x7F1234567000)
+        assert driver.exchange_capture_mode(0) == 0, "the thread's mode was put back"
+    finally:
+        library.set_capturing(0)
+
+
+def test_the_device_is_asked_whether_it_takes_host_pointers(library: ctypes.CDLL) -> None:
+    driver = Driver(library)
+    for answer in (0, 1):
+        library.set_host_pointers(answer)
+        assert driver.takes_host_pointers(0) == bool(answer)

@@ -121,3 +121,19 @@ def test_a_machine_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_fake_has_the_functions_that_the_driver_asks_for() -> None:
     assert Driver(FakeLibrary(13000)).version == 13000
+
+
+def test_where_host_pointers_are_translated_copies_go_one_by_one() -> None:
+    """The batched call takes them without a word and the device faults later (WSL2, paravirtual GPUs)."""
+    driver, library = fake_driver()
+    library.host_pointers = False
+    assert not driver.takes_host_pointers(0)
+    check_backend(
+        DmaBackend(driver, batched=driver.takes_host_pointers(0)),
+        vllm_engine("LBHNC", torch.float16),
+        [[4, 1], [0, 3]],
+        0,
+        stream=7,
+    )
+    assert library.single_copies == [7] * 24
+    assert not library.faulted

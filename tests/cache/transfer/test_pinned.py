@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from lmc.cache.transfer import pinned
+from lmc.cache.transfer.cuda import DeviceRegistrar
 from lmc.cache.transfer.pinned import PAGE, Slab, gpu_numa_node, open_slab
 from lmc.errors import TierError, TransferError
-from tests.cache.transfer.fake_driver import fake_driver
+from tests.cache.transfer.fake_driver import GLOBAL, fake_driver
+from tests.services import wait_until
 
 
 class FakeRegistrar:
@@ -186,3 +188,76 @@ def test_a_cpus_slab_is_ordinary_memory() -> None:
     assert (slab.pinned_slots, slab.problem) == (0, "")
     assert len(slab.boundaries) == 0
     slab.close()
+
+
+def test_pinning_beside_a_graph_capture_leaves_the_capture_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM captures CUDA graphs right after it has handed over its KV cache, while the slab's thread pins."""
+    driver, library = fake_driver()
+    monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", lambda: driver)
+    library.graph_capture = True
+    slab = open_slab("cuda:0", 6, PAGE)
+    assert slab.wait(timeout=10)
+    slab.close()
+    assert library.broken_captures == 0
+    assert slab.problem == ""
+    assert library.registered == {}
+    assert library.mode_of_this_thread == GLOBAL, "the engine's own thread is as it was"
+
+
+def test_a_refusal_for_a_captures_sake_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "RETRY_SECONDS", 0.001)
+    driver, library = fake_driver()
+    registrar = DeviceRegistrar(driver, 0)
+    library.graph_capture, library.refuse_relaxed = True, 5
+    slab = Slab(6, PAGE, registrar=registrar, piece_bytes=2 * PAGE)
+    assert slab.wait(timeout=10)
+    assert (slab.pinned_slots, slab.problem) == (6, "")
+    assert library.broken_captures == 5
+    slab.close()
+
+
+def test_close_does_not_wait_for_a_capture_to_end() -> None:
+    driver, library = fake_driver()
+    registrar = DeviceRegistrar(driver, 0)
+    library.graph_capture, library.refuse_relaxed = True, 1 << 30
+    slab = Slab(2, PAGE, registrar=registrar)
+    wait_until(lambda: library.broken_captures > 0, "the first try")
+    slab.close()
+    assert slab.pinned_slots == 0
+
+
+def _flags_of(slab: Slab) -> set[str]:
+    """What the kernel knows of the mapping: hg, it was asked for huge pages; dc, a child does not get it; sh, it is shared."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    inside = False
+    for line in lines:
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(edge, 16) for edge in first.split("-"))
+            inside = low <= slab.address(0) < high
+        elif inside and first == "VmFlags:":
+            return set(line.split()[1:])
+    pytest.fail("the slab is not mapped")
+
+
+@pytest.mark.parametrize("pinning", [False, True])
+def test_the_kernel_is_asked_for_huge_pages_where_it_gives_them(pinning: bool) -> None:
+    slab = Slab(8, 1 << 20, registrar=FakeRegistrar() if pinning else None)
+    flags = _flags_of(slab)
+    assert "hg" in flags and "sh" not in flags
+    assert ("dc" in flags) == pinning, "a process that the engine forks must not get copies of pinned pages"
+    assert slab.address(0) % pinned.HUGE_PAGE == 0
+    slab.close()
+
+
+def test_huge_pages_that_are_switched_off_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    setting = tmp_path / "enabled"
+    monkeypatch.setattr(pinned, "HUGE_PAGES_FILE", setting)
+    for text, said in (("always madvise [never]", True), ("always [madvise] never", False), (None, False)):
+        setting.unlink(missing_ok=True)
+        if text is not None:
+            setting.write_text(text)
+        slab = Slab(8, 1 << 20)
+        assert slab.wait(timeout=60)
+        assert ("is set to never; set it to madvise" in slab.problem) == said
+        slab.close()
