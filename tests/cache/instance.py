@@ -101,7 +101,7 @@ class Instance:
         num_blocks = -(-len(tokens) // BLOCK_TOKENS)
         blocks = [(self.serial * 7 + 3 * index) % NUM_BLOCKS for index in range(num_blocks)]
         for worker in self.workers:
-            worker.fence()
+            worker.fence(set(blocks))
         for kv in self.kv:
             kv[:, blocks] = 0xEE
         self.scheduler.admit(name, gain, blocks)

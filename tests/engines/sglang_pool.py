@@ -103,11 +103,11 @@ class Engine:
             ),
             SimpleNamespace(
                 token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: self.pool),
-                page_size=PAGE,
                 attn_tp_cache_group=None,
                 tp_cache_group=None,
                 attn_cp_size=1,
                 **{
+                    "page_size": PAGE,
                     "pp_size": 1,
                     "is_eagle": False,
                     "mtp_draft_device_pools": (),

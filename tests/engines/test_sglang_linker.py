@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable
 
 import pytest
 
+from lmc.cache.transfer.backends.host import HostBackend
+from lmc.cache.transfer.planner import Descriptors
+from lmc.cache.transfer.runtimes import ThreadRuntime
+from lmc.cache.transfer.streams import TransferStreams
+from lmc.cache.worker.block_copies import BlockCopier
 from lmc.errors import ConfigError, TransferError
 from tests.engines.scenario import prompt
 from tests.engines.sglang_pool import CHUNK_BYTES, PAGE, Request, Start, equal, transfer
@@ -147,6 +153,46 @@ def test_a_reset_keeps_chunks_and_drops_results(start: Start) -> None:
     assert engine.arrive(prompt(13, 3 * PAGE + 5), rid="again").hits == [1, 2, 3]
 
 
+class Watched(ThreadRuntime):
+    """A device's streams, in threads, and who told them that it is a thread of lmc's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: list[str] = []
+
+    def own_thread(self) -> None:
+        self.own.append(threading.current_thread().name)
+
+
+def test_a_reset_waits_for_stores_that_a_device_is_still_copying(start: Start) -> None:
+    """SGLang frees every page then: the next request's pass would be in the slot."""
+    engine = start()
+    worker, runtime, gate = engine.cache.worker, Watched(), threading.Event()
+
+    class Slow(HostBackend):
+        def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
+            gate.wait(10)
+            super().execute(descriptors, stream)
+
+    old, slow = worker.copier, Slow()
+    worker.copier = BlockCopier(old.layout, old._slab, slow, TransferStreams(runtime, slow))
+    from lmc.cache.connectors.sglang.copies import Copies  # imports SGLang
+
+    engine.linker._copies = Copies(worker, engine.linker.layer_done_counter)
+    engine.fill([3, 9, 4], seed=1)
+    stored = engine.read([3, 9, 4])
+    request = engine.arrive(prompt(13, 3 * PAGE + 5))
+    assert engine.linker.offload([transfer(request.hashes, [3, 9, 4])])
+    threading.Timer(0.2, gate.set).start()
+    engine.linker.reset()
+    engine.fill([3, 9, 4], seed=2)
+    assert runtime.own and all(name.startswith("lmc-") for name in runtime.own)
+    again = engine.arrive(prompt(13, 3 * PAGE + 5), rid="again")
+    assert again.hits == [1, 2, 3]
+    assert engine.load(again, [20, 7, 11])
+    assert equal(engine.read([20, 7, 11]), stored)
+
+
 def test_a_fault_in_lmc_ends_the_cache_and_not_the_engine(start: Start) -> None:
     engine = start()
     engine.serve(prompt(14, 3 * PAGE + 5), [3, 9, 4])
@@ -181,6 +227,7 @@ def test_requests_with_more_than_tokens_stay_outside(start: Start) -> None:
         ({"is_eagle": True}, {}, "draft"),
         ({"pp_size": 2}, {}, "pipeline"),
         ({}, {"chunk_tokens": 32}, "page-size 32"),
+        ({"page_size": 1}, {}, "a chunk of every token; start it with --page-size 64"),
     ],
 )
 def test_what_cannot_be_cached_is_refused_in_words(

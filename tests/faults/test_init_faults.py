@@ -14,7 +14,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from lmc.cache.connectors.vllm import worker as worker_module
-from lmc.cache.connectors.vllm.connector import _settings
+from lmc.cache.connectors.vllm.connector import LmcConnector, _settings
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.worker import WorkerSide
@@ -64,7 +64,7 @@ def test_a_worker_that_cannot_open_its_cache_does_without(monkeypatch, caplog, p
     monkeypatch.setattr(worker_module, "require_full_attention", broken)
     worker = open_worker_side(pipeline)
     assert "lmc: no cache on rank 0: " in caplog.text and said in caplog.text
-    worker.fence()
+    worker.fence(frozenset())
     worker.begin(StepPlan(Plan()), None)  # type: ignore[arg-type]  # without a cache nobody looks at it
     worker.wait_layer("layer0")
     worker.end(StepPlan(Plan()))
@@ -116,4 +116,28 @@ def assert_serves_on(scheduler: SchedulerSide) -> None:
     assert not scheduler.plan(output)
     assert scheduler.finish(request) is None
     assert scheduler.reset() and not scheduler.busy
+    scheduler.close()
+
+
+def test_a_cache_that_the_scheduler_refuses_is_closed_on_every_rank(instances):
+    """Ranks that could open their part must not keep its memory when there is no cache."""
+    instances.append(pair := Instance(settings(), 2))
+    one, other = (worker.ready() for worker in pair.workers)
+    scheduler = SchedulerSide(settings(), BLOCK_TOKENS)
+    scheduler.meet([Introduction(one), Introduction(None, "no memory")])
+    assert scheduler.refused
+    connector = LmcConnector.__new__(LmcConnector)  # its constructor wants a whole configuration of vLLM
+    connector._side = scheduler
+    step = connector.build_connector_meta(SchedulerOutput.make_empty())
+    connector._side = side = WorkerSide(settings(), None, None, pair.workers[0])  # type: ignore[arg-type]
+    connector.handle_preemptions(step)
+    assert side.worker is None
+    assert pair.workers[0]._slab._closing.is_set()
+
+    scheduler.meet([Introduction(one), Introduction(other)])
+    connector._side = scheduler
+    step = connector.build_connector_meta(SchedulerOutput.make_empty())
+    connector._side = side = WorkerSide(settings(), None, None, pair.workers[1])  # type: ignore[arg-type]
+    connector.handle_preemptions(step)
+    assert side.worker is pair.workers[1]
     scheduler.close()

@@ -29,7 +29,13 @@ class LocalCache:
     ) -> None:
         """Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
         self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
-        self.scheduler = CacheScheduler(_of_rank(config, rank, num_ranks), [self.worker.ready()], layout.block_tokens)
+        try:
+            self.scheduler = CacheScheduler(
+                _of_rank(config, rank, num_ranks), [self.worker.ready()], layout.block_tokens
+            )
+        except BaseException:
+            self.worker.close()
+            raise
 
     def lookup(self, request_id: str, tokens: Sequence[int], computed: int = 0, identity: Identity = NOBODY) -> int:
         """How many tokens beyond `computed`, which the engine has in its blocks, can be loaded now.
@@ -47,7 +53,9 @@ class LocalCache:
         """Copy what the last lookup found into the request's blocks, or note that nothing was found (0 tokens).
 
         blocks: the id of the block of each block_tokens tokens, from the start of the prompt. False: compute them; the blocks hold garbage.
+        They may be written from now on: stores of other requests have read them.
         """
+        self.worker.fence(set(blocks))
         self.scheduler.admit(request_id, num_tokens, blocks)
         plan = self.scheduler.take_plan()
         self.worker.begin(plan)

@@ -51,6 +51,9 @@ class Runtime(Protocol):
     def compute_stream(self) -> Stream:
         """The stream that the calling thread gives the model's kernels to."""
 
+    def own_thread(self) -> None:
+        """The calling thread is lmc's: from now on what it does is no part of a CUDA graph that the engine captures at the same time."""
+
 
 @dataclass(eq=False)
 class Transfer:
@@ -79,6 +82,10 @@ class TransferStreams:
         self._streams = {direction: runtime.new_stream() for direction in Direction}
         self._pending: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
 
+    def own_thread(self) -> None:
+        """Of a thread of lmc's that submits, before anything else."""
+        self._runtime.own_thread()
+
     def submit(self, descriptors: Descriptors, tag: object = None) -> Transfer:
         """Queue a store or a load behind the steps that the engine has launched so far."""
         return self._submit([descriptors], descriptors, tag)
@@ -97,10 +104,9 @@ class TransferStreams:
         """What the engine launches from now on runs after the transfer. The host does not wait."""
         self._runtime.compute_stream().wait_for(transfer.ended)
 
-    def fence(self, direction: Direction) -> None:
-        """What the engine launches from now on runs after every pending transfer of this direction. The host does not wait."""
-        if self._pending[direction]:
-            self._runtime.compute_stream().wait_for(self._pending[direction][-1].ended)
+    def pending(self, direction: Direction) -> list[Transfer]:
+        """Those that finished() has not returned yet, oldest first; each ends before the next."""
+        return list(self._pending[direction])
 
     def finished(self) -> list[Transfer]:
         """Transfers that ended since the last call: their blocks and slots may be released, their `error` is final."""
@@ -111,10 +117,9 @@ class TransferStreams:
         return done
 
     def drain(self) -> list[Transfer]:
-        """Wait for everything pending; before memory goes away."""
-        for pending in self._pending.values():
-            for transfer in pending:
-                transfer.ended.synchronize()
+        """Wait until no copy is under way: before memory goes away, or is given to somebody who asks for no fence."""
+        for stream in self._streams.values():
+            stream.record().synchronize()
         return self.finished()
 
     def _submit(self, parts: Sequence[Descriptors], whole: Descriptors, tag: object) -> Transfer:

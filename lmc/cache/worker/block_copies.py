@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -161,24 +161,32 @@ class BlockCopier:
         else:
             self._submit(batch, request)
 
-    def fence(self) -> None:
-        """What the engine launches from now on may overwrite any block: stores under way have read theirs before it starts."""
+    def fence(self, overwritten: Set[int] | None = None) -> None:
+        """What the engine launches from now on may overwrite these blocks, or any: stores under way have read them before it starts.
+
+        A store of other blocks goes on beside it.
+        """
+        if self._streams is None:
+            return
+        for transfer in reversed(self._streams.pending(Direction.STORE)):
+            if overwritten is None or any(not overwritten.isdisjoint(batch.blocks) for batch in _batches(transfer)):
+                self._streams.wait(transfer)  # those before it end before it
+                return
+
+    def own_thread(self) -> None:
+        """Of a thread of lmc's that copies, before its first copy."""
         if self._streams is not None:
-            self._streams.fence(Direction.STORE)
+            self._streams.own_thread()
+
+    def drain(self) -> None:
+        """Wait until no block is read or written by a copy that was started; ended() then gives their batches back."""
+        if self._streams is not None:
+            self._note_ended(self._streams.drain())
 
     def ended(self) -> list[BlockBatch]:
         """Batches that ended since the last call."""
         if self._streams is not None:
-            for transfer in self._streams.finished():
-                assert isinstance(transfer.tag, list)
-                _share_out(transfer.seconds, transfer.tag)
-                for batch in transfer.tag:
-                    batch.failed = transfer.error is not None
-                    if batch.failed:
-                        logger.error(
-                            "lmc: %s of request %s failed: %s", batch.direction, batch.request_id, transfer.error
-                        )
-                    self._ended.append(batch)
+            self._note_ended(self._streams.finished())
         found = []
         while self._ended:
             found.append(self._ended.popleft())
@@ -187,8 +195,17 @@ class BlockCopier:
     def close(self) -> None:
         """Wait for what is under way."""
         self._loader.shutdown(wait=True)
-        if self._streams is not None:
-            self._streams.drain()
+        self.drain()
+
+    def _note_ended(self, transfers: Sequence[Transfer]) -> None:
+        for transfer in transfers:
+            batches = _batches(transfer)
+            _share_out(transfer.seconds, batches)
+            for batch in batches:
+                batch.failed = transfer.error is not None
+                if batch.failed:
+                    logger.error("lmc: %s of request %s failed: %s", batch.direction, batch.request_id, transfer.error)
+                self._ended.append(batch)
 
     def _submit(self, batch: BlockBatch, request: RequestCopies) -> None:
         assert self._streams is not None
@@ -235,6 +252,11 @@ class BlockCopier:
         operations = tuple(chunk.operation for chunk in chunks)
         num_bytes = len(blocks) * self.layout.block_bytes
         return BlockBatch(request.request_id, operations, blocks, direction, background, num_bytes)
+
+
+def _batches(transfer: Transfer) -> list[BlockBatch]:
+    assert isinstance(transfer.tag, list)
+    return transfer.tag
 
 
 def _share_out(seconds: float, batches: Sequence[BlockBatch]) -> None:

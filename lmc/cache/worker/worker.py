@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.plan import (
@@ -131,9 +131,9 @@ class CacheWorker:
             else:
                 self.copier.store(request)
 
-    def fence(self) -> None:
-        """Before the engine launches anything that may overwrite blocks of earlier steps."""
-        self.copier.fence()
+    def fence(self, overwritten: Set[int] | None = None) -> None:
+        """Before the engine launches anything that may overwrite these blocks of earlier steps, or any of them."""
+        self.copier.fence(overwritten)
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that were promised and not filled, since the last call."""

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.planner import Descriptors, Direction
-from lmc.cache.transfer.runtimes import ThreadRuntime, ThreadStream
+from lmc.cache.transfer.runtimes import CudaRuntime, ThreadRuntime, ThreadStream
 from lmc.cache.transfer.streams import Event, Stream, TransferStreams
 from lmc.errors import TransferError
+from tests.cache.transfer.fake_driver import GLOBAL, RELAXED, fake_driver
 
 CELL = 16  # bytes of a block and of a slot
 
@@ -126,17 +127,32 @@ def test_compute_waits_for_the_load_it_was_told_of() -> None:
     assert seen == [5]
 
 
-def test_a_fence_lets_compute_overwrite_what_stores_have_read() -> None:
+def test_drained_streams_touch_nothing_any_more() -> None:
     """Blocks are freed and written again while stores of two steps are under way."""
     world = World(pause=lambda: 0.02)
     for block in (0, 1):
         world.compute(lambda block=block: world.blocks[block].fill(block + 1))
         world.streams.submit(world.copies(Direction.STORE, block, block))
-    world.streams.fence(Direction.LOAD)
-    world.streams.fence(Direction.STORE)
+    assert [transfer.error for transfer in world.streams.drain()] == [None, None]
     world.compute(lambda: world.blocks.fill(9))
     world.close()
     assert world.slots[:2, 0].tolist() == [1, 2]
+
+
+def test_a_thread_of_lmcs_copies_beside_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, library = fake_driver()
+    monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", lambda: driver)
+    seen: list[int] = []
+
+    def work() -> None:
+        CudaRuntime("cuda:0").own_thread()
+        seen.append(library.mode_of_this_thread)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [RELAXED]
+    assert library.mode_of_this_thread == GLOBAL
 
 
 def test_layers_are_released_one_by_one() -> None:

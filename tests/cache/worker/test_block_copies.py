@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
+from lmc.cache.connectors.base import LocalCache
 from lmc.cache.plan import BlockCopy, Plan, RequestCopies
 from lmc.cache.transfer.backends.host import HostBackend
 from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Descriptors, Direction
-from lmc.cache.transfer.runtimes import CallerStream, ThreadEvent, ThreadRuntime
+from lmc.cache.transfer.runtimes import CallerStream, ThreadEvent, ThreadRuntime, ThreadStream
 from lmc.cache.transfer.streams import Event, Stream, TransferStreams
 from lmc.cache.worker import block_copies
 from lmc.cache.worker.block_copies import BlockCopier
 from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import TransferError
-from tests.cache.instance import Instance, prompt, settings
+from tests.cache.instance import BLOCK_TOKENS, CHUNK_TOKENS, Instance, prompt, settings
 
 LAYERS, BLOCKS, BLOCK_BYTES = 3, 8, 64
 
@@ -258,4 +264,100 @@ def test_loads_by_layer_serve_the_right_bytes_and_survive_failures() -> None:
     assert instance.serve(tokens).loaded == 0
     assert instance.serve(tokens).loaded == 48
     assert instance.metric("failures_total", operation="load") == 6
+    instance.close()
+
+
+class AsyncRuntime(ThreadRuntime):
+    """Compute runs behind the caller too, as on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compute = ThreadStream("compute")
+
+    def compute_stream(self) -> Stream:
+        return self.compute
+
+    def close(self) -> None:
+        self.compute.close()
+        super().close()
+
+
+def test_a_step_waits_only_for_stores_of_blocks_that_it_overwrites() -> None:
+    """vLLM calls for the fence in every step: a store whose blocks nobody gets must go on beside the next pass."""
+    runtime = AsyncRuntime()
+    world = World(runtime)
+    gate, passes = threading.Event(), [threading.Event() for _ in range(3)]
+    world.backend.before = lambda turn: gate.wait(10) and None
+    world.kv[:, [5, 2]] = 7
+    world.copier.store(A)
+    for number, overwritten in enumerate([{0, 1, 7}, set(), {2}]):
+        world.copier.fence(overwritten)
+        runtime.compute.run(lambda _, number=number: passes[number].set())
+    assert passes[1].wait(10), "it waited for a store of other blocks"
+    assert not world.copier.ended()
+    assert not passes[2].is_set(), "block 2 was overwritten while the store reads it"
+    gate.set()
+    assert passes[2].wait(10)
+    world.close()
+    assert (np.frombuffer(world.slab.view(0), np.uint8) == 7).all()
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["store", "overwrite", "drain"]), st.integers(0, BLOCKS - 2)), max_size=12)
+
+
+@hypothesis_settings(deadline=None, max_examples=60)
+@given(STEPS, st.integers(0, 1000), st.booleans())
+def test_whatever_is_handed_out_again_a_store_has_the_bytes_of_its_step(
+    steps: list[tuple[str, int]], seed: int, any_block: bool
+) -> None:
+    pauses = random.Random(seed)
+    runtime = AsyncRuntime()
+    world = World(runtime)
+    world.backend.before = lambda turn: time.sleep(pauses.choice([0, 0, 0.001, 0.003]))
+    expected: dict[int, np.ndarray] = {}
+    now = np.zeros_like(world.kv)
+    for number, (kind, first) in enumerate(steps, start=1):
+        blocks = (first, first + 1)
+        if kind == "drain":
+            world.copier.drain()
+            runtime.compute.run(lambda _, number=number: world.kv.fill(number))  # nobody asks for a fence
+            now.fill(number)
+        elif kind == "overwrite":
+            world.copier.fence(None if any_block else set(blocks))
+            runtime.compute.run(lambda _, b=blocks, number=number: _fill(world.kv, b, number))
+            _fill(now, blocks, number)
+        else:
+            slot = number % 4
+            world.copier.store(load_of(str(number), number, slot, blocks))
+            expected[slot] = now[:, list(blocks)].copy()
+    world.copier.drain()
+    assert len(world.copier.ended()) == sum(kind == "store" for kind, _ in steps)
+    world.close()
+    for slot, parts in expected.items():
+        assert (np.frombuffer(world.slab.view(slot), np.uint8).reshape(LAYERS, 2, -1) == parts).all()
+
+
+def _fill(kv: np.ndarray, blocks: tuple[int, ...], value: int) -> None:
+    kv[:, list(blocks)] = value
+
+
+def test_an_engine_in_one_process_may_write_its_blocks_after_load() -> None:
+    """The next prompt's pass overwrites blocks that the store of the last one is still reading."""
+    instance = Instance(settings(), streams=True)
+    blocks, kv, rank = list(range(6)), instance.kv[0], instance.workers[0]
+    cache = LocalCache.__new__(LocalCache)
+    cache.worker, cache.scheduler = rank, instance.scheduler
+    first, second = prompt(1, 24), prompt(2, 24)
+    assert cache.lookup("first", first) == 0 and cache.load("first", 0, blocks)
+    kv[:, blocks] = 0x11
+    cache.store("first", first, 24, blocks)
+    assert cache.lookup("second", second) == 0 and cache.load("second", 0, blocks)
+    kv[:, blocks] = 0xEE
+    cache.finish("first")
+    cache.finish("second")
+    assert cache.settle()
+    gain = cache.lookup("again", first)
+    assert gain >= CHUNK_TOKENS and cache.load("again", gain, blocks)
+    assert (kv[:, blocks[: gain // BLOCK_TOKENS]] == 0x11).all()
+    cache.finish("again")
     instance.close()

@@ -33,8 +33,9 @@ class Copies:
     def __init__(self, worker: CacheWorker, counter: Any) -> None:  # sglang's LayerWiseLoadCounter
         self._worker = worker
         self._counter = counter
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
-        self._storer = ThreadPoolExecutor(1, thread_name_prefix="lmc-store")
+        own = worker.copier.own_thread
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load", initializer=own)
+        self._storer = ThreadPoolExecutor(1, thread_name_prefix="lmc-store", initializer=own)
         self._loads: dict[int, Future[None]] = {}
         self._stores: deque[_Store] = deque()
 
@@ -92,6 +93,7 @@ class Copies:
         """Wait until no page is read or written, and forget the stores' results."""
         for pool in (self._loader, self._storer):
             pool.submit(int).result()
+        self._worker.copier.drain()  # the threads have only queued what a device copies
         self._stores.clear()
         self._loads.clear()
 

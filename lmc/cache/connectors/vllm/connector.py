@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
+from lmc.cache.connectors.vllm.identity import block_outermost
 from lmc.cache.connectors.vllm.messages import StepPlan, StepReport
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
@@ -118,6 +119,10 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
     # API server
 
     @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        return block_outermost(vllm_config)
+
+    @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
         return LmcStats(data or {})
 
@@ -134,7 +139,10 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         return self._worker.introduce()
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        self._worker.fence()
+        assert isinstance(kv_connector_metadata, StepPlan)
+        if kv_connector_metadata.refused:
+            self._worker.close()
+        self._worker.fence(kv_connector_metadata.overwritten)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._worker.begin(self._step(), forward_context)

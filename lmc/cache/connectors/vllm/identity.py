@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from lmc.cache.connectors.control import tenant_name
+from lmc.cache.connectors.vllm.versions import LAYOUT_NAMES
 from lmc.cache.scheduler.cache import Identity
 from lmc.errors import LayoutError
 
@@ -123,3 +124,24 @@ def page_packing(vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor]) ->
             )
             names.add(f"{backend}:{getattr(layer, 'isa', '')}")
     return ",".join(sorted(names))
+
+
+def block_outermost(vllm_config: VllmConfig) -> str | None:
+    """vLLM's name for the layout in which all layers of a block lie together, so that a block is one copy and not one for each layer.
+
+    Inside a block tokens and heads stay in the order that the attention kernels like best: vLLM has both orders under the same backends,
+    except those of MLA, with one head, and FlashInfer's on Blackwell. vLLM keeps its own choice, with a warning, where none of its
+    backends can read the layout.
+    """
+    if vllm_config.device_config.device_type != "cuda":
+        return None  # the CPU's kernels read one layout only
+    heads_first = vllm_config.model_config.use_mla or _is_blackwell()
+    name = "BLHNC" if heads_first else "BLNHC"
+    return name if name in LAYOUT_NAMES else None
+
+
+def _is_blackwell() -> bool:
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    return capability is not None and capability.major == 10

@@ -23,11 +23,14 @@ class Introduction(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 @dataclass
 class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     plan: Plan
-    adapters: dict[str, tuple[int, tuple[str, ...]]] = field(
-        default_factory=dict
-    )  # request -> its adapter, digests by rank
+    # request -> its adapter, and the digests of the adapter's weights by rank
+    adapters: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     asks_adapters: bool = False  # which adapters are loaded
     asks_model: bool = False  # whether the weights are those of before
+    overwritten: frozenset[int] = (
+        frozenset()
+    )  # blocks that the step may write and that earlier steps may still be storing
+    refused: bool = False  # there is no cache, though this rank has opened its part
 
 
 @dataclass

@@ -33,6 +33,23 @@ logger = logging.getLogger(__name__)
 _NULL_BLOCK = 0  # stands for blocks that a request does not hold
 
 
+def blocks_overwritten(output: SchedulerOutput) -> frozenset[int]:
+    """The blocks that a step may write although they were another request's before: those that it hands out, zeroes or copies to.
+
+    A request's own blocks are full when they are stored, and are not written again.
+    """
+    blocks: set[int] = set()
+    for new in output.scheduled_new_reqs:
+        blocks.update(new.block_ids[0])
+    for added in output.scheduled_cached_reqs.new_block_ids:
+        if added is not None:
+            blocks.update(added[0])
+    blocks.update(getattr(output, "new_block_ids_to_zero", None) or ())  # these two are not in every tested version
+    blocks.update(copy.dst_block_id for copy in getattr(output, "kv_cache_block_copies", None) or ())
+    blocks.discard(_NULL_BLOCK)
+    return frozenset(blocks)
+
+
 @dataclass
 class _Tracked:
     """A request between its first lookup and its end."""
@@ -53,6 +70,7 @@ class SchedulerSide:
     config: CacheConfig
     block_tokens: int
     announces: bool = False  # vLLM publishes KV events
+    refused: bool = False  # there was never a cache
     scheduler: CacheScheduler | None = None
     events: TierEvents | None = None
     tracked: dict[str, _Tracked] = field(default_factory=dict)
@@ -75,6 +93,7 @@ class SchedulerSide:
                 failures += introduction.ready.warnings
             else:
                 failures.append(introduction.failure)
+        self.refused = True
         if len(ready) < len(introductions):
             logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
             return
@@ -86,6 +105,7 @@ class SchedulerSide:
             logger.error("lmc: running WITHOUT the cache: %s", error)
             return
         self.adapters = AdapterNames(len(introductions))
+        self.refused = False
         if self.announces:
             self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
         self.growth = CounterGrowth(self.scheduler.metrics.registry)
@@ -148,7 +168,7 @@ class SchedulerSide:
             tracked = self.tracked.get(copies.request_id)
             if tracked is not None and tracked.digests:
                 adapters[copies.request_id] = (tracked.request.lora_request.lora_int_id, tracked.digests)
-        step = StepPlan(plan, adapters, self.adapters.asking, self.asks_model)
+        step = StepPlan(plan, adapters, self.adapters.asking, self.asks_model, blocks_overwritten(output), self.refused)
         self.adapters.asking = self.asks_model = False
         return step
 

@@ -19,4 +19,11 @@ else:
             EXTERNAL_UNSPECIFIED = "external_unspecified"
 
 
-__all__ = ["CacheHitSource"]
+try:
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+except ModuleNotFoundError:  # a vLLM whose layouts have no such names
+    LAYOUT_NAMES: frozenset[str] = frozenset()
+else:
+    LAYOUT_NAMES = frozenset(layout.name for layout in KVCacheLayout)
+
+__all__ = ["LAYOUT_NAMES", "CacheHitSource"]

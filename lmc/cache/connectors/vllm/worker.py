@@ -98,9 +98,9 @@ class WorkerSide:
     def introduce(self) -> Introduction:
         return Introduction(self.worker.ready() if self.worker is not None else None, self.failure)
 
-    def fence(self) -> None:
+    def fence(self, overwritten: frozenset[int]) -> None:
         if self.worker is not None:
-            self.worker.fence()
+            self.worker.fence(overwritten)
 
     def begin(self, step: StepPlan, forward_context: ForwardContext) -> None:
         self.asked = step
@@ -194,7 +194,8 @@ class WorkerSide:
 
     def close(self) -> None:
         if self.worker is not None:
-            self.worker.close()
+            worker, self.worker = self.worker, None
+            worker.close()
 
 
 def _operations(requests: Sequence[RequestCopies]) -> list[int]:
