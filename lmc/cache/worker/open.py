@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import psutil
@@ -40,20 +41,29 @@ def open_worker(
             "raise it or lower chunk_tokens"
         )
     scope = TierScope(namespace.label(), rank, layout.fingerprint, chunk_bytes)
-    tiers, warnings = open_tiers(config, scope, num_ranks)
-    slab = open_slab(layout.device, num_slots, chunk_bytes)
-    backend = choose_backend(layout, name=config.transfer_backend, is_pinned=slab.is_pinned)
-    return CacheWorker(
-        namespace,
-        rank,
-        slab,
-        BlockCopier(layout, slab, backend, open_streams(layout.device, backend)),
-        tiers,
-        partial(read_copying, backend, slab),
-        io_threads={name: config.redis.connections if name == "redis" else config.io_threads for name in tiers},
-        close_timeout=config.close_timeout,
-        warnings=[*warnings, *([slab.problem] if slab.problem else [])],
-    )
+    with ExitStack() as opened:  # what a refusal closes again
+        tiers, warnings = open_tiers(config, scope, num_ranks)
+        for tier in tiers.values():
+            opened.callback(tier.close)
+        # Calibrated first: while memory is being touched and pinned, rates are not those of later.
+        backend = choose_backend(
+            layout, name=config.transfer_backend, is_pinned=lambda addresses: slab.is_pinned(addresses)
+        )
+        slab = open_slab(layout.device, num_slots, chunk_bytes)
+        opened.callback(slab.close)
+        worker = CacheWorker(
+            namespace,
+            rank,
+            slab,
+            BlockCopier(layout, slab, backend, open_streams(layout.device, backend)),
+            tiers,
+            partial(read_copying, backend, slab),
+            io_threads={name: config.redis.connections if name == "redis" else config.io_threads for name in tiers},
+            close_timeout=config.close_timeout,
+            warnings=[*warnings, *([slab.problem] if slab.problem else [])],
+        )
+        opened.pop_all()
+    return worker
 
 
 def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmc.cache.transfer import cost
-from lmc.cache.transfer.backends import choose_backend, device
+from lmc.cache.transfer.backends import choose_backend, copy_kernel, device
 from lmc.cache.transfer.backends.device import device_backend
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.runtimes import CallerStream, ThreadRuntime
@@ -146,3 +146,60 @@ def test_a_cuda_layout_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", missing)
     with pytest.raises(TransferError, match="no CUDA driver"):
         choose_backend(layout_on("cuda:0"))
+
+
+class Kernels:
+    """In the place of copy_kernel.compiled: remembers which kernels have been launched, for a first launch compiles and loads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launched: list[int] = []
+        self.made = 0
+        original = copy_kernel.compiled
+
+        def compiled() -> object:
+            kernel, number = original(), self.made
+            self.made += 1
+
+            class Watched:
+                def __getitem__(_, grid: object) -> Callable[..., object]:
+                    self.launched.append(number)
+                    return kernel[grid]  # type: ignore[no-any-return]
+
+            return Watched()
+
+        monkeypatch.setattr(copy_kernel, "compiled", compiled)
+
+
+@pytest.mark.parametrize("forced", ["", "kernel", "staged"])
+def test_no_kernel_has_its_first_launch_in_serving(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Kernels(monkeypatch)
+    backend = device_backend("cpu", forced, lambda addresses: True, fake_driver()[0], NumberedRuntime())
+    warm = set(kernels.launched)
+    for one in backend._backends.values():
+        check_backend(one, ENGINE, TABLE, 1, stream=7)
+    assert kernels.made == 2
+    assert set(kernels.launched) == warm == {0, 1}
+
+
+def test_a_device_that_translates_host_pointers_gets_single_copies_and_no_kernel_on_slots(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    driver, library = fake_driver()
+    library.host_pointers = False
+    backend = device_backend("cpu", "", lambda addresses: True, driver, NumberedRuntime())
+    assert set(backend._backends) == {"dma", "staged"}
+    check_backend(backend, ENGINE, TABLE, 1)
+    assert library.single_copies and not library.batches and not library.faulted
+    assert "does not reach registered memory under the host's addresses" in caplog.text
+
+
+@pytest.mark.parametrize("forced", ["", "staged"])
+def test_without_device_memory_the_cache_is_refused_and_not_the_engine(
+    forced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(TransferError, match=r"CUDA out of memory.*leave the device some memory"):
+        device_backend("cpu", forced, lambda addresses: True, fake_driver()[0], NumberedRuntime())

@@ -56,3 +56,36 @@ def test_what_the_local_backend_refuses_is_refused_in_every_round() -> None:
 def test_the_torch_reference_round_trips(data: st.DataObject, seed: int) -> None:
     engine = data.draw(engines())
     check_backend(TorchBackend("cpu"), engine, data.draw(block_tables(engine.layout.num_blocks)), seed)
+
+
+class Aligned(HostBackend):
+    """Takes what is a multiple of 16 bytes, and counts how often it was asked."""
+
+    asked = 0
+
+    def refuses(self, descriptors: Descriptors) -> str:
+        self.asked += 1
+        return "odd" if int(np.bitwise_or.reduce(descriptors.src | descriptors.dst | descriptors.size)) % 16 else ""
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=30),
+    st.sampled_from([1, 4, 8, 16, 32]),
+    st.sampled_from([1, 16]),
+    st.sampled_from(list(Direction)),
+)
+def test_a_refusal_is_what_the_rounds_would_meet_and_costs_one_question(
+    copies: list[tuple[int, int]], unit: int, slot_unit: int, direction: Direction
+) -> None:
+    """A batch is gathered once, when it is copied, and not a second time to find out whether it can be."""
+    local = Aligned()
+    staged = StagedBackend(local, HostBackend(), 1 << 20, 1024, None)
+    size = np.array([length * unit for _, length in copies], dtype=np.uint64)
+    blocks = np.array([4096 * index + gap * unit for index, (gap, _) in enumerate(copies)], dtype=np.uint64)
+    slots = np.array([(1 << 30) + 4096 * index + slot_unit for index in range(len(copies))], dtype=np.uint64)
+    pair = (blocks, slots) if direction is Direction.STORE else (slots, blocks)
+    descriptors = Descriptors(*pair, size, direction)
+    answer = staged.refuses(descriptors)
+    assert local.asked == 1
+    assert bool(answer) == any(local.refuses(one) for one, _ in staged._rounds(descriptors))

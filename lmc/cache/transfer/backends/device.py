@@ -30,25 +30,29 @@ STAGING_BYTES = 32 << 20
 def device_backend(
     device: str, forced: str, is_pinned: Callable[[Addresses], bool], driver: Driver, runtime: Runtime
 ) -> AutoBackend:
-    """forced: the name to prefer, without calibration; empty to measure which is fastest when."""
-    backends = device_backends(device, is_pinned, driver)
-    if forced == "torch":
-        backends = {"torch": TorchBackend(device)}
-    model = None
-    if not forced:
-        # The scratch memory is pinned, whatever the slab is; so it has backends of its own.
-        measured = device_backends(device, lambda addresses: True, driver)
-        measure = device_measure(device, runtime, measured)
-        for name in list(measured):
+    """forced: the name to prefer, without calibration; empty to measure which is fastest when.
+
+    Every backend has copied both ways when this returns: what it compiles and loads is not left to the first copies in serving. Raises
+    TransferError without device memory to copy with.
+    """
+    try:
+        backends = {"torch": TorchBackend(device)} if forced == "torch" else device_backends(device, is_pinned, driver)
+        measure = device_measure(device, runtime, backends)
+        for name in list(backends):
             try:
                 for direction in Direction:
-                    measure(name, direction, 4096, 2)  # compile and load
+                    measure(name, direction, 4096, 2)
             except TransferError as error:
-                if name == "dma":
+                if len(backends) == 1 or name == "dma":
                     raise
                 logger.warning("lmc: transfer: the %s backend is left out: %s", name, error)
-                del measured[name], backends[name]
-        model = cost.calibrate(measured, measure)
+                del backends[name]
+        model = None if forced else cost.calibrate(backends, measure)
+    except RuntimeError as error:  # torch's, of memory that is not there
+        raise TransferError(
+            f"transfers on {device} cannot be set up: {error}; leave the device some memory, or run with --no-cache"
+        ) from error
+    if model is not None:
         logger.info("lmc: transfer calibration on %s in %.0f ms: %s", device, model.seconds * 1e3, model.describe())
     return AutoBackend(backends, model, partial(run_now, runtime), forced=forced)
 
@@ -57,12 +61,20 @@ def device_backends(device: str, is_pinned: Callable[[Addresses], bool], driver:
     """The copy engine takes anything; the others have conditions, the first of them Triton."""
     import torch
 
-    dma = DmaBackend(driver)
+    translated = not driver.takes_host_pointers(torch.device(device).index or 0)
+    dma = DmaBackend(driver, batched=not translated)
     if find_spec("triton") is None:
         logger.warning("lmc: transfer: triton is not installed; every copy goes to the copy engine, small ones slowly")
         return {"dma": dma}
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device=device)
     staged = StagedBackend(KernelBackend(device), dma, staging.data_ptr(), STAGING_BYTES, staging)
+    if translated:
+        logger.warning(
+            "lmc: transfer: %s does not reach registered memory under the host's addresses (WSL2, some virtual GPUs); "
+            "copies are made one by one, and by no kernel",
+            device,
+        )
+        return {"dma": dma, "staged": staged}
     return {"dma": dma, "kernel": KernelBackend(device, is_pinned=is_pinned), "staged": staged}
 
 

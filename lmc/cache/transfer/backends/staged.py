@@ -31,8 +31,9 @@ class StagedBackend:
         self._buffers = {Direction.STORE: buffer, Direction.LOAD: buffer + self._half}
 
     def refuses(self, descriptors: Descriptors) -> str:
-        reasons = (self._local.refuses(local) for local, _ in self._rounds(descriptors))
-        return next(filter(None, reasons), "")
+        """What the device's side says of the blocks: places in the buffer follow from the sizes, and start well aligned."""
+        blocks = descriptors.blocks
+        return self._local.refuses(Descriptors(blocks, blocks, descriptors.size, descriptors.direction))
 
     def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
         for local, across in self._rounds(descriptors):
