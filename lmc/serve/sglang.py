@@ -48,6 +48,10 @@ def check_sglang(config: CacheConfig | None, extra: Sequence[str]) -> None:
             reason = "is set by lmc" if option in _OURS else "excludes SGLang's external cache, which lmc uses"
             raise ConfigError(f"{option} {reason}; use --no-cache to run SGLang with it")
     page = value("--page-size", extra)
+    if "1" in (page, str(config.chunk_tokens)):
+        raise ConfigError(
+            "on SGLang a chunk is a page: --page-size 1 makes a chunk of every token; use 64, lmc's default"
+        )
     if page is not None and config.chunk_tokens is not None and page != str(config.chunk_tokens):
         raise ConfigError(
             f"on SGLang a chunk is a page: chunk_tokens {config.chunk_tokens} does not go with --page-size {page}"

@@ -103,6 +103,12 @@ def test_a_page_that_is_not_the_chunk_is_refused(installed: None) -> None:
         engines.check_engine("sglang", config(chunk_tokens=128), ["--page-size", "64"])
 
 
+@pytest.mark.parametrize(("tokens", "extra"), [(None, ["--page-size", "1"]), (1, [])])
+def test_a_chunk_of_one_token_is_refused(installed: None, tokens: int | None, extra: list[str]) -> None:
+    with pytest.raises(ConfigError, match="makes a chunk of every token"):
+        engines.check_engine("sglang", config(chunk_tokens=tokens), extra)
+
+
 def test_a_missing_sglang_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"lmc\[sglang\]"):

@@ -345,6 +345,11 @@ def _settings(extra: dict[str, Any]) -> CacheConfig:
 def _check(server_args: Any, params: Any, components: set[Any]) -> None:
     if components != {ComponentType.FULL}:
         raise ConfigError("models with sliding-window or state-space layers are not supported on SGLang")
+    if params.page_size == 1:
+        raise ConfigError(
+            "on SGLang a chunk is a page, so its default of one token to a page makes a chunk of every token; "
+            "start it with --page-size 64"
+        )
     if params.pp_size > 1 or params.attn_cp_size > 1 or server_args.dcp_size > 1:
         raise ConfigError("pipeline and context parallelism are not supported")
     if params.is_eagle or params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
