@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
-from tests.cache.instance import Instance
 from tests.engines.tiny_model import make_tiny_llama
-from tests.engines.vllm_driver import VllmDriver
+
+if TYPE_CHECKING:
+    from tests.cache.instance import Instance
+    from tests.engines.vllm_driver import VllmDriver
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A machine with a GPU may have pytest and none of its plugins; pyproject.toml's settings for these are then read and ignored."""
+    for name in ("asyncio_mode", "timeout"):
+        with suppress(ValueError):  # the plugin has named it
+            parser.addini(name, "of a plugin that is not installed", default="")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m gpu` reads only files with such tests, and folders that have some: the others import what that machine doesn't have."""
+    if config.option.markexpr != "gpu":
+        return None
+    if collection_path.is_dir():
+        tests = list(collection_path.rglob("test_*.py"))
+    else:
+        tests = [collection_path] if collection_path.name.startswith("test_") else []
+        if not tests:
+            return None
+    return not any("pytest.mark.gpu" in test.read_text() for test in tests) or None
 
 # A slow machine is no failure: no example has a time limit of its own.
 hypothesis.settings.register_profile("lmc", deadline=None)
@@ -41,6 +65,8 @@ def instances() -> Iterator[list[Instance]]:
 @pytest.fixture(scope="session")
 def plain(tiny_llama: Path) -> Iterator[VllmDriver]:
     """The reference: vLLM without a connector and without prefix caching."""
+    from tests.engines.vllm_driver import VllmDriver
+
     with VllmDriver(tiny_llama, settings=None) as engine:
         yield engine
 

@@ -31,7 +31,8 @@ def instance() -> Instance:
 
 @pytest.fixture
 def slabs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Slab]]:
-    """All that were opened. They are large enough to be touched for a while."""
+    """All that were opened. Their memory is touched without end, until they are closed."""
+    monkeypatch.setattr(Slab, "_touch", lambda slab, address, size: "" if slab._closing.wait(60) else "too long")
     opened: list[weakref.ref[Slab]] = []
     original = open_module.open_slab
 
