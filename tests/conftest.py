@@ -37,6 +37,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
             return None
     return not any("pytest.mark.gpu" in test.read_text() for test in tests) or None
 
+
 # A slow machine is no failure: no example has a time limit of its own.
 hypothesis.settings.register_profile("lmc", deadline=None)
 hypothesis.settings.load_profile("lmc")

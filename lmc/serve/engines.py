@@ -21,6 +21,11 @@ ENGINES = ("vllm", "sglang")
 _CPU_BLOCK_TOKENS = 128  # vLLM's default there
 _CPU_KV_SHARE = 0.15  # of free memory, for the engine's own KV cache on CPU
 _CPU_KV_GIB = (1, 4)
+_ONE_ONLY = (  # with more, blocks or ranks hold something else than lmc takes them to hold
+    ("--pipeline-parallel-size", "-pp"),
+    ("--prefill-context-parallel-size", "-pcp"),
+    ("--decode-context-parallel-size", "-dcp"),
+)
 
 
 def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) -> None:
@@ -38,6 +43,10 @@ def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) 
         return
     if given("--kv-transfer-config", extra):
         raise ConfigError("--kv-transfer-config is set by lmc; use --no-cache to run another connector")
+    for option, short in _ONE_ONLY:
+        size = value(option, extra) or value(short, extra)
+        if size is not None and size != "1":
+            raise ConfigError(f"{option} {size} is not supported by the cache; use --no-cache to run vLLM with it")
     block = value("--block-size", extra)
     if block is not None and block.isdigit() and int(block) > 0:
         chunk_tokens_for(config, int(block))

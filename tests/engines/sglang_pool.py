@@ -76,7 +76,13 @@ class Engine:
     """One SGLang process: a pool and its linker."""
 
     def __init__(
-        self, settings: dict[str, object], model: str = "one", *, runner: bool = True, **params: object
+        self,
+        settings: dict[str, object],
+        model: str = "one",
+        arguments: dict[str, object] | None = None,
+        *,
+        runner: bool = True,
+        **params: object,
     ) -> None:
         import torch
 
@@ -95,11 +101,16 @@ class Engine:
                 dcp_size=1,
                 revision=None,
                 dtype="float32",
-                model_path=model,
-                load_format="auto",
-                download_dir=None,
-                json_model_override_args="{}",
-                quantization=None,
+                **{
+                    "quantization": None,
+                    "model_path": model,
+                    "quantization_param_path": None,
+                    "load_format": "auto",
+                    "download_dir": None,
+                    "random_seed": 0,
+                    "json_model_override_args": "{}",
+                    **(arguments or {}),
+                },
             ),
             SimpleNamespace(
                 token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: self.pool),
@@ -222,10 +233,15 @@ def start_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     engines: list[Engine] = []
 
     def one(
-        model: str = "one", params: dict[str, object] | None = None, *, runner: bool = True, **settings: object
+        model: str = "one",
+        params: dict[str, object] | None = None,
+        arguments: dict[str, object] | None = None,
+        *,
+        runner: bool = True,
+        **settings: object,
     ) -> Engine:
         named = {key.replace("__", "."): value for key, value in settings.items()}
-        engines.append(Engine(named, model, runner=runner, **params or {}))
+        engines.append(Engine(named, model, arguments, runner=runner, **params or {}))
         return engines[-1]
 
     yield one

@@ -11,7 +11,7 @@ import pytest
 from lmc.cache.keys import KeyChain, root
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.redis import RedisTier
-from lmc.errors import TierError
+from lmc.errors import ConfigError, TierError
 from tests.engines.scenario import prompt
 from tests.engines.sglang_pool import CHUNK_BYTES, PAGE, Start, equal
 from tests.engines.test_sglang import damage
@@ -170,3 +170,38 @@ def test_weights_that_are_updated_in_place_have_another_name(start: Start, disk:
 def test_an_engine_whose_weights_cannot_be_found_shares_with_no_other_start(start: Start, disk: Path) -> None:
     first, second = (start(disk__path=str(disk), runner=False) for _ in range(2))
     assert first.cache.scheduler.namespace.model != second.cache.scheduler.namespace.model
+
+
+def test_options_that_decide_kv_are_in_the_name(start: Start, disk: Path, tmp_path: Path) -> None:
+    """Each of them finds nothing of the others', and all of its own. Of the file with KV scales the content counts."""
+    scales = tmp_path / "scales.json"
+    ways: list[dict[str, object]] = [
+        {},
+        {"json_model_override_args": '{"rope_theta": 5e5}'},
+        {"quantization": "fp8"},
+        {"load_format": "dummy"},
+        {"load_format": "dummy", "random_seed": 1},
+        {"quantization_param_path": str(scales)},
+    ]
+    scales.write_text("1")
+    for hits in (0, 2):
+        for number, way in enumerate(ways):
+            engine = start(disk__path=str(disk), arguments=way)
+            request = engine.arrive(prompt(40, 2 * PAGE + 5))
+            engine.wait(request)
+            assert len(request.hits) == hits, way
+            engine.leave()
+            engine.fill([3, 9], seed=number)
+            assert engine.offload(request, [3, 9])
+            engine.settle()
+    scales.write_text("2")
+    engine = start(disk__path=str(disk), arguments=ways[-1])
+    assert engine.arrive(prompt(40, 2 * PAGE + 5)).hits == []
+
+
+def test_longrope_is_refused_because_a_batch_decides_it(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"rope_scaling": {"type": "longrope"}}')
+    with pytest.raises(ConfigError, match="LongRoPE"):
+        start(arguments={"model_path": str(tmp_path)})
+    with pytest.raises(ConfigError, match="LongRoPE"):
+        start(arguments={"json_model_override_args": '{"rope_parameters": {"rope_type": "longrope"}}'})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,20 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, kv_heads: int = 4) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _save(LlamaForCausalLM, LlamaConfig(**{**_SHAPE, "num_key_value_heads": kv_heads}), folder, seed)
+
+
+def make_tiny_phi(folder: Path, *, original_length: int, seed: int = 0) -> Path:
+    """LongRoPE: rotary factors change where the engine's longest context is beyond original_length."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = [1.0 + 0.5 * index for index in range(16)]
+    rope = {"rope_type": "longrope", "type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 16}
+    rope |= {"long_factor": factors, "original_max_position_embeddings": original_length}
+    config = Phi3Config(**_SHAPE, rope_scaling=rope, original_max_position_embeddings=original_length, pad_token_id=0)
+    _save(Phi3ForCausalLM, config, folder, seed)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, "original_max_position_embeddings": original_length}))
+    return folder
 
 
 def make_tiny_mistral(folder: Path, *, window: int, seed: int = 0) -> Path:

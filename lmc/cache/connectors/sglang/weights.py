@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from sglang.srt.distributed import get_tp_group
 from torch import distributed, nn
 
+from lmc.cache.connectors.sglang.identity import options_digest
 from lmc.cache.connectors.weights import HeldWeights, WeightsReading, name_weights
 
 _FROM_FILES = {"auto", "fastsafetensors", "gguf", "mistral", "npcache", "pt", "safetensors"}
@@ -23,7 +24,7 @@ class EngineWeights:
     def __init__(self, server_args: Any, pool: Any) -> None:  # ServerArgs, KVCache
         self._server_args = server_args
         self._held = HeldWeights(_models_beside(pool))
-        self._options = f"{server_args.json_model_override_args}-{server_args.quantization or ''}"
+        self._options = options_digest(server_args)
         self.model = self._name(self._read(_source(server_args)))
 
     def changed(self) -> bool:

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from lmc.cache.connectors.control import tenant_name
+from lmc.cache.connectors.vllm.options import options_digest
 from lmc.cache.connectors.vllm.versions import LAYOUT_NAMES
 from lmc.cache.scheduler.cache import Identity
 from lmc.errors import LayoutError
@@ -75,14 +76,8 @@ def _embedded_positions(request: Request) -> torch.Tensor:
 
 
 def model_identity(vllm_config: VllmConfig, weights: str) -> str:
-    """The weights, by their name, and every configuration value that the engine has in force."""
-    model = vllm_config.model_config
-    in_force = json.loads(model.hf_config.to_json_string(use_diff=False))
-    for volatile in ("transformers_version", "_name_or_path"):
-        in_force.pop(volatile, None)
-    return (
-        f"{weights}-{blake3(json.dumps(in_force, sort_keys=True).encode()).hexdigest()[:16]}-{model.quantization or ''}"
-    )
+    """The weights, by their name, and every option and configuration value in force that decides KV."""
+    return f"{weights}-{options_digest(vllm_config)}"
 
 
 def weights_source(vllm_config: VllmConfig) -> Path | None:

@@ -16,6 +16,7 @@ from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.vllm.adapters import Loaded, LoadedAdapters
 from lmc.cache.connectors.vllm.identity import model_identity, page_packing, require_full_attention, weights_source
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
+from lmc.cache.connectors.vllm.options import require_supported_options
 from lmc.cache.connectors.vllm.stats import LmcStats
 from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_models, name_weights
 from lmc.cache.keys import Namespace
@@ -23,7 +24,7 @@ from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.open import open_worker
 from lmc.cache.worker.worker import CacheWorker
-from lmc.errors import ConfigError, LmcError
+from lmc.errors import LmcError
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,7 @@ class WorkerSide:
     def open(self, kv_caches: dict[str, torch.Tensor]) -> None:
         parallel = self.vllm_config.parallel_config
         try:
-            if parallel.pipeline_parallel_size > 1:
-                raise ConfigError("pipeline parallelism is not supported")
+            require_supported_options(self.vllm_config)
             self._find_weights(kv_caches)  # first of what may fail on one rank only: all ranks must take part
             readings = self._read_weights(weights_source(self.vllm_config) if parallel.rank == 0 else None)
             require_full_attention(self.kv_cache_config)
@@ -156,12 +156,14 @@ class WorkerSide:
     def _runs_layer_hooks(self, forward_context: ForwardContext) -> bool:
         """Whether wait_layer() will be called for every layer of this pass, and before anything asks for failed blocks.
 
-        A replayed full CUDA graph calls no Python, and a draft model's layers run after vLLM has asked.
+        A replayed full CUDA graph calls no Python, a draft model's layers run after vLLM has asked, and a batch in halves
+        (--enable-dbo) runs each layer twice, on two threads.
         """
         return (
             forward_context.attn_metadata is not None
             and forward_context.cudagraph_runtime_mode is not CUDAGraphMode.FULL
             and self.vllm_config.speculative_config is None
+            and not self.vllm_config.parallel_config.use_ubatching
         )
 
     def loaded(self) -> set[str]:
