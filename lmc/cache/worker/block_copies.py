@@ -22,6 +22,7 @@ from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Descriptors, Direction, plan, plan_layers
 from lmc.cache.transfer.streams import Transfer, TransferStreams
+from lmc.errors import TransferError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class BlockCopier:
         self._layers: _Layers | None = None
         self._layer_of = {name: index for index, layer in enumerate(layout.layers) for name in layer.names}
         self._by_layer = layout.layers_apart
+        self._detached = False
 
     def load(self, request: RequestCopies) -> bool:
         """Fill blocks that the next forward pass reads; what the engine launches from now on sees them. False if that failed."""
@@ -183,6 +185,21 @@ class BlockCopier:
         if self._streams is not None:
             self._note_ended(self._streams.drain())
 
+    def drain(self) -> None:
+        """Wait until no block is read or written by a copy that was started; ended() then gives their batches back."""
+        if self._streams is not None:
+            self._note_ended(self._streams.drain())
+
+    def detach(self) -> None:
+        """The engine's KV memory goes away: wait for the copies under way. Until attach() every other one fails at once."""
+        self._loader.submit(int).result()
+        self.drain()
+        self._detached = True
+
+    def attach(self) -> None:
+        """The memory is back, at the same addresses."""
+        self._detached = False
+
     def ended(self) -> list[BlockBatch]:
         """Batches that ended since the last call."""
         if self._streams is not None:
@@ -233,6 +250,8 @@ class BlockCopier:
         """The copies of all of them, in one part or in one for each layer. None when that failed; the batches have then ended."""
         chunks = [chunk for request in requests for chunk in request.chunks]
         try:
+            if self._detached:
+                raise TransferError("the engine's KV memory is away while it sleeps")
             blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
             slots = np.array([self._slab.address(chunk.slot) for chunk in chunks], dtype=np.uint64)
             edges = self._slab.boundaries

@@ -135,6 +135,14 @@ class CacheWorker:
         """Before the engine launches anything that may overwrite these blocks of earlier steps, or any of them."""
         self.copier.fence(overwritten)
 
+    def detach(self) -> None:
+        """The engine is about to sleep and its KV memory to go: when this returns, no copy touches a block. Host slots and tiers stay."""
+        self.copier.detach()
+
+    def attach(self) -> None:
+        """The engine is awake, its KV memory back at the same addresses."""
+        self.copier.attach()
+
     def take_failed_blocks(self) -> set[int]:
         """Blocks that were promised and not filled, since the last call."""
         self._settle()

@@ -174,6 +174,40 @@ def test_blocks_that_hold_all_layers_are_copied_whole() -> None:
     world.close()
 
 
+@pytest.mark.parametrize("on_streams", [True, False])
+def test_while_the_engines_memory_is_away_no_copy_touches_it(world: World, on_streams: bool) -> None:
+    copier = world.copier if on_streams else BlockCopier(_layout(world.kv), world.slab, world.backend)
+    copy = copier.store if on_streams else copier.load_in_background  # what runs behind the caller's back
+    world.kv[:] = 9
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(turn: int) -> None:
+        begun.set()
+        assert go.wait(10)
+
+    world.backend.before = wait
+    copy(A)
+    assert begun.wait(10)
+    threading.Timer(0.2, go.set).start()
+    copier.detach()
+    world.kv[:] = 1  # somebody else's now
+    assert [one.failed for one in copier.ended()] == [False]
+    if on_streams:
+        assert bytes(world.slab.view(0)) == bytes([9]) * len(world.slab.view(0))
+    turns = world.backend.turns
+    copier.store(A)
+    copier.load_in_background(B)
+    assert not copier.load(B)
+    copier.detach()  # both hooks may come twice
+    assert [one.failed for one in copier.ended()] == [True] * 3
+    assert world.backend.turns == turns and (world.kv == 1).all()
+    copier.attach()
+    copier.attach()
+    assert copier.load(load_of("c", 3, 1, (5, 2)))
+    assert world.right(0, [5, 2], 1)
+    copier.close()
+
+
 @pytest.mark.parametrize("on_streams", [False, True])
 def test_layers_arrive_one_by_one_on_a_thread_of_the_callers(world: World, on_streams: bool) -> None:
     copier = world.copier if on_streams else BlockCopier(world.copier.layout, world.slab, world.backend)

@@ -33,6 +33,7 @@ from lmc.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.config.kv_transfer import KVTransferConfig
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -134,6 +135,17 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker.open(kv_caches)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """Asked from vLLM 0.33 on, which then calls the two hooks below."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        self._worker.detach()
+
+    def restore_kv_caches(self) -> None:
+        self._worker.attach()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.introduce()

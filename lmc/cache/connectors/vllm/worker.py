@@ -102,6 +102,14 @@ class WorkerSide:
         if self.worker is not None:
             self.worker.fence(overwritten)
 
+    def detach(self) -> None:
+        if self.worker is not None:
+            self.worker.detach()
+
+    def attach(self) -> None:
+        if self.worker is not None:
+            self.worker.attach()
+
     def begin(self, step: StepPlan, forward_context: ForwardContext) -> None:
         self.asked = step
         if self.worker is not None:
