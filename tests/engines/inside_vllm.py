@@ -59,6 +59,11 @@ class InsideVllm:
         """How many steps the engine plans before it must have the output of the first of them."""
         return int(self.core.batch_queue_size)
 
+    def has_amx(self) -> bool:
+        import torch
+
+        return bool(torch.cpu._is_amx_tile_supported())
+
     def namespace(self) -> dict[str, Any]:
         return asdict(self.cache.namespace)
 

@@ -1,4 +1,4 @@
-"""Other models than a dense Llama on the real engine: images in the prompt, KV heads that ranks share, recurrent layers.
+"""Other models than a dense Llama on the real engine: images in the prompt, KV heads that ranks share, recurrent layers, MLA.
 
 The two tests without the mark compat: on a CPU vLLM 0.30 itself loses the only image, and has no convolution in float32.
 """
@@ -11,7 +11,13 @@ import pytest
 
 from lmc.cache.tiers.format import FOOTER_BYTES
 from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt
-from tests.engines.tiny_model import IMAGE_TOKEN, make_tiny_falcon, make_tiny_idefics, make_tiny_llama
+from tests.engines.tiny_model import (
+    IMAGE_TOKEN,
+    make_tiny_deepseek,
+    make_tiny_falcon,
+    make_tiny_idefics,
+    make_tiny_llama,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -83,3 +89,17 @@ def test_a_model_with_recurrent_layers_is_refused_and_the_engine_runs(tmp_path: 
         first, again = engine.generate([text]), engine.generate([text])
         assert [first[0]["cached"], again[0]["cached"]] == [0, 0]
         assert_same(again, first)
+
+
+@pytest.mark.compat
+def test_mla_on_a_cpu_that_forgets_prefixes_is_refused_and_the_engine_runs(tmp_path: Path) -> None:
+    """vLLM's own kernel for CPUs without AMX computes the rest of a prompt as if nothing came before it."""
+    text, own_block = prompt(51, 300), {"chunk_tokens": None, "options": {"block_size": None}}
+    with driver(make_tiny_deepseek(tmp_path / "model"), strict=False, **own_block) as engine:
+        first, again = engine.generate([text]), engine.generate([text])
+        assert_same(again, first)
+        if engine.call("has_amx"):
+            assert again[0]["cached"] > 0
+        else:
+            assert [first[0]["cached"], again[0]["cached"]] == [0, 0]
+            assert any("cannot go on from a prefix" in line for line in engine.log)

@@ -33,6 +33,18 @@ def make_tiny_phi(folder: Path, *, original_length: int, seed: int = 0) -> Path:
     return folder
 
 
+def make_tiny_deepseek(folder: Path, *, seed: int = 0) -> Path:
+    """MLA: one latent vector for all heads of a layer."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    shape = {**_SHAPE, "num_key_value_heads": 8}
+    del shape["head_dim"]
+    experts = {"first_k_dense_replace": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    groups = {"n_group": 1, "topk_group": 1}
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32, "q_lora_rank": None}
+    return _save(DeepseekV3ForCausalLM, DeepseekV3Config(**shape, **experts, **groups, **sizes), folder, seed)
+
+
 def make_tiny_mistral(folder: Path, *, window: int, seed: int = 0) -> Path:
     """The same with sliding-window attention in every layer."""
     from transformers import MistralConfig, MistralForCausalLM

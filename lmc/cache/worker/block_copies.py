@@ -185,11 +185,6 @@ class BlockCopier:
         if self._streams is not None:
             self._note_ended(self._streams.drain())
 
-    def drain(self) -> None:
-        """Wait until no block is read or written by a copy that was started; ended() then gives their batches back."""
-        if self._streams is not None:
-            self._note_ended(self._streams.drain())
-
     def detach(self) -> None:
         """The engine's KV memory goes away: wait for the copies under way. Until attach() every other one fails at once."""
         self._loader.submit(int).result()

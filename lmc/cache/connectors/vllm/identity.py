@@ -107,6 +107,14 @@ def require_full_attention(kv_cache_config: KVCacheConfig) -> None:
             raise LayoutError(f"a model with {type(one).__name__} KV is not supported; run it with --no-cache")
 
 
+def require_prefix_attention(packing: str) -> None:
+    """Raises LayoutError where the engine's kernel attends to the tokens of one step only, whatever was loaded before them."""
+    if any(name.startswith("CPU_MLA:") for name in packing.split(",")):
+        raise LayoutError(
+            "vLLM's MLA on a CPU without AMX cannot go on from a prefix that was computed before; run it with --no-cache"
+        )
+
+
 def page_packing(vllm_config: VllmConfig, kv_caches: dict[str, torch.Tensor]) -> str:
     """What orders the bytes inside a page: the attention ISA on CPU, the attention backend elsewhere."""
     layers = vllm_config.compilation_config.static_forward_context

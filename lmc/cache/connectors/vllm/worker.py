@@ -14,7 +14,13 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.vllm.adapters import Loaded, LoadedAdapters
-from lmc.cache.connectors.vllm.identity import model_identity, page_packing, require_full_attention, weights_source
+from lmc.cache.connectors.vllm.identity import (
+    model_identity,
+    page_packing,
+    require_full_attention,
+    require_prefix_attention,
+    weights_source,
+)
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.options import require_supported_options
 from lmc.cache.connectors.vllm.stats import LmcStats
@@ -57,7 +63,9 @@ class WorkerSide:
             self._find_weights(kv_caches)  # first of what may fail on one rank only: all ranks must take part
             readings = self._read_weights(weights_source(self.vllm_config) if parallel.rank == 0 else None)
             require_full_attention(self.kv_cache_config)
-            layout = KVLayout.from_vllm(kv_caches, self.kv_cache_config, isa=page_packing(self.vllm_config, kv_caches))
+            packing = page_packing(self.vllm_config, kv_caches)
+            require_prefix_attention(packing)
+            layout = KVLayout.from_vllm(kv_caches, self.kv_cache_config, isa=packing)
             self.model = model_identity(self.vllm_config, name_weights(readings))
             namespace = Namespace(
                 engine="vllm",
