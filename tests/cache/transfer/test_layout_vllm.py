@@ -14,7 +14,10 @@ from lmc.cache.transfer.planner import Direction, plan, slot_bytes
 
 pytest.importorskip("vllm", reason="needs vLLM's code")
 
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+try:
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups
+except ModuleNotFoundError:  # before 0.33
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -23,15 +26,32 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    SparseCacheRole,
     UniformTypeKVCacheSpecs,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from lmc.cache.connectors.vllm.identity import require_full_attention
+
+pytestmark = pytest.mark.compat
+
 NUM_BLOCKS = 6
 BLOCK_TOKENS = 32
 
 full = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=3, head_size=8, dtype=torch.bfloat16)
+
+
+def with_indexer(attention: KVCacheSpec, key_bytes: int) -> list[tuple[list[str], KVCacheSpec]]:
+    """Sparse attention: each layer keeps a key for every token beside its KV, by which tokens are chosen."""
+    key = MLAAttentionSpec(
+        block_size=32, num_kv_heads=1, head_size=key_bytes, dtype=torch.uint8, cache_role=SparseCacheRole.INDEXER
+    )
+    layers = {f"layers.{n}.{part}": spec for n in range(2) for part, spec in (("attn", attention), ("indexer", key))}
+    return [(list(layers), UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs=layers))]
+
+
+latent = {"block_size": 32, "num_kv_heads": 1, "head_size": 576}
 SPECS: dict[str, list[tuple[list[str], KVCacheSpec]]] = {
     "dense": [(["a", "b", "c"], full)],
     "fp8": [
@@ -51,6 +71,13 @@ SPECS: dict[str, list[tuple[list[str], KVCacheSpec]]] = {
             ),
         )
     ],
+    "deepseek v3.2": with_indexer(MLAAttentionSpec(**latent, dtype=torch.bfloat16), 132),
+    "deepseek v3.2 in fp8": with_indexer(
+        MLAAttentionSpec(**latent, dtype=torch.uint8, cache_dtype_str="fp8_ds_mla", state_content_bytes=656), 132
+    ),
+    "minimax m3": with_indexer(
+        FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=128, dtype=torch.bfloat16), 256
+    ),
     "sliding window": [
         (["a", "b"], full),
         (
@@ -119,7 +146,8 @@ def as_bytes(view: torch.Tensor) -> torch.Tensor:
 ORDERS = [layout.name for layout in KVCacheLayout]
 BLOCK_OUTERMOST = {"BLHNC", "BLNHC", "BHLNC"}
 SPLIT_PAGES = {"LHBNC", "BHLNC"}  # vLLM itself refuses these with padding or with pages of different sizes
-REFUSED = {(kind, order) for kind in ("padded", "two sizes in a group") for order in SPLIT_PAGES}
+WITH_INDEXER = ["deepseek v3.2", "deepseek v3.2 in fp8", "minimax m3"]
+REFUSED = {(kind, order) for kind in ("padded", "two sizes in a group", *WITH_INDEXER) for order in SPLIT_PAGES}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -140,6 +168,23 @@ def test_blocks_come_back_where_vllm_looks_for_them(kind: str, order: str) -> No
         if order in BLOCK_OUTERMOST and kind != "padded":
             assert len(layout.regions) == 1
         check_round_trip(layout, own, caches)
+
+
+@pytest.mark.parametrize("kind", WITH_INDEXER)
+def test_an_indexers_keys_are_in_the_one_group_and_each_layer_is_whole(kind: str) -> None:
+    """As vLLM groups them itself; none of these models runs on a CPU."""
+    ((_, spec),) = SPECS[kind]
+    assert isinstance(spec, UniformTypeKVCacheSpecs)
+    assert UniformTypeKVCacheSpecs.from_specs(dict(spec.kv_cache_specs)) == spec
+    config, caches = allocate(SPECS[kind], "LBHNC")
+    require_full_attention(config)
+    layout = KVLayout.from_vllm(caches, config, isa="vec")
+    assert [layer.names for layer in layout.layers] == [(name,) for name in caches]
+    assert layout.block_bytes == sum(one.page_size_bytes for one in spec.kv_cache_specs.values())
+    without = {name: one for name, one in spec.kv_cache_specs.items() if "indexer" not in name}
+    plain = UniformTypeKVCacheSpecs(block_size=BLOCK_TOKENS, kv_cache_specs=without)
+    other_config, others = allocate([(list(without), plain)], "LBHNC")
+    assert KVLayout.from_vllm(others, other_config, isa="vec").fingerprint != layout.fingerprint
 
 
 @pytest.mark.parametrize("order", ["LBHNC", "LBNHC"])
