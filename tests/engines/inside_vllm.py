@@ -64,6 +64,19 @@ class InsideVllm:
 
         return bool(torch.cpu._is_amx_tile_supported())
 
+    def sleep_and_lose_the_kv_memory(self) -> None:
+        """The hooks in vLLM's order; both may come more than once."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector = get_kv_transfer_group()
+        assert connector.supports_sleep_mode(None)
+        connector.unregister_kv_caches()
+        connector.unregister_kv_caches()
+        for address, size in self.worker.copier.layout.extents():
+            ctypes.memset(address, 0x5A, size)
+        connector.restore_kv_caches()
+        connector.restore_kv_caches()
+
     def namespace(self) -> dict[str, Any]:
         return asdict(self.cache.namespace)
 

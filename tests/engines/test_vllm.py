@@ -104,6 +104,17 @@ def test_a_reset_forgets_everything(cached: VllmDriver) -> None:
     assert cached.generate([text])[0]["cached"] == 0
 
 
+def test_after_a_sleep_what_was_stored_is_loaded_again(plain: VllmDriver, cached: VllmDriver) -> None:
+    """vLLM 0.33 calls the hooks; here a test does, as a CPU engine has no sleep mode, and what stood in the KV memory is lost as in one."""
+    reference = plain.generate([TEXT])
+    cached.generate([TEXT])
+    cached.call("settle")
+    cached.call("sleep_and_lose_the_kv_memory")
+    got = cached.generate([TEXT])
+    assert got[0]["cached"] == 448
+    assert_same(got, reference)
+
+
 def test_a_request_may_bypass_the_cache(cached: VllmDriver) -> None:
     text = prompt(13, 200)
     cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"store": False}}})
