@@ -16,7 +16,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from lmc.cache.connectors.vllm import options
-from lmc.cache.connectors.vllm.identity import model_identity
 from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
@@ -29,6 +28,13 @@ pytestmark = pytest.mark.compat
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+class Hashed:
+    """A plugin's configuration: its text says where it lies in memory."""
+
+    def __init__(self, digest: str) -> None:
+        self.compute_hash = lambda: digest
 
 
 def configured(model: Path, **arguments: Any) -> VllmConfig:
@@ -50,13 +56,16 @@ def test_every_option_of_the_installed_version_is_decided(name: str) -> None:
 
 def test_each_named_option_changes_the_name(tiny_llama: Path) -> None:
     """Every one that the installed version has, set to something in the finished configuration."""
-    plain = model_identity(configured(tiny_llama))
+    plain = options.options_digest(configured(tiny_llama))
     assert (
-        model_identity(configured(tiny_llama, max_model_len=512, seed=3, block_size=64)) == plain
+        options.options_digest(configured(tiny_llama, max_model_len=512, seed=3, block_size=64)) == plain
     )  # which have no part in it
     speculative = {"model": str(tiny_llama), "method": "draft_model", "num_speculative_tokens": 2}
     with_extras: dict[str, Any] = {"enable_lora": True, "speculative_config": speculative}
-    seen: dict[str, str] = {plain: "plain", model_identity(configured(tiny_llama, **with_extras)): "with extras"}
+    seen: dict[str, str] = {
+        plain: "plain",
+        options.options_digest(configured(tiny_llama, **with_extras)): "with extras",
+    }
     assert len(seen) == 2
     for holder, table in (
         ("model_config", options.MODEL),
@@ -72,9 +81,22 @@ def test_each_named_option_changes_the_name(tiny_llama: Path) -> None:
             owner = getattr(config, holder) if holder else config
             if hasattr(owner, option):
                 object.__setattr__(owner, option, f"another {option}")
-                identity = model_identity(config)
+                identity = options.options_digest(config)
                 assert identity not in seen, (option, seen[identity])
                 seen[identity] = option
+    for option in options.MULTIMODAL.named.split():
+        config = configured(tiny_llama)
+        config.model_config.multimodal_config = SimpleNamespace(**{option: "another"})
+        assert seen.setdefault(options.options_digest(config), option) == option
+
+
+def test_an_object_among_the_options_is_named_by_its_digest(tiny_llama: Path) -> None:
+    names = set()
+    for digest in ("a", "b", "b"):
+        config = configured(tiny_llama)
+        object.__setattr__(config, "additional_config", Hashed(digest))
+        names.add(options.options_digest(config))
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize(
@@ -91,11 +113,11 @@ def test_each_named_option_changes_the_name(tiny_llama: Path) -> None:
     ids=str,
 )
 def test_an_option_on_the_command_line_changes_the_name(tiny_llama: Path, arguments: dict[str, Any]) -> None:
-    assert model_identity(configured(tiny_llama, **arguments)) != model_identity(configured(tiny_llama))
+    assert options.options_digest(configured(tiny_llama, **arguments)) != options.options_digest(configured(tiny_llama))
 
 
 def test_random_weights_are_named_by_their_seed(tiny_llama: Path) -> None:
-    names = {model_identity(configured(tiny_llama, load_format="dummy", seed=seed)) for seed in (0, 1, 1)}
+    names = {options.options_digest(configured(tiny_llama, load_format="dummy", seed=seed)) for seed in (0, 1, 1)}
     assert len(names) == 2
 
 

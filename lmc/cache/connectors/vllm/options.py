@@ -274,7 +274,13 @@ def named_options(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def options_digest(vllm_config: VllmConfig) -> str:
-    return blake3(json.dumps(named_options(vllm_config), sort_keys=True, default=str).encode()).hexdigest()[:32]
+    """A name for these values, equal on every rank and at every start."""
+    return blake3(json.dumps(named_options(vllm_config), sort_keys=True, default=_text).encode()).hexdigest()[:32]
+
+
+def _text(value: object) -> str:
+    """vLLM's own objects say what they are by a digest; the text of others may hold their place in memory."""
+    return str(value.compute_hash()) if hasattr(value, "compute_hash") else str(value)
 
 
 def _drafts(vllm_config: VllmConfig) -> Any:
