@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import vllm.config
-from vllm.config import VllmConfig
+from vllm.config import PoolerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -142,9 +142,11 @@ def test_where_the_longest_context_matters(config: dict[str, Any], matters: bool
     assert options.length_matters(config) is matters
 
 
-def opened(config: VllmConfig, *, strict: bool) -> WorkerSide:
+PLAIN = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32)
+
+
+def opened(config: VllmConfig, *, strict: bool, spec: FullAttentionSpec = PLAIN) -> WorkerSide:
     """The worker's side on blocks that vLLM laid out."""
-    spec = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32)
     kv_cache_config, caches = allocate([(["a", "b"], spec)], "LBHNC")
     settings = load_settings(flags={"metrics.enabled": False, "host.capacity": "4MiB", "strict": strict}).config
     layers = dict.fromkeys(
@@ -185,3 +187,22 @@ def test_what_changes_what_a_block_holds_is_refused(
     assert introduction.ready is None and flag in introduction.failure and "--no-cache" in introduction.failure
     with pytest.raises(ConfigError, match=flag):
         opened(config, strict=True)
+
+
+@pytest.mark.parametrize(("pooling", "refused"), [("MEAN", True), ("CLS", True), ("LAST", False)])
+def test_pooling_that_reads_the_whole_prompt_is_refused(tiny_llama: Path, pooling: str, refused: bool) -> None:
+    """Of a loaded prefix vLLM has no hidden states."""
+    config = configured(
+        tiny_llama, runner="pooling", convert="embed", pooler_config=PoolerConfig(seq_pooling_type=pooling)
+    )
+    side = opened(config, strict=False)
+    assert ("--pooler-config" in side.failure) is refused
+    assert (side.worker is None) is refused
+    side.close()
+
+
+def test_attention_to_later_tokens_is_refused(tiny_llama: Path) -> None:
+    """As of models that read the whole prompt both ways: KV is then not a matter of the tokens before it."""
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32, non_causal=True)
+    side = opened(configured(tiny_llama), strict=False, spec=spec)
+    assert side.worker is None and "later tokens" in side.failure

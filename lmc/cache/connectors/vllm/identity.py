@@ -105,6 +105,8 @@ def require_full_attention(kv_cache_config: KVCacheConfig) -> None:
     for one in getattr(spec, "kv_cache_specs", {"": spec}).values():
         if type(one).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec"):
             raise LayoutError(f"a model with {type(one).__name__} KV is not supported; run it with --no-cache")
+        if getattr(one, "non_causal", False):
+            raise LayoutError("a model whose KV depends on later tokens is not supported; run it with --no-cache")
 
 
 def require_prefix_attention(packing: str) -> None:

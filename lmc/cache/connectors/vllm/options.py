@@ -44,11 +44,14 @@ MODEL = Options(
         "seed": "where weights are drawn at random",
         "word_embeddings_untied_by_checkpoint": "it follows from the weights",
     },
+    refused={
+        "pooler_config": "where the pooled states of a loaded prefix would be missing: mean and first-token pooling"
+    },
     free={
         "tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init": "a name is made of token ids",
         "trust_remote_code allow_deprecated_quantization": "a permission: whatever it lets in is in the configuration",
         "allowed_local_media_path allowed_media_domains enable_prompt_embeds": "what a request may carry is named with the request",
-        "runner pooler_config is_submodel_config": "what is done with hidden states after the last layer",
+        "runner is_submodel_config": "what is done with hidden states after the last layer",
         "served_model_name hf_token io_processor_plugin renderer_num_workers": "the server around the engine",
         "max_logprobs logprobs_mode logits_processors return_sampling_mask use_fp64_gumbel enable_trace_replay "
         "enable_return_routed_experts": "sampling and output, behind the KV",
@@ -311,7 +314,8 @@ def length_matters(config: Mapping[str, Any]) -> bool:
 def require_supported_options(vllm_config: VllmConfig) -> None:
     """Raises ConfigError for an option with which blocks would hold something else than lmc takes them to hold."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    multimodal = vllm_config.model_config.multimodal_config
+    model = vllm_config.model_config
+    multimodal = model.multimodal_config
     attention = getattr(vllm_config, "attention_config", None)
     for option, given, why in (
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size > 1, "a rank would hold some of the layers only"),
@@ -323,6 +327,7 @@ def require_supported_options(vllm_config: VllmConfig) -> None:
             "its scales differ from start to start",
         ),
         ("--diffusion-config", getattr(vllm_config, "diffusion_config", None), _LATER),
+        ("--pooler-config", not model.is_prefix_caching_supported, "its pooling reads every token's state"),
         ("attention_config.use_non_causal", getattr(attention, "use_non_causal", False), _LATER),
         ("attention_config.hisparse_config", getattr(attention, "hisparse_config", None), "KV would be in host memory"),
         (
