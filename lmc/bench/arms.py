@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import aiohttp
-import psutil
 import yaml
 
 from lmc.bench.redis_server import started_redis
 from lmc.bench.s3_server import LOCAL, started_s3
 from lmc.bench.workload import Arm, Engine
 from lmc.errors import EngineError, RunError
+from lmc.memory import available_memory
 from lmc.serve.process import free_port
 from lmc.units import parse_size
 
@@ -192,7 +192,7 @@ def fit_together(arms: Sequence[Arm], engine: Engine, model_folder: Path) -> boo
         size = str(host.get("capacity", "1GiB"))
         held = parse_size(size) if not size.endswith("%") else 1 << 32
         need += arm.instances * (weights + ENGINE_BYTES + (int(space) << 30) + held)
-    return need < psutil.virtual_memory().available * 0.75
+    return need < available_memory().free * 0.75
 
 
 def cache_yaml(arm: Arm, places: Mapping[str, str]) -> str:

@@ -47,15 +47,16 @@ class Section(BaseModel):
 
 class HostConfig(Section):
     capacity: ShareOrSize = "25%"
-    """Memory limit for chunks, over all ranks: a size, or a share of the memory that is free at start."""
+    """Memory limit for chunks on one node, over all ranks and all data-parallel engines: a size, or a share of the memory that is free at
+    start, on the machine or in the container's cgroup, whichever is less."""
 
 
 class DiskConfig(Section):
     path: Path | None = None
     """Folder of the chunk files. Without it, there is no disk tier."""
     capacity: Size = 100 * 1024**3
-    """Size limit of all chunk files under path, over all ranks, models and instances. Chunks of models and settings that no process uses
-    are deleted first. Then the eviction policy chooses."""
+    """Size limit of the chunk files, over all ranks and all data-parallel engines of a node. The eviction policy chooses what to delete. In a
+    shared folder the limit applies to each instance separately."""
     shared: bool = False
     """Share the folder with other instances: look there for chunks that this instance did not write."""
     fsync: bool = True
@@ -105,7 +106,7 @@ class MetricsConfig(Section):
     host: str = "127.0.0.1"
     """Address that the metrics endpoint listens on."""
     port: int = Field(default=0, ge=0, le=65535)
-    """Port of the metrics endpoint. 0 takes a free port; lmc serve prints it."""
+    """Port of the metrics endpoint. 0 takes a free port; lmc serve prints it. Data-parallel engine N takes port + N."""
     enabled: bool = True
     """Serve Prometheus metrics over HTTP."""
 
@@ -167,7 +168,10 @@ class CacheConfig(Section):
     log_format: Literal["text", "json"] = "text"
     """Format of lmc's log lines: the engine's own (text), or one JSON object per line on standard error (json)."""
     record: Path | None = None
-    """Record every lookup in this file, for lmc sim."""
+    """Write every lookup to this file, for lmc sim. Data-parallel engines write one each: trace.jsonl, trace.dp1.jsonl, ..."""
+    engines_on_node: int | None = Field(default=None, ge=1, le=1024)
+    """Engines of this node that share host.capacity, and disk.capacity in one folder. Default: its data-parallel engines, as the engine
+    says; to be set where each is started by itself."""
     host: HostConfig = HostConfig()
     """The host tier keeps chunks in CPU memory."""
     disk: DiskConfig = DiskConfig()

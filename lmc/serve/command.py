@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,21 +15,6 @@ class EngineCommand:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)  # added to the parent's
     health_path: str = "/health"
-
-
-def given(option: str, extra: Sequence[str]) -> bool:
-    """Whether the user's engine arguments hold this option."""
-    return any(argument == option or argument.startswith(option + "=") for argument in extra)
-
-
-def value(option: str, extra: Sequence[str]) -> str | None:
-    """The option's value among the user's engine arguments."""
-    for index, argument in enumerate(extra):
-        if argument == option and index + 1 < len(extra):
-            return extra[index + 1]
-        if argument.startswith(option + "="):
-            return argument.partition("=")[2]
-    return None
 
 
 def open_settings(config: CacheConfig) -> dict[str, object]:

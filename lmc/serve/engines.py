@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
+from lmc.arguments import given, value
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.errors import ConfigError, EngineError
-from lmc.serve.command import EngineCommand, given, open_settings, secrets, value
+from lmc.memory import available_memory
+from lmc.serve.command import EngineCommand, open_settings, secrets
 from lmc.serve.sglang import check_sglang, sglang_command
 
 ENGINES = ("vllm", "sglang")
@@ -92,7 +92,7 @@ def _vllm_cpu_environment(extra: Sequence[str]) -> dict[str, str]:
     added = {}
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not given("--kv-cache-memory-bytes", extra):
         low, high = _CPU_KV_GIB
-        gib = int(psutil.virtual_memory().available * _CPU_KV_SHARE) >> 30
+        gib = int(available_memory().free * _CPU_KV_SHARE) >> 30
         added["VLLM_CPU_KVCACHE_SPACE"] = str(min(max(gib, low), high))
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and value("--tensor-parallel-size", extra) in (None, "1"):
         # Left alone, vLLM keeps cores free, and more of them with a connector than without one.

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
+from lmc.arguments import given, value
 from lmc.cache.config import CacheConfig
 from lmc.errors import ConfigError, EngineError
-from lmc.serve.command import EngineCommand, given, open_settings, secrets, value
+from lmc.memory import available_memory
+from lmc.serve.command import EngineCommand, open_settings, secrets
 
 PAGE_TOKENS = 64  # a page is a chunk of lmc; SGLang's own default of 1 would make as many chunks as tokens
 CPU_FOLDER = Path(__file__).parent / "sglang_cpu"
@@ -124,5 +124,5 @@ def _cpu_pool_tokens(model: Path) -> int:
     except (OSError, KeyError, ValueError, TypeError):
         return _CPU_KV_TOKENS
     low, high = _CPU_KV_BYTES
-    share = int(psutil.virtual_memory().available * _CPU_KV_SHARE)
+    share = int(available_memory().free * _CPU_KV_SHARE)
     return max(1, int(min(max(share, low), high) // token_bytes))

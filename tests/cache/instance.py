@@ -68,6 +68,7 @@ class Instance:
     model: str = "test"
     streams: bool = False  # copies on threads that stand for a device's streams
     by_layer: bool = False  # the forward pass waits for one layer of its loads after the other
+    part: tuple[int, int] = (0, 1)  # of a common disk folder
     serial: int = 0
     reports: list[Report] = field(default_factory=list)
 
@@ -84,7 +85,7 @@ class Instance:
                 worker.copier = BlockCopier(layout, copier._slab, slow, TransferStreams(ThreadRuntime(), slow))
             self.workers.append(worker)
         self.scheduler = CacheScheduler(
-            self.config, [worker.ready() for worker in self.workers], BLOCK_TOKENS, clock=self.clock
+            self.config, [worker.ready() for worker in self.workers], BLOCK_TOKENS, clock=self.clock, part=self.part
         )
 
     def serve(self, tokens: Sequence[int], identity: Identity = NOBODY, *, settle: bool = True) -> Served:

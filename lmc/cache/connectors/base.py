@@ -22,17 +22,23 @@ _POLL_SECONDS = 0.001
 
 
 class LocalCache:
-    """The cache of one rank. Where an engine has several ranks, each has its own, with an equal share of the host and disk capacity."""
+    """The cache of one rank. Of several ranks on a node, each has its own, with an equal share of the host and disk capacity."""
 
     def __init__(
-        self, config: CacheConfig, namespace: Namespace, layout: KVLayout, *, rank: int = 0, num_ranks: int = 1
+        self,
+        config: CacheConfig,
+        namespace: Namespace,
+        layout: KVLayout,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        """Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
+        """part: see open_directory. Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
         self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
         try:
-            self.scheduler = CacheScheduler(
-                _of_rank(config, rank, num_ranks), [self.worker.ready()], layout.block_tokens
-            )
+            own = _of_rank(config, rank, num_ranks)
+            self.scheduler = CacheScheduler(own, [self.worker.ready()], layout.block_tokens, part=part)
         except BaseException:
             self.worker.close()
             raise

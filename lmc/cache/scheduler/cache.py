@@ -58,6 +58,7 @@ class CacheScheduler:
         block_tokens: int,
         *,
         clock: Callable[[], float] = time.monotonic,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         first = ready[0]
         if any(worker.namespace != first.namespace for worker in ready):
@@ -76,7 +77,7 @@ class CacheScheduler:
         self._causes: dict[int, str] = {}
         self._known_faults: dict[int, int] = {}  # rank -> Report.faults
         self._plan = Plan()
-        self.directory, superfluous = open_directory(config, ready, clock())
+        self.directory, superfluous = open_directory(config, ready, clock(), part)
         self._plan.tier_copies += [
             TierCopy(Ticket(NO_OPERATION, "delete", key, tier, -1))
             for tier, keys in superfluous.items()

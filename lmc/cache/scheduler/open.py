@@ -20,11 +20,12 @@ _MOST_CHUNKS = 16_000_000  # the directory would take 2 GB
 
 
 def open_directory(
-    config: CacheConfig, ready: Sequence[WorkerReady], now: float
+    config: CacheConfig, ready: Sequence[WorkerReady], now: float, part: tuple[int, int] = (0, 1)
 ) -> tuple[Directory, dict[str, list[ChunkKey]]]:
     """The directory, and the chunks to delete in each bounded tier: those beyond its capacity, and those that some rank lacks.
 
-    A tier that one rank could not open is left out. Raises ConfigError when a capacity is less than one chunk.
+    A tier that one rank could not open is left out. part (which, of how many): engines of a node that have a disk folder in common each
+    take over their part of what is there. Raises ConfigError when a capacity is less than one chunk.
     """
     chunk_bytes = ready[0].chunk_bytes * len(ready)
     file_bytes = stored_bytes(ready[0].chunk_bytes) * len(ready)
@@ -47,10 +48,12 @@ def open_directory(
     for name in below:
         by_rank = [set(worker.stored[name]) for worker in ready]
         everywhere = set.intersection(*by_rank)
-        stored = [key for key in ready[0].stored[name] if key in everywhere]
+        stored = [key for key in ready[0].stored[name] if key in everywhere and key[-1] % part[1] == part[0]]
         surplus = directory.restore(name, stored, now, ready[0].parents)
         if name not in shared:  # in a shared tier they may be another instance's, or about to become whole
             superfluous[name] = [*surplus, *sorted(set.union(*by_rank) - everywhere)]
+        elif part[1] > 1:  # the capacity is the folder's, so what no engine takes over must go
+            superfluous[name] = list(surplus)
     return directory, superfluous
 
 

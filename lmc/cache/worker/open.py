@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from functools import partial
-
-import psutil
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
@@ -21,19 +20,22 @@ from lmc.cache.transfer.streams import TransferStreams
 from lmc.cache.worker.block_copies import BlockCopier
 from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import ConfigError
+from lmc.memory import available_memory
 from lmc.units import format_size
+
+logger = logging.getLogger(__name__)
 
 
 def open_worker(
     config: CacheConfig, namespace: Namespace, layout: KVLayout, *, rank: int, num_ranks: int
 ) -> CacheWorker:
-    """A worker with a host slab and the tiers below, less what cannot be opened; see open_tiers.
+    """A worker with a host slab and the tiers below, less what cannot be opened; see open_tiers. num_ranks of this engine share a node.
 
     Raises ConfigError when not a single chunk fits into host memory, and TierError when the configuration is strict.
     """
     blocks_per_chunk = namespace.chunk_tokens // layout.block_tokens
     chunk_bytes = slot_bytes(layout, blocks_per_chunk)
-    share = host_bytes(config) // num_ranks
+    share = host_bytes(config, rank, num_ranks)
     num_slots = share // chunk_bytes
     if num_slots < 1:
         raise ConfigError(
@@ -79,9 +81,27 @@ def open_streams(device: str, backend: Backend) -> TransferStreams | None:
     return TransferStreams(CudaRuntime(device), backend)
 
 
-def host_bytes(config: CacheConfig) -> int:
-    """Bytes of host memory for all ranks; a share is of what is free now."""
+def host_bytes(config: CacheConfig, rank: int, num_ranks: int) -> int:
+    """Bytes of host memory for one of the ranks that share host.capacity; a share is of what is free now."""
     capacity = config.host.capacity
+    memory = available_memory()
     if isinstance(capacity, str):
-        return int(psutil.virtual_memory().available * float(capacity.rstrip("%")) / 100)
-    return capacity
+        total = int(memory.free * float(capacity.rstrip("%")) / 100)
+        asked = f"{float(capacity.rstrip('%')):g}%"
+    else:
+        total = capacity
+        asked = format_size(capacity)
+    share = total // num_ranks
+    if rank == 0:
+        free = f"{format_size(memory.free)} are free here, as {memory.by} says"
+        ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, {format_size(share)} each"
+        logger.info(
+            "lmc: host memory: %s of this engine for %s (asked for %s; %s)", format_size(total), ranks, asked, free
+        )
+        if total > memory.free:
+            logger.warning(
+                "lmc: host memory: %s is more than the %s that are free; the kernel may end the engine: lower host.capacity",
+                format_size(total),
+                format_size(memory.free),
+            )
+    return share

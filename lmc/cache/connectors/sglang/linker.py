@@ -14,12 +14,14 @@ from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+from sglang.srt.runtime_context import get_parallel
 from torch import distributed
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.base import LocalCache
 from lmc.cache.connectors.sglang.asked_pins import AskedPins
 from lmc.cache.connectors.sglang.copies import Copies
+from lmc.cache.connectors.sglang.parallel import share_of
 from lmc.cache.connectors.sglang.prompts import PageKeys, Prompt, unsupported
 from lmc.cache.connectors.sglang.waiting import agree, watch_queue
 from lmc.cache.connectors.sglang.weights import EngineWeights
@@ -27,6 +29,7 @@ from lmc.cache.keys import Namespace
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies
 from lmc.cache.settings import load_settings
+from lmc.cache.share import of_engine, part_of
 from lmc.cache.transfer.layout import KVLayout
 from lmc.errors import ConfigError, LayoutError, LmcError
 
@@ -64,8 +67,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._num_offloads = 0
         self._copies: Copies | None = None
         self._rank, self._ranks = _rank(params)
+        asked = _settings(extra_config or {})
+        share, here = share_of(get_parallel(), server_args.nnodes, self._ranks, asked.engines_on_node)
+        config = of_engine(asked, share)
         self._weights = EngineWeights(server_args, pool)
-        config = _settings(extra_config or {})
         self._tenant = config.tenant
         try:
             _check(server_args, params, components)
@@ -80,7 +85,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
                 tp_size=self._ranks,
             )
             watch_queue(self._hold)
-            cache = LocalCache(config, namespace, layout, rank=self._rank, num_ranks=self._ranks)
+            cache = LocalCache(config, namespace, layout, rank=self._rank, num_ranks=here, part=part_of(asked, share))
         except (LmcError, OSError) as error:
             if config.strict:
                 raise

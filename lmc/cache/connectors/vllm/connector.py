@@ -22,12 +22,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.vllm.identity import block_outermost
 from lmc.cache.connectors.vllm.messages import StepPlan, StepReport
+from lmc.cache.connectors.vllm.parallel import share_of
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.observe.logs import use_format
 from lmc.cache.settings import load_settings
+from lmc.cache.share import of_engine, part_of
 from lmc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         _log_like_vllm()
-        self._config = _settings(vllm_config)
+        asked = _settings(vllm_config)
+        share = share_of(vllm_config, asked.engines_on_node)
+        self._config = of_engine(asked, share)
         use_format(self._config.log_format)
         self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._side: SchedulerSide | WorkerSide
@@ -58,7 +62,8 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
             chunk_tokens_for(self._config, self._block_tokens)
             events = vllm_config.kv_events_config
             announces = events is not None and events.enable_kv_cache_events
-            self._side = SchedulerSide(_recoverable(self._config, vllm_config), self._block_tokens, announces)
+            config = _recoverable(self._config, vllm_config)
+            self._side = SchedulerSide(config, self._block_tokens, announces, part_of(asked, share))
         else:
             self._side = WorkerSide(self._config, vllm_config, kv_cache_config)
 

@@ -71,6 +71,7 @@ class SchedulerSide:
     block_tokens: int
     announces: bool = False  # vLLM publishes KV events
     refused: bool = False  # there was never a cache
+    part: tuple[int, int] = (0, 1)  # of a disk folder that data-parallel engines have in common
     scheduler: CacheScheduler | None = None
     events: TierEvents | None = None
     tracked: dict[str, _Tracked] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class SchedulerSide:
             logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
             return
         try:
-            self.scheduler = CacheScheduler(self.config, ready, self.block_tokens)
+            self.scheduler = CacheScheduler(self.config, ready, self.block_tokens, part=self.part)
         except LmcError as error:
             if self.config.strict:
                 raise

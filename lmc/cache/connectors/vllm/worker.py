@@ -76,7 +76,8 @@ class WorkerSide:
                 chunk_tokens=chunk_tokens_for(self.config, layout.block_tokens),
                 tp_size=parallel.tensor_parallel_size,
             )
-            self.worker = open_worker(self.config, namespace, layout, rank=parallel.rank, num_ranks=parallel.world_size)
+            here = int(getattr(parallel, "local_world_size", parallel.world_size))
+            self.worker = open_worker(self.config, namespace, layout, rank=parallel.rank, num_ranks=here)
         except (LmcError, OSError) as error:
             if self.config.strict:
                 raise
