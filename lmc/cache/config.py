@@ -55,8 +55,8 @@ class DiskConfig(Section):
     path: Path | None = None
     """Folder of the chunk files. Without it, there is no disk tier."""
     capacity: Size = 100 * 1024**3
-    """Size limit of the chunk files, over all ranks and all data-parallel engines of a node. The eviction policy chooses what to delete. In a
-    shared folder the limit applies to each instance separately."""
+    """Size limit of all chunk files under path, over all ranks, models, instances and data-parallel engines. Chunks of models
+    and settings that no process uses are deleted first. Then the eviction policy chooses."""
     shared: bool = False
     """Share the folder with other instances: look there for chunks that this instance did not write."""
     fsync: bool = True
@@ -65,7 +65,8 @@ class DiskConfig(Section):
 
 class RedisConfig(Section):
     url: str | None = Field(default=None, json_schema_extra=_SECRET)
-    """Address of a Redis or Valkey server: redis://, rediss:// (TLS) or unix://. Without it, there is no Redis tier."""
+    """Address of a Redis or Valkey server: redis://, rediss:// (TLS) or unix:///path?db=N. What comes before the last @ is user:password,
+    with any characters. Without an address, there is no Redis tier."""
     mode: Literal["standalone", "cluster", "sentinel"] = "standalone"
     """Kind of deployment at the address."""
     sentinel_service: str = "mymaster"
@@ -74,6 +75,10 @@ class RedisConfig(Section):
     """User name, if the server has access control lists."""
     password: str | None = Field(default=None, json_schema_extra=_SECRET)
     """Password. Set it as LMC_REDIS_PASSWORD rather than in a file."""
+    sentinel_username: str | None = None
+    """User name at the Sentinels themselves; username is for the servers."""
+    sentinel_password: str | None = Field(default=None, json_schema_extra=_SECRET)
+    """Password of the Sentinels themselves (requirepass). Set it as LMC_REDIS_SENTINEL_PASSWORD rather than in a file."""
     ca_file: Path | None = None
     """File of the certificate authority for TLS, by default the system's."""
     ttl: Seconds | None = None
@@ -91,13 +96,14 @@ class S3Config(Section):
     prefix: str = "lmc"
     """Prefix of every object name."""
     endpoint: str | None = None
-    """Address of an S3-compatible store, by default AWS."""
+    """Address of an S3-compatible store, by default AWS_ENDPOINT_URL or the profile's endpoint_url, else AWS."""
     region: str | None = None
-    """Region, by default from the environment."""
+    """Region, by default AWS_REGION or the profile's."""
     access_key_id: str | None = None
-    """Access key, by default from the environment or the machine's credentials."""
+    """Access key. By default it comes from AWS's variables, else from AWS_PROFILE in ~/.aws/credentials and ~/.aws/config, else from the
+    machine's identity."""
     secret_access_key: str | None = Field(default=None, json_schema_extra=_SECRET)
-    """Secret key, by default from the environment or the machine's credentials."""
+    """Secret key, by default from the same place as the access key."""
     timeout: Seconds = 5.0
     """Time limit of one request."""
 
@@ -168,10 +174,10 @@ class CacheConfig(Section):
     log_format: Literal["text", "json"] = "text"
     """Format of lmc's log lines: the engine's own (text), or one JSON object per line on standard error (json)."""
     record: Path | None = None
-    """Write every lookup to this file, for lmc sim. Data-parallel engines write one each: trace.jsonl, trace.dp1.jsonl, ..."""
+    """Record every lookup in this file, for lmc sim. Data-parallel engines write one file each: trace.jsonl, trace.dp1.jsonl, and so on."""
     engines_on_node: int | None = Field(default=None, ge=1, le=1024)
-    """Engines of this node that share host.capacity, and disk.capacity in one folder. Default: its data-parallel engines, as the engine
-    says; to be set where each is started by itself."""
+    """Number of engines on this node that share host.capacity, and disk.capacity in one folder. By default it is the number of data-parallel
+    engines that the engine reports. Set it where each engine is started by itself."""
     host: HostConfig = HostConfig()
     """The host tier keeps chunks in CPU memory."""
     disk: DiskConfig = DiskConfig()
@@ -195,9 +201,7 @@ class CacheConfig(Section):
         if self.auth_key is not None and self.auth_key_file is not None:
             raise ConfigError("auth_key and auth_key_file are both set; leave one out")
         if self.redis.mode != "standalone" and self.redis.url and self.redis.url.startswith("unix:"):
-            raise ConfigError(
-                f"redis.mode {self.redis.mode} needs a redis:// or rediss:// address, not {self.redis.url!r}"
-            )
+            raise ConfigError(f"redis.mode {self.redis.mode} needs a redis:// or rediss:// address, not unix://")
         return self
 
 

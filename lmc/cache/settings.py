@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,15 @@ from pydantic.fields import FieldInfo
 from lmc.cache.config import CacheConfig, Section
 from lmc.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 # Variables that start with LMC_ and are not settings of the cache.
 _OTHER_VARIABLES = {"LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}
+
+# What Kubernetes sets in every container beside a service named lmc or lmc-redis: LMC_REDIS_SERVICE_HOST, LMC_REDIS_PORT=tcp://10.0.0.7:6379,
+# LMC_REDIS_PORT_6379_TCP_ADDR and so on. Some are named like settings.
+_SERVICE_NAME = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+_SERVICE_VALUE = re.compile(r"(tcp|udp|sctp)://\S*")
 
 
 @dataclass(frozen=True)
@@ -78,12 +87,20 @@ def load_settings(
             _require_known(key, known, f"{file}: ")
             values[key] = (value, f"file {file}")
     by_variable = {setting.variable: setting.key for setting in known.values()}
+    services = []
     for variable, text in sorted((environment or {}).items()):
         if not variable.startswith("LMC_") or variable in _OTHER_VARIABLES:
+            continue
+        if _is_of_a_service(variable, text, by_variable):
+            services.append(variable)
             continue
         if variable not in by_variable:
             raise ConfigError(f"unknown setting {variable} in the environment{_nearest(variable, by_variable)}")
         values[by_variable[variable]] = (text or None, f"environment {variable}")
+    if services:
+        logger.warning(
+            "lmc: %s: set by Kubernetes for a service, so no settings; they are ignored", ", ".join(services)
+        )
     for key, value in (flags or {}).items():
         if value is not None:
             _require_known(key, known, "")
@@ -147,7 +164,7 @@ def _read_yaml(file: Path) -> dict[str, object]:
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is not YAML{_where(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -164,7 +181,20 @@ def _flatten(tree: Mapping[str, object], file: Path, prefix: str = "") -> Iterat
         elif isinstance(value, dict):
             yield from _flatten(value, file, f"{key}.")
         elif value is not None:
-            raise ConfigError(f"{file}: {key} must be a mapping of settings, not {value!r}")
+            raise ConfigError(f"{file}: {key} must be a mapping of settings, not a {type(value).__name__}")
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """Without the line itself, which may hold a password."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "it cannot be read"
+    return f": {problem}" if mark is None else f": line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def _is_of_a_service(variable: str, text: str, settings: Mapping[str, str]) -> bool:
+    if variable.endswith("_PORT") and _SERVICE_VALUE.fullmatch(text):
+        return True
+    return variable not in settings and _SERVICE_NAME.fullmatch(variable) is not None
 
 
 def _require_known(key: str, known: Mapping[str, object], where: str) -> None:

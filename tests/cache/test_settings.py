@@ -61,6 +61,52 @@ def test_an_unknown_variable_is_refused_and_other_programs_variables_are_not():
     load_settings(None, {"LMCACHE_X": "x", "LMC_DATA_DIR": "x", "HOME": "x"})
 
 
+SERVICE = {
+    "LMC_PORT": "tcp://10.0.0.7:8000",
+    "LMC_SERVICE_HOST": "10.0.0.7",
+    "LMC_SERVICE_PORT": "8000",
+    "LMC_SERVICE_PORT_HTTP": "8000",
+    "LMC_PORT_8000_TCP": "tcp://10.0.0.7:8000",
+    "LMC_PORT_8000_TCP_PROTO": "tcp",
+    "LMC_PORT_8000_TCP_PORT": "8000",
+    "LMC_PORT_8000_TCP_ADDR": "10.0.0.7",
+    "LMC_REDIS_PORT": "tcp://10.0.0.8:6379",
+    "LMC_REDIS_SERVICE_HOST": "10.0.0.8",
+    "LMC_METRICS_PORT": "tcp://10.0.0.9:9400",  # named like a setting
+}
+
+
+def test_variables_of_a_kubernetes_service_are_no_settings(caplog):
+    settings = load_settings(None, {**SERVICE, "LMC_POLICY": "fifo"})
+    assert settings.config == CacheConfig(policy="fifo")
+    [line] = [record.getMessage() for record in caplog.records]
+    assert all(name in line for name in SERVICE) and "ignored" in line
+    caplog.clear()
+    assert load_settings(None, {"LMC_METRICS_PORT": "9400"}).config.metrics.port == 9400
+    with pytest.raises(ConfigError, match="LMC_HOST_PORT"):
+        load_settings(None, {"LMC_HOST_PORT": "9400"})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "redis: 'redis://:hush@h'\n",
+        "redis:\n  url: [redis://:hush@h]\n",
+        "redis:\n  password: 'hush\n",
+        "redis: {url: 'redis://:hush@h', mode: cluster: x}\n",
+        "redis:\n  url: unix://:hush@/x\n  mode: cluster\n",
+        "admin:\n  token: [hush]\n",
+        "s3: {secret_access_key: {a: hush}}\n",
+        "redis:\n  password: hush\n  port: hush\n",
+    ],
+)
+def test_no_message_about_a_wrong_file_shows_a_secret(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(write(tmp_path, text))
+    assert "hush" not in str(caught.value)
+
+
 def test_every_setting_is_explained():
     for setting in all_settings():
         text = explain(setting.key)

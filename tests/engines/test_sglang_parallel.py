@@ -8,7 +8,10 @@ import pytest
 
 from lmc.cache.share import Share
 
-pytestmark = pytest.mark.sglang
+pytestmark = [
+    pytest.mark.sglang,
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # SGLang warns at its import of what CPUs lack
+]
 
 
 @pytest.mark.parametrize(

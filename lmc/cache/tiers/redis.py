@@ -21,7 +21,8 @@ from redis.exceptions import RedisClusterException
 from lmc.cache.config import RedisConfig
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope
-from lmc.cache.tiers.redis_connect import node_pool, open_client, parse_address
+from lmc.cache.tiers.redis_address import parse_address
+from lmc.cache.tiers.redis_connect import node_pool, open_client
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
 

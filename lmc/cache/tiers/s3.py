@@ -7,9 +7,12 @@ written by a single request, so they appear whole. How long they stay is the sto
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
@@ -17,6 +20,7 @@ from obstore.store import S3Store
 
 from lmc.cache.config import S3Config
 from lmc.cache.keys import ChunkKey
+from lmc.cache.tiers.aws import aws_settings
 from lmc.cache.tiers.format import FORMAT, Hasher, TierScope, stored_bytes
 from lmc.errors import ConfigError, Corrupt, TierError
 
@@ -36,8 +40,8 @@ class S3Tier:
         self._scope = scope
         self._timeout = config.timeout
         self._folder = f"{FORMAT}/{scope.namespace}/r{scope.rank}"
-        self._where = f"s3 tier in {config.endpoint or 'AWS'}, bucket {config.bucket}"
-        self._store = _open(config)
+        self._store = open_store(config)
+        self._where = f"s3 tier in {_settings(config).get('endpoint', 'AWS')}, bucket {config.bucket}"
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
         self._scope.check_size(data)
@@ -109,23 +113,24 @@ class S3Tier:
             raise TierError(f"{where}: {_first_line(error)}") from error
 
 
-def _open(config: S3Config) -> S3Store:
-    if config.endpoint is not None and not config.endpoint.startswith(("http://", "https://")):
-        raise ConfigError(f"s3.endpoint: {config.endpoint!r} must start with http:// or https://")
+def open_store(config: S3Config) -> S3Store:
+    """Connects to nothing yet. Raises ConfigError."""
+    settings = _settings(config)
+    endpoint = settings.get("endpoint", "")
+    if endpoint:
+        split = urlsplit(endpoint)
+        if split.scheme not in ("http", "https") or not split.hostname:
+            raise ConfigError("s3.endpoint must be an address that starts with http:// or https://")
+        if "@" in split.netloc:
+            raise ConfigError("s3.endpoint must not hold a password; set s3.access_key_id and s3.secret_access_key")
     timeout = timedelta(seconds=config.timeout)
-    settings = {
-        "endpoint": config.endpoint,
-        "region": config.region or ("us-east-1" if config.endpoint else None),  # a store of one's own seldom cares
-        "access_key_id": config.access_key_id,
-        "secret_access_key": config.secret_access_key,
-    }
     try:
         return S3Store(
             config.bucket,
             prefix=config.prefix,
-            config={name: value for name, value in settings.items() if value is not None},
+            config=settings,
             client_options={
-                "allow_http": (config.endpoint or "").startswith("http://"),
+                "allow_http": endpoint.startswith("http://"),
                 "timeout": timeout,
                 "connect_timeout": timeout,
             },
@@ -137,6 +142,23 @@ def _open(config: S3Config) -> S3Store:
         )
     except (BaseError, ValueError) as error:
         raise ConfigError(f"s3: {_first_line(error)}") from error
+
+
+def _settings(config: S3Config) -> dict[str, str]:
+    """lmc's settings before AWS's own; keys are taken from one place, never mixed."""
+    found = aws_settings(os.environ, Path.home())
+    if config.access_key_id is not None or config.secret_access_key is not None:
+        found.pop("session_token", None)
+    given = {
+        "endpoint": config.endpoint,
+        "region": config.region,
+        "access_key_id": config.access_key_id,
+        "secret_access_key": config.secret_access_key,
+    }
+    found |= {name: value for name, value in given.items() if value is not None}
+    if found.get("endpoint"):
+        found.setdefault("region", "us-east-1")  # a store of one's own seldom cares
+    return found
 
 
 def _copy(source: memoryview, out: memoryview, hasher: Hasher) -> int:

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from lmc.cache.config import RedisConfig
 from lmc.cache.tiers.redis import RedisTier
-from lmc.cache.tiers.redis_connect import parse_address
+from lmc.cache.tiers.redis_address import parse_address
 from lmc.errors import ConfigError, TierError
 from tests import services
 from tests.contracts.tier import NUM_KEYS, SCOPE, OpenTier, TierContract, key, load, payload
@@ -291,6 +295,66 @@ class TestAddress:
         with pytest.raises(TierError) as failed:
             load(tier, 1)
         assert "hidden" not in str(failed.value)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://user:hush",  # the host was forgotten
+            "redis://:hush/0",
+            "redis:user:hush@host",
+            "//user:hush@host",
+            "redis://user:hush@host:99999",
+            "redis://user:hush@host#x",
+            "redis://user:hush@one,two",
+            "redis://user:hush@host?password=hush",
+            "redis://user:hush@host/hush",
+            "redis://u@hush:hush",
+            "unix://user:hush@path",
+            "unix://user:hush@/",
+            "http://user:hush@host",
+            "hush",
+        ],
+    )
+    def test_nothing_of_a_wrong_address_is_shown(self, url: str) -> None:
+        for mode in ("standalone", "cluster", "sentinel"):
+            if mode == "standalone" or "one,two" not in url:
+                with pytest.raises(ConfigError, match=r"redis\.url") as caught:
+                    parse_address(url, mode)
+                assert "hush" not in str(caught.value)
+
+    @given(
+        st.text(st.characters(exclude_characters="%", exclude_categories=("Cs",)), min_size=1),
+        st.sampled_from(["redis://u:{}@h:1/2", "rediss://u:{}@[::1]/2", "unix://u:{}@/run/x?db=2"]),
+    )
+    @example("a/b?c#d@e:f", "redis://u:{}@h:1/2")
+    def test_a_password_may_hold_anything(self, password: str, form: str) -> None:
+        for written in (password, quote(password, safe="")):
+            address = parse_address(form.format(written), "standalone")
+            assert (address.username, address.password, address.db) == ("u", password, 2)
+            assert password not in repr(address) or len(password) < 12
+
+    def test_a_socket_has_databases_too(self) -> None:
+        assert parse_address("unix:///run/redis.sock?db=3", "standalone").db == 3
+        assert parse_address("unix:///run/redis.sock", "standalone").socket_path == "/run/redis.sock"
+        assert parse_address("unix://:p@/run/redis.sock?db=3", "standalone").password == "p"
+        assert parse_address("redis://h?db=4", "standalone").db == 4
+
+    def test_sentinels_that_want_a_password_of_their_own(self, tmp_path: Path) -> None:
+        for name in ("server", "sentinel"):
+            (tmp_path / name).mkdir()
+        with ExitStack() as stack:
+            server = stack.enter_context(services.redis_server(tmp_path / "server"))
+            settings = tmp_path / "sentinel" / "sentinel.conf"
+            settings.write_text(f"requirepass theirs\nsentinel monitor chunks {services.LOCAL} {server.port} 1\n")
+            sentinel = stack.enter_context(services.redis_server(tmp_path / "sentinel", sentinel=settings))
+            values = {"url": sentinel.url, "mode": "sentinel", "sentinel_service": "chunks"}
+            without = RedisTier(redis_config(**values), SCOPE)
+            with pytest.raises(TierError):
+                without.put(key(1), payload(1))
+            tier = RedisTier(redis_config(**values, sentinel_password="theirs"), SCOPE)
+            tier.put(key(1), payload(1))
+            assert load(tier, 1) == payload(1)
+            tier.close()
 
     @pytest.mark.parametrize(
         ("url", "mode", "hosts"),

@@ -63,7 +63,7 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
             events = vllm_config.kv_events_config
             announces = events is not None and events.enable_kv_cache_events
             config = _recoverable(self._config, vllm_config)
-            self._side = SchedulerSide(config, self._block_tokens, announces, part_of(asked, share))
+            self._side = SchedulerSide(config, self._block_tokens, announces, part=part_of(asked, share))
         else:
             self._side = WorkerSide(self._config, vllm_config, kv_cache_config)
 
