@@ -35,7 +35,7 @@ from lmc.bench.workload import Arm
 from lmc.errors import RunError
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Cell, Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
-from lmc.serve.process import free_port
+from lmc.serve.ports import free_port
 
 ROUTER = Path(__file__).parents[1] / "examples" / "prefill_decode_router.py"
 LOCAL = "127.0.0.1"

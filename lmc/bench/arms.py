@@ -27,7 +27,7 @@ from lmc.bench.s3_server import LOCAL, started_s3
 from lmc.bench.workload import Arm, Engine
 from lmc.errors import EngineError, RunError
 from lmc.memory import available_memory
-from lmc.serve.process import free_port
+from lmc.serve.ports import free_port
 from lmc.units import parse_size
 
 SERVE = (sys.executable, "-m", "lmc", "serve")

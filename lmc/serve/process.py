@@ -1,10 +1,10 @@
-"""One engine process: start it, wait until it answers, pass signals on, return its exit code."""
+"""One engine process: start it, wait until it answers, pass signals on, return its exit code. Nothing of it outlives us."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
+import ssl
 import subprocess
 import time
 import urllib.error
@@ -13,39 +13,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lmc.errors import ConfigError, EngineError
+from lmc.errors import EngineError
 from lmc.serve.command import EngineCommand
 
 _POLL_SECONDS = 0.2
-_STOP_SECONDS = 20.0
+_ANSWER_SECONDS = 2.0
+# Reads until its input ends, which is when this process is gone, in whatever way; then it ends the engine as a stop would.
+_GUARD = """
+read line
+kill -s TERM "$1"
+for second in $(seq "$2"); do
+    kill -s 0 "$1" || break
+    sleep 1
+done
+kill -s KILL -- "-$1"
+"""
 
 
-def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def hold_port(host: str, port: int, what: str) -> socket.socket:
-    """A socket on the port (0: a free one) that keeps others off it until closed; servers, which set SO_REUSEADDR, can listen there.
-
-    Raises ConfigError when the port cannot be had.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        held.bind((host, port))
-    except OSError as error:
-        held.close()
-        raise ConfigError(f"cannot listen on {host}:{port} for {what}: {error.strerror}; choose another port") from None
-    return held
-
-
-def run_engine(command: EngineCommand, url: str, ready_timeout: float, on_ready: Callable[[], None]) -> int:
+def run_engine(command: EngineCommand, address: str, ready_timeout: float, on_ready: Callable[[str], None]) -> int:
     """Run the engine until it ends; SIGINT and SIGTERM stop it cleanly. Returns its exit code, or 0 after a clean stop.
 
-    Raises EngineError when it does not answer within ready_timeout seconds.
+    address is host:port; on_ready gets it with the scheme that the engine speaks there. Raises EngineError when it does not answer within
+    ready_timeout seconds, when it ends by itself with exit code 0, and when it does not stop in time.
     """
     process = subprocess.Popen(
         command.arguments, env={**os.environ, **command.environment}, start_new_session=True, stdin=subprocess.DEVNULL
@@ -58,41 +47,93 @@ def run_engine(command: EngineCommand, url: str, ready_timeout: float, on_ready:
         if process.poll() is None:
             process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    with _signals(stop):
+    with _guarded(process, command.stop_seconds), _signals(stop):
         try:
-            if _wait_ready(process, url + command.health_path, ready_timeout, lambda: stopping):
-                on_ready()
-            code = _wait_end(process, lambda: stopping)
+            if command.health_path is not None:
+                url = _wait_ready(process, address, command.health_path, ready_timeout, lambda: stopping)
+                if url is not None:
+                    on_ready(url)
+            code = _wait_end(process, command.stop_seconds, lambda: stopping)
         finally:
             _kill_group(process)
-    return 0 if stopping else code
+    if stopping:
+        return 0
+    if code == 0:
+        raise EngineError("the engine ended by itself, with exit code 0; its log is above")
+    return code if code > 0 else 128 - code
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, timeout: float, stopping: Callable[[], bool]) -> bool:
+def _wait_ready(
+    process: subprocess.Popen[bytes], address: str, path: str, timeout: float, stopping: Callable[[], bool]
+) -> str | None:
+    """The engine's URL as soon as it answers there; None when it ended before, or shall end."""
     deadline = time.monotonic() + timeout
     while process.poll() is None and not stopping():
-        try:
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                if answer.status == 200:
-                    return True
-        except (urllib.error.URLError, OSError):
-            pass  # not listening yet
+        for scheme in ("http", "https"):  # its own arguments, a file of them among these, may have switched TLS on
+            if _is_up(f"{scheme}://{address}{path}"):
+                return f"{scheme}://{address}"
         if time.monotonic() > deadline:
-            raise EngineError(f"the engine did not answer {url} within {timeout:.0f} s; its log is above")
+            raise EngineError(
+                f"the engine did not answer http(s)://{address}{path} within {timeout:.0f} s; its log is above"
+            )
         time.sleep(_POLL_SECONDS)
-    return False
+    return None
 
 
-def _wait_end(process: subprocess.Popen[bytes], stopping: Callable[[], bool]) -> int:
+def _is_up(url: str) -> bool:
+    """Whether a server answers. It is our own child on our own machine, so its certificate, made for another name, is not checked."""
+    context = None
+    if url.startswith("https"):
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    try:
+        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS, context=context) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return False  # it listens, but is not ready
+    except (OSError, ValueError) as error:  # not listening yet, or not with this scheme
+        return _wants_a_certificate(error)
+
+
+def _wants_a_certificate(error: Exception) -> bool:
+    """Whether a TLS server answered that it serves only those who show a certificate; engines listen when they are ready."""
+    cause = getattr(error, "reason", None)
+    told = cause if isinstance(cause, ssl.SSLError) else error
+    return isinstance(told, ssl.SSLError) and "ALERT" in str(told.reason)
+
+
+def _wait_end(process: subprocess.Popen[bytes], stop_seconds: float, stopping: Callable[[], bool]) -> int:
     stop_by: float | None = None
     while True:
         try:
             return process.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
             if stopping():
-                stop_by = stop_by or time.monotonic() + _STOP_SECONDS
+                stop_by = stop_by or time.monotonic() + stop_seconds
                 if time.monotonic() > stop_by:
-                    process.kill()
+                    raise EngineError(
+                        f"the engine did not stop within {stop_seconds:.0f} s and was killed; writes under way are lost"
+                    ) from None
+
+
+@contextmanager
+def _guarded(process: subprocess.Popen[bytes], stop_seconds: float) -> Iterator[None]:
+    """Have the engine's processes ended even if this one is killed."""
+    guard = subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, "lmc-guard", str(process.pid), str(int(stop_seconds))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
+        assert guard.stdin is not None
+        guard.stdin.close()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

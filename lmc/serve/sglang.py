@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmc.arguments import given, value
+from lmc.arguments import count, given, value
 from lmc.cache.config import CacheConfig
 from lmc.errors import ConfigError, EngineError
 from lmc.memory import available_memory
@@ -26,6 +26,7 @@ _OURS = (
     "--unified-cache-external-linker-backend",
     "--unified-cache-external-linker-config",
 )
+_REPLICAS = ("--data-parallel-size", "--dp-size", "--dp")
 _EXCLUDED = (
     "--enable-hierarchical-cache",
     "--hicache-storage-backend",
@@ -75,6 +76,15 @@ def sglang_command(
         arguments += ["--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic"]
         arguments += ["--unified-cache-external-linker-config", json.dumps(linker_config(config))]
     return EngineCommand((*arguments, *extra), environment | secrets(config))
+
+
+def sglang_engines(extra: Sequence[str]) -> range:
+    """Data-parallel ranks on this node, whether they are replicas or groups of attention."""
+    replicas, groups = (count(names, extra) or 1 for names in (_REPLICAS, ("--attn-dp-size",)))
+    nodes = count(("--nnodes",), extra) or 1
+    engines = max(1, max(replicas, groups) // nodes)
+    first = engines * (count(("--node-rank",), extra) or 0) if max(replicas, groups) > 1 else 0
+    return range(first, first + engines)
 
 
 def linker_config(config: CacheConfig) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import urllib.error
 import urllib.request
@@ -10,12 +11,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from lmc.arguments import value
 from lmc.cache.config import CacheConfig
 from lmc.cache.observe.stats import describe_tiers
+from lmc.cache.share import record_of
+from lmc.cache.tiers.check import check_tiers
 from lmc.errors import ConfigError
+from lmc.memory import available_memory
 from lmc.model import resolve_model
-from lmc.serve.engines import check_engine, engine_command
-from lmc.serve.process import hold_port, run_engine
+from lmc.serve.engines import check_engine, engine_command, engines_here
+from lmc.serve.ports import claim_port, for_url, hold_port, hold_ports, reachable
+from lmc.serve.process import run_engine
+from lmc.units import format_size
 
 _STATS_SECONDS = 30.0  # a busy machine may need as long; where nothing listens, the refusal comes at once
 
@@ -33,36 +40,63 @@ class ServeOptions:
 
 def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]) -> int:
     """Run until the engine ends; returns the exit code. Raises ConfigError, ModelError, EngineError before anything is started."""
-    hold_port(options.host, options.port, "the engine").close()
-    metrics_url = None
+    host = value("--host", options.engine_arguments) or options.host  # what the user gave the engine wins there too
+    port = _port(options)
     with ExitStack() as stack:
-        if options.cache:
-            _check_folders(config)
-        if options.cache and config.metrics.enabled:
-            # The engine listens there only after many seconds, in which the port must not become another connection's.
-            held = stack.enter_context(hold_port(config.metrics.host, config.metrics.port, "metrics"))
-            metrics = config.metrics.model_copy(update={"port": held.getsockname()[1]})
-            config = config.model_copy(update={"metrics": metrics})
-            metrics_url = f"http://{metrics.host}:{metrics.port}/metrics"
-        check_engine(options.engine, config if options.cache else None, options.engine_arguments)
-        model = resolve_model(options.model)
+        claim_port(host, port, "the engine", stack)
+        hold_port(host, port, "the engine").close()
+        cached = config if options.cache else None
+        if cached is not None:
+            _check_memory(cached)
+            check_tiers(cached)
+        check_engine(options.engine, cached, options.engine_arguments)
+        engines = engines_here(options.engine, options.engine_arguments)
+        if cached is not None:
+            _check_folders(cached, engines)
+            if cached.metrics.enabled:
+                cached = _with_metrics_port(cached, engines, stack)
         command = engine_command(
             options.engine,
-            model,
-            options.host,
-            options.port,
-            config if options.cache else None,
+            resolve_model(options.model),
+            host,
+            port,
+            cached,
             ["--served-model-name", options.model, *options.engine_arguments],
         )
-        url = f"http://{options.host}:{options.port}"
 
-        def on_ready() -> None:
-            say(f"ready url={url}/v1 {_describe_cache(options.cache, metrics_url)}")
+        def on_ready(url: str) -> None:
+            say(f"ready url={url}/v1 {_describe_cache(cached, engines)}")
 
-        return run_engine(command, url, options.ready_timeout, on_ready)
+        return run_engine(command, f"{reachable(host)}:{port}", options.ready_timeout, on_ready)
 
 
-def _check_folders(config: CacheConfig) -> None:
+def _port(options: ServeOptions) -> int:
+    text = value("--port", options.engine_arguments)
+    if text is None:
+        return options.port
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise ConfigError("--port of the engine is no port; give a number from 1 to 65535")
+    return int(text)
+
+
+def _check_memory(config: CacheConfig) -> None:
+    memory = available_memory()
+    if isinstance(config.host.capacity, int) and config.host.capacity > memory.limit:
+        raise ConfigError(
+            f"host.capacity {format_size(config.host.capacity)} is more than there is: {format_size(memory.limit)} "
+            "on this machine or in this container; lower it"
+        )
+
+
+def _with_metrics_port(config: CacheConfig, engines: range, stack: ExitStack) -> CacheConfig:
+    """The engine listens there only after many seconds, in which the ports must not become others'."""
+    metrics = config.metrics
+    wanted = metrics.port + engines.start if metrics.port else 0
+    first = hold_ports(metrics.host, wanted, len(engines), "metrics", stack)
+    return config.model_copy(update={"metrics": metrics.model_copy(update={"port": first - engines.start})})
+
+
+def _check_folders(config: CacheConfig, engines: range) -> None:
     if config.disk.path is not None:
         try:
             config.disk.path.mkdir(parents=True, exist_ok=True)
@@ -71,20 +105,29 @@ def _check_folders(config: CacheConfig) -> None:
         except OSError as error:
             raise ConfigError(f"disk.path {config.disk.path} cannot be written: {error.strerror}") from None
     if config.record is not None:
-        try:
-            config.record.open("ab").close()
-        except OSError as error:
-            raise ConfigError(f"record {config.record} cannot be written: {error.strerror}") from None
+        for record in (record_of(config.record, rank) for rank in engines):
+            try:
+                record.open("ab").close()
+            except OSError as error:
+                raise ConfigError(f"record {record} cannot be written: {error.strerror}") from None
 
 
-def _describe_cache(wanted: bool, metrics_url: str | None) -> str:
-    if not wanted:
+def _describe_cache(config: CacheConfig | None, engines: range) -> str:
+    """The tiers are those of one engine."""
+    if config is None:
         return "cache=off"
-    if metrics_url is None:
+    if not config.metrics.enabled:
         return "cache=on metrics=off"
+    port = config.metrics.port + engines.start
+    url = f"http://{for_url(config.metrics.host)}:{port}/metrics"
+    more = f" engines={len(engines)}" if len(engines) > 1 else ""  # the others on the ports that follow
+    headers = {"Authorization": f"Bearer {config.admin.token}"} if config.admin.token else {}
+    request = urllib.request.Request(f"http://{reachable(config.metrics.host)}:{port}/stats", headers=headers)
     try:
-        with urllib.request.urlopen(metrics_url.removesuffix("/metrics") + "/stats", timeout=_STATS_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=_STATS_SECONDS) as answer:
             stats = json.loads(answer.read())
-    except (urllib.error.URLError, OSError, ValueError):
+    except urllib.error.HTTPError:
+        return f"metrics={url}{more}"  # it tells others the tiers only for a token, and there is none
+    except (OSError, ValueError):
         return "cache=FAILED (its metrics page does not answer; see the log above)"
-    return f'metrics={metrics_url} tiers="{describe_tiers(stats)}"'
+    return f'metrics={url} tiers="{describe_tiers(stats)}"{more}'

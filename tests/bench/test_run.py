@@ -284,7 +284,7 @@ def test_unknown_arm_and_missing_base(run_small: RunSmall) -> None:
 
 @pytest.fixture
 def running_server() -> Iterator[str]:
-    from lmc.serve.process import free_port
+    from lmc.serve.ports import free_port
 
     port = free_port("127.0.0.1")
     command = [*MOCK, "mock-model", "--port", str(port), "--no-cache", "--", "--enable-prefix-caching"]

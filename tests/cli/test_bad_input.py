@@ -112,6 +112,35 @@ def test_a_port_in_use() -> None:
         assert_refused(lmc("serve", MODEL, "--port", "1024", "--metrics-port", port), port, "metrics")
 
 
+def test_a_port_that_the_engine_is_given_counts() -> None:
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert_refused(lmc("serve", MODEL, "--", "--host", "::1", "--port", port), f"[::1]:{port}", "the engine")
+        assert_refused(lmc("serve", MODEL, "--", "--host=::", f"--port={port}"), f"[::]:{port}", "the engine")
+    assert_refused(lmc("serve", MODEL, "--", "--port", "many"), "--port")
+    assert_refused(lmc("serve", MODEL, "--", "--uds", "/run/x"), "--uds")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"LMC_REDIS_URL": "h:6379"}, ["redis.url", "redis://"]),
+        ({"LMC_REDIS_URL": "redis://u:hush@h:x"}, ["redis.url", "host:port"]),
+        ({"LMC_REDIS_URL": "rediss://h", "LMC_REDIS_CA_FILE": "/no/such.pem"}, ["redis.ca_file", "/no/such.pem"]),
+        ({"LMC_S3_BUCKET": "b", "LMC_S3_ENDPOINT": "h:9000"}, ["s3.endpoint", "http://"]),
+        ({"LMC_S3_BUCKET": "b", "AWS_PROFILE": "nobody-has-this"}, ["AWS_PROFILE", "nobody-has-this"]),
+        ({"LMC_HOST_CAPACITY": "900TiB"}, ["host.capacity", "more than there is"]),
+        ({"LMC_METRICS_HOST": "no.such.host.invalid"}, ["metrics"]),
+    ],
+)
+def test_settings_that_can_never_work_are_refused_before_the_start(variables: dict[str, str], words: list[str]) -> None:
+    result = lmc("serve", MODEL, environment=variables)
+    assert_refused(result, *words)
+    assert "hush" not in result.stderr
+
+
 def test_a_disk_folder_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lmc.bench.spans import client_id
-from lmc.serve.process import free_port
+from lmc.serve.ports import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.compat]
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lmc.errors import ConfigError
-from lmc.serve.process import hold_port
+from lmc.serve.ports import hold_port
 from tests.services import LOCAL, free_port
 
 
