@@ -60,15 +60,18 @@ def stats(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates of the table.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print the table once and stop.")] = False,
 ) -> None:
-    """Watch tiers, hit rates, transfers and misses of a running cache. Stop it with Ctrl-C."""
+    """Watch tiers, hit rates, transfers and misses of a running cache. Stop it with Ctrl-C. LMC_ADMIN_TOKEN is the token, if one is needed."""
+    import os
+
     import orjson
 
     from lmc.probe.watch import read_stats, watch
 
+    token = os.environ.get("LMC_ADMIN_TOKEN")
     if as_json:
-        typer.echo(orjson.dumps(read_stats(url), option=orjson.OPT_INDENT_2).decode())
+        typer.echo(orjson.dumps(read_stats(url, token), option=orjson.OPT_INDENT_2).decode())
         return
-    watch(url, interval, once)
+    watch(url, interval, once, token=token)
 
 
 def _as_text(found: Inspection) -> str:

@@ -20,13 +20,18 @@ from lmc.units import format_count, format_percent, format_rate, format_size
 Stats = Mapping[str, Any]  # what lmc.cache.observe.stats makes, read back from JSON
 
 
-def read_stats(url: str) -> Stats:
-    """Raises RunError when there is no cache to ask."""
+def read_stats(url: str, token: str | None = None) -> Stats:
+    """token: admin.token, which a cache that listens for other machines wants. Raises RunError when there is no cache to ask."""
     base = url if "://" in url else f"http://{url}"
     address = base.removesuffix("/").removesuffix("/metrics") + "/stats"
     try:
-        with urllib.request.urlopen(address, timeout=5) as answer:
+        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"} if token else {})
+        with urllib.request.urlopen(request, timeout=5) as answer:
             stats = orjson.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise RunError(f"{address} wants admin.token; put it into LMC_ADMIN_TOKEN") from None
+        raise RunError(f"no cache answers at {address}: {error}; lmc serve prints the address") from None
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise RunError(f"no cache answers at {address}: {error}; lmc serve prints the address") from None
     if not isinstance(stats, dict) or "tiers" not in stats:
@@ -34,10 +39,10 @@ def read_stats(url: str) -> Stats:
     return stats
 
 
-def watch(url: str, interval: float, once: bool, console: Console | None = None) -> None:
+def watch(url: str, interval: float, once: bool, console: Console | None = None, token: str | None = None) -> None:
     """Show the table until interrupted, or once. Raises RunError when the cache doesn't answer (any more)."""
     console = console or Console()
-    before = read_stats(url)
+    before = read_stats(url, token)
     if once:
         console.print(render(before, None, 0.0))
         return
@@ -45,7 +50,7 @@ def watch(url: str, interval: float, once: bool, console: Console | None = None)
         for _ in itertools.count():
             started = time.monotonic()
             time.sleep(interval)
-            now = read_stats(url)
+            now = read_stats(url, token)
             live.update(render(now, before, time.monotonic() - started), refresh=True)
             before = now
 

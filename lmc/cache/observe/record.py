@@ -1,17 +1,21 @@
 """The lookup trace: one JSON line for each request that was admitted. `lmc sim` reads it.
 
 The first line is a header with TRACE_FORMAT, TRACE_VERSION and the sizes of a chunk. A line holds the time in seconds since the start, the
-request, its prompt tokens, the first NAME_BYTES of each full chunk's key in hex, and the hit tokens by tier. No text and no token ids are
-written.
+request, its prompt tokens, the first NAME_BYTES of each full chunk's key in hex, the hit tokens by tier, and a name for the tenant. No
+text, no token ids and no salts are written: a tenant's name is a hash with a secret that is made for the file and forgotten with it.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import orjson
+from blake3 import blake3
 
 from lmc.cache.keys import ChunkKey
 from lmc.errors import ConfigError
@@ -26,9 +30,10 @@ class TraceRecorder:
     def __init__(self, path: Path, *, chunk_tokens: int, chunk_bytes: int, namespace: str, now: float) -> None:
         """Replaces the file. Raises ConfigError when it cannot be written."""
         try:
-            self._file = path.open("wb")
+            self._file = os.fdopen(_open_for_the_owner(path), "wb")
         except OSError as error:
             raise ConfigError(f"cannot write the trace {path}: {error.strerror}") from error
+        self._secret = secrets.token_bytes(32)
         self._start = now
         self._flushed = now
         header = {
@@ -55,7 +60,7 @@ class TraceRecorder:
             "request": request_id,
             "tokens": num_tokens,
             "chunks": [key[:NAME_BYTES].hex() for key in keys],
-            "tenant": tenant,
+            "tenant": self._name(tenant),
             "hit_tokens": dict(hit_tokens),
         }
         self._file.write(orjson.dumps(line) + b"\n")
@@ -63,5 +68,18 @@ class TraceRecorder:
             self._file.flush()
             self._flushed = now
 
+    def _name(self, tenant: str) -> str:
+        """The same for the same tenant and salt, in this file only; empty for none."""
+        whole = tenant.encode(errors="surrogatepass")
+        return blake3(whole, key=self._secret).hexdigest(NAME_BYTES) if whole else ""
+
     def close(self) -> None:
         self._file.close()
+
+
+def _open_for_the_owner(path: Path) -> int:
+    """What requests have in common tells much about them, so others shall not read it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with suppress(PermissionError):  # a file or pipe that somebody else made for us
+        os.fchmod(fd, 0o600)
+    return fd

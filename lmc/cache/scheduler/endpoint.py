@@ -2,21 +2,21 @@
 POST /pin, /unpin, /prefetch and /clear for administrators.
 
 Commands are JSON objects. Where the endpoint listens on this machine only, they need no token unless one is configured; elsewhere they
-need it always. A browser cannot be tricked into sending one: it doesn't send application/json to another site unasked, and a Host header
-that is no address of ours is refused.
+need it always, and so do /stats and /requests, which tell of requests. A browser cannot be tricked into asking: a request from another
+site's page is refused, and so is a Host header that is no address of ours; and it doesn't send application/json to another site unasked.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import json
 import logging
+import re
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as FutureTimeout
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from lmc.cache.config import AdminConfig, MetricsConfig
 from lmc.cache.observe.accounting import KEEP
 from lmc.cache.scheduler.admin import Admin, Clear, Mailbox, Pin, Prefetch, Result, Unpin
+from lmc.cache.scheduler.http_server import Answer, Body, Head, HttpServer
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ COMMANDS: dict[str, type[Pin] | type[Unpin] | type[Prefetch] | type[Clear]] = {
 }
 _WAIT_SECONDS = 1.0  # for the scheduler; an idle one runs a command with the next request
 _MAX_BODY = 8 << 20
+_NEWEST = re.compile(r"newest=([0-9]{1,9})")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]*)(?::[0-9]{1,5})?")
 
 
 class Refused(Exception):
@@ -66,111 +69,106 @@ class Endpoint:
         self._mailbox = mailbox
         self._host = metrics.host
         self._local = is_loopback(metrics.host)
-        endpoint = self
-
-        class Handler(_Handler):
-            def __init__(self, *arguments: object) -> None:
-                self.endpoint = endpoint
-                super().__init__(*arguments)  # type: ignore[arg-type]  # passed on as the server gave them
-
-        self._server = ThreadingHTTPServer((metrics.host, metrics.port), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://{metrics.host}:{self._server.server_port}/metrics"
-        self._thread = Thread(target=self._server.serve_forever, name="lmc-endpoint", daemon=True)
-        self._thread.start()
+        self._server = HttpServer(metrics.host, metrics.port, self._answer, _failure)
+        shown = f"[{metrics.host}]" if ":" in metrics.host else metrics.host
+        self.url = f"http://{shown}:{self._server.port}/metrics"
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._server.close()
 
-    def run(
-        self, path: str, body: bytes, host: str, content_type: str, authorization: str
-    ) -> tuple[HTTPStatus, Result]:
-        """Check a command and hand it to the scheduler. Raises Refused."""
-        kind = COMMANDS.get(path)
-        if kind is None:
-            raise Refused(HTTPStatus.NOT_FOUND, f"there is no {path}; there are {', '.join(COMMANDS)}")
-        self._authorize(host, content_type, authorization)
+    async def _answer(self, head: Head, body: Body) -> Answer:
+        logger.debug("lmc: endpoint: %s %r", head.method, head.path)
         try:
-            command = kind.model_validate_json(body or b"{}")
+            if head.method == "POST":
+                status, result = await self._command(head, body)
+                return _as_json(status, result)
+            if head.method != "GET":
+                raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, "there are GET and POST")
+            return self._read(head)
+        except Refused as refused:
+            return _failure(refused.status, str(refused))
+
+    def _read(self, head: Head) -> Answer:
+        if head.path == "/metrics":
+            return Answer(HTTPStatus.OK, generate_latest(self.registry), CONTENT_TYPE_LATEST)
+        if head.path not in ("/stats", "/requests"):
+            there_are = "there are /metrics, /stats and /requests"
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is no {head.path}; {there_are}")
+        self._check_sender(head)
+        if not self._local:
+            self._check_token(head)
+        if head.path == "/stats":
+            return _as_json(HTTPStatus.OK, self.stats())
+        return _as_json(HTTPStatus.OK, self.spans(_newest(head.query)))
+
+    async def _command(self, head: Head, body: Body) -> tuple[HTTPStatus, Result]:
+        """Check a command and hand it to the scheduler. Raises Refused."""
+        kind = COMMANDS.get(head.path)
+        if kind is None:
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is no {head.path}; there are {', '.join(COMMANDS)}")
+        if not self._admin.enabled:
+            raise Refused(HTTPStatus.FORBIDDEN, "commands are off; set admin.enabled")
+        self._check_sender(head)
+        if head.header("content-type").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+        if self._admin.token is not None or not self._local:
+            self._check_token(head)
+        try:
+            command = kind.model_validate_json(await body(_MAX_BODY) or b"{}")
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "body"
             raise Refused(HTTPStatus.BAD_REQUEST, f"{where}: {first['msg']}") from None
-        future = self._mailbox.put(lambda: self._commands.run(command))
-        try:
-            return HTTPStatus.OK, future.result(_WAIT_SECONDS)
-        except FutureTimeout:
+        future = asyncio.wrap_future(self._mailbox.put(lambda: self._commands.run(command)))
+        await asyncio.wait({future}, timeout=_WAIT_SECONDS)  # which cancels nothing when the time is up
+        if not future.done():
             return HTTPStatus.ACCEPTED, {"queued": "the engine is idle; the command runs with the next request"}
+        try:
+            return HTTPStatus.OK, future.result()
         except ConfigError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
 
-    def _authorize(self, host: str, content_type: str, authorization: str) -> None:
-        if not self._admin.enabled:
-            raise Refused(HTTPStatus.FORBIDDEN, "commands are off; set admin.enabled")
-        if content_type.partition(";")[0].strip().lower() != "application/json":
-            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
-        token = self._admin.token
-        if token is not None:
-            if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
-                raise Refused(HTTPStatus.UNAUTHORIZED, "send Authorization: Bearer TOKEN with admin.token")
-        elif not self._local:
-            raise Refused(
-                HTTPStatus.FORBIDDEN, f"the endpoint listens on {self._host}; set admin.token to allow commands"
-            )
-        elif not is_loopback(host.rpartition(":")[0] or host):
+    def _check_sender(self, head: Head) -> None:
+        """Refuse what a page of another site makes a browser send: by its name for us, or by where it says it comes from."""
+        host = head.header("host")
+        name = _host_name(host)
+        if self._local and not is_loopback(name):
             raise Refused(HTTPStatus.FORBIDDEN, f"unexpected Host {host!r}")
+        origin = head.header("origin")
+        if origin and urlsplit(origin).netloc != host:
+            raise Refused(HTTPStatus.FORBIDDEN, f"unexpected Origin {origin!r}")
+        if head.header("sec-fetch-site") not in ("", "none", "same-origin"):
+            raise Refused(HTTPStatus.FORBIDDEN, "a page of another site may not ask")
+
+    def _check_token(self, head: Head) -> None:
+        token = self._admin.token
+        if token is None:
+            raise Refused(HTTPStatus.FORBIDDEN, f"the endpoint listens on {self._host}; set admin.token to allow this")
+        if not hmac.compare_digest(head.header("authorization").encode("latin-1"), f"Bearer {token}".encode()):
+            raise Refused(HTTPStatus.UNAUTHORIZED, "send Authorization: Bearer TOKEN with admin.token")
 
 
-class _Handler(BaseHTTPRequestHandler):
-    endpoint: Endpoint
-    timeout = 10.0
-    protocol_version = "HTTP/1.1"
-    # Head and body in one write: a second one would wait 40 ms for the client's delayed acknowledgement.
-    wbufsize = 1 << 16
+def _newest(query: str) -> int:
+    if not query:
+        return KEEP
+    match = _NEWEST.fullmatch(query)
+    if match is None:
+        raise Refused(HTTPStatus.BAD_REQUEST, "write ?newest=N with a whole number of at most 9 digits")
+    return int(match[1])
 
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        if path == "/metrics":
-            self._answer(HTTPStatus.OK, generate_latest(self.endpoint.registry), CONTENT_TYPE_LATEST)
-        elif path == "/stats":
-            self._answer_json(HTTPStatus.OK, self.endpoint.stats())
-        elif path == "/requests":
-            newest = query.removeprefix("newest=")
-            self._answer_json(HTTPStatus.OK, self.endpoint.spans(int(newest) if newest.isdigit() else KEEP))
-        else:
-            there_are = "there are /metrics, /stats and /requests"
-            self._answer_json(HTTPStatus.NOT_FOUND, {"error": f"there is no {path}; {there_are}"})
 
-    def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _MAX_BODY:
-            self.close_connection = True
-            self._answer_json(HTTPStatus.BAD_REQUEST, {"error": f"a body of at most {_MAX_BODY} bytes is needed"})
-            return
-        body = self.rfile.read(int(length))
-        header = self.headers.get
-        try:
-            status, result = self.endpoint.run(
-                self.path, body, header("Host", ""), header("Content-Type", ""), header("Authorization", "")
-            )
-        except Refused as refused:
-            status, result = refused.status, {"error": str(refused)}
-        self._answer_json(status, result)
+def _failure(status: HTTPStatus, message: str) -> Answer:
+    return _as_json(status, {"error": message})
 
-    def log_message(self, format: str, *arguments: object) -> None:
-        logger.debug("lmc: endpoint: " + format, *arguments)
 
-    def _answer_json(self, status: HTTPStatus, result: Result) -> None:
-        self._answer(status, json.dumps(result).encode() + b"\n", "application/json")
+def _as_json(status: HTTPStatus, result: Result) -> Answer:
+    return Answer(status, json.dumps(result).encode() + b"\n")
 
-    def _answer(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+
+def _host_name(host: str) -> str:
+    """Of "name:port", "1.2.3.4" or "[::1]:port"."""
+    match = _HOST.fullmatch(host)
+    return match[1] if match is not None else ""
 
 
 def is_loopback(host: str) -> bool:

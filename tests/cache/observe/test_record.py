@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import orjson
 import pytest
 
 from lmc.cache.keys import KeyChain, root
+from lmc.cache.scheduler.cache import Identity
 from lmc.errors import ConfigError
 from tests.cache.instance import CHUNK_TOKENS, Instance, prompt, settings
 
@@ -24,6 +27,23 @@ def test_the_record_says_what_was_asked_and_what_was_found(tmp_path):
     assert lines[1]["hit_tokens"] == {"device": 0, "host": 48}
     assert 0 <= lines[0]["t"] <= lines[1]["t"]
     assert str(tokens[0]) not in [str(value) for value in lines[0].values()], "no token ids are written"
+
+
+def test_a_record_holds_no_salt_and_yet_tells_tenants_apart(tmp_path):
+    salts = ["my-very-secret-salt", 'a"b', "\ud800", "my-very-secret-salt", ""]
+    names = []
+    for file in ("one.jsonl", "other.jsonl"):
+        instance = Instance(settings(record=tmp_path / file))
+        for salt in salts:
+            instance.serve(prompt(1, 20), Identity(tenant=json.dumps(["", salt]) if salt else ""))
+        instance.close()
+        written = (tmp_path / file).read_bytes()
+        assert not any(salt.encode(errors="ignore") in written for salt in salts if len(salt) > 3)
+        names.append([orjson.loads(line)["tenant"] for line in written.splitlines()[1:]])
+        assert (tmp_path / file).stat().st_mode & 0o077 == 0
+    for found in names:
+        assert found[0] == found[3] and found[4] == "" and len(set(found)) == 4
+    assert not set(names[0]) & set(names[1]) - {""}  # a guess at a salt cannot be checked with another file
 
 
 def test_a_record_that_cannot_be_written_is_refused(tmp_path):

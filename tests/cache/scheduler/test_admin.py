@@ -158,7 +158,14 @@ def test_commands_need_the_token_where_one_is_set_or_others_can_connect():
                     instance, "/clear", {}, Authorization=header, Host="localhost:1"
                 )  # anybody can claim that
                 assert answer[0] == status, (values, header)
-            assert call(instance, "/stats")[0] == 200
+            open_to_others = values.get("metrics_host") == "0.0.0.0"
+            for path in ("/stats", "/requests"):
+                without = call(instance, path, Host="localhost:1")[0]
+                assert without == (expected[""] if open_to_others else 200)
+                if "Bearer secret" in expected:
+                    assert call(instance, path, Authorization="Bearer secret", Host="localhost:1")[0] == 200
+            with urllib.request.urlopen(instance.scheduler.metrics_url, timeout=10) as answer:
+                assert answer.status == 200  # Prometheus brings no token
         finally:
             instance.close()
 
