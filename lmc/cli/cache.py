@@ -63,6 +63,8 @@ def stats(
     """Watch tiers, hit rates, transfers and misses of a running cache. Stop it with Ctrl-C. LMC_ADMIN_TOKEN is the token, if one is needed."""
     import os
 
+    import os
+
     import orjson
 
     from lmc.probe.watch import read_stats, watch

@@ -18,7 +18,7 @@ from threading import Thread
 
 logger = logging.getLogger(__name__)
 
-MOST_CONNECTIONS = 64
+MOST_CONNECTIONS = 256
 REQUEST_SECONDS = 30.0  # from the last answer, or from the connection, to the last byte of the request
 ANSWER_SECONDS = 30.0
 MAX_HEAD = 16 << 10
