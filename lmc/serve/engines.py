@@ -150,7 +150,10 @@ def _vllm_cpu_cores(extra: Sequence[str]) -> dict[str, str]:
     """Left alone, vLLM keeps cores free, and more of them with a connector than without one."""
     if "VLLM_CPU_OMP_THREADS_BIND" in os.environ or value("--tensor-parallel-size", extra) not in (None, "1"):
         return {}
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))}
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    engines = len(_vllm_engines(extra))
+    own = [cores[first::engines] or cores for first in range(engines)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(of_engine) for of_engine in own)}
 
 
 def _on_cpu() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_vllms_own_cache_is_a_share_of_free_memory(
     own = command("--kv-cache-memory-bytes", "5")
     assert own.arguments.count("--kv-cache-memory-bytes") == 1
     assert "VLLM_CPU_KVCACHE_SPACE" not in own.environment
+
+
+def test_each_engine_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_on_cpu", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 1, 2})
+    for extra, bound in (([], "1,2,3"), (["-dp", "2"], "1,3|2"), (["-dp", "4"], "1|2|3|1,2,3")):
+        assert command(*extra).environment["VLLM_CPU_OMP_THREADS_BIND"] == bound
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in command("--tensor-parallel-size", "2").environment
 
 
 def test_an_engine_without_an_api_has_no_health(on_cpu: bool) -> None:
