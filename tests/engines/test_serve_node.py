@@ -24,7 +24,7 @@ from tests.services import LOCAL
 
 pytestmark = pytest.mark.engine
 
-ENGINE = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--block-size", "16"]
+ENGINE = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32"]
 ENGINE += ["--no-enable-prefix-caching", "--skip-tokenizer-init"]
 MIB = 1 << 20
 
@@ -102,7 +102,7 @@ def serve(
 def test_two_engines_share_a_node_and_a_stop_loses_no_write(tiny_llama: Path, tmp_path: Path) -> None:
     disk, record = tmp_path / "disk", tmp_path / "trace.jsonl"
     arguments = ["--host-capacity", "512MiB", "--disk-path", str(disk), "--disk-capacity", "1GiB"]
-    arguments += ["--record", str(record), "--chunk-tokens", "16"]
+    arguments += ["--record", str(record), "--chunk-tokens", "32"]
     parallel = ["--data-parallel-size", "2", "--kv-cache-memory-bytes", str(256 * MIB)]
     os.environ["LMC_IO_THREADS"] = "1"
     try:
@@ -119,7 +119,7 @@ def test_two_engines_share_a_node_and_a_stop_loses_no_write(tiny_llama: Path, tm
     for tier, capacity in (("host", 512 * MIB), ("disk", 1 << 30)):
         slots = [stats["tiers"][tier]["capacity"] for stats in both]
         assert slots[0] == slots[1] and 0.9 * capacity < sum(slots) * both[0]["chunk_bytes"] <= capacity
-    assert len(chunk_files(disk)) == 8 * 118
+    assert len(chunk_files(disk)) == 8 * 59
     assert not list(disk.rglob("tmp/*"))
     requests = []
     for file in (record, tmp_path / "trace.dp1.jsonl"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lmc.cache.config import RedisConfig
 from lmc.cache.tiers.redis import RedisTier
 from lmc.cache.tiers.redis_address import parse_address
+from lmc.cache.tiers.redis_connect import open_client
 from lmc.errors import ConfigError, TierError
 from tests import services
 from tests.contracts.tier import NUM_KEYS, SCOPE, OpenTier, TierContract, key, load, payload
@@ -338,6 +339,25 @@ class TestAddress:
         assert parse_address("unix:///run/redis.sock", "standalone").socket_path == "/run/redis.sock"
         assert parse_address("unix://:p@/run/redis.sock?db=3", "standalone").password == "p"
         assert parse_address("redis://h?db=4", "standalone").db == 4
+
+    def test_a_certificate_must_be_made_for_the_hosts_name(self, tmp_path: Path) -> None:
+        made = services.make_certificate(tmp_path)  # for 127.0.0.1
+        with services.tls_redis(tmp_path, made) as port:
+            right, wrong = (
+                RedisTier(redis_config(url=f"rediss://{host}:{port}", ca_file=made.certificate), SCOPE)
+                for host in (services.LOCAL, "localhost")
+            )
+            right.put(key(1), payload(1))
+            with pytest.raises(TierError, match=r"(?i)hostname mismatch"):
+                wrong.put(key(1), payload(1))
+            right.close()
+
+    def test_what_is_checked_does_not_depend_on_redis_pys_version(self) -> None:
+        for mode in ("standalone", "sentinel"):
+            config = redis_config(url="rediss://one", mode=mode)
+            client = open_client(config, parse_address("rediss://one", mode))
+            options = client.connection_pool.connection_kwargs
+            assert (options["ssl_check_hostname"], options["ssl_cert_reqs"]) == (True, "required")
 
     def test_sentinels_that_want_a_password_of_their_own(self, tmp_path: Path) -> None:
         for name in ("server", "sentinel"):
