@@ -176,8 +176,8 @@ class CacheConfig(Section):
     record: Path | None = None
     """Record every lookup in this file, for lmc sim. Data-parallel engines write one file each: trace.jsonl, trace.dp1.jsonl, and so on."""
     engines_on_node: int | None = Field(default=None, ge=1, le=1024)
-    """Number of engines on this node that share host.capacity, and disk.capacity in one folder. By default it is the number of data-parallel
-    engines that the engine reports. Set it where each engine is started by itself."""
+    """Number of engines on this node that share host.capacity, and disk.capacity in one folder. By default it is the number of
+    data-parallel engines that the engine reports. Set it where each engine is started by itself."""
     host: HostConfig = HostConfig()
     """The host tier keeps chunks in CPU memory."""
     disk: DiskConfig = DiskConfig()

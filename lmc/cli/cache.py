@@ -60,9 +60,7 @@ def stats(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates of the table.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print the table once and stop.")] = False,
 ) -> None:
-    """Watch tiers, hit rates, transfers and misses of a running cache. Stop it with Ctrl-C. LMC_ADMIN_TOKEN is the token, if one is needed."""
-    import os
-
+    """Watch tiers, hit rates, transfers and misses of a running cache. Stop it with Ctrl-C. LMC_ADMIN_TOKEN is the token, if one is set."""
     import os
 
     import orjson
