@@ -16,12 +16,38 @@ def test_the_ready_line_tells_the_tiers_over_all_ranks(tmp_path, num_ranks):
         host, disk = (slots for _, slots in instance.scheduler.directory.usage().values())
         sizes = [format_size(slots * CHUNK_BYTES * num_ranks) for slots in (host, disk)]
         expected = f"host {sizes[0]} ({host:,} chunks), disk {sizes[1]} ({disk:,} chunks)"
-        assert _describe_cache(True, url) == f'metrics={url} tiers="{expected}"'
+        config = settings(metrics_enabled=True, metrics_port=int(url.split(":")[2].removesuffix("/metrics")))
+        assert _describe_cache(config, range(1)) == f'metrics={url} tiers="{expected}"'
     finally:
         instance.close()
 
 
 def test_the_ready_line_tells_a_cache_that_does_not_answer() -> None:
-    assert _describe_cache(True, f"http://{LOCAL}:{free_port()}/metrics").startswith("cache=FAILED (")
-    assert _describe_cache(True, None) == "cache=on metrics=off"
-    assert _describe_cache(False, None) == "cache=off"
+    config = settings(metrics_enabled=True, metrics_port=free_port())
+    assert _describe_cache(config, range(1)).startswith("cache=FAILED (")
+    assert _describe_cache(settings(), range(1)) == "cache=on metrics=off"
+    assert _describe_cache(None, range(1)) == "cache=off"
+
+
+def test_the_ready_line_of_several_engines_names_the_first_and_tells_how_many() -> None:
+    instance = Instance(settings(metrics_enabled=True))
+    try:
+        port = int(str(instance.scheduler.metrics_url).split(":")[2].removesuffix("/metrics"))
+        line = _describe_cache(settings(metrics_enabled=True, metrics_port=port - 4), range(4, 6))
+        assert line.startswith(f"metrics=http://{LOCAL}:{port}/metrics ") and line.endswith(" engines=2")
+    finally:
+        instance.close()
+
+
+def test_the_ready_line_where_the_tiers_are_told_for_a_token_only() -> None:
+    """lmc serve has the token; where there is none, it says where Prometheus may ask."""
+    for token, told in (("hush", True), (None, False)):
+        values = {"metrics_enabled": True, "metrics_host": "0.0.0.0", "admin_token": token}
+        instance = Instance(settings(**values))
+        try:
+            port = int(str(instance.scheduler.metrics_url).split(":")[2].removesuffix("/metrics"))
+            line = _describe_cache(settings(**values, metrics_port=port), range(1))
+            assert line.startswith(f"metrics=http://0.0.0.0:{port}/metrics") and ("tiers=" in line) is told
+            assert "hush" not in line
+        finally:
+            instance.close()
