@@ -1,4 +1,4 @@
-"""Which chunk is in which tier and slot, who has it pinned, what goes next. Start with directory.py."""
+"""The directory: which chunk is in which tier and slot, what holds it there, and what is evicted next. Start with directory.py."""
 
 from __future__ import annotations
 

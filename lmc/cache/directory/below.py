@@ -1,7 +1,7 @@
-"""What is written to the tiers below the host, when, and what goes from them.
+"""Decides which chunks are written to the lower tiers (disk, Redis, S3), when, and which are evicted or deleted there.
 
-Bounded tiers (disk) take a chunk only behind its parent, so the missing part of its path is written first. Remote tiers have their own
-eviction; nothing but the name of the chunk matters there.
+A bounded tier (disk) holds a chunk only together with its parent, so the missing part of its path is written first. Remote tiers have
+their own eviction, so a chunk can be written there without its parent.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Below:
         self._writing: dict[str, int] = {}  # bounded tier -> writes under way
         self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first
         self._relieving: set[int] = set()  # deletions that make room in a medium that is fuller than its capacity says
-        self._demoting: dict[int, int] = {}  # node -> writes after which its host copy goes
+        self._demoting: dict[int, int] = {}  # node -> open writes after which its host copy is evicted
 
     @property
     def exists(self) -> bool:
@@ -82,7 +82,7 @@ class Below:
             self.write(node)
 
     def after_touch(self, nodes: Sequence[int]) -> None:
-        """A chunk whose write was dropped, or not yet due, gets another chance."""
+        """Write touched chunks that lower tiers still lack, because their write was dropped, or was not yet due."""
         if self._write == "back" or not self.exists:
             return
         host = self._places.host.state
@@ -91,7 +91,7 @@ class Below:
                 self.write(node)
 
     def make_room(self) -> bool:
-        """See to it that a host slot is free."""
+        """Make sure that a host slot is free."""
         places = self._places
         if places.num_free_slots:
             return True
@@ -104,7 +104,7 @@ class Below:
         return True
 
     def demote_ahead(self) -> None:
-        """Write-back: keep some slots free, so that a store needn't wait for a tier below."""
+        """In write mode back, keep some slots free, so that a store does not wait for a lower tier."""
         places = self._places
         missing = self._reserve - places.num_free_slots - len(self._demoting)
         for _ in range(missing):
@@ -119,7 +119,7 @@ class Below:
     # What
 
     def has_copy(self, node: int) -> bool:
-        """A tier below the host has the chunk."""
+        """Whether a tier below the host has the chunk."""
         key = self._places.nodes.key(node)
         return self._places.tier_below(node) is not None or any(key in remote for remote in self.remotes)
 
@@ -128,7 +128,7 @@ class Below:
         self._places.leave_host(node)
 
     def write(self, node: int, *, demotes: bool = False) -> bool:
-        """Ask for copies of a host chunk in the tiers below that lack it. False if there was nothing to ask for."""
+        """Queue writes of a host chunk to the lower tiers that lack it. False if no write was queued."""
         asked = False
         for residents in self._places.below:
             if residents.state[node] == ABSENT and self._write_path(residents, node, demotes):
@@ -146,7 +146,7 @@ class Below:
         return self._issue("delete", node, places.nodes.key(node), residents.name)
 
     def delete_remote(self, remote: RemoteKeys, key: ChunkKey) -> None:
-        """Delete what others may have stored; this instance's own chunks in a shared tier go by delete()."""
+        """Delete chunks that other instances may have stored. This instance's own chunks in a shared tier are deleted by delete()."""
         node = self._places.nodes.find(key)
         own = self._places.set_of(remote.name)
         if (own is None or node < 0 or own.state[node] == ABSENT) and remote.begin_delete(key):
@@ -208,7 +208,7 @@ class Below:
         return self._places.touches[node] >= self._write_touches
 
     def _write_path(self, residents: ResidentSet, node: int, demotes: bool) -> bool:
-        """Write the chunk and, before it, those of its ancestors that the tier lacks. False if it cannot be reached or queued."""
+        """Queue writes of the chunk and of its ancestors that the tier lacks. False if an ancestor is gone or the queue is full."""
         places = self._places
         path: list[int] = []
         step = node

@@ -1,4 +1,4 @@
-"""Makes a directory from settings: the one place where they meet, for the live cache and for the simulator."""
+"""Builds a directory from settings, for the live cache and for the simulator."""
 
 from __future__ import annotations
 

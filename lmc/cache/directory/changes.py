@@ -1,4 +1,4 @@
-"""Which chunk became readable in which bounded tier, or left it, for whoever tells others. Nothing is kept until somebody watches."""
+"""Log of chunks that became readable in a bounded tier, or were removed from it. It stays empty until watch() is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmc.cache.keys import ChunkKey
 class Change(NamedTuple):
     tier: str
     key: ChunkKey
-    readable: bool  # a chunk that leaves may never have been
+    readable: bool  # False: removed, although it may never have been readable
 
 
 class Changes:
@@ -19,13 +19,13 @@ class Changes:
         self._changes: list[Change] = []
 
     def watch(self) -> None:
-        """Keep changes from now on; take() must be called regularly."""
+        """Start the log. From now on take() must be called regularly."""
         self.watched = True
 
     def note(self, tier: str, key: ChunkKey, readable: bool) -> None:
         self._changes.append(Change(tier, key, readable))
 
     def take(self) -> list[Change]:
-        """What changed since the last call, in order."""
+        """Changes since the last call, in order."""
         taken, self._changes = self._changes, []
         return taken

@@ -1,7 +1,7 @@
-"""The directory: which chunk is in which tier and slot, who has it pinned, what goes next.
+"""The directory: which chunk is in which tier and slot, what holds it there, and what is evicted next.
 
-It does no I/O, holds no bytes, takes no lock and reads no clock; it lives on the engine's scheduler thread. It hands out *tickets* (what is
-to be copied) and believes only what complete() reports. The simulator runs this very object.
+It does no I/O, holds no bytes, takes no lock and reads no clock; it lives on the engine's scheduler thread. It hands out *tickets*
+(copies to make), and only complete() changes what it believes about them. The simulator runs the same object.
 
     directory.py    what requests, reports and people ask for
     places.py       nodes, slots, states, parents, holds
@@ -35,7 +35,7 @@ _REMOTE_KEYS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Answer of a lookup: the tier of each chunk of the longest stored prefix, fastest first, and why it ends there."""
+    """Answer of a lookup: the fastest tier of each chunk of the longest stored prefix, and why the prefix ends there."""
 
     tiers: tuple[str, ...]
     miss: str | None  # a Miss, or evicted_from(tier)
@@ -48,8 +48,8 @@ class Found:
 class Directory:
     """host_slots fixed slots in host memory and, below it, bounded tiers in order of speed (name to capacity in chunks).
 
-    remote: tiers whose content others change. What is there is learned with learn(). A name that is in `below` too is a shared tier: it
-    holds this instance's chunks, which count against the capacity, and those of others. tenant_quota: host slots that one tenant may take.
+    remote: tiers that other instances write to. learn() records what they hold. A name that is also in `below` is a shared tier: it holds
+    this instance's chunks, which count against the capacity, and those of others. tenant_quota: host slots that one tenant may take.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Directory:
         return Found(tuple(tiers), None)
 
     def tiers_of(self, key: ChunkKey) -> list[str]:
-        """Every tier from which the chunk can be read, as far as is known."""
+        """All tiers from which the chunk can be read, as far as is known."""
         node = self._places.nodes.find(key)
         tiers = [residents.name for residents in self._places.sets if node >= 0 and residents.readable(node)]
         return tiers + [remote.name for remote in self._remotes if key in remote and remote.name not in tiers]
@@ -122,11 +122,11 @@ class Directory:
     # Moving chunks
 
     def store(self, keys: Sequence[ChunkKey], now: float, *, tenant: str = "", touch: bool = True) -> list[Ticket]:
-        """A request holds the chunks of keys, a whole prefix: touch what is stored, make room for what is not, or what could not be
-        brought up from a tier that is left alone.
+        """A request has computed the chunks of keys, a whole prefix: touch those that are stored, and reserve slots for
+        the others. A chunk that a stuck copy was to bring up counts as missing.
 
         Inserts and touches go from the last chunk to the first, so a parent is younger than its child. Returns a store ticket for each
-        chunk that got a slot, in order of the prefix; where slots run out, the rest is dropped.
+        chunk that got a slot, in order of the prefix. If no slot is free, the rest is dropped.
         """
         now = self._advance(now)
         places = self._places
@@ -177,7 +177,7 @@ class Directory:
         return tickets
 
     def stage(self, keys: Sequence[ChunkKey], now: float, *, first: int = 0, tenant: str = "") -> list[Ticket]:
-        """Bring chunks of a prefix, from index `first` on, into host slots; those in host already are skipped.
+        """Copy chunks of a prefix, from index `first` on, into host slots. Chunks already in host are skipped.
 
         Stops at the first chunk that cannot be read or finds no room.
         """
@@ -229,7 +229,7 @@ class Directory:
         return any(node >= 0 and in_host[node] == INCOMING for node in self._places.nodes.chain(keys))
 
     def num_settled(self, keys: Sequence[ChunkKey]) -> int:
-        """Leading chunks of keys that are stored or being stored; one that is still being staged may yet turn out to be corrupt."""
+        """Number of leading chunks that are stored or being stored. Staging chunks do not count: their bytes are not verified yet."""
         staging = self._host_slots.staging
         if not staging:
             return len(keys)
@@ -237,14 +237,14 @@ class Directory:
         return next((index for index, node in enumerate(chain) if node in staging), len(keys))
 
     def load(self, keys: Sequence[ChunkKey]) -> list[Ticket]:
-        """Promise that the host slots of keys stay as they are until the returned operations complete. All keys must be in host."""
+        """Load tickets for keys, all of which must be in host. Their host slots stay unchanged until these operations complete."""
         nodes = self._places.nodes.chain(keys)
         if any(node < 0 or not self._places.host.readable(node) for node in nodes):
             raise KeyError("a chunk to load is not in host memory")
         return [self._host_slots.load(node) for node in nodes]
 
     def complete(self, operation: int, failure: str | None, now: float) -> Ticket | None:
-        """An operation ended on all ranks; failure is a word for its cause. Returns its ticket, or None if the operation is not open."""
+        """An operation ended on all ranks; failure is its cause. Returns its ticket, or None if the operation is not open."""
         self._advance(now)
         done = self._operations.close(operation)
         if done is None:
@@ -272,7 +272,7 @@ class Directory:
                 self._host_slots.strand(stuck)
 
     def take_tickets(self) -> list[Ticket]:
-        """Writes and deletes that became due since the last call."""
+        """Tickets of the writes and deletes that became due since the last call."""
         tickets, self._below.outbox = self._below.outbox, []
         return tickets
 
@@ -281,17 +281,17 @@ class Directory:
     def restore(
         self, tier: str, keys: Iterable[ChunkKey], now: float, parents: Mapping[ChunkKey, ChunkKey] | None = None
     ) -> list[ChunkKey]:
-        """Believe that a bounded tier holds keys (oldest first), as a scan found; parents: the chunk before each, as far as known.
+        """Add keys (oldest first) that a scan found in a bounded tier. parents: the chunk before each, as far as known.
 
-        A chunk counts as young as the youngest that continues it. Returns the oldest ones that are beyond the tier's capacity; none of them
-        is continued by one that stays.
+        A chunk counts as young as the youngest one that continues it. Returns the oldest chunks beyond the tier's capacity, which are not
+        added. No chunk that was added continues one of them.
         """
         residents = self._places.set_of(tier)
         assert residents is not None
         return restore(self._places, residents, keys, parents or {}, self._advance(now))
 
     def learn(self, tier: str, keys: Sequence[ChunkKey], present: Sequence[bool]) -> None:
-        """A remote or shared tier was asked for keys."""
+        """Record the answer of a remote or shared tier that was asked for keys."""
         remote = next(remote for remote in self._remotes if remote.name == tier)
         own = self._places.set_of(tier)
         for key, there in zip(keys, present, strict=True):
@@ -304,9 +304,9 @@ class Directory:
     # Removing
 
     def clear(self, tenant: str | None = None) -> int:
-        """Forget every chunk, or every known chunk of a tenant, that no operation and no pin holds; the tiers below get deletions.
+        """Remove all chunks, or all known chunks of a tenant, that no operation and no pin holds. Lower tiers get deletions.
 
-        Returns how many of them remain.
+        Returns how many chunks remain.
         """
         return self._removal.all_of(tenant)
 
@@ -318,11 +318,11 @@ class Directory:
         return in_use
 
     def clear_from(self, keys: Sequence[ChunkKey]) -> int:
-        """Forget the last chunk of a prefix and all chunks that continue it, as clear() does. Costs a pass over all chunks."""
+        """Remove the last chunk of a prefix and all chunks that continue it, as clear() does. It walks all chunks."""
         return self._removal.from_chunk(keys[-1])
 
     def expire(self, now: float) -> None:
-        """Drop pins whose time is over, and chunks whose time to live is. Remote tiers keep their own time."""
+        """Drop expired pins, and remove chunks whose time to live is over. Remote tiers keep their own time."""
         now = self._advance(now)
         self._pins.drop_expired(now)
         if self._places.ages.ttl is not None:
@@ -331,14 +331,14 @@ class Directory:
     # Pins
 
     def pin(self, keys: Sequence[ChunkKey], owner: str, expires: float) -> int:
-        """Keep chunks from eviction until unpin(owner) or the expiry. An owner has one pin; a second call adds to it.
+        """Hold chunks against eviction until unpin(owner) or the expiry. An owner has one pin; a second call adds to it.
 
-        Returns how many of keys it covers: those in a bounded tier.
+        Returns how many of keys are held: those in a bounded tier.
         """
         return self._pins.add(keys, owner, expires)
 
     def unpin(self, owner: str) -> bool:
-        """Give up an owner's pin; False if it has none."""
+        """Drop an owner's pin. False if it has none."""
         return self._pins.drop(owner)
 
     def pins(self) -> dict[str, tuple[int, float]]:
@@ -349,12 +349,12 @@ class Directory:
 
     @property
     def has_other_writers(self) -> bool:
-        """Some tier holds what others store there, so it must be asked for chunks that are not known."""
+        """Whether other instances write to a tier, so that it must be asked for chunks that are not known."""
         return bool(self._remotes)
 
     @property
     def num_open(self) -> int:
-        """Operations handed out and not completed."""
+        """Number of operations handed out and not completed."""
         return len(self._operations)
 
     @property
@@ -368,7 +368,7 @@ class Directory:
 
     @property
     def num_writing(self) -> dict[str, int]:
-        """Writes handed out and not completed, by tier."""
+        """Number of writes handed out and not completed, by tier."""
         return self._below.num_writing
 
     def usage(self) -> dict[str, tuple[int, int]]:
@@ -376,11 +376,11 @@ class Directory:
         return {residents.name: (residents.count, residents.capacity) for residents in self._places.sets}
 
     def known_remote(self) -> dict[str, int]:
-        """Remote or shared tier to the chunks of others that are known to be there."""
+        """Remote or shared tier to the number of chunks of others that are known to be there."""
         return {remote.name: len(remote) for remote in self._remotes}
 
     def check(self) -> None:
-        """Assert the invariants; for tests and the end of a replay."""
+        """Assert the invariants. Tests and replays call it."""
         self._places.check(idle=not self._operations and not self._pins)
 
     # Inside
@@ -393,7 +393,7 @@ class Directory:
         return self._now
 
     def _source(self, key: ChunkKey, node: int, now: float) -> str | None:
-        """Where a chunk that may be elsewhere than in host can be read."""
+        """The tier from which a chunk that may not be in host can be read."""
         places = self._places
         if node >= 0 and not places.ages.expired(node, now):
             if places.host.state[node] == RESIDENT:

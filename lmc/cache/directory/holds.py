@@ -105,7 +105,7 @@ class Pins:
         return len(self._pins)
 
     def add(self, keys: Sequence[ChunkKey], owner: str, expires: float) -> int:
-        """How many of keys could be pinned: those in a bounded tier. An owner has one pin; a second call adds to it."""
+        """Pin those of keys that are in a bounded tier, and return their number. An owner has one pin; a second call adds to it."""
         places = self._places
         nodes, _ = self._pins.get(owner, ([], 0.0))
         added = [node for node in places.nodes.chain(keys) if node >= 0 and places.present(node)]
@@ -115,7 +115,7 @@ class Pins:
         return len(added)
 
     def drop(self, owner: str) -> bool:
-        """False if the owner has no pin."""
+        """Drop the owner's pin. False if it has none."""
         pin = self._pins.pop(owner, None)
         if pin is None:
             return False

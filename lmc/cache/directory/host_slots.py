@@ -1,4 +1,4 @@
-"""Copies into host slots and out of them: the room that they need, and what follows when they end."""
+"""Bookkeeping for host-slot copies: reserve a slot, and update the state when the copy completes or fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HostSlots:
         self._counts = counts
 
     def make_room(self, tenant: str) -> bool:
-        """See to it that a slot is free, and that the tenant may take it."""
+        """Make sure that a slot is free, and that the tenant may take it."""
         places = self._places
         if places.tenants.at_quota(tenant):
             node = places.tenants.oldest(tenant, places.host.holds)
@@ -39,7 +39,7 @@ class HostSlots:
         return self._below.make_room()
 
     def store(self, key: ChunkKey, chain: list[int], index: int, tenant: str, now: float) -> Ticket | None:
-        """Take a slot for the chunk at index, whose blocks hold it now; its node, if new, goes into chain. None: no room."""
+        """Reserve a host slot for chain[index]. Writes a newly created node into chain[index]. Returns None if no slot is available."""
         places, node = self._places, chain[index]
         if node >= 0 and places.host.state[node] != ABSENT:
             return None  # a failed load still has transfers under way
@@ -60,7 +60,7 @@ class HostSlots:
         return self._issue("store", node, HOST)
 
     def stage(self, node: int, tier: str) -> Ticket:
-        """Take a slot, for which there is room, for a chunk of a tier below."""
+        """Reserve a free host slot for a chunk of a lower tier."""
         self._places.take_slot(node)
         self.staging.add(node)
         return self._issue("stage", node, tier)
@@ -69,7 +69,7 @@ class HostSlots:
         return self._issue("load", node, HOST)
 
     def complete(self, done: Operation, failure: str | None) -> None:
-        """A store, a stage or a load ended."""
+        """Update the state after a store, a stage or a load ended."""
         ticket, node, places = done.ticket, done.node, self._places
         if done.stranded_slot >= 0:
             places.free_stranded(done.stranded_slot)
@@ -103,7 +103,7 @@ class HostSlots:
         places.forget_unused(node)
 
     def free_spoiled(self) -> None:
-        """Free the slots of failed loads to which no transfer refers any more."""
+        """Free the slots of failed loads that no transfer uses any more."""
         if not self._spoiled:
             return
         busy = {operation.node for operation in self._operations}
@@ -119,7 +119,7 @@ class HostSlots:
                 remote.learn(ticket.key)
 
     def _doubt_source(self, ticket: Ticket, node: int, failure: str) -> None:
-        """A stage failed: where the chunk cannot be read, it counts as absent."""
+        """After a failed stage, delete or forget the chunk in its tier, unless the failure says nothing about the chunk."""
         residents = self._places.set_of(ticket.tier)
         if residents is not None and residents.readable(node):
             if failure not in _CHUNK_IS_FINE:

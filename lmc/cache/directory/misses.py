@@ -1,4 +1,4 @@
-"""Why a chunk is absent."""
+"""Reasons why a chunk is absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Miss(StrEnum):
     NO_ROOM = "no room to store"
     IN_FLIGHT = "store in flight"
     CLEARED = "cleared"
-    # These are found out by the engine, not by the directory:
+    # The request finds these out, not the directory:
     SALT_DIFFERS = "salt differs"  # the first chunk is there for another tenant or adapter
     BELOW_MINIMUM = "below minimum"
     LOAD_DEADLINE = "load deadline"
@@ -33,7 +33,7 @@ def evicted_from(tier: str) -> str:
 
 
 class MissLog:
-    """The last reasons, by key, in two generations: when the young one is full, the old one is forgotten."""
+    """The newest reasons, by key, in two generations. When the young generation is full, the old one is forgotten."""
 
     def __init__(self) -> None:
         self._young: dict[ChunkKey, str] = {}

@@ -51,7 +51,7 @@ class Nodes:
         return [self.find(key) for key in keys]
 
     def add(self, key: ChunkKey) -> int:
-        """A node for a new key; there must be a free one."""
+        """Assign a node to a new key. A free node must exist."""
         node = self._free
         if node >= 0:
             self._free = self._next[node]

@@ -44,7 +44,7 @@ class Places:
         self.tenants = Tenants(num_nodes, tenant_quota)
         self.misses = MissLog()
         self.changes = Changes()
-        self.access = 0  # the number of the request, which is the policies' clock
+        self.access = 0  # number of the request: the policies' clock
         self.slots = array("i", [-1]) * num_nodes
         self.unreached: set[int] = set()  # nodes below the host that could not be brought up when they were wanted
         self.touches = array("H", bytes(2 * num_nodes))
@@ -62,11 +62,11 @@ class Places:
         return next((residents for residents in self.sets if residents.name == tier), None)
 
     def present(self, node: int) -> bool:
-        """The chunk is in some tier, or on its way into one."""
+        """Whether the chunk is in a tier, or on its way into one."""
         return any(residents.present(node) for residents in self.sets)
 
     def parent_key(self, node: int) -> ChunkKey | None:
-        """None for the first chunk of a prefix."""
+        """Key of the chunk before it, or None for the first chunk of a prefix."""
         parent = self.parents[node]
         return self.nodes.key(parent) if parent >= 0 else None
 
@@ -90,7 +90,7 @@ class Places:
         return node
 
     def forget_unused(self, node: int) -> None:
-        """Free a node to which nothing refers any more."""
+        """Free a node if nothing refers to it any more."""
         if self.nodes.keys[node] is not None and all(residents.unused(node) for residents in self.sets):
             self.nodes.remove(node)
             self.unreached.discard(node)
@@ -103,7 +103,7 @@ class Places:
                 self.forget_unused(node)
 
     def adopt(self, node: int, parent: int, tenant: str) -> None:
-        """Learn the parent and the tenant of a chunk that a scan found."""
+        """Record the parent and the tenant of a chunk that a scan found."""
         self.tenants.assign(node, tenant)
         if self.parents[node] < 0 <= parent:
             self.parents[node] = parent
@@ -112,7 +112,7 @@ class Places:
                     self._hold_parent(node, residents, 1)
 
     def subtree(self, root: int) -> list[int]:
-        """A chunk and all that continue it. Costs a pass over all nodes."""
+        """The chunk and all chunks that continue it. It walks all nodes."""
         children: dict[int, list[int]] = {}
         for node in self.nodes:
             if self.present(node):
@@ -133,7 +133,7 @@ class Places:
                     holds[node] += by
 
     def hold_one(self, node: int, by: int) -> None:
-        """The same for one node; a chunk that only a remote tier knows has none (-1)."""
+        """Add or remove one hold on a node. -1 is skipped: a chunk that only a remote tier holds has no node."""
         if node >= 0:
             for residents in self.sets:
                 residents.holds[node] += by
@@ -153,13 +153,13 @@ class Places:
         self._hold_parent(node, residents, 1)
 
     def arrive(self, residents: ResidentSet, node: int) -> None:
-        """The chunk is readable from now on."""
+        """Mark the chunk as readable."""
         residents.state[node] = RESIDENT
         if self.changes.watched:
             self.changes.note(residents.name, self.nodes.key(node), readable=True)
 
     def leave(self, residents: ResidentSet, node: int) -> None:
-        """Not readable any more and not the policy's; the place is still taken."""
+        """Make the chunk unreadable and tell the policy. Its place stays taken."""
         residents.retire(node)
         if self.changes.watched:
             self.changes.note(residents.name, self.nodes.key(node), readable=False)
@@ -192,12 +192,12 @@ class Places:
         self._free_slots.append(slot)
 
     def insert(self, residents: ResidentSet, nodes: Sequence[int]) -> None:
-        """In the same order as touches."""
+        """Tell the policy of new chunks, from the last to the first, as touches do."""
         for node in reversed(nodes):
             residents.insert(node, self.access)
 
     def touch(self, nodes: Sequence[int], now: float) -> None:
-        """From the last chunk to the first, so that a parent is younger than its child."""
+        """Touch chunks from the last to the first, so that a parent is younger than its child."""
         in_host = self.host.state
         for node in reversed(nodes):
             for residents in self.sets:

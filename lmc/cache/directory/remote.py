@@ -1,7 +1,7 @@
-"""What is known of a tier without a capacity of ours (Redis, S3): a bounded memory of keys that are there.
+"""Bounded memory of the keys that are known to be in a tier which evicts on its own (Redis, S3).
 
-Such a tier has its own eviction, so knowledge may be out of date: a stage then fails and the chunk counts as absent. After BELIEVED_SECONDS
-a chunk that is in use here is written again, since nothing tells when a server was emptied.
+A key that the tier has evicted since may still be in this memory. Then its stage fails, and the chunk counts as absent.
+After BELIEVED_SECONDS a chunk that is in use here is written again, because nothing tells when a server was emptied.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lmc.cache.keys import ChunkKey
 
-_FIRST_BATCH = 16  # keys; most prompts end early or are all there
+_FIRST_BATCH = 16  # keys; for most prompts, few or all of the chunks are there
 
 
 def leading(
@@ -19,7 +19,7 @@ def leading(
 ) -> tuple[Sequence[ChunkKey], list[bool]]:
     """Ask a tier for consecutive chunks of a prefix, in growing batches up to the one with the first absent chunk.
 
-    Returns the keys that were asked for, and which of them are there.
+    Returns the keys that were asked for, and for each whether it is there.
     """
     present: list[bool] = []
     size = _FIRST_BATCH
@@ -54,7 +54,7 @@ class RemoteKeys:
         return self._known.keys()
 
     def learn(self, key: ChunkKey) -> None:
-        """The key is there; not believed while its deletion is under way."""
+        """Record that the key is there, unless its deletion is under way."""
         if key in self._deleting:
             return
         self._known[key] = self.now
@@ -83,7 +83,7 @@ class RemoteKeys:
             self.learn(key)
 
     def begin_delete(self, key: ChunkKey) -> bool:
-        """False when a write or another deletion of the key is under way."""
+        """Start a deletion. False if a write or another deletion of the key is under way."""
         if key in self._writing or key in self._deleting:
             return False
         self.forget(key)

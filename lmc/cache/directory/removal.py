@@ -1,4 +1,4 @@
-"""Taking chunks out of every tier: expired ones, and those that somebody wants gone."""
+"""Removes expired and explicitly cleared chunks from every tier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Removal:
         self._counts = counts
 
     def all_of(self, tenant: str | None) -> int:
-        """Every chunk, or every known chunk of a tenant. Returns how many remain because something holds them."""
+        """Remove all chunks, or all known chunks of a tenant. Returns how many remain because something holds them."""
         places = self._places
         nodes = [node for node in places.nodes if tenant is None or places.tenants.owns(tenant, node)]
         keys = [places.nodes.key(node) for node in nodes]
@@ -35,7 +35,7 @@ class Removal:
         return {key for key in keys if find(key) >= 0}
 
     def from_chunk(self, key: ChunkKey) -> int:
-        """A chunk and all that continue it. Costs a pass over all nodes. Returns how many remain."""
+        """Remove a chunk and all chunks that continue it. It walks all nodes. Returns how many remain."""
         places = self._places
         root = places.nodes.find(key)
         nodes = places.subtree(root) if root >= 0 else []
@@ -55,7 +55,7 @@ class Removal:
         return sum(node >= 0 and self._places.present(node) for node in self._places.nodes.chain(keys))
 
     def _remove(self, nodes: Sequence[int], why: Miss, cause: Cause) -> None:
-        """From the bounded tiers, children before parents, as far as nothing holds them."""
+        """Remove nodes that nothing holds from the bounded tiers, children before parents."""
         places = self._places
         wanted = set(nodes)
         for start in nodes:

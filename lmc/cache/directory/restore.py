@@ -1,4 +1,4 @@
-"""What a tier held before this process began: which chunk continues which, how old each is, and what is too much."""
+"""Rebuilds a tier's index at start: parents, the order of age, and which chunks exceed the capacity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def restore(
     parents: Mapping[ChunkKey, ChunkKey],
     now: float,
 ) -> list[ChunkKey]:
-    """Directory.restore() for one tier."""
+    """Carry out Carry out Carry out Directory.restore() for one tier."""
     listed = youngest_first(keys, parents)
     kept = listed[: residents.num_free]
     nodes: dict[int, None] = {}
@@ -38,7 +38,7 @@ def restore(
 
 
 def youngest_first(oldest_first: Iterable[ChunkKey], parents: Mapping[ChunkKey, ChunkKey]) -> list[ChunkKey]:
-    """Each key once, behind its parent. A chunk is as young as the youngest that continues it."""
+    """Keys from young to old, each once and behind its parent. A chunk counts as young as the youngest one that continues it."""
     keys = dict.fromkeys(oldest_first)
     placed: set[ChunkKey] = set()
     order: list[ChunkKey] = []
