@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     keys: Sequence[ChunkKey]
     present: Sequence[bool]
     seconds: float
-    failure: str = ""  # why the tier could not be asked, one of plan.CAUSES; keys is empty
+    failure: str = ""  # failure cause (one of plan.CAUSES) if the tier did not answer; keys is then empty
 
 
 @dataclass

@@ -79,7 +79,7 @@ def sglang_view(name: str, tensor: torch.Tensor, page_size: int) -> View:
 def _view(
     name: str, tensor: torch.Tensor, num_blocks: int, axes: str, shape: list[int], strides: list[int], steps: int
 ) -> View:
-    """steps: how far a block is along dimension 0, whose elements shape[0] of them make one block."""
+    """steps: number of entries of dimension 0 per block."""
     item = tensor.element_size()
     inside = sorted(
         (stride * item, size, axis) for stride, size, axis in zip(strides, shape, axes, strict=True) if size > 1
