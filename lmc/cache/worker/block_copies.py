@@ -1,4 +1,4 @@
-"""Copies between the engine's blocks and host slots: planned, given to the transfer backend, and settled when they ended.
+"""Copies between the engine's blocks and host slots: made into descriptors, given to the transfer backend, and settled when they ended.
 
 On a CPU a copy is done when the call returns; loads for requests outside the batch run on a thread. On a device copies are queued on
 streams behind the engine's kernels, and what the engine launches later waits for them there, not on the host. Loads go layer by layer
@@ -45,7 +45,7 @@ class BlockBatch:
 
 @dataclass(eq=False)
 class _Layers:
-    """The loads of the forward pass that is about to run."""
+    """The loads of the next forward pass."""
 
     blocks: set[int]
     transfer: Transfer | None  # None: they could not be planned
@@ -53,10 +53,10 @@ class _Layers:
 
 
 class BlockCopier:
-    """The engine's thread calls; ended() gives each batch back exactly once."""
+    """Called on the engine's thread. ended() returns each batch exactly once."""
 
     def __init__(self, layout: KVLayout, slab: Slab, backend: Backend, streams: TransferStreams | None = None) -> None:
-        """streams: of the layout's device; none where copies are done when the backend returns."""
+        """streams: those of the layout's device; None if copies are done when the backend returns."""
         self.layout = layout
         self._slab = slab
         self.backend = backend
@@ -69,7 +69,7 @@ class BlockCopier:
         self._detached = False
 
     def load(self, request: RequestCopies) -> bool:
-        """Fill blocks that the next forward pass reads; what the engine launches from now on sees them. False if that failed."""
+        """Fill blocks that the next forward pass reads: kernels launched from now on see the bytes. False if that failed."""
         batch = self._batch(request, Direction.LOAD)
         if self._streams is None:
             self._copy(batch, request)
@@ -84,8 +84,8 @@ class BlockCopier:
     def start_layers(self, requests: Sequence[RequestCopies]) -> bool:
         """Queue what load() would copy for these requests, layer by layer; wait_layer() follows for each layer, then end_layers().
 
-        False, and nothing is queued, where that gains nothing: where copies are done at once, where blocks hold all layers together, or
-        where there is little to copy.
+        Returns False and queues nothing if that gains nothing: if copies are done at once, if blocks hold all layers together, or
+        if there is little to copy.
         """
         if self._streams is None or not self._by_layer:
             return False
@@ -100,7 +100,7 @@ class BlockCopier:
         return True
 
     def wait_layer(self, name: str) -> None:
-        """What the engine launches from now on sees the blocks of this layer as start_layers() has promised."""
+        """Kernels launched from now on see the blocks of this layer that start_layers() was asked for."""
         layers, index = self._layers, self._layer_of.get(name)
         if layers is None or layers.transfer is None or index is None:
             return
@@ -109,7 +109,7 @@ class BlockCopier:
         layers.missing.discard(index)
 
     def end_layers(self) -> set[int]:
-        """After the forward pass: the blocks that were not filled when it read them; none if all is well."""
+        """Call after the forward pass. Returns the blocks that were not filled when the pass read them."""
         layers, self._layers = self._layers, None
         if layers is None:
             return set()
@@ -126,7 +126,7 @@ class BlockCopier:
         return layers.blocks if layers.missing or layers.transfer.error is not None else set()
 
     def load_each_layer(self, requests: Sequence[RequestCopies], arrived: Callable[[int], None]) -> bool:
-        """Fill blocks on the calling thread, which may be any; arrived(layer) follows when a layer's bytes are in place.
+        """Fill blocks on the calling thread, which may be any. Calls arrived(layer) when a layer's bytes are in place.
 
         False if that failed.
         """
@@ -148,7 +148,7 @@ class BlockCopier:
         return not any(batch.failed for batch in batches)
 
     def load_in_background(self, request: RequestCopies) -> None:
-        """Fill blocks of a request that is in no batch until the load has ended."""
+        """Fill blocks in the background, for a request that joins no batch until the load has ended."""
         batch = self._batch(request, Direction.LOAD, background=True)
         if self._streams is None:
             self._loader.submit(self._copy, batch, request)
@@ -205,7 +205,7 @@ class BlockCopier:
         return found
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the copies under way."""
         self._loader.shutdown(wait=True)
         self.drain()
 
@@ -226,7 +226,7 @@ class BlockCopier:
             self._streams.submit(planned[0], [batch])
 
     def _copy(self, batch: BlockBatch, request: RequestCopies) -> None:
-        """Plan and copy now; on the loader's thread for loads in the background."""
+        """Make descriptors and copy now. Loads in the background call it on the loader's thread."""
         started = time.perf_counter()
         planned = self._plan([batch], [request])
         if planned is None:
@@ -242,7 +242,7 @@ class BlockCopier:
     def _plan(
         self, batches: Sequence[BlockBatch], requests: Sequence[RequestCopies], *, by_layer: bool = False
     ) -> list[Descriptors] | None:
-        """The copies of all of them, in one part or in one for each layer. None when that failed; the batches have then ended."""
+        """The descriptors of all batches, in one part or in one part per layer. None if that failed; then the batches have ended."""
         chunks = [chunk for request in requests for chunk in request.chunks]
         try:
             if self._detached:
@@ -274,7 +274,7 @@ def _batches(transfer: Transfer) -> list[BlockBatch]:
 
 
 def _share_out(seconds: float, batches: Sequence[BlockBatch]) -> None:
-    """By bytes: the batches were copied together."""
+    """Divide the time between batches that were copied together, in proportion to their bytes."""
     total = sum(batch.num_bytes for batch in batches)
     for batch in batches:
         batch.seconds = seconds * batch.num_bytes / total if total else seconds

@@ -1,4 +1,4 @@
-"""Open one rank's cache: memory and tiers as configured, less what cannot be opened."""
+"""Opens one rank's cache: memory and tiers as configured, without those tiers that cannot be opened."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:
 
 
 def open_streams(device: str, backend: Backend) -> TransferStreams | None:
-    """The store and load streams beside a device's compute stream; none on a CPU."""
+    """The store and load streams beside a device's compute stream, or None on a CPU."""
     if not device.startswith("cuda"):
         return None
     from lmc.cache.transfer.runtimes import CudaRuntime

@@ -1,4 +1,4 @@
-"""The worker: one rank's memory and tiers. It does what a plan says and reports; it decides nothing.
+"""The worker: one rank's memory and tiers. It carries out plans and reports; it takes no decision.
 
 Copies between blocks and slots are the BlockCopier's; their outcomes are noted on the engine's thread. Copies between slots and the tiers
 below are the TierCopier's; its threads touch nothing but slots.
@@ -35,9 +35,9 @@ WRITE_NICENESS = 10  # a tenth of the weight of an ordinary thread: enough to ge
 
 
 class CacheWorker:
-    """Chunks between an engine's KV cache (the copier's), a slab of host slots and tiers by name.
+    """Moves chunks between an engine's KV cache (through the copier), a slab of host slots, and tiers by name.
 
-    io_threads: by tier, how many read and how many write at once.
+    io_threads: number of read threads, and number of write threads, by tier.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class CacheWorker:
         self._fault = 0  # forward passes that ran on unfilled blocks
 
     def ready(self) -> WorkerReady:
-        """What this rank holds. Scans the tiers below."""
+        """Message of what this rank holds. It scans the bounded tiers."""
         warnings = list(self._warnings)
         stored = {}
         parents: dict[ChunkKey, ChunkKey] = {}
@@ -97,7 +97,7 @@ class CacheWorker:
         )
 
     def begin(self, work: Plan, *, by_layer: bool = False) -> None:
-        """Before the forward pass: start what runs in the background and fill the blocks that the pass reads.
+        """Call before the forward pass. Starts background copies and fills the blocks that the pass reads.
 
         by_layer: the pass will call wait_layer() before each layer reads its blocks, so loads may still be under way when this returns.
         """
@@ -114,14 +114,14 @@ class CacheWorker:
         self._note_unfilled(unfilled)
 
     def wait_layer(self, name: str) -> None:
-        """Before a layer of the forward pass reads its blocks."""
+        """Call before a layer of the forward pass reads its blocks."""
         self.copier.wait_layer(name)
 
     def end(self, work: Plan) -> None:
-        """After the forward pass: copy the blocks that it filled.
+        """Call after the forward pass. Copies the blocks that the pass filled.
 
-        Once a pass ran on blocks that were not filled, whatever it computed is garbage, in other requests that share the blocks too, and
-        so is what the passes compute that were planned before the scheduler knew. Nothing of them is stored.
+        If a pass ran on blocks that were not filled, all that it computed is garbage, also for other requests that share the blocks. So are the
+        results of passes that were scheduled before the scheduler knew. None of them is stored.
         """
         self._note_unfilled(self.copier.end_layers())
         poisoned = work.known_faults.get(self._rank, 0) < self._fault
@@ -144,19 +144,19 @@ class CacheWorker:
         self.copier.attach()
 
     def take_failed_blocks(self) -> set[int]:
-        """Blocks that were promised and not filled, since the last call."""
+        """Blocks that were promised but not filled, since the last call."""
         self._settle()
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
     def take_loaded(self) -> set[str]:
-        """Requests whose background load ended, well or not, since the last call. Ask for failed blocks afterwards, not before."""
+        """Requests whose background load ended or failed since the last call. Call take_failed_blocks() after this, not before."""
         self._settle()
         loaded, self._loaded = self._loaded, set()
         return loaded
 
     def take_report(self) -> Report:
-        """What ended since the last call."""
+        """Report of the operations that ended since the last call."""
         self._settle()
         stuck = self._tier_copies.settle()
         with self._lock:
@@ -187,7 +187,7 @@ class CacheWorker:
         self._slab.close()
 
     def _note_unfilled(self, blocks: set[int]) -> None:
-        """The forward pass that begins, or has ended, reads these blocks and they hold garbage."""
+        """Record that the forward pass that begins, or has ended, reads these blocks while they hold garbage."""
         if blocks:
             self._failed_blocks.update(blocks)
             with self._lock:
@@ -195,7 +195,7 @@ class CacheWorker:
                 self._report.faults[self._rank] = self._fault
 
     def _settle(self) -> None:
-        """Note how copies of blocks ended. The pass is over, also where somebody asks before end()."""
+        """Record how copies of blocks ended. The forward pass counts as over, also if this is called before end()."""
         self._note_unfilled(self.copier.end_layers())
         for batch in self.copier.ended():
             self._finish(batch.operations, COPY if batch.failed else None)
@@ -211,7 +211,7 @@ class CacheWorker:
                     self._report.loads[batch.request_id] = (num_bytes + batch.num_bytes, seconds + batch.seconds)
 
     def _finish(self, operations: Sequence[int], failure: str | None) -> None:
-        """Failure is one of CAUSES; anything else counts as COPY."""
+        """End an operation. failure is one of CAUSES; any other text counts as COPY."""
         with self._lock:
             self._report.finished.update(Counter(operations))
             if failure is not None:
