@@ -1,1 +1,1 @@
-"""What a running cache says of itself: metrics, spans of requests, the lookup trace and log lines."""
+"""Observation of a running cache: metrics, spans of requests, the lookup trace and log lines."""

@@ -25,7 +25,7 @@ DEVICE = "device"
 
 
 class Accounting:
-    """Raises ConfigError when the trace cannot be written."""
+    """Receives the events. Raises ConfigError when the trace cannot be written."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Accounting:
             self._recorder.close()
 
     def admitted(self, request: Request, answered: float | None, now: float) -> None:
-        """The engine took a request in, for the first time; answered: when its first lookup had its answer."""
+        """The engine took a request in for the first time. answered: time of the answer to its first lookup."""
         metrics = self.metrics
         metrics.requests.inc()
         metrics.lookup_tokens.inc(request.num_tokens)
@@ -87,13 +87,13 @@ class Accounting:
             self._recorder.lookup(now, request.name, request.num_tokens, keys, request.tenant, hits)
 
     def answered(self, tier: str, seconds: float, failure: str) -> None:
-        """A tier said what it holds, or failed to for this cause."""
+        """A tier answered which chunks it holds, or failed with this cause."""
         self.metrics.ask_seconds.labels(tier).observe(seconds)
         if failure:
             self.metrics.ask_failures.labels(tier, failure).inc()
 
     def ended(self, ticket: Ticket, cause: str | None) -> None:
-        """An operation ended on all ranks, well or for this cause."""
+        """An operation ended on all ranks, with success or with this cause of failure."""
         metrics = self.metrics
         if cause is not None:
             metrics.failures.labels(ticket.kind).inc()
@@ -106,7 +106,7 @@ class Accounting:
             metrics.staged_chunks.labels(ticket.tier).inc()
 
     def reported(self, report: Report) -> None:
-        """The directory has taken a report in."""
+        """The directory has processed a report."""
         if self._stored:  # together, because a counter takes longer than the directory
             self.metrics.stored_chunks.inc(self._stored)
             self.metrics.stored_tokens.inc(self._stored * self._chunk_tokens)
@@ -139,14 +139,14 @@ _MANY = b""  # first chunks that came under several roots
 
 
 class Salts:
-    """Hashes are only compared inside this process and decide nothing but a label in the metrics."""
+    """First chunks by hash. The hashes are compared only inside this process, and decide only a label of the metrics."""
 
     def __init__(self, chunk_tokens: int) -> None:
         self._chunk_tokens = chunk_tokens
         self._roots: OrderedDict[int, bytes] = OrderedDict()  # first chunk's tokens -> the root it came under
 
     def seen_elsewhere(self, tokens: Sequence[int], root: bytes) -> bool:
-        """Whether the first chunk of tokens came before under another root than this one; remembers it under this one."""
+        """Whether the first chunk of tokens was seen under another root than this one. Then it is remembered under this one."""
         first = xxhash.xxh3_64_intdigest(array("I", tokens[: self._chunk_tokens]))
         known = self._roots.get(first)
         elsewhere = known is not None and known != root
@@ -161,7 +161,7 @@ KEEP = 8192
 
 
 class Span(NamedTuple):
-    """Times are seconds on the engine's clock. Loads add up batches; of several ranks, bytes add up and the slowest one's time counts."""
+    """Times are seconds on the engine's clock. Loads are sums over batches; over ranks, bytes are added and the longest time counts."""
 
     request: str
     tokens: int  # of the prompt
@@ -191,7 +191,7 @@ class Spans:
                 del self._spans[next(iter(self._spans))]
 
     def loaded(self, loads: Mapping[str, tuple[int, float]]) -> None:
-        """Bytes and seconds by request; of requests that are not among the newest, nothing is kept."""
+        """Add loaded bytes and seconds, by request. Requests that are no longer kept are ignored."""
         with self._lock:
             for request, (num_bytes, seconds) in loads.items():
                 if (span := self._spans.get(request)) is not None:
@@ -200,7 +200,7 @@ class Spans:
                     )
 
     def read(self, newest: int = KEEP) -> dict[str, object]:
-        """The newest spans, oldest of them first, and what the clock says now."""
+        """The newest spans, from old to new, and the present time of the clock."""
         with self._lock:  # held for no longer than a copy of references: the scheduler's thread waits for it
             spans = list(self._spans.values())
         return {"now_s": self._clock(), "requests": [span._asdict() for span in spans[max(0, len(spans) - newest) :]]}

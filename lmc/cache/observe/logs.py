@@ -1,4 +1,4 @@
-"""How lmc's log lines look: as the engine's, or one JSON object per line with the facts as fields; and how often the same one is said."""
+"""Format of lmc's log lines (the engine's, or one JSON object per line with the facts as fields), and a limit for repeated lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LogFormat = Literal["text", "json"]
 
 
 class JsonFormatter(logging.Formatter):
-    """Facts come as logger.warning(..., extra=facts(tier="disk"))."""
+    """Formats a log record as a JSON object. Pass facts as logger.warning(..., extra=facts(tier="disk"))."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -31,12 +31,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def facts(**values: object) -> dict[str, object]:
-    """For `extra` of a log call."""
+    """The `extra` argument of a log call with these facts."""
     return {"facts": values}
 
 
 def use_format(kind: LogFormat) -> None:
-    """Write lmc's lines as JSON to standard error; "text" leaves them to whoever set logging up."""
+    """Write lmc's lines as JSON to standard error. "text" leaves them to the engine's logging."""
     if kind == "text":
         return
     handler = logging.StreamHandler(sys.stderr)
@@ -48,7 +48,7 @@ def use_format(kind: LogFormat) -> None:
 
 
 class Sparingly:
-    """Lets each kind of line through once in so many seconds, and says how many were held back. Safe for several threads."""
+    """Logs each kind of line at most once per interval, with the number of lines left out. Safe for several threads."""
 
     def __init__(self, seconds: float = 10.0, now: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
@@ -57,7 +57,7 @@ class Sparingly:
         self._said: dict[Hashable, tuple[float, int]] = {}  # kind -> time of the last line, lines held back since
 
     def warn(self, logger: logging.Logger, kind: Hashable, text: str, **about: object) -> None:
-        """Log a warning with its facts, unless one of this kind was logged just now."""
+        """Log a warning with its facts, unless one of this kind was logged within the interval."""
         with self._lock:
             last, count = self._said.get(kind, (float("-inf"), 0))
             silent = self._now() - last < self._seconds

@@ -1,4 +1,4 @@
-"""Prometheus metrics of one cache: what they are called and what they count. docs/operations.md says how to read them."""
+"""Prometheus metrics of one cache: their names and what they count. docs/operations.md explains how to read them."""
 
 from __future__ import annotations
 
@@ -101,18 +101,18 @@ class CacheMetrics:
         self._copying: dict[int, CopyReading] = {}
 
     def follow(self, name: str, read: Callable[[], float]) -> None:
-        """Read a gauge when it is scraped."""
+        """Set a gauge's value by calling a function when it is scraped."""
         gauge: Gauge = getattr(self, name)
         gauge.set_function(read)
 
     def follow_tiers(self, name: str, read: Callable[[], Mapping[str, float]], tiers: Iterable[str]) -> None:
-        """The same for a gauge by tier."""
+        """Do the same for a gauge with a label for the tier."""
         gauge: Gauge = getattr(self, name)
         for tier in tiers:
             gauge.labels(tier).set_function(partial(_read_tier, read, tier))
 
     def settle(self, counts: Counts) -> None:
-        """Add what the directory has counted since the last call."""
+        """Add the directory's counts since the last call."""
         before = self._counts
         for what, now, then in (
             ("store", counts.stores_dropped, before.stores_dropped),
@@ -154,7 +154,7 @@ class CacheMetrics:
 
     @property
     def copying(self) -> Mapping[int, CopyReading]:
-        """The last reading of each rank."""
+        """Record the newest copy statistics of a rank."""
         return self._copying
 
 

@@ -28,7 +28,7 @@ _FLUSH_SECONDS = 1.0
 
 class TraceRecorder:
     def __init__(self, path: Path, *, chunk_tokens: int, chunk_bytes: int, namespace: str, now: float) -> None:
-        """Replaces the file. Raises ConfigError when it cannot be written."""
+        """Replace the file. Raises ConfigError when it cannot be written."""
         try:
             self._file = os.fdopen(_open_for_the_owner(path), "wb")
         except OSError as error:
