@@ -120,8 +120,8 @@ class CacheWorker:
     def end(self, work: Plan) -> None:
         """Call after the forward pass. Copies the blocks that the pass filled.
 
-        If a pass ran on blocks that were not filled, all that it computed is garbage, also for other requests that share the blocks. So are the
-        results of passes that were scheduled before the scheduler knew. None of them is stored.
+        If a pass ran on blocks that were not filled, all that it computed is garbage, also for other requests that share the blocks. So are
+        the results of passes that were scheduled before the scheduler knew. None of them is stored.
         """
         self._note_unfilled(self.copier.end_layers())
         poisoned = work.known_faults.get(self._rank, 0) < self._fault
