@@ -1,1 +1,1 @@
-"""Where chunk bytes live. A tier puts, gets, deletes and scans; it takes no decision."""
+"""Stores of chunk bytes below the host. A tier puts, gets, deletes and scans; it takes no decision."""

@@ -1,4 +1,4 @@
-"""What a tier below the host slab is: a store of whole chunks by name. Host slots are lmc.cache.transfer.pinned."""
+"""The interface of a tier below the host: a store of whole chunks by name. Host slots are in lmc.cache.transfer.pinned."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Tier(Protocol):
     name: str
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
-        """Store a chunk; replacing one of the same key is fine. parent is the chunk before it; None: it is the first of its prefix.
+        """Store a chunk, or replace the one of the same key. parent is the chunk before it, or None for the first of a prefix.
 
         Raises TierFull when there is no room.
         """
 
     def get(self, key: ChunkKey, out: memoryview) -> None:
-        """Fill out, whose size is the chunk's. Raises KeyError when absent, Corrupt when the bytes are not what was put."""
+        """Fill out, of a chunk's size. Raises KeyError if it is absent, Corrupt if the stored bytes fail the checksum or length check."""
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
-        """Which of the keys are stored now."""
+        """For each key, whether it is stored now."""
 
     def delete(self, key: ChunkKey) -> None:
-        """Remove a chunk; absent is fine."""
+        """Remove a chunk. It is no error if it is absent."""
 
     def close(self) -> None:
         """Release connections and files. Stored chunks stay."""
@@ -38,10 +38,10 @@ class Tier(Protocol):
 
 @runtime_checkable
 class BoundedTier(Tier, Protocol):
-    """A tier that evicts nothing by itself, so the directory decides what goes, and learns at the start what there is."""
+    """A tier that evicts nothing by itself. The directory decides what to evict, and learns at start what the tier holds."""
 
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
         """Each stored key and the bytes of its payload, oldest first."""
 
     def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
-        """The chunk before each of keys, as far as the tier can tell within seconds; keys as scan() lists them."""
+        """The chunk before each of keys, as far as the tier can read it within seconds. keys are those of scan(), in its order."""

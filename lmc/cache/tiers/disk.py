@@ -140,9 +140,9 @@ class DiskTier:
             yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
 
     def parents(self, keys: Sequence[ChunkKey], seconds: float = _PARENTS_SECONDS) -> dict[ChunkKey, ChunkKey]:
-        """The chunk before each of keys, where there is one, as their footers say.
+        """The chunk before each of keys, as their footers state it.
 
-        keys are oldest first; when not all footers can be read in time, those of the oldest are left out.
+        keys are oldest first. If not all footers can be read in time, those of the oldest chunks are left out.
         """
         until = time.monotonic() + seconds
         found = {}

@@ -1,7 +1,7 @@
-"""Read a stored chunk from a file into a slot, by whichever way is faster.
+"""Reads a stored chunk from a file into a slot, in the faster of two ways.
 
-A file that is in the page cache is copied from there in compiled code, which hashes each piece while it is still in the CPU's cache.
-Another is read with O_DIRECT straight into the slot in one call, which also leaves the page cache to others. benchmarks/tiers.py times
+A file in the page cache is copied from there in compiled code, which hashes each piece while it is still in the CPU's cache.
+Any other file is read with O_DIRECT straight into the slot in one call, which also spares the page cache. benchmarks/tiers.py times
 both ways.
 
 Whether a file is in the page cache is asked with cachestat (Linux 6.5); older kernels always read buffered. Reading
@@ -36,7 +36,7 @@ PAGE = FOOTER_BYTES  # direct input and output is of whole pages
 
 
 class _Scratch(threading.local):
-    """What each thread needs for every file; making it anew would cost a tenth of a read from the page cache."""
+    """Buffers of one thread. To allocate them for each file would cost a tenth of a read from the page cache."""
 
     def __init__(self) -> None:
         self.pages = _aligned_pages(3)  # a payload's last bytes, the footer, and what tells a longer file

@@ -1,7 +1,7 @@
-"""Write a chunk from a slot into a new file, past the page cache where that is possible.
+"""Writes a chunk from a slot into a new file, past the page cache if that is possible.
 
 A write into the page cache costs a core for the copy and for finding pages; on a CPU engine that core is missing from the forward pass.
-The page cache is left to others: what is hot lies in host memory already.
+The page cache stays free for other programs: chunks that are used often are in host memory already.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def write_chunk(fd: int, data: memoryview, footer: bytes) -> None:
 
 
 def _write_direct(fd: int, data: memoryview, page: memoryview) -> int:
-    """Write whole pages past the page cache, if that is possible; returns where it stopped."""
+    """Write whole pages past the page cache, if that is possible. Returns the offset up to which it wrote."""
     tail = len(data) % PAGE
     parts = [data, page] if tail == 0 else [data[: len(data) - tail]]
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)

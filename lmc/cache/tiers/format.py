@@ -75,7 +75,7 @@ def derive_auth_key(text: str) -> bytes:
 
 
 def stored_bytes(chunk_bytes: int) -> int:
-    """What a chunk takes where it is persisted."""
+    """Bytes that a persisted chunk takes."""
     return chunk_bytes + FOOTER_BYTES
 
 
@@ -92,7 +92,7 @@ class ChunkFooter:
 
 @dataclass(frozen=True)
 class TierScope:
-    """What one tier object stores: chunks of one size, of one rank of one namespace."""
+    """The chunks that one tier object stores: those of one size, of one rank of one namespace."""
 
     namespace: str  # Namespace.label()
     rank: int
@@ -111,7 +111,7 @@ class TierScope:
             raise ConfigError(f"the layout fingerprint has {len(self.layout)} characters; at most {_TEXT_BYTES} fit")
 
     def check_size(self, data: memoryview) -> None:
-        """Raises ConfigError unless data is as long as a chunk."""
+        """Raise ConfigError unless data is as long as a chunk."""
         if len(data) != self.chunk_bytes:
             raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
 

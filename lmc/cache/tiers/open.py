@@ -1,4 +1,4 @@
-"""Open the tiers below the host that are configured, for one rank."""
+"""Opens the configured tiers below the host, for one rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_tiers(
     """Tiers by name, from the nearest to the farthest, and what is wrong with them in one line each. num_ranks: that write; None: this
     caller only asks.
 
-    A disk tier that cannot be opened is left out. A remote tier that does not answer stays: its breaker tries again. Raises ConfigError for
+    A disk tier that cannot be opened is left out. A remote tier that does not answer is kept: its breaker retries. Raises ConfigError for
     settings that cannot work, and TierError instead of any warning when the configuration is strict.
     """
     tiers: dict[str, Breaker] = {}

@@ -133,9 +133,9 @@ class RedisTier:
             self._opening.release()
 
     def _talk(self, client: Redis | RedisCluster, name: bytes, talk: Callable[[Wire], T]) -> T:
-        """talk() over a connection of its own to name's server; closed when it may be out of step, else kept for the next call.
+        """Call talk() with a connection to name's server. It is closed if it may be out of step, else kept for the next call.
 
-        The pool's own taking and giving back costs 0.09 ms, a tenth of a load; so connections stay taken.
+        Taking a connection from the pool and returning it costs 0.09 ms, a tenth of a load, so connections stay taken.
         """
         pool = client.connection_pool if self._config.mode != "cluster" else node_pool(client, name)
         idle = self._idle.setdefault(pool, [])
@@ -190,7 +190,7 @@ def _kind_of(reply: ErrorReply) -> type[TierError]:
 
 
 class _Line:
-    """A connection taken from its pool, and what is made once for it: in a load each thing made anew would take a hundredth."""
+    """A connection taken from its pool, with objects that are made once for it: making one anew takes a hundredth of a load."""
 
     def __init__(self, pool: ConnectionPool, seconds: float) -> None:
         self._pool = pool
@@ -201,7 +201,7 @@ class _Line:
 
     @property
     def usable(self) -> bool:
-        """False when the server has closed it, or it belongs to the process that this one was forked from."""
+        """Whether it can be used: not if the server has closed it, or if it belongs to the process that this one was forked from."""
         return self._connection.pid == os.getpid() and not self._poll.poll(0)
 
     def discard(self) -> None:

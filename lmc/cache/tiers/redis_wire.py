@@ -31,7 +31,7 @@ class ErrorReply(Exception):
 
 
 class Wire:
-    """A borrowed socket; each command must be answered within so many seconds. Raises OSError when it is not."""
+    """A borrowed socket. Raises OSError if a command is not answered within the time limit, in seconds."""
 
     def __init__(self, sock: socket.socket, seconds: float) -> None:
         self._sock = sock
@@ -159,7 +159,7 @@ class Wire:
         return count
 
     def _send(self, buffers: list[memoryview]) -> None:
-        """Send them all, and empty the list."""
+        """Send all buffers, and empty the list."""
         while buffers:
             self._set_time_out(socket.SO_SNDTIMEO)
             try:
@@ -177,7 +177,7 @@ def _encoded(arguments: Sequence[bytes]) -> bytes:
 
 
 def _advance(buffers: list[memoryview], count: int) -> None:
-    """Take count bytes off the front of the buffers."""
+    """Remove count bytes from the front of the buffers."""
     while buffers and count >= len(buffers[0]):
         count -= len(buffers.pop(0))
     if count:

@@ -1,7 +1,7 @@
 """The S3 tier: one object per chunk, payload and footer, in any S3-compatible store, under PREFIX/v3/<namespace>/r<rank>/<key>.
 
 obstore signs and sends the requests, and repeats one that failed in passing (a 5xx, a dropped connection) within the time-out. Objects are
-written by a single request, so they appear whole. How long they stay is the store's own rule.
+written by a single request, so they appear whole. The store's own rules decide how long they stay.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class S3Tier:
             self._scope.verify(key, value[len(out) :], _copy(value[: len(out)], out, self._scope.hasher()))
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
-        """One HEAD request per key, many at once; all together end within the time-out."""
+        """Send one HEAD request per key, many at once. All of them together end within the time-out."""
         if not keys:
             return []
         with self._named_errors("look up", keys[0]):
@@ -81,7 +81,7 @@ class S3Tier:
                 pass
 
     def close(self) -> None:
-        """obstore closes its connections by itself."""
+        """Do nothing: obstore closes its connections by itself."""
 
     def _name(self, key: ChunkKey) -> str:
         return f"{self._folder}/{key.hex()}"
@@ -171,5 +171,5 @@ def _copy(source: memoryview, out: memoryview, hasher: Hasher) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    """obstore appends pages of debug output."""
+    """First line of an error's text: obstore appends pages of debug output."""
     return str(error).split("\n", 1)[0]
