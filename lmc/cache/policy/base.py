@@ -1,4 +1,4 @@
-"""What an eviction policy is.
+"""The interface of an eviction policy.
 
 A policy file holds plain typed functions over a NamedTuple of NumPy arrays. It knows integers only: a *node* in [0, num_nodes) stands for a
 chunk, resident or remembered (ghost). The host (the directory, or the simulator's compiled kernel) owns keys, slots, pins, capacity and

@@ -1,4 +1,4 @@
-"""What most policies are made of: linked lists in arrays, and the chain rule that children go first.
+"""The parts of most policies: linked lists in arrays, and the chain rule that children are evicted first.
 
 Several lists share one pair of arrays, so a node is in at most one of them. List k has its head at index size - 1 - k, behind the nodes.
 
@@ -69,7 +69,7 @@ def head_of(lists: Lists, number: int) -> int:
 
 
 def put(state: Placed, place: int, node: int) -> None:
-    """node is the youngest of its new place."""
+    """Put node at the young end of its new place."""
     state.where[node] = place
     state.size[place] += 1
     put_before(state.queues, head_of(state.queues, place), node)
@@ -82,7 +82,7 @@ def unlink(lists: Lists, node: int) -> None:
 
 
 def take_out(lists: Lists, chains: Chains, node: int) -> None:
-    """Out of its list, or back from aside."""
+    """Take node out of its list, or back from aside."""
     if chains.aside[node]:
         chains.aside[node] = 0
     else:
@@ -95,7 +95,7 @@ def set_aside(lists: Lists, chains: Chains, node: int) -> None:
 
 
 def oldest_free(lists: Lists, head: int, chains: Chains, holds: Holds) -> int:
-    """The oldest node of a list that may go, or -1; nodes with children that stand before it are set aside."""
+    """The oldest node of a list that may be evicted, or -1. Nodes with children that stand before it are set aside."""
     node = lists.younger[head]
     while node != head and holds[node] != 0:
         following = lists.younger[node]
@@ -113,7 +113,7 @@ def add_child(chains: Chains, node: int) -> None:
 
 
 def drop_child(chains: Chains, node: int) -> int:
-    """node is resident no more. Returns its parent if that must return from aside, else -1."""
+    """node is not resident any more. Returns its parent if that must return from aside, else -1."""
     parent = chains.parents[node]
     if parent < 0:
         return -1

@@ -1,4 +1,4 @@
-"""A tournament tree over numbered lists: which list has the least value, and what a list's value is now.
+"""A tournament tree over numbered lists. It gives the list with the least value.
 
 tree is (2 * leaves,), leaves a power of two; tree[leaves + number] is the value of a list, or EMPTY, and each inner place has the least of
 the two below it. A change costs at most the depth, a fixed number.
