@@ -1,4 +1,4 @@
-"""What keeps chunks in their places: operations that were handed out and are not reported back, and pins."""
+"""Holds on chunks: operations that were handed out and are not yet reported back, and pins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Kind = Literal["store", "write", "stage", "delete", "load"]
 class Ticket(NamedTuple):
     """A copy to make: store (blocks to slot), load (slot to blocks), write (slot to tier), stage (tier to slot), delete (in tier).
 
-    `evict` goes from the tier before the chunk is written; `parent` is the chunk before it, if there is one.
+    `evict` is deleted from the tier before the chunk is written. `parent` is the chunk before this one, if there is one.
     """
 
     operation: int

@@ -1,4 +1,4 @@
-"""What is known of a chunk beside its places: how old it is and which tenant it belongs to, each in order of touches."""
+"""Age and tenant of each chunk, with the chunks in order of their touches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Recency:
         self._youngest: dict[int, int] = {}
 
     def push(self, node: int, to: int = 0) -> None:
-        """Make node the youngest of a list, wherever it was before."""
+        """Move node to the young end of a list, from wherever it was."""
         self.discard(node)
         older = self._youngest.get(to, -1)
         self._older[node] = older
@@ -30,7 +30,7 @@ class Recency:
         self._list[node] = to
 
     def discard(self, node: int) -> None:
-        """Take node out of its list, if it is in one."""
+        """Remove node from its list, if it is in one."""
         of = self._list[node]
         if of < 0:
             return
@@ -50,7 +50,7 @@ class Recency:
         self._older[node] = self._younger[node] = self._list[node] = -1
 
     def oldest_first(self, of: int = 0) -> Iterator[int]:
-        """The list must not change while it is walked."""
+        """Walk a list from its oldest node. The list must not change meanwhile."""
         node = self._oldest.get(of, -1)
         while node >= 0:
             yield node
@@ -61,7 +61,7 @@ TtlMode = Literal["sliding", "fixed"]
 
 
 class Ages:
-    """One time per node: of its last touch, or with mode "fixed" of its store. Times never go back."""
+    """One time per node: that of its last touch, or in mode "fixed" that of its store. Times never go back."""
 
     def __init__(self, num_nodes: int, ttl: float | None, mode: TtlMode) -> None:
         self.ttl = ttl
@@ -89,7 +89,7 @@ class Ages:
         return self.ttl is not None and now - self._time[node] > self.ttl
 
     def all_expired(self, now: float) -> list[int]:
-        """Oldest first."""
+        """Nodes whose time to live is over, oldest first."""
         nodes: list[int] = []
         if self._order is not None:
             for node in self._order.oldest_first():
@@ -113,7 +113,7 @@ class Tenants:
         self._recency = Recency(num_nodes) if host_quota is not None else None
 
     def assign(self, node: int, tenant: str) -> None:
-        """Learn whose chunk this is; a chunk never changes hands, because the tenant is part of its key."""
+        """Record the tenant of a chunk. It never changes, because the tenant is part of the key."""
         if self._of[node] >= 0:
             return
         number = self._ids.get(tenant)
@@ -151,7 +151,7 @@ class Tenants:
             self._recency.discard(node)
 
     def touched(self, node: int) -> None:
-        """A chunk in host was stored or used."""
+        """Record that a chunk in host was stored or touched."""
         if self._recency is not None:
             self._recency.push(node, self._of[node])
 
@@ -159,7 +159,7 @@ class Tenants:
         return self._quota is not None and self._in_host.get(self._ids.get(tenant, -1), 0) >= self._quota
 
     def oldest(self, tenant: str, holds: Sequence[int]) -> int:
-        """The tenant's chunk in host that was touched longest ago and isn't held, or -1."""
+        """The tenant's chunk in host that was touched longest ago and is not held, or -1."""
         if self._recency is None:
             return -1
         return next((node for node in self._recency.oldest_first(self._ids.get(tenant, -1)) if not holds[node]), -1)

@@ -87,7 +87,7 @@ class ResidentSet:
     LEAVING    is gone for the policy but holds its place until vacate()
     SPOILED    failed to load; holds its place until its last transfer ends
 
-    A pin, a transfer or a child that holds a node lets it go again.
+    Each hold on a node (by a pin, a transfer or a child) is removed by the code that added it.
     """
 
     def __init__(self, name: str, capacity: int, num_nodes: int, spec: PolicySpec, parents: Parents) -> None:
@@ -109,17 +109,17 @@ class ResidentSet:
         return self.state[node] == RESIDENT
 
     def present(self, node: int) -> bool:
-        """Readable, or about to be."""
+        """Whether the node is readable, or about to be."""
         return self.state[node] in (INCOMING, RESIDENT)
 
     def reserve(self, node: int) -> None:
-        """Take a place for an absent node; the caller has seen to it that one is free."""
+        """Reserve a place for an absent node. A free place must exist."""
         assert self.state[node] == ABSENT and self.count < self.capacity
         self.state[node] = INCOMING
         self.count += 1
 
     def insert(self, node: int, now: int) -> None:
-        """Tell the policy of a reserved node, in the order that the policy shall see."""
+        """Tell the policy of a reserved node. The order of these calls is the policy's order."""
         self._ghost[node] = 0
         self._spec.on_insert(self._policy, node, now)
 
@@ -132,19 +132,19 @@ class ResidentSet:
         return int(self._spec.victim(self._policy, self._holds_view))
 
     def retire(self, node: int) -> None:
-        """The policy forgets the node; it keeps its place until vacate()."""
+        """Remove the node from the policy. It keeps its place until vacate()."""
         self._spec.on_evict(self._policy, node)
         self._ghost[node] = self._spec.ghosts > 0
         self.state[node] = LEAVING
 
     def vacate(self, node: int) -> None:
-        """Give the place of a retired node back."""
+        """Free the place of a retired node."""
         assert self.state[node] == LEAVING
         self.state[node] = ABSENT
         self.count -= 1
 
     def forgettable(self) -> list[int]:
-        """Ghosts that the policy lets go, now no longer remembered."""
+        """Take the ghosts (remembered nodes that were evicted) that the policy no longer needs."""
         nodes = []
         while (node := int(self._spec.release(self._policy))) >= 0:
             self._ghost[node] = 0
@@ -152,5 +152,5 @@ class ResidentSet:
         return nodes
 
     def unused(self, node: int) -> bool:
-        """True if nothing here refers to the node any more."""
+        """Whether nothing here refers to the node any more."""
         return self.state[node] == ABSENT and not self._ghost[node] and self.holds[node] == 0

@@ -1,6 +1,6 @@
-"""The bookkeeping of nodes and places: slots of the host, states in each tier, parents, and what holds a chunk in its place.
+"""Bookkeeping of nodes and places: host slots, states in each tier, parents, and the holds on each chunk.
 
-Knows no requests, plans or write modes. Each tier stays prefix-closed: a chunk in a tier holds its parent there and in the tiers below.
+It does not know requests or write modes. A chunk in a tier holds its parent there and in the tiers below, so each tier holds whole prefixes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Places:
     # Holds
 
     def hold(self, nodes: Iterable[int], by: int) -> None:
-        """Count one more hold (by=1) on each node that is not -1, which keeps it from eviction, or one less (by=-1)."""
+        """Add a hold (by=1) to each node that is not -1, which keeps it from eviction, or remove one (by=-1)."""
         for residents in self.sets:
             holds = residents.holds
             for node in nodes:
@@ -213,7 +213,7 @@ class Places:
     # Invariants
 
     def check(self, idle: bool) -> None:
-        """Assert them; idle: no operation is open and no pin is held, so all holds come from children."""
+        """Assert the invariants. idle: no operation is open and no pin is held, so all holds come from children."""
         slots = [self.slots[node] for node in self.nodes if self.slots[node] >= 0]
         assert len(slots) == len(set(slots)) and not set(slots) & set(self._free_slots)
         assert len(slots) + self.num_free_slots + self._num_stranded == self.host.capacity

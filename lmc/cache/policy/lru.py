@@ -1,7 +1,7 @@
 """LRU: evict the chunk that was touched longest ago.
 
-O(1), but for held nodes at the old end, which the search steps over. Moving them away would be cheaper and wrong: a tier that chunks
-enter from the first to the last, as the disk does, has its oldest chain's head there, held by its children until they are gone.
+Operations cost O(1), except that the search steps over held nodes at the old end. Moving these away would be cheaper but wrong: in a tier
+that chunks enter from the first to the last, such as disk, the head of the oldest chain stands there, held by its children.
 """
 
 from __future__ import annotations
