@@ -1,4 +1,4 @@
-"""Which backend copies a batch fastest: a few measurements at start, and interpolation between them.
+"""Predicts which backend copies a batch fastest, from a few measurements at start and interpolation between them.
 
 The crossover between the copy engine and a kernel differs by device, direction and number of copies by an order of magnitude, so nothing
 is hard-coded. A rate is the cost of one piece at some sizes plus the cost of a call; a batch costs the sum over its pieces.
@@ -50,7 +50,7 @@ class CostModel:
     seconds: float  # that the calibration took
 
     def fastest(self, names: Iterable[str], descriptors: Descriptors) -> str:
-        """The name with the lowest cost; an unmeasured one only when nothing is measured."""
+        """The name with the lowest cost. An unmeasured backend is chosen only if none was measured."""
         known = [name for name in names if (name, descriptors.direction) in self.rates]
         return min(known, key=lambda name: self.rates[name, descriptors.direction].seconds(descriptors))
 
@@ -72,9 +72,9 @@ def calibrate(
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostModel:
-    """Measure every backend both ways at as many sizes as the budget allows, at least at one.
+    """Measure every backend in both directions at as many sizes as the time budget allows, and at least at one.
 
-    measure must have warmed the backend up: compiling a kernel is no part of its rate.
+    measure must have warmed up the backend, because compiling a kernel is not part of its rate.
     """
     names = list(names)
     started = clock()

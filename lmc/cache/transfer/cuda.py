@@ -1,4 +1,4 @@
-"""The few calls of the CUDA driver that torch has no door to: batched copies and pinning memory that is ours.
+"""The calls of the CUDA driver that torch does not offer: batched copies, and pinning of memory that torch did not allocate.
 
 Bound with ctypes to libcuda, which comes with the driver: nothing to compile, and nothing is loaded before a device is used. These are
 driver calls: a failure is only their return code and leaves no sticky error for torch's runtime to trip over.
@@ -56,7 +56,7 @@ _BATCH_ARGUMENTS: list[Any] = [  # ndpointer makes classes that ctypes' types do
 
 
 class Driver:
-    """libcuda, or in tests a library of the same functions."""
+    """Calls libcuda, or in tests a library with the same functions."""
 
     def __init__(self, library: Any) -> None:  # ctypes.CDLL makes its functions on the fly
         self._library = library
@@ -134,7 +134,7 @@ class Driver:
         self._check("cuMemHostUnregister", self._library.cuMemHostUnregister(ctypes.c_void_p(address)))
 
     def primary_context(self, device: int) -> int:
-        """Kept until the process ends, as torch keeps it."""
+        """The primary context of a device. It is kept until the process ends, as torch keeps it."""
         context = ctypes.c_void_p()
         self._check("cuDevicePrimaryCtxRetain", self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
         return context.value or 0
@@ -144,13 +144,13 @@ class Driver:
         self._check("cuCtxSetCurrent", self._library.cuCtxSetCurrent(ctypes.c_void_p(context)))
 
     def pci_bus_id(self, device: int) -> str:
-        """Like "0000:3B:00.0"."""
+        """PCI address of a device, such as "0000:3B:00.0"."""
         text = ctypes.create_string_buffer(32)
         self._check("cuDeviceGetPCIBusId", self._library.cuDeviceGetPCIBusId(text, 32, device))
         return text.value.decode()
 
     def _refuse_capture(self, stream: int) -> None:
-        """Batched copies cannot be captured in a CUDA graph, and may fail to without a word."""
+        """Raise TransferError while a CUDA graph is captured: batched copies cannot be captured, and may fail silently."""
         status = ctypes.c_int()
         code = self._library.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
         self._check("cuStreamIsCapturing", code)

@@ -125,7 +125,7 @@ class Slab:
         return np.array([self._base + slot * self.slot_stride for slot in edges], dtype=np.uint64)
 
     def wait(self, slots: int | None = None, timeout: float | None = None) -> bool:
-        """Wait until this many slots (all of them by default) are ready; False when the time is up or the slab was closed."""
+        """Wait until this many slots (all by default) are ready. False if the time is over or the slab was closed."""
         wanted = self.num_slots if slots is None else slots
         with self._changed:
             return self._changed.wait_for(lambda: self._ready >= wanted or self._closing.is_set(), timeout) and (
@@ -138,7 +138,7 @@ class Slab:
         self.problem = f"{self.problem}; {problem}" if self.problem else problem
 
     def close(self) -> None:
-        """Stop the background work and unregister. The memory itself goes with the last view of it."""
+        """Stop the background work and unregister. The memory is freed with the last view of it."""
         self._closing.set()
         with self._changed:
             self._changed.notify_all()

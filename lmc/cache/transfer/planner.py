@@ -1,4 +1,4 @@
-"""From blocks and chunk slots to descriptors: the (source, destination, size) of every copy, merged as far as both sides allow.
+"""Makes descriptors, the (source, destination, size) of every copy, from blocks and chunk slots, merged as far as both sides allow.
 
 Pure numpy over blocks, never over tokens; nothing is copied here. Any thread may plan.
 """
@@ -110,7 +110,7 @@ def plan_layers(
     *,
     boundaries: Addresses | None = None,
 ) -> list[Descriptors]:
-    """What plan() gives for each layer alone. Where all layers have as many pieces, it costs about what one plan() of all does."""
+    """The result of plan() for each layer alone. If all layers have equally many pieces, it costs about as much as one plan()."""
     num_layers = len(layout.layers)
     tables = [layout.pieces(range(index, index + 1)) for index in range(num_layers)]
     num_chunks, num_pieces = len(slot_addresses), len(tables[0].size)
@@ -171,7 +171,7 @@ def _check(
 
 
 def merge(engine: Addresses, slot: Addresses, size: Addresses) -> tuple[Addresses, Addresses, Addresses]:
-    """Join neighbours that continue each other on both sides."""
+    """Join neighbouring descriptors that are adjacent on both sides."""
     if len(size) < 2:
         return engine, slot, size
     broken = (engine[1:] != engine[:-1] + size[:-1]) | (slot[1:] != slot[:-1] + size[:-1])

@@ -1,4 +1,4 @@
-"""What a stream is: CUDA's, through torch, or a thread that does its work in order."""
+"""Kinds of streams: CUDA's, through torch, or a thread that does its work in order."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class ThreadStream:
 
 
 class CallerStream:
-    """The engine's own thread, on the CPU: what it was given is done when it gives the next thing."""
+    """The engine's own thread, on the CPU. It finishes each piece of work before it gives the next one."""
 
     def run(self, queue_copies: Callable[[int], None]) -> None:
         queue_copies(0)

@@ -1,4 +1,4 @@
-"""When copies run: one store and one load stream beside the engine's compute stream, ordered so that no byte is read early or late.
+"""Orders copies: one store and one load stream run beside the engine's compute stream, so that no byte is read too early or too late.
 
 Every transfer waits for all that the compute stream had been given when it was submitted, in both directions: a store must not read a block
 before the step has written it, and a load must not write a block that the step may still read. A transfer also waits for a pending
@@ -28,10 +28,10 @@ class Event(Protocol):
         """Whether everything before the event is done."""
 
     def synchronize(self) -> None:
-        """Wait for that."""
+        """Wait until everything before the event is done."""
 
     def seconds_since(self, earlier: Event) -> float:
-        """Between two events of one stream that are both done."""
+        """Seconds between two events of one stream that are both done."""
 
 
 class Stream(Protocol):
@@ -71,7 +71,7 @@ class Transfer:
 
     @property
     def seconds(self) -> float:
-        """Time on the stream, for the rate; only when finished."""
+        """Seconds on the stream, for the rate. The transfer must be finished."""
         return self.ended.seconds_since(self.started)
 
 
@@ -97,11 +97,11 @@ class TransferStreams:
         return self._submit(layers, _joined(layers), tag)
 
     def wait_layer(self, transfer: Transfer, layer: int) -> None:
-        """What the engine launches from now on runs after this part of the load. The host does not wait."""
+        """Kernels launched from now on run after this part of the load. The host does not wait."""
         self._runtime.compute_stream().wait_for(transfer.layers[layer])
 
     def wait(self, transfer: Transfer) -> None:
-        """What the engine launches from now on runs after the transfer. The host does not wait."""
+        """Kernels launched from now on run after the transfer. The host does not wait."""
         self._runtime.compute_stream().wait_for(transfer.ended)
 
     def pending(self, direction: Direction) -> list[Transfer]:
@@ -109,7 +109,7 @@ class TransferStreams:
         return list(self._pending[direction])
 
     def finished(self) -> list[Transfer]:
-        """Transfers that ended since the last call: their blocks and slots may be released, their `error` is final."""
+        """Transfers that ended since the last call. Their blocks and slots may be released, and their `error` is final."""
         done: list[Transfer] = []
         for pending in self._pending.values():
             while pending and pending[0].ended.query():

@@ -1,4 +1,4 @@
-"""Which backend copies for a layout."""
+"""Chooses the backend that copies for a layout."""
 
 from __future__ import annotations
 

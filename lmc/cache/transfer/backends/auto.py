@@ -1,4 +1,4 @@
-"""The backend in use: for each batch the cheapest of those that there are, counted, with one that takes anything as the last resort."""
+"""The backend in use: it chooses the fastest available backend for each batch, and counts the choices. The last one accepts every batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AutoBackend:
         return "" if self._accepting(descriptors) else "no backend takes these copies"
 
     def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
-        """Without a stream it returns when the bytes are in place."""
+        """Copy with the chosen backend. Without a stream it returns when the bytes are in place."""
         if len(descriptors) == 0:
             return
         backend = self.choose(descriptors)
@@ -54,7 +54,7 @@ class AutoBackend:
             self._run_now(lambda handle: backend.execute(descriptors, handle))
 
     def choose(self, descriptors: Descriptors) -> Backend:
-        """Raises TransferError when no backend takes the copies."""
+        """Choose a backend. Raises TransferError if no backend accepts the copies."""
         names = self._accepting(descriptors)
         if not names:
             raise TransferError("no transfer backend takes these copies: " + "; ".join(self.refused))

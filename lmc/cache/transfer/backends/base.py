@@ -1,4 +1,4 @@
-"""What a backend is: it executes descriptors, and knows nothing of layouts, blocks or chunks."""
+"""The interface of a backend: it executes descriptors, and knows nothing of layouts, blocks or chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Backend(Protocol):
     name: str
 
     def refuses(self, descriptors: Descriptors) -> str:
-        """Why this backend cannot copy these; empty when it can."""
+        """Why this backend cannot copy these descriptors, or an empty text if it can."""
 
     def execute(self, descriptors: Descriptors, stream: int = 0) -> None:
         """Copy every descriptor. Bytes at the destination outside the descriptors stay as they are.
