@@ -1,6 +1,6 @@
 """Bookkeeping of nodes and places: host slots, states in each tier, parents, and the holds on each chunk.
 
-It does not know requests or write modes. A chunk in a tier holds its parent there and in lower tiers, so each tier holds whole prefixes.
+It does not know requests or write modes. A chunk in a tier holds its parent there and in the tiers below: each tier holds whole prefixes.
 """
 
 from __future__ import annotations
