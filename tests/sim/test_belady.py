@@ -75,5 +75,5 @@ def test_capacities_run_in_parallel_and_keep_their_order() -> None:
 
 def test_bad_capacity_is_refused() -> None:
     trace: Trace = trace_of([[1]])[0]
-    with pytest.raises(ConfigError, match="at least one block, not 0"):
+    with pytest.raises(ConfigError, match="at least one trace block, not 0"):
         belady_hits(trace, [0])

@@ -64,8 +64,8 @@ def test_chunk_sizes_drop_partial_tails(trace: Path) -> None:
 
 def test_table_csv_and_picture(trace: Path, tmp_path: Path) -> None:
     csv, png = tmp_path / "out" / "rows.csv", tmp_path / "curve.png"
-    text = run(trace, "--capacity-blocks", "inf", "--csv", csv, "--png", png)
-    assert "4,200 input tokens" in text and "10 blocks" in text
+    text = " ".join(run(trace, "--capacity-blocks", "inf", "--csv", csv, "--png", png).split())
+    assert "4,200 input tokens" in text and "10 trace blocks" in text
     assert csv.read_text().splitlines()[1] == f"lru,inf,5,10,2524,4200,512,inf,0.5,{2524 / 4200}"
     assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -73,10 +73,10 @@ def test_table_csv_and_picture(trace: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--capacity-blocks", "0"), "holds no block"),
+        (("--capacity-blocks", "0"), "holds no trace block"),
         (("--capacity-blocks", "101%"), "101%"),
         (("--capacity-blocks", "many"), "many"),
-        (("--capacity-tokens", "100"), "holds no block"),
+        (("--capacity-tokens", "100"), "holds no trace block"),
         (("--capacity-bytes", "1GiB"), "--token-bytes"),
         (("--capacity-bytes", "1GiB", "--token-bytes", "lots"), "'lots' is not a size"),
         (("--chunk-tokens", "700"), "choose a multiple of 512"),

@@ -120,7 +120,7 @@ def test_a_cost_file_is_read(tmp_path: Path) -> None:
         (("bandwidth: 20GB/s", "bandwidth: fast"), "fast"),
         (("bandwidth: 20GB/s, ", ""), "size"),
         (("prefill:", "prefills:"), "unknown key 'prefills'"),
-        (("{fixed: 10ms, token: 30us}", "{bench: x, token: 30us}"), "leave fixed"),
+        (("{fixed: 10ms, token: 30us}", "{bench: x, token: 30us}"), "remove fixed"),
         (("{fixed: 10ms, token: 30us}", "{bench: x}"), "requests.parquet is not there"),
         (("{fixed: 10ms, token: 30us}", "[1"), "not YAML"),
     ],
@@ -163,7 +163,7 @@ def test_bandwidth_comes_from_a_probe(tmp_path: Path) -> None:
     path.write_text("prefill: {token: 1us}\ntoken_bytes: 1\ntiers: {host: {probe: probe.json}}\n")
     assert cost_file.read_cost_model(path).tier("host").bytes_per_s == 7.5e9
     (tmp_path / "probe.json").write_text("{}")
-    with pytest.raises(ConfigError, match="make it anew"):
+    with pytest.raises(ConfigError, match="run that again"):
         cost_file.read_cost_model(path)
     (tmp_path / "probe.json").unlink()
     with pytest.raises(ConfigError, match="No such file"):

@@ -121,7 +121,7 @@ def test_a_folder_of_rotated_lmcache_logs_is_one_trace(tmp_path: Path) -> None:
         read_trace(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(TraceError, match="holds no file"):
+    with pytest.raises(TraceError, match="has no file"):
         read_trace(empty)
 
 
@@ -257,7 +257,7 @@ def test_vllm_events_become_requests(write: Write) -> None:
         [6, 7],
     ]
     assert trace.timestamps_s.tolist() == [0.0, 9.0, 9.5, 9.6]
-    assert any("1 chains start before the log" in note for note in trace.notes)
+    assert any("1 chains began before the log" in note for note in trace.notes)
     assert read_trace(write({"ts": 1.0, **stored(["ab"], None)})).num_blocks == 1
     assert "no BlockStored" in refused(write({"ts": 0.0, "events": []}))
 

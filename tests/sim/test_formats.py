@@ -97,7 +97,7 @@ def test_remedies_for_disorder_and_unchained_hashes_work(write: Write) -> None:
 
 def test_empty_and_unknown_files_are_refused(write: Write, tmp_path: Path) -> None:
     assert "empty" in refused(write())
-    assert "no request with a block" in refused(write(line(hashes=[])))
+    assert "no request has a trace block" in refused(write(line(hashes=[])))
     assert "0 tokens" in refused(write(line(length=0)))
     assert "no known trace format" in refused(write({"hello": 1}))
     assert "No such file" in refused(tmp_path / "absent.jsonl")

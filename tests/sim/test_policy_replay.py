@@ -168,5 +168,5 @@ def test_bad_options_are_refused(bad: dict[str, float]) -> None:
 
 def test_bad_capacity_is_refused() -> None:
     trace, _ = trace_of([[1]])
-    with pytest.raises(ConfigError, match="at least one block, not 0"):
+    with pytest.raises(ConfigError, match="at least one trace block, not 0"):
         replay_policy(trace, LRU, [4, 0])
