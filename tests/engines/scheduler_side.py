@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 
 from lmc.cache.config import chunk_tokens_for
 from lmc.cache.connectors.vllm.adapters import Loaded
-from lmc.cache.connectors.vllm.messages import Introduction, StepReport
+from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.keys import Namespace
 from lmc.cache.plan import CopyReading, Plan, Report, WorkerReady
@@ -45,6 +45,7 @@ class DrivenSide:
         self.blocks = list(range(1, NUM_BLOCKS))
         self.plans: list[Plan] = []  # all that were made
         self.adapters: Loaded = {}  # that the engine holds
+        self.model = self.namespace.model  # what the workers say that it holds
         self._numbers = itertools.count()
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
@@ -77,8 +78,13 @@ class DrivenSide:
     def step(self, scheduled: dict[str, int]) -> None:
         step = self.side.step(self.output(scheduled))
         self.plans.append(step.plan)
-        model = self.namespace.model if step.asks_model else ""
-        self.side.learn(StepReport(self.report_of(step.plan), dict(self.adapters), step.asks_adapters, model))
+        self.side.learn(self.answer(step))
+
+    def answer(self, step: StepPlan) -> StepReport:
+        """Everything in it went well."""
+        model = self.model if step.asks_model else ""
+        report = self.report_of(step.plan)
+        return StepReport(report, dict(self.adapters), step.asks_adapters, step.asks_model, model)
 
     def drain(self) -> None:
         """Steps without requests, until no copy is under way."""

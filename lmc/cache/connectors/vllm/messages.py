@@ -26,7 +26,7 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     # request -> its adapter, and the digests of the adapter's weights by rank
     adapters: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     asks_adapters: bool = False  # which adapters are loaded
-    asks_model: bool = False  # whether the weights are those of before
+    asks_model: int = 0  # the number of the last reset, if the workers shall say which weights they hold after it
     overwritten: frozenset[int] = (
         frozenset()
     )  # blocks that the step may write and that earlier steps may still be storing
@@ -38,7 +38,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     report: Report
     adapters: Loaded = field(default_factory=dict)
     answers_adapters: bool = False
-    model: str = ""  # the name of what the engine holds now, where the step asked
+    answers_model: int = 0  # the number of the reset by which the step asked
+    model: str = ""  # the name of what the engine holds now, then
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
@@ -46,5 +47,6 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.report.merge(other.report),
             {**self.adapters, **other.adapters},
             self.answers_adapters and other.answers_adapters,
+            self.answers_model or other.answers_model,
             self.model or other.model,
         )

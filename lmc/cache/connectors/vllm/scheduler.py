@@ -79,10 +79,10 @@ class SchedulerSide:
     growth: CounterGrowth | None = None
     waiting: list[str] = field(default_factory=list)  # requests whose background load this step's plan must start
     adapters: AdapterNames = field(default_factory=lambda: AdapterNames(1))
-    model_unsure: bool = (
-        False  # a reset may have followed a change of weights; nothing is loaded or stored until that is known
-    )
+    resets: int = 0
+    settled: int = 0  # the last reset of which it is known whether the weights had changed by then
     asks_model: bool = False  # in this step
+    asked_model: int = 0  # the last reset about which the workers were asked
 
     def meet(self, introductions: list[KVConnectorHandshakeMetadata]) -> None:
         ready: list[WorkerReady] = []
@@ -121,7 +121,7 @@ class SchedulerSide:
         if self.scheduler is None or request.skip_reading_prefix_cache:
             return 0, False
         if self.model_unsure:
-            self.asks_model = True  # not before the engine takes in requests again: weights may change until then
+            self.asks_model = True  # not before the engine takes in requests again: the weights may change until then
             return None, False
         with self:
             adapter = request.lora_request
@@ -162,21 +162,23 @@ class SchedulerSide:
         return sources
 
     def step(self, output: SchedulerOutput) -> StepPlan:
-        self.asks_model |= self.model_unsure and bool(output.num_scheduled_tokens)
+        asks = self.model_unsure and (self.asks_model or bool(output.num_scheduled_tokens))
+        asked = self.resets if asks and self.asked_model != self.resets else 0
+        self.asked_model = asked or self.asked_model
         plan = self.plan(output)
         adapters = {}
         for copies in (*plan.loads, *plan.background_loads, *plan.stores):
             tracked = self.tracked.get(copies.request_id)
             if tracked is not None and tracked.digests:
                 adapters[copies.request_id] = (tracked.request.lora_request.lora_int_id, tracked.digests)
-        step = StepPlan(plan, adapters, self.adapters.asking, self.asks_model, blocks_overwritten(output), self.refused)
+        step = StepPlan(plan, adapters, self.adapters.asking, asked, blocks_overwritten(output), self.refused)
         self.adapters.asking = self.asks_model = False
         return step
 
     def learn(self, report: StepReport) -> None:
         self.adapters.learn(report.adapters, report.answers_adapters)
         if report.model and self.scheduler is not None:
-            self.model_unsure = False
+            self.settled = report.answers_model
             if report.model != self.scheduler.namespace.model:
                 with self:
                     self.scheduler.rename(report.model)
@@ -259,10 +261,15 @@ class SchedulerSide:
     def busy(self) -> bool:
         return self.scheduler is not None and self.scheduler.busy
 
+    @property
+    def model_unsure(self) -> bool:
+        """A reset may come with a change of weights; nothing is loaded or stored until the workers have said whether it did."""
+        return self.settled != self.resets
+
     def reset(self) -> bool:
         if self.scheduler is not None:
             with self:
-                self.model_unsure = True
+                self.resets += 1
                 self.scheduler.reset()
         return True
 

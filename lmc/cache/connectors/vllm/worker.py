@@ -194,12 +194,12 @@ class WorkerSide:
         asked, self.asked = self.asked, None
         report = self.worker.take_report() if self.worker is not None else None
         adapters = self.adapters.read() if self.adapters is not None else {}
-        asks_adapters, asks_model = asked is not None and asked.asks_adapters, asked is not None and asked.asks_model
+        asks_adapters, asks_model = (asked.asks_adapters, asked.asks_model) if asked is not None else (False, 0)
         if not report and adapters == self.told and not asks_adapters and not asks_model:
             return None
         self.told = adapters
         model = self._model_now() if asks_model else ""
-        return StepReport(report or Report(), adapters, asks_adapters, model)
+        return StepReport(report or Report(), adapters, asks_adapters, asks_model, model)
 
     def _model_now(self) -> str:
         readings = self._read_weights(None)
