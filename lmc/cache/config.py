@@ -159,7 +159,8 @@ class CacheConfig(Section):
     io_threads: int = Field(default=4, ge=1, le=256)
     """Number of read threads, and number of write threads, per rank and tier below the host. Redis uses redis.connections instead."""
     queue_depth: int = Field(default=1024, ge=1)
-    """Maximum number of queued writes, per rank and tier below the host. Further writes are dropped and counted."""
+    """Maximum number of queued writes, per rank and tier below the host, and never more than an eighth of the host's chunks (at least 16)
+    unless write is back: a chunk that is being written cannot be evicted. Further writes are dropped and counted."""
     close_timeout: Seconds = 10.0
     """Longest time that stopping waits for writes under way. Writes that are not done by then are lost."""
     tenant: str = ""

@@ -17,6 +17,8 @@ from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.keys import ChunkKey
 
+_WRITES_SHARE = 8  # writes under way keep host slots from eviction; those of one tier at most this part of them
+_FEW_WRITES = 16  # that a small host may have under way all the same
 _RELIEF = 64  # so large a part of a tier goes when its medium is full
 WriteMode = Literal["through", "back", "around"]
 Cause = Literal["room", "quota", "demoted", "expired", "cleared", "failed"]
@@ -59,7 +61,10 @@ class Below:
         self._counts = counts
         self._write = write
         self._write_touches = write_touches
-        self._queue_depth = queue_depth
+        share = max(_FEW_WRITES, places.host.capacity // _WRITES_SHARE)
+        self._queue_depth = (
+            queue_depth if write == "back" else min(queue_depth, share)
+        )  # back: writes are what frees slots
         self._reserve = max(1, places.host.capacity // 8) if write == "back" and self.exists else 0
         self._writing: dict[str, int] = {}  # bounded tier -> writes under way
         self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first

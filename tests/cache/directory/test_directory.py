@@ -437,3 +437,25 @@ def test_a_stage_that_hangs_is_not_waited_for_and_keeps_only_its_slot():
     directory.clear()
     settle(directory)
     assert len([t for t in put(directory, keys("c", 4)) if t.kind == "store"]) == 4
+
+
+def test_writes_that_never_end_hold_a_small_share_of_the_host():
+    """A disk that is slower than the stores must not cost the hits of host memory."""
+    directory = make(200, disk=1000, queue_depth=1024)
+    hot = [keys(f"hot{number}", 10) for number in range(8)]
+    hits = 0
+    for turn in range(300):
+        chain = hot[turn % 8] if turn % 3 == 0 else keys(f"once{turn}", 10)
+        hits += directory.lookup(chain, 0.0).num_chunks if turn % 3 == 0 and turn > 30 else 0
+        for ticket in directory.store(chain, 0.0):
+            directory.complete(ticket.operation, None, 0.0)
+        directory.take_tickets()
+    assert directory.num_writing == {"disk": 25}
+    assert directory.counts.stores_dropped == 0
+    unhindered = make(175)
+    expected = 0
+    for turn in range(300):
+        chain = hot[turn % 8] if turn % 3 == 0 else keys(f"once{turn}", 10)
+        expected += unhindered.lookup(chain, 0.0).num_chunks if turn % 3 == 0 and turn > 30 else 0
+        put(unhindered, chain)
+    assert hits >= expected
