@@ -72,8 +72,10 @@ class InsideVllm:
         assert connector.supports_sleep_mode(None)
         connector.unregister_kv_caches()
         connector.unregister_kv_caches()
-        for address, size in self.worker.copier.layout.extents():
-            ctypes.memset(address, 0x5A, size)
+        layout = self.worker.copier.layout
+        for region in layout.regions:
+            for block in range(layout.num_blocks):
+                ctypes.memset(region.base + block * region.stride, 0x5A, region.size)
         connector.restore_kv_caches()
         connector.restore_kv_caches()
 
