@@ -24,6 +24,9 @@ class Share:
     engines: int = 1
 
 
+ALONE = Share()
+
+
 def part_of(config: CacheConfig, share: Share) -> tuple[int, int]:
     """(which, of how many): the part of the disk folder that the engine takes over at its start.
 
@@ -45,8 +48,14 @@ def of_engine(config: CacheConfig, share: Share) -> CacheConfig:
     host, disk = config.host, config.disk
     if share.engines > 1:
         host = host.model_copy(update={"capacity": _divided(host.capacity, share.engines)})
-        disk = disk.model_copy(update={"capacity": disk.capacity // share.engines, "shared": True})
+        disk = disk.model_copy(update={"shared": True})
     return config.model_copy(update={"metrics": metrics, "record": record, "host": host, "disk": disk})
+
+
+def of_directory(config: CacheConfig, share: Share) -> CacheConfig:
+    """The same for the engine's directory, which keeps its own chunks within its share; what the folder holds is the tier's to bound."""
+    disk = config.disk.model_copy(update={"capacity": config.disk.capacity // share.engines})
+    return config.model_copy(update={"disk": disk})
 
 
 def record_of(record: Path, rank: int) -> Path:

@@ -16,6 +16,7 @@ from lmc.cache.keys import Namespace
 from lmc.cache.plan import Plan, Report
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.cache.settings import load_settings
+from lmc.cache.share import ALONE, Share, of_directory
 from lmc.cache.tiers.format import FORMAT
 from lmc.cache.transfer.backends import Backend
 from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
@@ -69,6 +70,7 @@ class Instance:
     streams: bool = False  # copies on threads that stand for a device's streams
     by_layer: bool = False  # the forward pass waits for one layer of its loads after the other
     part: tuple[int, int] = (0, 1)  # of a common disk folder
+    share: Share = ALONE
     serial: int = 0
     reports: list[Report] = field(default_factory=list)
 
@@ -85,7 +87,11 @@ class Instance:
                 worker.copier = BlockCopier(layout, copier._slab, slow, TransferStreams(ThreadRuntime(), slow))
             self.workers.append(worker)
         self.scheduler = CacheScheduler(
-            self.config, [worker.ready() for worker in self.workers], BLOCK_TOKENS, clock=self.clock, part=self.part
+            of_directory(self.config, self.share),
+            [worker.ready() for worker in self.workers],
+            BLOCK_TOKENS,
+            clock=self.clock,
+            part=self.part,
         )
 
     def serve(self, tokens: Sequence[int], identity: Identity = NOBODY, *, settle: bool = True) -> Served:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.settings import load_settings
-from lmc.cache.share import Share, of_engine, part_of
+from lmc.cache.share import Share, of_directory, of_engine, part_of
 from lmc.cache.worker import open as opening
 from lmc.errors import ConfigError
 from lmc.memory import Memory
@@ -83,7 +83,7 @@ def test_each_engine_has_a_port_and_a_record_of_its_own() -> None:
 
 def test_engines_of_other_nodes_take_nothing_of_this_one() -> None:
     asked = config(host__capacity="8GiB", disk__path="/data", disk__capacity="80GiB")
-    mine = of_engine(asked, Share(rank=5, engines=4))
+    mine = of_directory(of_engine(asked, Share(rank=5, engines=4)), Share(rank=5, engines=4))
     assert (mine.host.capacity, mine.disk.capacity, mine.metrics.port) == (2 * GIB, 20 * GIB, 0)
     assert part_of(asked, Share(5, 4)) == (1, 4)
     alone = of_engine(asked, Share(rank=5))
@@ -92,7 +92,7 @@ def test_engines_of_other_nodes_take_nothing_of_this_one() -> None:
 
 def engines(asked: CacheConfig, number: int) -> list[Instance]:
     shares = [Share(rank, number) for rank in range(number)]
-    return [Instance(of_engine(asked, share), part=part_of(asked, share)) for share in shares]
+    return [Instance(of_engine(asked, share), part=part_of(asked, share), share=share) for share in shares]
 
 
 def test_a_folders_capacity_counts_once(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_folders_capacity_counts_once(tmp_path: Path) -> None:
             for turn in range(12):
                 for number, engine in enumerate(pair):
                     engine.serve(prompt(1000 * start + 10 * turn + number, 40))
-            assert len(chunk_files(tmp_path)) <= fits
+            assert fits * 0.8 <= len(chunk_files(tmp_path)) <= fits
             if start == 0:
                 assert pair[1].serve(prompt(0, 40)).sources == {"disk": 32}  # the first engine has written it
         finally:

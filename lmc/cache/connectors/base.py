@@ -14,6 +14,7 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
 from lmc.cache.plan import Report
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
+from lmc.cache.share import ALONE, Share, of_directory
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.open import open_worker
 
@@ -32,12 +33,13 @@ class LocalCache:
         *,
         rank: int = 0,
         num_ranks: int = 1,
+        share: Share = ALONE,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        """part: see open_directory. Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
+        """share, part: see lmc.cache.share. Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
         self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
         try:
-            own = _of_rank(config, rank, num_ranks)
+            own = _of_rank(of_directory(config, share), rank, num_ranks)
             self.scheduler = CacheScheduler(own, [self.worker.ready()], layout.block_tokens, part=part)
         except BaseException:
             self.worker.close()

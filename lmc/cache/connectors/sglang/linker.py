@@ -85,7 +85,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
                 tp_size=self._ranks,
             )
             watch_queue(self._hold)
-            cache = LocalCache(config, namespace, layout, rank=self._rank, num_ranks=here, part=part_of(asked, share))
+            cache = LocalCache(
+                config, namespace, layout, rank=self._rank, num_ranks=here, share=share, part=part_of(asked, share)
+            )
         except (LmcError, OSError) as error:
             if config.strict:
                 raise

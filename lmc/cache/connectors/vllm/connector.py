@@ -29,7 +29,7 @@ from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.observe.logs import use_format
 from lmc.cache.settings import load_settings
-from lmc.cache.share import of_engine, part_of
+from lmc.cache.share import of_directory, of_engine, part_of
 from lmc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
             chunk_tokens_for(self._config, self._block_tokens)
             events = vllm_config.kv_events_config
             announces = events is not None and events.enable_kv_cache_events
-            config = _recoverable(self._config, vllm_config)
+            config = _recoverable(of_directory(self._config, share), vllm_config)
             self._side = SchedulerSide(config, self._block_tokens, announces, part=part_of(asked, share))
         else:
             self._side = WorkerSide(self._config, vllm_config, kv_cache_config)
