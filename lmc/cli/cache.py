@@ -27,7 +27,7 @@ def inspect(
     ] = False,
     auth_key_file: Annotated[Path | None, typer.Option(help="File that contains the auth_key of the chunks.")] = None,
 ) -> None:
-    """Describe chunk files, check every byte, and list the namespaces of a disk folder.
+    """Check every byte of chunk files, and list the namespaces on disk.
 
     Exits with 1 if a file is damaged, forged or not a chunk.
     """
