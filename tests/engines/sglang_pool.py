@@ -107,6 +107,7 @@ class Engine:
                     "quantization_param_path": None,
                     "load_format": "auto",
                     "download_dir": None,
+                    "nnodes": 1,
                     "random_seed": 0,
                     "json_model_override_args": "{}",
                     **(arguments or {}),
@@ -230,6 +231,8 @@ def start_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         from lmc.cache.connectors.sglang import linker
 
     monkeypatch.setattr(linker, "watch_queue", lambda hold: None)  # there is no scheduler here
+    alone = SimpleNamespace(attn_dp_size=1, attn_dp_rank=0, dp_rank=None, num_dp_ranks=1)
+    monkeypatch.setattr(linker, "get_parallel", lambda: alone)  # nor a launcher that publishes it
     engines: list[Engine] = []
 
     def one(

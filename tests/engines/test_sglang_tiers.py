@@ -167,6 +167,37 @@ def test_weights_that_are_updated_in_place_have_another_name(start: Start, disk:
     assert first.linker._weights.model == second.linker._weights.model != model
 
 
+def test_a_flush_after_an_update_of_weights_finds_nothing_of_before(start: Start, disk: Path) -> None:
+    """A flush without an update keeps everything, in every tier."""
+    engine = start(disk__path=str(disk))
+
+    def serve(rid: str) -> list[int]:
+        request = engine.arrive(prompt(41, 3 * PAGE + 5), rid=rid)
+        engine.wait(request)
+        hits = list(request.hits)
+        engine.leave()
+        if not hits:
+            assert engine.offload(request, [3, 9, 4])
+            engine.settle()
+        return hits
+
+    assert serve("first") == []
+    engine.linker.reset()
+    assert serve("flushed") == [1, 2, 3]
+    waiting = engine.arrive(prompt(41, 3 * PAGE + 5), rid="waits for its batch")
+    assert waiting.hits == [1, 2, 3]
+    engine.runner.model.bias.data[0] += 1.0
+    engine.linker.reset()
+    engine.leave()
+    assert engine.cache.scheduler.directory.num_pins == 0
+    assert serve("updated") == []
+    assert serve("again") == [1, 2, 3]
+    other = start(disk__path=str(disk))  # with the weights of before
+    request = other.arrive(prompt(41, 3 * PAGE + 5))
+    other.wait(request)
+    assert request.hits == [1, 2, 3]
+
+
 def test_an_engine_whose_weights_cannot_be_found_shares_with_no_other_start(start: Start, disk: Path) -> None:
     first, second = (start(disk__path=str(disk), runner=False) for _ in range(2))
     assert first.cache.scheduler.namespace.model != second.cache.scheduler.namespace.model

@@ -341,6 +341,10 @@ class Directory:
         """Drop an owner's pin. False if it has none."""
         return self._pins.drop(owner)
 
+    def unpin_all(self) -> None:
+        """Drop every pin."""
+        self._pins.drop_all()
+
     def pins(self) -> dict[str, tuple[int, float]]:
         """Owner to (chunks, time of expiry)."""
         return self._pins.listed()

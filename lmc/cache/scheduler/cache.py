@@ -251,7 +251,13 @@ class CacheScheduler:
             logger.warning("lmc: reset: from now on this instance shares no chunks with others")
 
     def rename(self, model: str) -> None:
-        """The engine holds other weights than before the last reset: from now on chunks are stored and found under their name."""
+        """The engine holds other weights than before: from now on chunks are stored and found under their name.
+
+        The requests of before load and store nothing any more, and no pin keeps what they could have loaded.
+        """
+        for tracked in self._requests.values():
+            tracked.request.retire()
+        self.directory.unpin_all()
         self.namespace = dataclasses.replace(self.namespace, model=model)
         self._salts = Salts(self.chunk_tokens)
         logger.warning("lmc: the weights have changed: chunks of before are not used any more")

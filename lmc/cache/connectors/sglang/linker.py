@@ -95,7 +95,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             return
         self._cache = cache
         host_slots = cache.scheduler.directory.usage()["host"][1]
-        self._pages = PageKeys(_PAGES_REMEMBERED * (layout.num_blocks + host_slots))
+        self._pages_remembered = _PAGES_REMEMBERED * (layout.num_blocks + host_slots)
+        self._pages = PageKeys(self._pages_remembered)
         self._asked_pins = AskedPins(cache.scheduler.directory)
         self._copies = Copies(cache.worker, self.layer_done_counter)
         tiers = describe_tiers(cache.scheduler.stats())
@@ -234,7 +235,18 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         return self._copies.pop_store()
 
     def reset(self) -> None:
-        """SGLang flushed its own cache. lmc keeps what it stored: the tiers below are there to outlive the engine's memory."""
+        """SGLang flushed its own cache, for its own sake or because its weights were updated.
+
+        lmc keeps what it stored, because its tiers are there to outlive the engine's memory. But what other weights have computed is
+        never found again: their chunks have another name. All ranks are reset together, and read their weights together.
+        """
+        self._settle()
+        if self._weights.changed() and self._cache is not None:
+            with self:
+                self._rename(self._cache, self._weights.model)
+
+    def _settle(self) -> None:
+        """End every copy of pages."""
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
         if self._copies is not None:
@@ -245,7 +257,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self.layer_done_counter.reset()
 
     def close(self) -> None:
-        self.reset()
+        self._settle()
         if self._copies is not None:
             self._copies.close()
         if self._cache is not None:
@@ -253,6 +265,16 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             cache.close()
 
     # Inside
+
+    def _rename(self, cache: LocalCache, model: str) -> None:
+        """Forget every name that was made for other weights; waiting requests are met anew."""
+        for rid in list(self._prompts):
+            del self._prompts[rid]
+            cache.scheduler.finish(rid)
+        self._loading = {index: [] for index in self._loading}
+        cache.scheduler.rename(model)
+        self._pages = PageKeys(self._pages_remembered)
+        self._asked_pins = AskedPins(cache.scheduler.directory)
 
     def _lookup(self, cache: LocalCache, rid: str, prompt: Prompt, start: int) -> int:
         """Tokens that can be loaded from page `start` on; they stay in host memory for a moment."""
