@@ -27,9 +27,8 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     adapters: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     asks_adapters: bool = False  # which adapters are loaded
     asks_model: int = 0  # the number of the last reset, if the workers shall say which weights they hold after it
-    overwritten: frozenset[int] = (
-        frozenset()
-    )  # blocks that the step may write and that earlier steps may still be storing
+    # blocks that the step may write and that earlier steps may still be storing; None: any block may be one of them
+    overwritten: frozenset[int] | None = None
     refused: bool = False  # there is no cache, though this rank has opened its part
 
 

@@ -107,7 +107,7 @@ class WorkerSide:
     def introduce(self) -> Introduction:
         return Introduction(self.worker.ready() if self.worker is not None else None, self.failure)
 
-    def fence(self, overwritten: frozenset[int]) -> None:
+    def fence(self, overwritten: frozenset[int] | None) -> None:
         if self.worker is not None:
             self.worker.fence(overwritten)
 
