@@ -121,7 +121,7 @@ def test_a_breaker_spares_the_wait(front: Proxy, hasty: S3Tier) -> None:
     front.to_client = refuse("503 Slow Down")
     with pytest.raises(TierError):
         load(breaker, 1)
-    with ends_within(1.0), pytest.raises(TierOpen, match="s3 tier: failed 1 times in a row"):
+    with ends_within(1.0), pytest.raises(TierOpen, match="s3 tier, reads: failed 1 times in a row"):
         load(breaker, 1)
 
 
