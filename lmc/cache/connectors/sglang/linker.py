@@ -62,6 +62,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._cache: LocalCache | None = None
         self._prompts: dict[str, Prompt | None] = {}  # of waiting and loading requests; None: not for the cache
         self._queued: dict[str, RequestCopies] = {}
+        self._weights_unsure = False  # SGLang may have changed them since they were read
         self._refused = False  # a load was accepted on this rank that it cannot do
         self._loading: dict[int, list[str]] = {}  # batch -> requests
         self._num_offloads = 0
@@ -108,6 +109,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
     def _hold(self, waiting: list[Any], tree_cache: Any) -> set[str]:
         """Meet new requests, let go of those that left the queue, and name those that wait for a lower tier."""
         asking: set[str] = set()
+        if self._weights_unsure and waiting:  # on all ranks: they read their weights together
+            self._weights_unsure = False
+            if self._weights.changed() and self._cache is not None:
+                with self:
+                    self._rename(self._cache, self._weights.model)
         if self._cache is not None:
             with self:
                 asking = self._ask(self._cache, waiting, tree_cache)
@@ -217,7 +223,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
 
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """SGLang keeps the pages until the result is popped. It offers them again as long as the result is False."""
-        if self._cache is None or len(transfers) != 1:
+        if self._cache is None or self._weights_unsure or len(transfers) != 1:
             return False
         with self:
             return self._offload(self._cache, transfers[0])
@@ -238,12 +244,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         """SGLang flushed its own cache, for its own sake or because its weights were updated.
 
         lmc keeps what it stored, because its tiers are there to outlive the engine's memory. But what other weights have computed is
-        never found again: their chunks have another name. All ranks are reset together, and read their weights together.
+        never found again: their chunks have another name. SGLang may flush before it changes the weights, so these are read when the next
+        request waits.
         """
         self._settle()
-        if self._weights.changed() and self._cache is not None:
-            with self:
-                self._rename(self._cache, self._weights.model)
+        self._weights_unsure = True
 
     def _settle(self) -> None:
         """End every copy of pages."""
