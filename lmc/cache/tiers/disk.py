@@ -83,13 +83,13 @@ class DiskTier:
         kept = False
         try:
             if self._share is not None:
-                self._share.take(size)
+                self._share.begin(key.hex(), size)
             try:
                 self._write(key, data, footer)
                 kept = True
             finally:
-                if self._share is not None and not kept:
-                    self._share.give(size)
+                if self._share is not None:
+                    self._share.end(key.hex(), size, kept=kept)
         except (Corrupt, TierFull) as error:
             raise type(error)(f"disk tier: cannot store {self._file_name(key)}: {error}") from None
         except OSError as error:

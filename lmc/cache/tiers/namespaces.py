@@ -79,9 +79,10 @@ class FolderShare:
         self._room = 0
         self._until_measured = 0  # bytes to write before the folder is measured again; others write, too
         self._full_until = 0.0
+        self._writing: dict[str, int] = {}  # name of a file under way -> its bytes
 
-    def take(self, num_bytes: int) -> None:
-        """Before a file of that size is written. Raises TierFull when there is no room, and OSError."""
+    def begin(self, name: str, num_bytes: int) -> None:
+        """Before a file of this name and size is written; end() follows. Raises TierFull when there is no room, and OSError."""
         with self._lock:
             self._until_measured -= num_bytes
             if self._until_measured < 0:
@@ -94,21 +95,37 @@ class FolderShare:
             if self._room < num_bytes:
                 raise TierFull(f"the folder holds its capacity of {format_size(self._capacity)} per rank")
             self._room -= num_bytes
+            self._writing[name] = (
+                self._writing.get(name, 0) + num_bytes
+            )  # a write that hangs may be done again beside it
+
+    def end(self, name: str, num_bytes: int, *, kept: bool) -> None:
+        """The file is there, or it was not written after all."""
+        with self._lock:
+            self._writing[name] -= num_bytes
+            if self._writing[name] == 0:
+                del self._writing[name]
+            if not kept:
+                self._room += num_bytes
 
     def give(self, num_bytes: int) -> None:
-        """A file of that size was removed, or not written after all."""
+        """A file of that size was removed."""
         with self._lock:
             self._room += num_bytes
 
     def _measure(self) -> None:
         taken = sum(size for namespace in _folders(self._root) for size in self._sizes(namespace.path))
-        self._room = self._capacity - taken
+        self._room = self._capacity - taken - sum(self._writing.values())
         self._until_measured = self._capacity // _PARTS
 
     def _sizes(self, namespace: str) -> Iterator[int]:
+        """Bytes of each file, without those that this rank is writing: they are counted while they are under way."""
+        temporary = f"{self._root}/{self._namespace}/r{self._rank}/tmp/"
         for rank in _folders(namespace):
             if self._is_mine(rank.name):
-                yield from (size for _, size, _ in _chunks(rank.path))
+                for _, size, path in _chunks(rank.path):
+                    if not path.startswith(temporary) and path.rsplit("/", 1)[1] not in self._writing:
+                        yield size
 
     def _is_mine(self, rank: str) -> bool:
         return rank[:1] == "r" and rank[1:].isdigit() and int(rank[1:]) % self._num_ranks == self._rank
