@@ -87,10 +87,8 @@ class KVLayout:
             raise LayoutError(f"block {block} does not exist; the KV cache has {self.num_blocks} blocks")
         return [(region.base + block * region.stride, region.size) for region in self.regions]
 
-    def pieces(self, layers: range | None = None) -> PieceTable:
-        """The pieces of these layers (indices into self.layers), or whole regions for all of them."""
-        if layers is None:
-            return self._whole
+    def pieces(self, layers: range) -> PieceTable:
+        """The pieces of these layers (indices into self.layers)."""
         if layers not in self._tables:
             self._tables[layers] = self._table(self._pieces_of(layers))
         return self._tables[layers]
@@ -119,7 +117,8 @@ class KVLayout:
         return {}
 
     @cached_property
-    def _whole(self) -> PieceTable:
+    def whole(self) -> PieceTable:
+        """Whole regions, for all layers together."""
         return self._table([Piece(index, 0, region.size) for index, region in enumerate(self.regions)])
 
     def _table(self, pieces: Sequence[Piece]) -> PieceTable:

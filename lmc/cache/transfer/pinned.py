@@ -81,7 +81,7 @@ class Slab:
         mapped = np.frombuffer(memory, dtype=np.uint8)  # keeps the mapping while a view of it lives
         start = -mapped.ctypes.data % HUGE_PAGE
         self._bytes = mapped[start : start + size]
-        self._base = self._bytes.ctypes.data
+        self.base = self._bytes.ctypes.data  # address of slot 0; the others follow slot_stride bytes apart
         if size >= HUGE_PAGE and (failure := _ask_for_huge_pages(memory)):
             self.degrade(f"pages are small, which slows touching, pinning and copies: {failure}")
         self._registrar = registrar
@@ -89,7 +89,10 @@ class Slab:
         self._threads = max(1, min(threads, os.cpu_count() or 1))
         self._slots_per_piece = max(1, piece_bytes // self.slot_stride)
         self._ready = 0
-        self._pinned_slots = 0
+        self.pinned_slots = 0  # slots below this number are registered
+        edges = range(self._slots_per_piece, num_slots, self._slots_per_piece) if registrar is not None else ()
+        # Addresses where one registered piece ends and the next begins: plan() keeps copies from crossing them.
+        self.boundaries = np.array([self.base + slot * self.slot_stride for slot in edges], dtype=np.uint64)
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._worker = threading.Thread(target=self._make_ready, name="lmc-slab", daemon=True)
@@ -98,7 +101,7 @@ class Slab:
     def address(self, slot: int) -> int:
         """Where a slot starts in this process."""
         self._check(slot)
-        return self._base + slot * self.slot_stride
+        return self.base + slot * self.slot_stride
 
     def view(self, slot: int) -> memoryview:
         """A slot's bytes, writable in place."""
@@ -106,23 +109,10 @@ class Slab:
         start = slot * self.slot_stride
         return self._bytes[start : start + self.slot_bytes].data
 
-    @property
-    def pinned_slots(self) -> int:
-        """Slots below this number are registered."""
-        return self._pinned_slots
-
     def is_pinned(self, addresses: npt.NDArray[np.uint64]) -> bool:
         """Whether every one of these addresses in slots lies in registered memory."""
-        end = self._base + self._pinned_slots * self.slot_stride
+        end = self.base + self.pinned_slots * self.slot_stride
         return bool((addresses < end).all())
-
-    @property
-    def boundaries(self) -> npt.NDArray[np.uint64]:
-        """Addresses where one registered piece ends and the next begins: plan() keeps copies from crossing them."""
-        if self._registrar is None:
-            return np.empty(0, dtype=np.uint64)
-        edges = range(self._slots_per_piece, self.num_slots, self._slots_per_piece)
-        return np.array([self._base + slot * self.slot_stride for slot in edges], dtype=np.uint64)
 
     def wait(self, slots: int | None = None, timeout: float | None = None) -> bool:
         """Wait until this many slots (all by default) are ready. False if the time is over or the slab was closed."""
@@ -143,26 +133,26 @@ class Slab:
         with self._changed:
             self._changed.notify_all()
         self._worker.join()
-        for first in range(0, self._pinned_slots, self._slots_per_piece):
+        for first in range(0, self.pinned_slots, self._slots_per_piece):
             assert self._registrar is not None
             try:
                 self._registrar.unregister(self.address(first))
             except TransferError as error:
                 logger.warning("lmc: host tier: %s", error)
-        self._pinned_slots = 0
+        self.pinned_slots = 0
 
     def _check(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise IndexError(f"slot {slot} does not exist; there are {self.num_slots}")
 
     def _make_ready(self) -> None:
-        if self._numa_node is not None and (failure := _bind(self._base, len(self._bytes), self._numa_node)):
+        if self._numa_node is not None and (failure := _bind(self.base, len(self._bytes), self._numa_node)):
             self.degrade(f"memory is not bound to NUMA node {self._numa_node}: {failure}")
         pinning = self._registrar is not None
         with ThreadPoolExecutor(self._threads, thread_name_prefix="lmc-touch") as pool:
             for first in range(0, self.num_slots, self._slots_per_piece):
                 count = min(self._slots_per_piece, self.num_slots - first)
-                address, size = self._base + first * self.slot_stride, count * self.slot_stride
+                address, size = self.base + first * self.slot_stride, count * self.slot_stride
                 bites = range(0, size, TOUCH_BYTES)
                 failures = list(pool.map(lambda at: self._touch(address + at, min(TOUCH_BYTES, size - at)), bites))  # noqa: B023 - used up before the next turn
                 if self._closing.is_set():
@@ -195,7 +185,7 @@ class Slab:
                 self.degrade(f"{self.num_slots - first} of {self.num_slots} slots stay pageable: {error}")
                 return False
             else:
-                self._pinned_slots = first + count
+                self.pinned_slots = first + count
                 return True
 
 

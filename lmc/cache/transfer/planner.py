@@ -80,7 +80,7 @@ def plan(
     blocks_per_chunk = len(block_ids) // num_chunks
     _check(layout, block_ids, slot_addresses, direction, blocks_per_chunk)
 
-    table = layout.pieces(layers)
+    table = layout.whole if layers is None else layout.pieces(layers)
     blocks = block_ids.astype(np.uint64).reshape(num_chunks, 1, blocks_per_chunk)
     position = np.arange(blocks_per_chunk, dtype=np.uint64)
     starts = table.slot_start * np.uint64(blocks_per_chunk) + table.slot_offset

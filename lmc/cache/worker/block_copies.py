@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lmc.cache.plan import RequestCopies
 from lmc.cache.transfer.backends import Backend
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.pinned import Slab
-from lmc.cache.transfer.planner import Descriptors, Direction, plan, plan_layers
+from lmc.cache.transfer.planner import Addresses, Descriptors, Direction, plan, plan_layers
 from lmc.cache.transfer.streams import Transfer, TransferStreams
 from lmc.errors import TransferError
 
@@ -248,7 +249,7 @@ class BlockCopier:
             if self._detached:
                 raise TransferError("the engine's KV memory is away while it sleeps")
             blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
-            slots = np.array([self._slab.address(chunk.slot) for chunk in chunks], dtype=np.uint64)
+            slots = _addresses(self._slab, np.array([chunk.slot for chunk in chunks], dtype=np.int64))
             edges = self._slab.boundaries
             if by_layer:
                 return plan_layers(self.layout, blocks, slots, batches[0].direction, boundaries=edges)
@@ -266,6 +267,13 @@ class BlockCopier:
         operations = tuple(chunk.operation for chunk in chunks)
         num_bytes = len(blocks) * self.layout.block_bytes
         return BlockBatch(request.request_id, operations, blocks, direction, background, num_bytes)
+
+
+def _addresses(slab: Slab, slots: npt.NDArray[np.int64]) -> Addresses:
+    """Where slots start. Raises TransferError for one that does not exist."""
+    if slots.size and not (slots.min() >= 0 and slots.max() < slab.num_slots):
+        raise TransferError(f"a slot from {slots.min()} to {slots.max()} does not exist; there are {slab.num_slots}")
+    return (slab.base + slots * slab.slot_stride).astype(np.uint64)
 
 
 def _batches(transfer: Transfer) -> list[BlockBatch]:

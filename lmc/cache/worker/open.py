@@ -8,17 +8,15 @@ from functools import partial
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
-from lmc.cache.plan import CopyReading
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.open import open_tiers
 from lmc.cache.transfer.backends import Backend, choose_backend
-from lmc.cache.transfer.backends.auto import AutoBackend
 from lmc.cache.transfer.layout import KVLayout
-from lmc.cache.transfer.pinned import Slab, open_slab
+from lmc.cache.transfer.pinned import open_slab
 from lmc.cache.transfer.planner import slot_bytes
 from lmc.cache.transfer.streams import TransferStreams
 from lmc.cache.worker.block_copies import BlockCopier
-from lmc.cache.worker.worker import CacheWorker
+from lmc.cache.worker.worker import CacheWorker, read_copying
 from lmc.errors import ConfigError
 from lmc.memory import available_memory
 from lmc.units import format_size
@@ -66,10 +64,6 @@ def open_worker(
         )
         opened.pop_all()
     return worker
-
-
-def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:
-    return CopyReading(dict(backend.chosen), dict(backend.refused), backend.threads, slab.pinned_slots, slab.problem)
 
 
 def open_streams(device: str, backend: Backend) -> TransferStreams | None:

@@ -23,6 +23,7 @@ from lmc.cache.plan import (
     WorkerReady,
 )
 from lmc.cache.tiers.breaker import DIRECTIONS, BoundedBreaker, Breaker
+from lmc.cache.transfer.backends.auto import AutoBackend
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction
 from lmc.cache.worker.block_copies import BlockCopier
@@ -158,7 +159,7 @@ class CacheWorker:
     def take_report(self) -> Report:
         """Report of the operations that ended since the last call."""
         self._settle()
-        stuck = self._tier_copies.settle()
+        stuck = self._tier_copies.settle() if self._tiers else set()
         with self._lock:
             report, self._report = self._report, Report()
         report.stuck = stuck
@@ -221,3 +222,8 @@ class CacheWorker:
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
             self._report.transfers.append((what, num_bytes, seconds))
+
+
+def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:
+    """How a rank copies between blocks and slots, for the report."""
+    return CopyReading(dict(backend.chosen), dict(backend.refused), backend.threads, slab.pinned_slots, slab.problem)
