@@ -1,7 +1,7 @@
-"""What the directory's side tells the workers to do in a step, and what they report back. Plain data that pickles.
+"""The wire between the two halves: the plan that the scheduler sends to the workers in a step, and the report that they send back.
 
-Every piece of work has an operation id. A worker does all of a plan or reports the failure; only a report changes what the directory
-believes. A report of several ranks is their merge.
+It is plain data that can be pickled. Every piece of work has an operation id. A worker carries out a whole plan or reports what failed; the
+directory changes its state only by reports. The report of several ranks is the merge of theirs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class RequestCopies:
 class TierCopy(NamedTuple):
     """A ticket of the directory for a tier below the host: one chunk to write there, to stage from there or to delete there.
 
-    A copy with a limit is not begun when it had to wait for longer than this many seconds: nobody waits for it any more.
+    A copy with a limit does not start if it has waited for longer than this many seconds, because no request waits for it any more.
     """
 
     ticket: Ticket

@@ -56,7 +56,7 @@ def watch(url: str, interval: float, once: bool, console: Console | None = None,
 
 
 def render(now: Stats, before: Stats | None, seconds: float) -> RenderableType:
-    """Totals, and rates since `before`, which was read so many seconds earlier."""
+    """Totals, and rates since `before`, which was read `seconds` earlier."""
     return Group(_overview(now, before), _tiers(now), _transfers(now, before, seconds), _copies(now), _misses(now))
 
 

@@ -88,7 +88,7 @@ class LocalCache:
         report = self.worker.take_report()
         self.scheduler.apply(report)
         plan = self.scheduler.take_plan()
-        assert not plan.loads and not plan.stores  # whoever asks for copies of blocks takes the plan at once
+        assert not plan.loads and not plan.stores  # load() and store() take their plans themselves
         if plan.tier_copies:
             self.worker.begin(plan)
         return report

@@ -21,7 +21,7 @@ class RequestControl(BaseModel):
     tenant: str = ""
     """Share with this tenant's requests only; none: the instance's tenant."""
     pin_seconds: float = 0.0
-    """Keep the prompt's chunks from eviction for so long after the request."""
+    """Seconds for which the prompt's chunks are kept from eviction after the request."""
     explain: bool = False
     """Answer with where the hit came from and why it ended there."""
 

@@ -3,7 +3,7 @@
 It does no I/O, holds no bytes, takes no lock and reads no clock; it lives on the engine's scheduler thread. It hands out *tickets*
 (copies to make), and only complete() changes what it believes about them. The simulator runs the same object.
 
-    directory.py    what requests, reports and people ask for
+    directory.py    the operations of requests, reports and administrators
     places.py       nodes, slots, states, parents, holds
     host_slots.py   copies into host slots and out of them
     below.py        what is written to the tiers below the host
@@ -145,7 +145,7 @@ class Directory:
         end = len(keys)
         if missing:
             places.hold(chain, 1)
-            # A prompt longer than the host: its own chunks never make room for it, so nobody is asked for one that may go.
+            # A prompt longer than the host: its own chunks never make room for it, so the policy is not asked for a victim.
             room = places.host.capacity - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
             for index in missing:
                 ticket = self._host_slots.store(keys[index], chain, index, tenant, now) if len(new) < room else None

@@ -137,7 +137,7 @@ class Request:
         return tickets
 
     def arriving(self) -> list[ChunkKey]:
-        """Chunks of the request that are on their way into host memory, whoever asked for them."""
+        """Chunks of the request that are being staged into host memory, for this request or for another one."""
         first = self.computed // self._chunk_tokens
         return [key for key in self.keys[first:] if self._directory.arriving([key])]
 

@@ -1,4 +1,4 @@
-"""Commands from people to a running cache: pin, unpin, prefetch, clear. They come from HTTP threads and run on the scheduler's thread."""
+"""Commands of administrators to a running cache: pin, unpin, prefetch, clear. HTTP threads receive them; the scheduler's thread runs them."""
 
 from __future__ import annotations
 
@@ -136,5 +136,5 @@ class Admin:
 
 
 def _owner(name: str) -> str:
-    """Requests pin too; people's names must not meet theirs."""
+    """Requests have pins, too. The prefix keeps an administrator's owner names apart from theirs."""
     return f"admin {name}"

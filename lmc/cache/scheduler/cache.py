@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Identity:
-    """What a request's chunks depend on beside its tokens."""
+    """What the chunks of a request depend on, apart from its tokens."""
 
     lora: str = ""
     tenant: str = ""
@@ -99,7 +99,7 @@ class CacheScheduler:
 
     @property
     def busy(self) -> bool:
-        """True while copies are under way that will end, so that somebody must fetch reports."""
+        """True while copies are under way that will end, so that the engine must fetch reports."""
         waiting = bool(self._plan) or bool(self._mailbox.waiting) or bool(self._prefetcher.wishes)
         return waiting or self.directory.num_open > self.directory.num_stuck
 
@@ -130,7 +130,7 @@ class CacheScheduler:
         self._requests[request_id].request.promise(num_tokens, self._clock() + seconds)
 
     def loads_in_background(self, num_load: int) -> bool:
-        """Whether a load of so many tokens shall not hold the batch up."""
+        """Whether a load of num_load tokens is copied in the background, so that it does not delay the batch."""
         return num_load >= self.config.background_load_tokens
 
     def admit(self, request_id: str, num_load: int, blocks: Sequence[int]) -> None:
@@ -209,7 +209,7 @@ class CacheScheduler:
     # Plans and reports
 
     def take_plan(self) -> Plan:
-        """The work of this step; the engine hands it to every rank."""
+        """The work of this step. The engine sends it to every rank."""
         if self._mailbox.waiting:
             self._mailbox.run()
         self.directory.expire(self._clock())
@@ -221,7 +221,7 @@ class CacheScheduler:
         return plan
 
     def apply(self, report: Report) -> None:
-        """Believe what the ranks report."""
+        """Update the directory and the requests with what the ranks report."""
         now = self._clock()
         self._causes.update(report.failed)
         self._known_faults.update(report.faults)
@@ -263,7 +263,7 @@ class CacheScheduler:
         logger.warning("lmc: the weights have changed: chunks of before are not used any more")
 
     def stats(self) -> dict[str, object]:
-        """The state in numbers, for people; may be called from any thread."""
+        """The state of the cache in numbers. May be called from any thread."""
         return collect_stats(self.namespace, self.directory, self.metrics, self.chunk_bytes * self.num_ranks)
 
     def close(self) -> None:
@@ -303,7 +303,7 @@ class CacheScheduler:
         return _Tracked(request, KeyChain(start, self.chunk_tokens, identity.extra))
 
     def _learn(self) -> None:
-        """Believe what the tiers have answered."""
+        """Tell the directory what the tiers have answered."""
         if self._presence is None:
             return
         for answer in self._presence.answers():
@@ -330,9 +330,7 @@ class CacheScheduler:
         config = self.config
         if not config.metrics.enabled:
             return None
-        admin = Admin(
-            self.directory, self._prefetcher, self.chunk_tokens, self._root_for_people, self._clock, config.tenant
-        )
+        admin = Admin(self.directory, self._prefetcher, self.chunk_tokens, self._root_of, self._clock, config.tenant)
         try:
             return Endpoint(
                 config.metrics,
@@ -348,5 +346,5 @@ class CacheScheduler:
             logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
             return None
 
-    def _root_for_people(self, tenant: str, lora: str) -> ChunkKey:
+    def _root_of(self, tenant: str, lora: str) -> ChunkKey:
         return root(self.namespace, lora=lora, tenant=tenant)

@@ -1,4 +1,4 @@
-"""The HTTP endpoint of a cache: GET /metrics for Prometheus, /stats for people, /requests for whoever asks where a request's time went;
+"""The HTTP endpoint of a cache: GET /metrics for Prometheus, /stats with the state in numbers, /requests with the times of requests;
 POST /pin, /unpin, /prefetch and /clear for administrators.
 
 Commands are JSON objects. Where the endpoint listens on this machine only, they need no token unless one is configured; elsewhere they

@@ -1,4 +1,4 @@
-"""The scheduler's side of opening a cache: a directory that knows what the workers found, and clients to ask what others have stored."""
+"""Opens the scheduler's half of a cache: a directory with what the workers found, and clients that ask what other instances have stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brings chunks of a prompt that is expected into host memory before its request comes. On the scheduler's thread; nobody waits for it."""
+"""Stages the chunks of an expected prompt before its request arrives. It runs on the scheduler's thread, and no request waits for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Prefetcher:
         self.wishes: list[Wish] = []  # prompts that are expected and not staged yet
 
     def want(self, keys: Sequence[ChunkKey], tenant: str, now: float) -> int:
-        """Returns how many of keys are known to be stored, and where; tiers that others write to are asked for the rest."""
+        """Returns the number of leading keys that are known to be stored. Tiers that others write to are asked for the rest."""
         found = self._directory.lookup(keys, now)
         unknown = keys[found.num_chunks :]
         question = self._presence.ask(unknown) if self._presence is not None and unknown else None
@@ -34,7 +34,7 @@ class Prefetcher:
         return found.num_chunks
 
     def advance(self, now: float) -> list[Ticket]:
-        """Stages that are due; the answers that came in have been learned before."""
+        """Stage tickets that are due. The directory must have learned the answers that came in."""
         tickets: list[Ticket] = []
         waiting = []
         for wish in self.wishes:

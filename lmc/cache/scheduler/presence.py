@@ -1,7 +1,7 @@
 """Asks the tiers that others write to (Redis, S3, a shared folder) which chunks they hold, on threads of the scheduler's process.
 
-A request asks once, for the chunks that the directory doesn't know, and comes back until the answer is there or its deadline has passed.
-What answers late still serves the next request. A chunk is there when every rank's part of it is.
+A request asks once, for the chunks that the directory does not know, and comes back until the answer is there or its deadline has passed.
+A late answer still serves the next request. A chunk counts as stored when every rank's part of it is.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Presence:
         return question
 
     def answers(self) -> list[Answer]:
-        """What came in since the last call."""
+        """The answers that arrived since the last call."""
         found = []
         while self._answers:
             found.append(self._answers.popleft())

@@ -1,4 +1,4 @@
-"""Copies between host slots and the tiers below, on threads of each tier: so many that read, and so many that write.
+"""Copies between host slots and the tiers below, on threads of each tier: some read, and as many others write.
 
 A tier may fail, hang or be left alone by its breaker, the machine may have no thread to give: each copy ends with a cause all the same.
 Only one that hangs in the tier cannot be ended; it is told as stuck, and nothing waits behind it.

@@ -176,8 +176,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         return []
 
     def load(self, rid: str, transfers: list[Any]) -> bool:
-        """False would be answered by recomputing, but only if all ranks answer alike; where there are several, a load that this rank
-        cannot do is accepted, and fails."""
+        """Returning False makes SGLang recompute, but all ranks must return the same value. With several ranks, accept the load and let it
+        fail."""
         prompt = self._prompts.get(rid)
         if self._cache is not None and prompt is not None:
             with self:
