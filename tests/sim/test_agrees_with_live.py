@@ -20,6 +20,7 @@ from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.plan import ABSENT, CopyReading, Plan, Report, Ticket, WorkerReady
 from lmc.cache.policy import POLICIES
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
+from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.format import stored_bytes
 from lmc.sim import full_replay
 from lmc.sim.build import TraceBuilder
@@ -113,7 +114,7 @@ class Live:
 
     def __post_init__(self) -> None:
         self.store = SharedStore(self.tiers.shared)
-        shared = {SHARED_LIVE: SharedTier(self.store)} if self.tiers.shared else {}
+        shared = {SHARED_LIVE: Breaker(SharedTier(self.store), now=lambda: 0.0)} if self.tiers.shared else {}
         ready = WorkerReady(
             Namespace("test", "model", "", "u8", "layout", CHUNK_TOKENS),
             rank=0,

@@ -1,4 +1,4 @@
-"""Commands of administrators to a running cache: pin, unpin, prefetch, clear. HTTP threads receive them; the scheduler's thread runs them."""
+"""Commands of administrators to a running cache: pin, unpin, prefetch, clear. HTTP threads receive them; the scheduler runs them."""
 
 from __future__ import annotations
 
