@@ -227,7 +227,8 @@ class _Engine(InsideVllm):
             "half-reported operations": len(self.cache._ended) + len(self.cache._causes),
             "requests of the connector": len(side.tracked),
             "promises of the connector": len(side.promised) + len(side.waiting),
-            "copies of the worker": len(worker._under_way) + len(worker.copier._ended),
+            "copies of the worker": sum(threads.num_jobs for threads in worker._tier_copies._threads.values())
+            + len(worker.copier._ended),
             "unreported loads": len(worker._loaded) + len(worker._failed_blocks),
             "requests of the engine": len(scheduler.requests),
             "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),

@@ -65,15 +65,12 @@ class Below:
         self._queue_depth = (
             queue_depth if write == "back" else min(queue_depth, share)
         )  # back: writes are what frees slots
+        self.exists = bool(places.below or self._unbounded)
         self._reserve = max(1, places.host.capacity // 8) if write == "back" and self.exists else 0
         self._writing: dict[str, int] = {}  # bounded tier -> writes under way
         self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first
         self._relieving: set[int] = set()  # deletions that make room in a medium that is fuller than its capacity says
         self._demoting: dict[int, int] = {}  # node -> open writes after which its host copy is evicted
-
-    @property
-    def exists(self) -> bool:
-        return bool(self._places.below or self._unbounded)
 
     @property
     def num_writing(self) -> dict[str, int]:

@@ -79,7 +79,6 @@ class Directory:
             write_touches=write_touches,
             queue_depth=queue_depth,
         )
-        self._has_lower = bool(below or remote)
         self._removal = Removal(self._places, self._below, self.counts)
         self._pins = Pins(self._places)
         self._host_slots = HostSlots(self._places, self._below, self._operations, self._remotes, self.counts)
@@ -165,14 +164,14 @@ class Directory:
                 places.adopt(chain[index], chain[index - 1] if index else -1, tenant)
         if touch:
             places.touch(stored, now)
-            if self._has_lower:
+            if self._below.exists:
                 self._below.after_touch(stored)
         if missing:
             for node in chain[end:]:
                 if node >= 0:
                     places.forget_unused(node)
             places.forget_ghosts()
-        if self._has_lower:
+        if self._below.exists:
             self._below.demote_ahead()
         return tickets
 
@@ -256,8 +255,9 @@ class Directory:
             self._below.complete_delete(done)
         else:
             self._host_slots.complete(done, failure)
-        self._host_slots.free_spoiled()
-        if done.ticket.key in self._doomed:
+        if self._host_slots.spoiled:
+            self._host_slots.free_spoiled()
+        if self._doomed and done.ticket.key in self._doomed:
             self._doomed = self._removal.forget_unused(self._doomed)
         return done.ticket
 

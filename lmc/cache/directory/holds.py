@@ -84,7 +84,8 @@ class Operations:
         return ticket
 
     def close(self, operation: int) -> Operation | None:
-        self._stuck.discard(operation)
+        if self._stuck:
+            self._stuck.discard(operation)
         return self._open.pop(operation, None)
 
     def mark_stuck(self, operation: int) -> Operation | None:

@@ -21,7 +21,7 @@ class HostSlots:
         self, places: Places, below: Below, operations: Operations, remotes: Sequence[RemoteKeys], counts: Counts
     ) -> None:
         self.staging: set[int] = set()  # nodes on their way from a tier below
-        self._spoiled: set[int] = set()  # nodes whose load failed and whose slot other transfers still use
+        self.spoiled: set[int] = set()  # nodes whose load failed and whose slot other transfers still use
         self._places = places
         self._below = below
         self._operations = operations
@@ -79,13 +79,14 @@ class HostSlots:
             if failure is not None and places.host.readable(node):
                 places.host.state[node] = SPOILED
                 places.misses.note(ticket.key, Miss.LOAD_FAILED)
-                self._spoiled.add(node)
+                self.spoiled.add(node)
         elif failure is None:
             if ticket.kind == "stage":
                 self._confirm_source(ticket)
             places.arrive(places.host, node)
             places.unreached.discard(node)
-            self._below.after_store(node)
+            if self._below.exists:
+                self._below.after_store(node)
         else:
             places.misses.note(ticket.key, Miss.STORE_FAILED if ticket.kind == "store" else Miss.LOAD_FAILED)
             if ticket.kind == "stage":
@@ -104,11 +105,9 @@ class HostSlots:
 
     def free_spoiled(self) -> None:
         """Free the slots of failed loads that no transfer uses any more."""
-        if not self._spoiled:
-            return
         busy = {operation.node for operation in self._operations}
-        for node in [node for node in self._spoiled if node not in busy]:
-            self._spoiled.remove(node)
+        for node in [node for node in self.spoiled if node not in busy]:
+            self.spoiled.remove(node)
             self._counts.gone(HOST, "failed")
             self._places.leave_host(node)
 

@@ -55,6 +55,33 @@ class _Question:
 class Request:
     """One request between its first lookup and its end. `name` is unique among the requests of the directory."""
 
+    __slots__ = (
+        "_chunk_tokens",
+        "_directory",
+        "_found",
+        "_loading",
+        "_lookup_miss",
+        "_outbox",
+        "_question",
+        "_retired",
+        "_settings",
+        "_stage_until",
+        "_staging_miss",
+        "_store_decode",
+        "_stored",
+        "_touched",
+        "_usable",
+        "admitted",
+        "arrived",
+        "computed",
+        "keys",
+        "name",
+        "num_tokens",
+        "salt_differs",
+        "sources",
+        "tenant",
+    )
+
     def __init__(
         self, name: str, directory: Directory, settings: RequestSettings, chunk_tokens: int, tenant: str, now: float
     ) -> None:
@@ -71,6 +98,7 @@ class Request:
         self.keys: Sequence[ChunkKey] = ()
         self._directory = directory
         self._settings = settings
+        self._store_decode = settings.store_decode
         self._chunk_tokens = chunk_tokens
         self._found: Found | None = None  # at the first lookup: where the hit came from
         self._question: _Question | None = None
@@ -168,7 +196,7 @@ class Request:
         self._unpin()
         if not self.admitted:
             self.admitted = True
-            self.sources = self._sources(first, last)
+            self.sources = self._sources(first, last) if tickets else {}
         return tickets
 
     @property
@@ -179,7 +207,7 @@ class Request:
     def loaded(self, operation: int, failure: str | None) -> None:
         """A load of this request ended. After a failure the engine recomputes from that chunk on, and stores it again."""
         index = self._loading.pop(operation)
-        if failure is not None:
+        if failure is not None and not self._retired:
             self._stored = min(self._stored, index)
             self._usable = min(self._usable, index)
 
@@ -190,13 +218,14 @@ class Request:
 
     def wants_store(self, num_valid: int, num_prompt: int) -> bool:
         """Whether store() would have something to do; cheap enough to ask in every step."""
-        return not self._retired and self._num_storable(num_valid, num_prompt) > self._stored
+        end = num_valid if self._store_decode or num_valid < num_prompt else num_prompt
+        return end // self._chunk_tokens > self._stored
 
     def store(self, keys: Sequence[ChunkKey], num_valid: int, num_prompt: int, now: float) -> list[Ticket]:
         """The first num_valid tokens have valid KV; the prompt has num_prompt. Returns a store ticket for each chunk that got a slot."""
         self.keys = keys
-        wanted = keys[: self._num_storable(num_valid, num_prompt)]
-        if self._retired or len(wanted) <= self._stored:
+        wanted = keys[: (num_valid if self._store_decode else min(num_valid, num_prompt)) // self._chunk_tokens]
+        if len(wanted) <= self._stored:
             return []
         tickets = self._directory.store(wanted, now, tenant=self.tenant, touch=not self._touched)
         self._touched = True
@@ -214,6 +243,7 @@ class Request:
     def retire(self) -> None:
         """The cache was reset. The request's KV belongs to the time before, so from now on it loads and stores nothing."""
         self._retired = True
+        self._stored = _EVERY_CHUNK
         self._unpin()
 
     def miss(self) -> str | None:
@@ -267,9 +297,6 @@ class Request:
             self._lookup_miss = Miss.LOAD_DEADLINE
             return False
         return True
-
-    def _num_storable(self, num_valid: int, num_prompt: int) -> int:
-        return (num_valid if self._settings.store_decode else min(num_valid, num_prompt)) // self._chunk_tokens
 
     def _sources(self, first: int, last: int) -> dict[str, int]:
         """Tokens of chunks first..last, less what the engine holds, by the tier that held them when the request came."""

@@ -55,6 +55,18 @@ def test_a_request_that_waits_for_the_disk_loads_nothing_any_more(instances, tmp
     assert not chunk_files(tmp_path)
 
 
+def test_a_request_that_waits_for_an_answer_is_computed(instances, tmp_path):
+    """It was asked for once, and has found nothing yet."""
+    instance = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=60.0)
+    tokens = prompt(1, 50)
+    assert instance.scheduler.lookup("r", tokens, 0, NOBODY) is None
+    instance.scheduler.reset()
+    assert instance.scheduler.lookup("r", tokens, 0, NOBODY) == 0
+    instance.scheduler.admit("r", 0, [])
+    assert instance.scheduler.explain("r")["miss"] == "cleared" and not instance.scheduler.loaded_from("r")
+    instance.scheduler.finish("r")
+
+
 def test_what_is_in_use_is_dropped_when_it_comes_free(instances, tmp_path, monkeypatch):
     gate, put = threading.Event(), DiskTier.put
 
