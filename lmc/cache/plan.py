@@ -149,7 +149,7 @@ class Report:
         )
 
     def __bool__(self) -> bool:
-        return bool(self.finished or self.copying or self.stuck)
+        return bool(self.finished or self.copying or self.stuck or self.faults)
 
 
 def _side_by_side(
