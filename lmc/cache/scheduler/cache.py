@@ -279,13 +279,13 @@ class CacheScheduler:
         request, question = tracked.request, tracked.question
         keys = tracked.chain.extend(tokens)
         answered = question is not None and question.done  # then its answers are among those learned now
-        self._learn()
+        if self._presence is not None:
+            self._learn()
         if answered and question is not None:
             request.answer(failed=question.failed)
         found = request.lookup(keys, len(tokens), computed, now)
         self._plan.tier_copies += [TierCopy(ticket, self.config.load_deadline) for ticket in request.take_tickets()]
-        missing = request.take_question()
-        if missing and self._presence is not None:
+        if self._presence is not None and (missing := request.take_question()):
             tracked.question = self._presence.ask(missing)
         return found
 

@@ -81,7 +81,7 @@ def test_idle_connections_take_neither_threads_nor_the_place_of_a_scrape(instanc
         idle = [stack.enter_context(connect(instance)) for _ in range(http_server.MOST_CONNECTIONS + 40)]
         for _ in range(3):
             assert ask(instance, get("/metrics"))[0] == 200
-        assert threading.active_count() == before
+        assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
         wait_until(lambda: all(is_closed(client) for client in idle[:40]), "the end of the oldest connections")
         assert not is_closed(idle[-1])  # it may still ask
         idle[-1].settimeout(30)

@@ -26,8 +26,10 @@ class Tier:
         self.closed = False
         self.gate = threading.Event()
         self.gate.set()
+        self.asked = threading.Event()
 
     def contains(self, keys):
+        self.asked.set()
         assert self.gate.wait(20)
         self.batches.append(len(keys))
         if self.broken:
@@ -89,6 +91,7 @@ def test_close_waits_no_longer_than_its_limit_for_a_tier_that_hangs():
     tier.gate.clear()
     presence = Presence({"redis": [Breaker(tier)]})
     questions = [presence.ask(KEYS) for _ in range(5)]
+    assert tier.asked.wait(20), "a thread uses the connection"
     presence.close(0.1)
     assert not tier.closed, "its connection is in use"
     assert not any(question.done for question in questions)
