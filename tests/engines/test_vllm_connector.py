@@ -132,15 +132,24 @@ def test_nothing_is_stored_from_a_block_that_the_request_does_not_hold() -> None
 
 
 @pytest.mark.parametrize(
-    ("ahead", "second_runner", "tokens"), [(False, False, 4096), (True, False, 1), (False, True, 1), (True, True, 1)]
+    ("ahead", "second_runner", "shares_blocks", "tokens"),
+    [
+        (False, False, False, 4096),
+        (True, False, False, 1),
+        (False, True, False, 1),
+        (False, False, True, 1),
+        (True, True, True, 1),
+    ],
 )
 def test_loads_run_before_the_pass_only_where_vllm_can_recompute_one_that_fails(
-    caplog: pytest.LogCaptureFixture, ahead: bool, second_runner: bool, tokens: int
+    caplog: pytest.LogCaptureFixture, ahead: bool, second_runner: bool, shares_blocks: bool, tokens: int
 ) -> None:
     caplog.set_level("INFO", "lmc")
     config = load_settings(flags={"background_load_tokens": 4096}).config
     vllm_config: Any = SimpleNamespace(
-        scheduler_config=SimpleNamespace(async_scheduling=ahead), use_v2_model_runner=second_runner
+        scheduler_config=SimpleNamespace(async_scheduling=ahead),
+        use_v2_model_runner=second_runner,
+        cache_config=SimpleNamespace(enable_prefix_caching=shares_blocks),
     )
     assert _recoverable(config, vllm_config).background_load_tokens == tokens
     assert ("every load runs in the background" in caplog.text) == (tokens == 1), (
