@@ -210,8 +210,8 @@ def _settings(vllm_config: VllmConfig) -> CacheConfig:
 def _recoverable(config: CacheConfig, vllm_config: VllmConfig) -> CacheConfig:
     """The settings, with all loads in the background where vLLM goes on with wrong ids or KV after one that failed before the pass.
 
-    That is where it plans a step before it has the output of the last (vLLM issue 45138), with its second model runner (issue 49250),
-    and with its own prefix cache: of the requests that share the blocks of a failed load only the first computes them again, and the others take
+    That is where it plans a step before it has the output of the last (vLLM issue 45138), with its second model runner (issue 49250), and
+    with its own prefix cache: of the requests that share the blocks of a failed load only the first computes them again. The others take
     them for computed in the next step, also if the first was aborted or computes only a part of them there. A load in the background has
     ended, well or not, before its request is in a batch, and before its blocks are shared.
     """
