@@ -20,6 +20,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from lmc.bench.machine import describe_hardware, describe_software
+from lmc.cache.connectors.vllm.messages import StepReport
 from lmc.report import Column, Section, Table, print_table, report_markdown, to_json, write_file
 from lmc.report import Report as Page
 from tests.engines.scheduler_side import DrivenSide
@@ -45,7 +46,7 @@ class Outcome:
 
 def idle(driven: DrivenSide, output: SchedulerOutput) -> None:
     """What vLLM calls in every step, with nothing to do for lmc."""
-    driven.side.plan(output)
+    driven.side.step(output)
     driven.side.stats()
     driven.side.take_events()
     _ = driven.side.busy
@@ -74,11 +75,11 @@ def whole_life(driven: DrivenSide, request: Request) -> float:
     request.num_computed_tokens = found
     output = driven.output({request.request_id: PROMPT - found})
     started = time.thread_time()
-    plan = side.plan(output)
+    plan = side.step(output).plan
     seconds += time.thread_time() - started
     report = driven.report_of(plan)
     started = time.thread_time()
-    side.apply(report)
+    side.learn(StepReport(report))
     side.finish(request)
     return (seconds + time.thread_time() - started) * 1e6
 

@@ -166,8 +166,7 @@ class Request:
 
     def arriving(self) -> list[ChunkKey]:
         """Chunks of the request that are being staged into host memory, for this request or for another one."""
-        first = self.computed // self._chunk_tokens
-        return [key for key in self.keys[first:] if self._directory.arriving([key])]
+        return [key for key in self.keys[self.first_chunk :] if self._directory.arriving([key])]
 
     @property
     def deadline(self) -> float | None:
@@ -176,10 +175,9 @@ class Request:
 
     def promise(self, gain: int, expires: float) -> None:
         """Keep the chunks of the last lookup's answer from eviction until load(), or until the expiry."""
-        first = self.computed // self._chunk_tokens
         last = (self.computed + gain) // self._chunk_tokens
         self._directory.unpin(self._promise)  # pins of one owner add up
-        self._directory.pin(self.keys[first:last], self._promise, expires)
+        self._directory.pin(self.keys[self.first_chunk : last], self._promise, expires)
 
     # In the batch
 
