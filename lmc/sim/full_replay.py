@@ -27,7 +27,9 @@ from lmc.sim.router import Router, Routing
 from lmc.sim.shared_store import SHARED, SharedStore
 from lmc.sim.trace import Float64, Int64, Trace, Window
 
-_ARRIVAL, _DERIVED = 1, 0  # at equal times, what follows from earlier requests comes before the next arrival
+_DERIVED, _STEP, _COMPUTED, _ARRIVAL = range(
+    4
+)  # at equal times: copies end, schedulers step, prompts are computed, one arrives
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,10 @@ class _Instance:
         self._writing = {name: replay.channel(name) for name in (HOST, "disk", SHARED)}
         self._engine_free = float("-inf")
         self._waiting: dict[int, _Arrival] = {}
+        self._stages: list[Ticket] = []  # this and the next two begin in the next step
+        self._stores: list[Ticket] = []
+        self._admitted: list[tuple[_Arrival, list[Ticket]]] = []
+        self._step_due = False
 
     def arrive(self, index: int, keys: list[ChunkKey]) -> None:
         replay, trace = self._replay, self._replay.trace
@@ -145,9 +151,8 @@ class _Instance:
             self._answer(question)
             life.answer(failed=False)
             gain = life.lookup(arrival.keys, arrival.num_tokens, 0, now)
-        for ticket in life.take_tickets():
-            self._transfer(ticket, self._reading[ticket.tier])
-        self._drain()
+        self._stages += life.take_tickets()
+        self._step_soon()
         if gain is None:
             arrival.missing = set(life.arriving())
             self._waiting[arrival.index] = arrival
@@ -163,14 +168,14 @@ class _Instance:
     def _start(self, arrival: _Arrival, gain: int) -> None:
         """Load what is in host now; the engine takes the request in when the load is done."""
         arrival.started = True
-        replay, life, now = self._replay, arrival.life, self._replay.clock.now
+        replay, life = self._replay, arrival.life
         if life.miss() == Miss.LOAD_DEADLINE:
             replay.counts[LATE] += 1
         loads = life.load(gain)
         for tier, tokens in life.sources.items():
             replay.hit_tokens[tier][arrival.index] = tokens
-        ready = self._reading[HOST].send(now, len(loads) * replay.chunk_bytes) if loads else now
-        replay.clock.at(ready, lambda: self._compute(arrival, loads))
+        self._admitted.append((arrival, loads))
+        self._step_soon()
 
     def _compute(self, arrival: _Arrival, loads: Sequence[Ticket]) -> None:
         now = self._replay.clock.now
@@ -179,23 +184,52 @@ class _Instance:
             arrival.life.loaded(ticket.operation, None)
         begin = max(now, self._engine_free)
         self._engine_free = begin + self._replay.prefill_s(arrival.index, len(loads))
-        self._replay.clock.at(self._engine_free, lambda: self._computed(arrival))
+        self._replay.clock.at(self._engine_free, lambda: self._computed(arrival), _COMPUTED)
 
     def _computed(self, arrival: _Arrival) -> None:
         replay, now = self._replay, self._replay.clock.now
         replay.ttft_s[arrival.index] = now - arrival.arrival_s
         num_stored = len(arrival.keys) * replay.trace.block_tokens
-        for ticket in arrival.life.store(arrival.keys, num_stored, num_stored, now):
-            self._transfer(ticket, self._writing[HOST])
+        self._stores += arrival.life.store(arrival.keys, num_stored, num_stored, now)
         arrival.life.end(now)
-        self._drain()
+        self._step_soon()
 
-    def _drain(self) -> None:
-        for ticket in self.directory.take_tickets():
+    def _step_soon(self) -> None:
+        """Step once when all that ends at this time has ended: the live scheduler learns of it in one report."""
+        if not self._step_due:
+            self._step_due = True
+            self._replay.clock.at(self._replay.clock.now, self._step, _STEP)
+
+    def _step(self) -> None:
+        """What a step of the live scheduler does: ask again for requests that waited, remove what has expired, hand out tickets."""
+        self._step_due = False
+        now = self._replay.clock.now
+        for arrival in [arrival for arrival in self._waiting.values() if not arrival.missing]:
+            self._look_up(arrival)
+        self.directory.expire(now)
+        due = self.directory.take_tickets()
+        for ticket in due:
             if ticket.kind == "delete":
                 self._done(ticket)
-            else:
+        stages, self._stages = self._stages, []
+        admitted, self._admitted = self._admitted, []
+        stores, self._stores = self._stores, []
+        for ticket in stages:
+            self._transfer(ticket, self._reading[ticket.tier])
+        for arrival, loads in admitted:
+            self._load(arrival, loads)
+        for ticket in stores:
+            self._transfer(ticket, self._writing[HOST])
+        for ticket in due:
+            if ticket.kind != "delete":
                 self._transfer(ticket, self._writing[ticket.tier])
+
+    def _load(self, arrival: _Arrival, loads: Sequence[Ticket]) -> None:
+        clock = self._replay.clock
+        ready = clock.now
+        if loads:
+            ready = self._reading[HOST].send(ready, len(loads) * self._replay.chunk_bytes)
+        clock.at(ready, lambda: self._compute(arrival, loads))
 
     def _transfer(self, ticket: Ticket, channel: _Channel) -> None:
         done = channel.send(self._replay.clock.now, self._replay.chunk_bytes)
@@ -210,12 +244,10 @@ class _Instance:
             elif ticket.kind == "stage" and not store.get(ticket.key):
                 failure = ABSENT
         self.directory.complete(ticket.operation, failure, now)
-        self._drain()
         if ticket.kind == "stage":
-            for arrival in list(self._waiting.values()):
+            for arrival in self._waiting.values():
                 arrival.missing.discard(ticket.key)
-                if not arrival.missing:
-                    self._look_up(arrival)
+        self._step_soon()
 
 
 class _Replay:

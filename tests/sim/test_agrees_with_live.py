@@ -239,3 +239,23 @@ def test_a_request_that_may_not_wait_loads_what_is_there(deadline: float) -> Non
     hits, _ = simulated(made, config, tiers)
     assert hits[2] == ({} if deadline == 0 else {"disk": 2 * CHUNK_TOKENS})
     assert (hits, _) == live(made, config, tiers)
+
+
+def test_an_expired_chunk_goes_as_soon_as_nothing_continues_it_any_more() -> None:
+    """Its child is evicted by a store; the replay once looked for expired chunks only when a request arrived."""
+    single = [Prompt(0.0, 0, (0,), 0), Prompt(0.0, 1, (1,), 0), Prompt(0.0, 0, (2,), 0)]
+    later = [Prompt(2.0, 0, (4,), 0), *(Prompt(3.0, 0, (chunk,), 0) for chunk in (5, 6, 7, 8))]
+    made = [*single, Prompt(1.0, 0, (0, 3), 0), *later]
+    tiers = Tiers(host=3, disk=1)
+    config = configured(tiers, {"policy": "2q", "write": "through", "ttl": 2.0, "ttl_mode": "fixed"})
+    assert simulated(made, config, tiers) == live(made, config, tiers)
+
+
+def test_a_step_follows_all_copies_that_end_at_one_time() -> None:
+    """The live scheduler learns of them in one report; the replay once removed expired chunks between the first and the second."""
+    first = [Prompt(0.0, 0, (0,), 0), Prompt(0.0, 1, (1,), 0), Prompt(0.0, 0, (2, 3, 4), 0), Prompt(0.0, 0, (5,), 0)]
+    later = [Prompt(2.0, 0, (8, 9), 0), Prompt(3.0, 0, (10, 11), 0), Prompt(3.0, 0, (12,), 0)]
+    made = [*first, Prompt(1.0, 0, (2, 3, 4, 6, 7), 0), *later]
+    tiers = Tiers(host=7, disk=4)
+    config = configured(tiers, {"policy": "2q", "write": "through", "ttl": 2.0, "ttl_mode": "fixed"})
+    assert simulated(made, config, tiers) == live(made, config, tiers)
