@@ -148,7 +148,11 @@ def _keep(kept: Path, version: list[int], digest: str) -> None:
 
 
 def _process_start() -> float:
-    """When this process began, on the clock of file times. psutil's answer may be a second early, as the time of boot is rounded."""
+    """When this process began, at the latest, on the clock of file times.
+
+    psutil's answer may be a second early, as the time of boot is rounded. The kernel rounds down to a tick of 10 ms, so the end of the tick
+    counts: a process that has just begun reads no weights before it.
+    """
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - (ticks + 1) / os.sysconf("SC_CLK_TCK")
     return time.time() - age

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,12 @@ def test_only_files_that_are_older_than_the_process_can_be_what_it_has_loaded(
     assert unchanged_since_start(folder)
     monkeypatch.setattr(weights, "_process_start", lambda: now)
     assert not unchanged_since_start(folder)
+
+
+def test_a_model_that_is_complete_when_the_process_begins_is_older_than_it(folder: Path) -> None:
+    """The kernel rounds the start of a process down to a tick: for ten milliseconds every file seemed to be newer."""
+    asks = "import sys, pathlib; from lmc.weights import unchanged_since_start; print(unchanged_since_start(pathlib.Path(sys.argv[1])))"
+    for number in range(5):
+        (folder / "model.safetensors").write_bytes(bytes([number]))
+        answer = subprocess.run([sys.executable, "-c", asks, str(folder)], capture_output=True, text=True, check=True)
+        assert answer.stdout.strip() == "True"
