@@ -1,4 +1,4 @@
-"""Say what a chunk file is and whether its bytes are what was put."""
+"""Reads chunk files: which chunk each one holds, and whether its bytes are those that were stored."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Inspection:
 
 
 def find_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The paths that are files, and all files below those that are folders, less the leases of namespaces and links.
+    """Return all files at and below the paths. Links and the leases of namespaces are left out.
 
-    Raises ConfigError for a path that is neither.
+    Raises ConfigError for a path that is neither a file nor a folder.
     """
     for path in paths:
         if path.is_dir():
@@ -37,7 +37,7 @@ def find_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def inspect_file(path: Path, auth_key: bytes = b"") -> Inspection:
-    """Check footer, length and checksum, with an auth_key the seal, too. Raises ConfigError when the file cannot be read."""
+    """Check the file's footer, length and checksum, and with an auth_key its seal. Raises ConfigError when the file cannot be read."""
     footer = None
     unchecked = False
     problem: str | None = None

@@ -1,4 +1,4 @@
-"""What `lmc probe` shows: a table and a picture of the measured rates beside the machine's limit."""
+"""Renders the result of `lmc probe`: a table and a plot of the measured rates beside the machine's limit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def transfer_table(probe: Probe) -> Table:
 
 
 def transfer_figure(probe: Probe) -> Figure:
-    """Rate over piece size: one plot for each direction, one line for each backend, the limit dashed."""
+    """Plot the rate over the piece size: one plot for each direction, one line for each backend, and the limit as a dashed line."""
     directions = ("store", "load")
     picture, axes = new_axes(columns=len(directions), width=5.2)
     for axis, direction in zip(axes, directions, strict=True):

@@ -1,7 +1,7 @@
-"""Measures every transfer backend over piece sizes and directions, next to what the machine can do at all.
+"""Measures every transfer backend by piece size and direction, beside the machine's limit.
 
-The limit is measured in the same run, turn by turn with the backend: one memcpy of all the bytes on the CPU, one copy by the bare copy
-engine on a GPU. Ratios of one run mean something on a shared machine; rates of two runs don't.
+The limit is measured in the same run, in turns with the backend. On a CPU it is one memcpy of all the bytes; on a GPU it is one copy by the
+copy engine. On a shared machine only ratios within one run can be compared, not the rates of two runs.
 """
 
 from __future__ import annotations
@@ -87,9 +87,11 @@ def probe_cpu(
     repetitions: int = REPETITIONS,
     threads: int | None = None,
 ) -> Probe:
-    """Host backend and torch reference between two parts of memory; threads None measures what helps.
+    """Measure the host backend and torch's copy between two parts of memory.
 
-    A turn copies one window of the memory, so that it is short beside the scheduler's time slice.
+    With threads None the best number of threads is measured first.
+
+    A turn copies one window of the memory, so it is shorter than a time slice of the operating system's scheduler.
     """
     threads = threads or useful_threads()
     backends: dict[str, Backend] = {"host": HostBackend(1)}
@@ -123,7 +125,7 @@ def probe_cuda(
     total_bytes: int = TOTAL_BYTES,
     repetitions: int = REPETITIONS,
 ) -> Probe:
-    """Every device backend between pinned host memory and the device. Raises TransferError without a usable driver."""
+    """Measure every device backend between pinned host memory and the device. Raises TransferError when there is no usable driver."""
     import torch
 
     from lmc.cache.transfer.cuda import load_driver
@@ -165,7 +167,7 @@ def measure_device(
 
 
 def scattered(blocks: int, slots: int, total_bytes: int, size: int, direction: Direction) -> Descriptors:
-    """Pieces in random order on the engine's side and one after the other in the slots: the worst case that a plan can be."""
+    """Return pieces in random order on the engine's side and in sequence in the slots: the worst case of a plan."""
     count = total_bytes // size
     places = np.random.default_rng(size).permutation(count).astype(np.uint64) * np.uint64(size)
     engine = np.uint64(blocks) + places
@@ -183,7 +185,7 @@ def _compare(
     num_bytes: tuple[int, int],
     repetitions: int,
 ) -> ProbeRow:
-    """Backend and limit by turns, so that a disturbance hits both alike; num_bytes of one turn of each."""
+    """Measure the backend and the limit in turns, so that a disturbance affects both. num_bytes are those of one turn."""
     rates, limits = [], []
     for _ in range(repetitions):
         for number, turn in enumerate(turns):
@@ -210,7 +212,7 @@ def _timed(copy: Callable[[], None]) -> Turn:
 
 
 def _touched(size: int) -> npt.NDArray[np.uint8]:
-    """Resident memory from a page's start, as slots are and engines' allocations too."""
+    """Return resident memory that begins at a page, as slots and engines' allocations do."""
     memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
     memory.fill(1)
     return memory

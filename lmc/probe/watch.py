@@ -1,4 +1,4 @@
-"""The live table of `lmc cache stats`: two readings of a running cache's /stats, and what happened between them."""
+"""The live table of `lmc cache stats`: it reads a running cache's /stats twice and shows the difference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Stats = Mapping[str, Any]  # what lmc.cache.observe.stats makes, read back from 
 
 
 def read_stats(url: str, token: str | None = None) -> Stats:
-    """token: admin.token, which a cache that listens for other machines wants. Raises RunError when there is no cache to ask."""
+    """Read /stats. token is admin.token, which a cache requires when it listens for other machines.
+
+    Raises RunError when no cache answers.
+    """
     base = url if "://" in url else f"http://{url}"
     address = base.removesuffix("/").removesuffix("/metrics") + "/stats"
     try:
@@ -40,7 +43,7 @@ def read_stats(url: str, token: str | None = None) -> Stats:
 
 
 def watch(url: str, interval: float, once: bool, console: Console | None = None, token: str | None = None) -> None:
-    """Show the table until interrupted, or once. Raises RunError when the cache doesn't answer (any more)."""
+    """Show the table until the user interrupts it, or once. Raises RunError when the cache does not answer."""
     console = console or Console()
     before = read_stats(url, token)
     if once:
@@ -56,7 +59,7 @@ def watch(url: str, interval: float, once: bool, console: Console | None = None,
 
 
 def render(now: Stats, before: Stats | None, seconds: float) -> RenderableType:
-    """Totals, and rates since `before`, which was read `seconds` earlier."""
+    """Render the totals, and the rates since `before`, which was read `seconds` earlier."""
     return Group(_overview(now, before), _tiers(now), _transfers(now, before, seconds), _copies(now), _misses(now))
 
 
@@ -106,7 +109,7 @@ def _transfers(now: Stats, before: Stats | None, seconds: float) -> Table:
 
 
 def _copies(now: Stats) -> Table:
-    """Which backend copies between blocks and slots, which could not, and what is wrong with host memory."""
+    """Say which backend copies between blocks and slots, which backends failed, and what is wrong with host memory."""
     table = Table()
     for column in ("copies by", "batches"):
         table.add_column(column, justify="left" if column == "copies by" else "right")

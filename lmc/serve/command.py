@@ -1,4 +1,4 @@
-"""What an engine's command is, and what the builders of the engines' commands share."""
+"""The command that starts an engine, and the settings that travel in it. The builders for vLLM and SGLang share this module."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class EngineCommand:
 
 
 def open_settings(config: CacheConfig) -> dict[str, object]:
-    """The connector's settings by dotted key, as JSON takes them; secrets are left out."""
+    """Return the connector's settings by dotted key, as JSON values. Secrets are left out."""
     values = {setting.key: value_of(config, setting.key) for setting in all_settings() if not setting.secret}
     return {key: str(item) if isinstance(item, Path) else item for key, item in values.items() if item is not None}
 
 
 def secrets(config: CacheConfig | None) -> dict[str, str]:
-    """Settings that must not stand in a command line, as environment variables."""
+    """Return the secret settings as environment variables, because every user of the machine can read a command line."""
     if config is None:
         return {}
     values = {setting.variable: value_of(config, setting.key) for setting in all_settings() if setting.secret}

@@ -1,4 +1,4 @@
-"""How each engine is started with the cache: its command line and environment. No engine is imported here."""
+"""Builds the command line and the environment that start each engine with the cache. This module imports no engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _KILL_SECONDS = 10  # beyond what the engine was given to stop
 
 
 def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) -> None:
-    """Raises EngineError when the engine is not installed, ConfigError when its arguments don't go with the cache's settings."""
+    """Check the engine's arguments.
+
+    Raises EngineError when the engine is not installed, and ConfigError when an argument contradicts the cache's settings.
+    """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
     if engine == "sglang":
@@ -64,7 +67,7 @@ def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) 
 def engine_command(
     engine: str, model: Path, host: str, port: int, config: CacheConfig | None, extra: Sequence[str]
 ) -> EngineCommand:
-    """The command of a checked engine on host:port; config None runs it without the cache."""
+    """Return the command that runs a checked engine on host:port. With config None the engine runs without the cache."""
     if engine == "sglang":
         return sglang_command(model, host, port, config, extra)
     assert engine == "vllm"
@@ -98,7 +101,7 @@ def _vllm(model: Path, host: str, port: int, config: CacheConfig | None, extra: 
 
 
 def engines_here(engine: str, extra: Sequence[str]) -> range:
-    """Data-parallel ranks on this node."""
+    """Return the numbers of the data-parallel ranks on this machine; each rank is an engine of its own."""
     return sglang_engines(extra) if engine == "sglang" else _vllm_engines(extra)
 
 
@@ -112,7 +115,7 @@ def _vllm_engines(extra: Sequence[str]) -> range:
 
 
 def _vllm_knows(option: str) -> bool:
-    """Whether this version of vLLM has the option; importing it to ask would take ten seconds."""
+    """Whether the installed vLLM has the option. It reads vLLM's source, because importing vLLM would take ten seconds."""
     found = importlib.util.find_spec("vllm")
     for folder in (found.submodule_search_locations or []) if found is not None else []:
         try:
@@ -123,7 +126,7 @@ def _vllm_knows(option: str) -> bool:
 
 
 def vllm_transfer_config(config: CacheConfig) -> dict[str, object]:
-    """vLLM's --kv-transfer-config for lmc's connector with these settings, secrets left out."""
+    """Return vLLM's --kv-transfer-config for lmc's connector with these settings. Secrets are left out."""
     return {
         "kv_connector": "LmcConnector",
         "kv_connector_module_path": "lmc.cache.connectors.vllm",
@@ -134,7 +137,10 @@ def vllm_transfer_config(config: CacheConfig) -> dict[str, object]:
 
 
 def _vllm_cpu_memory(model: Path, extra: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Arguments and variables that size vLLM's own KV cache on a CPU; left alone, it wants nearly all memory of the machine."""
+    """Return arguments and variables that set the size of vLLM's own KV cache on a CPU.
+
+    Without them vLLM takes nearly all memory of the machine.
+    """
     if "VLLM_CPU_KVCACHE_SPACE" in os.environ or given("--kv-cache-memory-bytes", extra):
         return [], {}
     low, high = _CPU_KV_BYTES
@@ -147,7 +153,7 @@ def _vllm_cpu_memory(model: Path, extra: Sequence[str]) -> tuple[list[str], dict
 
 
 def _vllm_cpu_cores(extra: Sequence[str]) -> dict[str, str]:
-    """Left alone, vLLM keeps cores free, and more of them with a connector than without one."""
+    """Return the variable that gives vLLM all cores. Without it vLLM leaves some cores unused, and more of them when it has a connector."""
     if "VLLM_CPU_OMP_THREADS_BIND" in os.environ or value("--tensor-parallel-size", extra) not in (None, "1"):
         return {}
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]

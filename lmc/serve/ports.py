@@ -1,4 +1,4 @@
-"""Addresses and ports on this machine: what is free, and keeping it until the engine listens there."""
+"""Finds free ports on this machine and keeps them until the engine listens there."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ _MOST_PORT = 65_535
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
+    """Return a port on which no process listens at this moment."""
     with _bound(host, 0) as probe:
         return int(probe.getsockname()[1])
 
 
 def for_url(host: str) -> str:
-    """The host as it stands in a URL."""
+    """Return the host in the form that a URL needs: an IPv6 address gets brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def reachable(host: str) -> str:
-    """Where a server that listens on host is reached from this machine, as it stands in a URL."""
+    """Return the host, in a URL's form, under which this machine reaches a server that listens on `host`."""
     return for_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host))
 
 
 def hold_port(host: str, port: int, what: str) -> socket.socket:
-    """A socket on the port (0: a free one) that keeps others off it until closed; servers, which set SO_REUSEADDR, can listen there.
+    """Return a bound socket that keeps other programs off the port until it is closed. Port 0 takes a free one.
 
-    Raises ConfigError when the port cannot be had.
+    A server that sets SO_REUSEADDR, as engines do, can listen on the port all the same.
+
+    Raises ConfigError when the port is in use or not permitted.
     """
     try:
         return _bound(host, port)
@@ -43,9 +45,9 @@ def hold_port(host: str, port: int, what: str) -> socket.socket:
 
 
 def hold_ports(host: str, port: int, count: int, what: str, stack: ExitStack) -> int:
-    """Hold `count` ports from this one on (0: free ones) until the stack is closed, against other programs and other lmc serve; the first.
+    """Hold `count` consecutive ports from this one on until the stack is closed, and return the first. Port 0 takes free ones.
 
-    Two that hold the same port would not notice each other before one of them listens, so each also claims it.
+    Two processes that hold one port notice each other only when one of them listens, so each `lmc serve` claims its ports as well.
     """
     if port:
         for number in range(port, port + count):
@@ -69,7 +71,7 @@ def hold_ports(host: str, port: int, count: int, what: str, stack: ExitStack) ->
 
 
 def claim_port(host: str, port: int, what: str, stack: ExitStack) -> None:
-    """Keep other lmc serve off the port until the stack is closed. Raises ConfigError when one has it."""
+    """Keep other `lmc serve` processes off the port until the stack is closed. Raises ConfigError when one of them holds it."""
     name = stack.enter_context(socket.socket(socket.AF_UNIX))
     try:
         name.bind(f"\0lmc serve, port {port}")  # no file, and gone with this process

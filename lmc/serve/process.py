@@ -1,4 +1,7 @@
-"""One engine process: start it, wait until it answers, pass signals on, return its exit code. Nothing of it outlives us."""
+"""Runs one engine process: starts it, waits until it answers, passes signals on and returns its exit code.
+
+No process of the engine outlives lmc.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def run_engine(command: EngineCommand, address: str, ready_timeout: float, on_re
 def _wait_ready(
     process: subprocess.Popen[bytes], address: str, path: str, timeout: float, stopping: Callable[[], bool]
 ) -> str | None:
-    """The engine's URL as soon as it answers there; None when it ended before, or shall end."""
+    """Wait until the engine answers and return its URL. Returns None when the engine ended first or was told to stop."""
     deadline = time.monotonic() + timeout
     while process.poll() is None and not stopping():
         for scheme in ("http", "https"):  # its own arguments, a file of them among these, may have switched TLS on
@@ -81,7 +84,10 @@ def _wait_ready(
 
 
 def _is_up(url: str) -> bool:
-    """Whether a server answers. It is our own child on our own machine, so its certificate, made for another name, is not checked."""
+    """Whether the server answers.
+
+    The server is a child process on this machine, so its certificate is not checked: it names another host.
+    """
     context = None
     if url.startswith("https"):
         context = ssl.create_default_context()
@@ -97,7 +103,10 @@ def _is_up(url: str) -> bool:
 
 
 def _wants_a_certificate(error: Exception) -> bool:
-    """Whether a TLS server answered that it serves only those who show a certificate; engines listen when they are ready."""
+    """Whether the TLS server refused us because it wants a client's certificate.
+
+    Then the engine is ready, because engines listen only then.
+    """
     cause = getattr(error, "reason", None)
     told = cause if isinstance(cause, ssl.SSLError) else error
     return isinstance(told, ssl.SSLError) and "ALERT" in str(told.reason)
@@ -119,7 +128,7 @@ def _wait_end(process: subprocess.Popen[bytes], stop_seconds: float, stopping: C
 
 @contextmanager
 def _guarded(process: subprocess.Popen[bytes], stop_seconds: float) -> Iterator[None]:
-    """Have the engine's processes ended even if this one is killed."""
+    """Make the kernel end the engine's processes when this process is killed."""
     guard = subprocess.Popen(
         ["/bin/sh", "-c", _GUARD, "lmc-guard", str(process.pid), str(int(stop_seconds))],
         stdin=subprocess.PIPE,
@@ -137,7 +146,7 @@ def _guarded(process: subprocess.Popen[bytes], stop_seconds: float) -> Iterator[
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Engines leave workers behind when they are killed; nothing of the group may outlive us."""
+    """Kill the engine's process group, because an engine that is killed leaves its workers running."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):

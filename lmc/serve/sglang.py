@@ -1,4 +1,4 @@
-"""SGLang's command line and environment. SGLang itself is not imported here."""
+"""Builds SGLang's command line and environment. This module does not import SGLang."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ _EXCLUDED = (
 
 
 def check_sglang(config: CacheConfig | None, extra: Sequence[str]) -> None:
-    """Raises EngineError when SGLang is not installed, ConfigError when its arguments don't go with the cache."""
+    """Check SGLang's arguments.
+
+    Raises EngineError when SGLang is not installed, and ConfigError when an argument contradicts the cache's settings.
+    """
     if importlib.util.find_spec("sglang") is None:
         raise EngineError(
             "SGLang is not installed here; pip install 'lmc[sglang]' on a GPU machine, or run scripts/setup sglang on a CPU-only one"
@@ -62,7 +65,7 @@ def check_sglang(config: CacheConfig | None, extra: Sequence[str]) -> None:
 def sglang_command(
     model: Path, host: str, port: int, config: CacheConfig | None, extra: Sequence[str]
 ) -> EngineCommand:
-    """The command on host:port; config None runs SGLang without lmc."""
+    """Return the command that runs SGLang on host:port. With config None SGLang runs without the cache."""
     arguments = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     arguments += ["--host", host, "--port", str(port), "--enable-cache-report", "--enable-metrics"]
     if not given("--page-size", extra):
@@ -79,7 +82,7 @@ def sglang_command(
 
 
 def sglang_engines(extra: Sequence[str]) -> range:
-    """Data-parallel ranks on this node, whether they are replicas or groups of attention."""
+    """Return the numbers of the data-parallel ranks on this machine, whether they are replicas or attention groups."""
     replicas, groups = (count(names, extra) or 1 for names in (_REPLICAS, ("--attn-dp-size",)))
     nodes = count(("--nnodes",), extra) or 1
     engines = max(1, max(replicas, groups) // nodes)
@@ -88,7 +91,7 @@ def sglang_engines(extra: Sequence[str]) -> range:
 
 
 def linker_config(config: CacheConfig) -> dict[str, object]:
-    """SGLang's --unified-cache-external-linker-config for lmc's linker with these settings, secrets left out."""
+    """Return SGLang's --unified-cache-external-linker-config for lmc's linker with these settings. Secrets are left out."""
     return {
         "linker": "LmcLinker",
         "linker_module_path": "lmc.cache.connectors.sglang",
@@ -97,7 +100,7 @@ def linker_config(config: CacheConfig) -> dict[str, object]:
 
 
 def cpu_environment() -> dict[str, str]:
-    """What SGLang needs on a machine without a GPU: its CPU mode, and the modules of lmc/serve/sglang_cpu in every process."""
+    """Return the environment that SGLang needs on a machine without a GPU: its CPU mode, and the modules of lmc/serve/sglang_cpu."""
     paths = [str(CPU_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -125,7 +128,7 @@ def _cpu_arguments(model: Path, extra: Sequence[str]) -> list[str]:
 
 
 def _cpu_pool_tokens(model: Path) -> int:
-    """Tokens of SGLang's own pool: a share of the free memory, at 4 bytes per number."""
+    """Return the size of SGLang's own pool in tokens: a share of the free memory, at 4 bytes per number."""
     try:
         shape = json.loads((model / "config.json").read_text())
         heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]

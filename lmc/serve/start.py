@@ -1,4 +1,4 @@
-"""lmc serve: check everything that can be checked without the engine, start it, say when it is ready."""
+"""`lmc serve`: checks everything that can be checked without the engine, starts the engine, and prints a line when it is ready."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]) -> int:
-    """Run until the engine ends; returns the exit code. Raises ConfigError, ModelError, EngineError before anything is started."""
+    """Run the engine until it ends, and return its exit code. Raises ConfigError, ModelError or EngineError before anything is started."""
     host = value("--host", options.engine_arguments) or options.host  # what the user gave the engine wins there too
     port = _port(options)
     with ExitStack() as stack:
@@ -89,7 +89,7 @@ def _check_memory(config: CacheConfig) -> None:
 
 
 def _with_metrics_port(config: CacheConfig, engines: range, stack: ExitStack) -> CacheConfig:
-    """The engine listens there only after many seconds, in which the ports must not become others'."""
+    """Choose the metrics ports and hold them, because the engine listens there only after many seconds."""
     metrics = config.metrics
     wanted = metrics.port + engines.start if metrics.port else 0
     first = hold_ports(metrics.host, wanted, len(engines), "metrics", stack)
@@ -113,7 +113,7 @@ def _check_folders(config: CacheConfig, engines: range) -> None:
 
 
 def _describe_cache(config: CacheConfig | None, engines: range) -> str:
-    """The tiers are those of one engine."""
+    """Describe the tiers of one engine."""
     if config is None:
         return "cache=off"
     if not config.metrics.enabled:

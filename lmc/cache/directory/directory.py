@@ -122,7 +122,7 @@ class Directory:
 
     def store(self, keys: Sequence[ChunkKey], now: float, *, tenant: str = "", touch: bool = True) -> list[Ticket]:
         """A request has computed the chunks of keys, a whole prefix: touch those that are stored, and reserve slots for
-        the others. A chunk that a stuck copy was to bring up counts as missing.
+        the others. A chunk counts as missing, too, when the copy that was to bring it up is stuck, late or unavailable.
 
         Inserts and touches go from the last chunk to the first, so a parent is younger than its child. Returns a store ticket for each
         chunk that got a slot, in order of the prefix. If no slot is free, the rest is dropped.

@@ -1,4 +1,4 @@
-"""ARC (Megiddo and Modha, FAST 2003): one LRU list for chunks seen once, one for those seen again, and ghosts of both to balance them.
+"""ARC (Megiddo and Modha, FAST 2003) has one LRU list for chunks seen once and one for chunks seen again; ghosts of both balance the lists.
 
 A host makes room before it says which chunk comes, so the balance moves when a ghost is stored, after the eviction; the paper moves it just
 before. Every operation is amortised O(1).

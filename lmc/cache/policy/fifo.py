@@ -1,4 +1,4 @@
-"""FIFO: evict the chunk that was stored longest ago among those without resident children. Every operation is amortised O(1)."""
+"""FIFO evicts, among the chunks without resident children, the one that was stored longest ago. Every operation is amortised O(1)."""
 
 from __future__ import annotations
 

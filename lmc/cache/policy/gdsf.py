@@ -1,4 +1,4 @@
-"""GDSF-style cost-aware eviction (Cherkasova 1998): evict the chunk with the least value = clock + touches * cost / size.
+"""GDSF (Cherkasova 1998), which knows what a chunk costs: it evicts the chunk with the least value = clock + touches * cost / size.
 
 Chunks have one size. A chunk costs the time to recompute it, which grows with its position in the chain because attention reads all
 chunks before it. The clock is the value of the last victim; it ages what is no longer touched. A parent is worth at least as much as any
@@ -64,7 +64,7 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
 
 
 def measure_depth(parents: Parents, depth: Int32, node: int) -> None:
-    """Walk up to the first ancestor of known depth and note the depth of all on the way, so that each is walked once."""
+    """Walk up to the first ancestor of known depth, and record the depth of every node on the way. So each node is walked once."""
     steps = 0
     above = node
     while above >= 0 and depth[above] == 0:
@@ -79,7 +79,7 @@ def measure_depth(parents: Parents, depth: Int32, node: int) -> None:
 
 
 def place_up(heap: Heap, index: int, node: int, value: float, touched: int) -> int:
-    """Put a node at index or, where those above go later, further up. Returns where."""
+    """Put a node at index in the heap, or further up while the node above it goes later. Returns the final index."""
     while index > 0:
         above = (index - 1) // 2
         if heap.value[above] < value or (heap.value[above] == value and heap.touched[above] < touched):
@@ -91,7 +91,7 @@ def place_up(heap: Heap, index: int, node: int, value: float, touched: int) -> i
 
 
 def place_down(heap: Heap, index: int, node: int, value: float, touched: int) -> None:
-    """Put a node at index or, where those below go first, further down."""
+    """Put a node at index in the heap, or further down while a node below it goes first."""
     size = heap.size[0]
     while 2 * index + 1 < size:
         below = 2 * index + 1

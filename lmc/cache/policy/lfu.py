@@ -1,7 +1,7 @@
-"""LFU: evict the chunk with the fewest touches since it was stored; among equals, the one touched longest ago.
+"""LFU evicts the chunk with the fewest touches since it was stored; among equals, the one that was touched longest ago.
 
-Chunks of equal count share a list, a *level*; levels form a list in order of their count. Every operation is O(1), but for levels that hold
-nothing but nodes set aside, which the search passes.
+Chunks of equal count share a list, a *level*; levels form a list in order of their count. Every operation is O(1), except that the
+search passes levels whose nodes are all set aside.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def head_of(state: State, level: int) -> int:
 
 
 def enter(state: State, node: int, count: int, after: int) -> None:
-    """Put node into the level of `count`, which is or comes to be the next one after level `after` (the head for the first)."""
+    """Put node into the level of `count`. That level follows level `after` (the head for the first); it is made if it does not exist."""
     level = state.levels.younger[after]
     top = state.levels.older.size - 1
     if level == top or state.touches[level] != count:

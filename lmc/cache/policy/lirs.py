@@ -1,4 +1,4 @@
-"""LIRS (Jiang and Zhang, SIGMETRICS 2002): keeps chunks whose last two touches were close together; the others pass a short queue.
+"""LIRS (Jiang and Zhang, SIGMETRICS 2002) keeps chunks whose last two touches were close together; the others pass through a short queue.
 
 The stack holds chunks in order of their last touch down to the oldest *low* one (a chunk of small reuse distance); the queue holds the
 resident *high* ones, a hundredth of the capacity, in order of eviction. High chunks that left while in the stack stay there as ghosts, at
@@ -84,7 +84,7 @@ def stack_out(state: State, node: int) -> None:
 
 
 def prune(state: State) -> None:
-    """The bottom of the stack is a low node; what lies below the lowest low one says nothing any more."""
+    """Remove high nodes from the bottom of the stack until a low node is there: below the last low node a place tells nothing."""
     head = state.stack.older.size - 1
     node = state.stack.younger[head]
     while node != head and state.where[node] != LOW:
@@ -138,7 +138,9 @@ def on_insert(state: State, node: int, now: int) -> None:
 
 
 def low_may_go(state: State, holds: Holds) -> bool:
-    """Looked at first, because a search in vain must not demote them all. It passes no more nodes than are then demoted."""
+    """Whether a low node may be evicted. This is checked before the search, because a search without result must not demote all low nodes.
+
+    It passes no more nodes than are then demoted."""
     head = state.stack.older.size - 1
     node = state.stack.younger[head]
     while node != head and (state.where[node] != LOW or holds[node] != 0):

@@ -1,4 +1,4 @@
-"""The parts of most policies: linked lists in arrays, and the chain rule that children are evicted first.
+"""Building blocks of most policies: linked lists in arrays, and the chain rule, by which children are evicted before their parents.
 
 Several lists share one pair of arrays, so a node is in at most one of them. List k has its head at index size - 1 - k, behind the nodes.
 
@@ -69,7 +69,7 @@ def head_of(lists: Lists, number: int) -> int:
 
 
 def put(state: Placed, place: int, node: int) -> None:
-    """Put node at the young end of its new place."""
+    """Put node at the young end of the list of its new place."""
     state.where[node] = place
     state.size[place] += 1
     put_before(state.queues, head_of(state.queues, place), node)
@@ -82,7 +82,7 @@ def unlink(lists: Lists, node: int) -> None:
 
 
 def take_out(lists: Lists, chains: Chains, node: int) -> None:
-    """Take node out of its list, or back from aside."""
+    """Take node out of its list, or end its being set aside."""
     if chains.aside[node]:
         chains.aside[node] = 0
     else:
@@ -95,7 +95,7 @@ def set_aside(lists: Lists, chains: Chains, node: int) -> None:
 
 
 def oldest_free(lists: Lists, head: int, chains: Chains, holds: Holds) -> int:
-    """The oldest node of a list that may be evicted, or -1. Nodes with children that stand before it are set aside."""
+    """Return the oldest node of a list that may be evicted, or -1. Older nodes that have resident children are set aside."""
     node = lists.younger[head]
     while node != head and holds[node] != 0:
         following = lists.younger[node]
@@ -106,14 +106,14 @@ def oldest_free(lists: Lists, head: int, chains: Chains, holds: Holds) -> int:
 
 
 def add_child(chains: Chains, node: int) -> None:
-    """node became resident."""
+    """Record that node became resident: its parent has one more resident child."""
     parent = chains.parents[node]
     if parent >= 0:
         chains.children[parent] += 1
 
 
 def drop_child(chains: Chains, node: int) -> int:
-    """node is not resident any more. Returns its parent if that must return from aside, else -1."""
+    """Record that node is not resident any more. Returns its parent if that was set aside and must return, else -1."""
     parent = chains.parents[node]
     if parent < 0:
         return -1

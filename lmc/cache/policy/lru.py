@@ -1,4 +1,4 @@
-"""LRU: evict the chunk that was touched longest ago.
+"""LRU evicts the chunk that was touched longest ago.
 
 Operations cost O(1), except that the search steps over held nodes at the old end. Moving these away would be cheaper but wrong: in a tier
 that chunks enter from the first to the last, such as disk, the head of the oldest chain stands there, held by its children.

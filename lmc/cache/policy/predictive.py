@@ -1,4 +1,4 @@
-"""Predictive: evict the chunk that is expected to bring the fewest hits for its stay, as learned from what happened to chunks like it.
+"""Predictive evicts the chunk that is expected to bring the fewest hits for its stay. It learns this from what happened to similar chunks.
 
 At each touch a chunk falls into a class. Chunks that more requests used than its conversation has turns are *shared*: their class is how
 often they were touched and how long before. All others follow the fate of their request: their class is its turn, how many new chunks it
@@ -109,7 +109,7 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
 
 
 def ghosts_of(state: State) -> int:
-    """The head of the ghosts' list, which comes behind those of all groups."""
+    """Return the head of the ghosts' list, which follows the heads of all groups."""
     return head_of(state.members, state.size.size)
 
 
@@ -124,7 +124,7 @@ def show(lists: Lists, tree: Float64, value: Float64, number: int) -> None:
 
 
 def learn(state: State, kind: int) -> None:
-    """Appraise a class anew and show its lists."""
+    """Compute the values of a class anew, and update the tree for its lists."""
     appraise(state.life, kind, float(state.chunks[0]))
     for number in range(kind * NUM_BINS, (kind + 1) * NUM_BINS):
         if not is_empty(state.lists, number):
@@ -139,7 +139,7 @@ def list_of(state: State, group: int) -> int:
 
 
 def enter(state: State, group: int, kind: int) -> None:
-    """A group of this request, youngest of all."""
+    """Add a group of the current request as the youngest group."""
     recency = state.recency
     if state.newest[kind] < 0:
         learn(state, kind)
@@ -156,7 +156,7 @@ def enter(state: State, group: int, kind: int) -> None:
 
 
 def leave(state: State, group: int) -> None:
-    """A group ages no more."""
+    """Remove a group from the order of ages."""
     k = int(state.bins[group])
     while k < NUM_BINS and state.edges[k] == group:
         state.edges[k] = state.recency.younger[group]
@@ -165,7 +165,7 @@ def leave(state: State, group: int) -> None:
 
 
 def open_group(state: State, kind: int) -> int:
-    """A new group without members."""
+    """Take a free group, which has no members yet."""
     group = int(state.counter[FREE])
     state.counter[FREE] = state.recency.younger[group]
     enter(state, group, kind)
@@ -173,7 +173,7 @@ def open_group(state: State, kind: int) -> int:
 
 
 def shrink(state: State, group: int) -> None:
-    """One node less; a group without nodes is free."""
+    """Count one node less in a group. A group without nodes becomes free."""
     state.size[group] -= 1
     if state.size[group] == 0:
         leave(state, group)
@@ -182,7 +182,7 @@ def shrink(state: State, group: int) -> None:
 
 
 def show_group(state: State, group: int) -> None:
-    """As the youngest of its list."""
+    """Append a group to its list as the youngest one."""
     number = list_of(state, group)
     put_before(state.lists, head_of(state.lists, number), group)
     show(state.lists, state.tree, state.life.value, number)
@@ -199,7 +199,10 @@ def hide(state: State, group: int) -> None:
 
 
 def overtake(state: State) -> None:
-    """What remains of the request whose path the current one has left: its groups, neighbours in recency, change their class."""
+    """Move the groups of the request whose path the current one has left to the class of overtaken chunks.
+
+    They are neighbours in recency.
+    """
     child = int(state.counter[LEFT])
     state.counter[LEFT] = -1
     if child < 0 or state.where[child] == NOWHERE:
@@ -224,7 +227,7 @@ def overtake(state: State) -> None:
 
 
 def take_member(state: State, node: int) -> None:
-    """Out of what may be chosen."""
+    """Take a node out of its group, so that it can't be chosen."""
     if state.chains.aside[node]:
         state.chains.aside[node] = 0
     else:
@@ -257,7 +260,7 @@ def pass_time(state: State) -> None:
 
 
 def end_request(state: State) -> None:
-    """Count what it touched, and now and then appraise the next class."""
+    """Count what the request touched, and every few requests compute the values of one more class."""
     counter, recency = state.counter, state.recency
     head = head_of(recency, 0)
     group = recency.older[head]
@@ -281,7 +284,7 @@ def end_request(state: State) -> None:
 
 
 def step(amount: int, base: int) -> int:
-    """0 for less than base, then one more for each power of it, below STEPS."""
+    """Return 0 for a count below base, and one more for each further power of base; the result is below STEPS."""
     result = 0
     while amount >= base and result < STEPS - 1:
         amount //= base
@@ -290,7 +293,7 @@ def step(amount: int, base: int) -> int:
 
 
 def left_by(state: State, node: int, following: int) -> int:
-    """The chunk after node on the path that the running request leaves there, or -1. On its own path, `following` comes next."""
+    """Return the chunk after node on the path that the current request leaves at node, or -1. On its own path, `following` comes next."""
     child = int(state.child[node])
     if child < 0 or child == following or state.where[child] == NOWHERE:
         return -1
@@ -301,7 +304,7 @@ def left_by(state: State, node: int, following: int) -> int:
 
 
 def begin_request(state: State, node: int, now: int) -> None:
-    """node is the last chunk of a new request: find where its new chunks begin and whose path it leaves there, and let time pass."""
+    """Begin a request whose last chunk is node: find where its new chunks begin and whose path it leaves there, and let time pass."""
     counter = state.counter
     if counter[NOW] > 0:
         overtake(state)
@@ -324,7 +327,7 @@ def begin_request(state: State, node: int, now: int) -> None:
 
 
 def start_life(state: State, node: int, uses: int, bin_: int) -> None:
-    """A touch: into a class, youngest of all. uses is the number of touches before this one, bin_ the age at which it came."""
+    """Put a touched node into its class as the youngest. uses is the number of touches before this one, bin_ the age at which it came."""
     counter, members = state.counter, state.members
     turn = counter[TURN]
     if uses > turn:
@@ -350,7 +353,7 @@ def start_life(state: State, node: int, uses: int, bin_: int) -> None:
 
 
 def touch_again(state: State, node: int) -> None:
-    """A node that is resident, or a ghost, is touched: it leaves its group for one of this request."""
+    """Move a touched node, resident or a ghost, from its group to a group of the current request."""
     group = int(state.group[node])
     bin_ = int(state.bins[group])
     count(state.life.reused, state.kind[group], bin_, 1)
@@ -383,7 +386,7 @@ def on_insert(state: State, node: int, now: int) -> None:
 
 
 def oldest_of(state: State, number: int, holds: Holds) -> int:
-    """The oldest node of a list that may go, or -1; groups whose nodes are all set aside leave the list."""
+    """Return the oldest node of a list that may be evicted, or -1. Groups whose nodes are all set aside leave the list."""
     head = head_of(state.lists, number)
     group = state.lists.younger[head]
     node = -1

@@ -1,4 +1,4 @@
-"""The policies by name. Adding one: write the file, add its SPEC here."""
+"""The policies by name. To add one, write its file and add its SPEC here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLICIES: dict[str, PolicySpec] = {
 
 
 def get_policy(name: str, others: Sequence[str] = ()) -> PolicySpec:
-    """The policy of that name. Raises ConfigError, which lists the names; `others` are names that the caller takes beside these."""
+    """Return the policy of that name. Raises ConfigError, which lists the names; `others` are further names that the caller accepts."""
     if name == "ttl":
         raise ConfigError(
             "'ttl' is no longer an eviction policy; use fifo, which evicts in the same order, and the setting ttl to drop chunks by age"

@@ -1,4 +1,4 @@
-"""What the predictive policy learns: how likely a chunk of a class, not touched since some age, is touched again, and when.
+"""Learns for the predictive policy how likely a chunk of a class, untouched up to some age, is touched again, and when.
 
 Ages are counted in requests and fall into *bins*, two an octave. For each class and bin the tables hold how many touches lived to that age
 and how many ended there in another touch (a life table, Kaplan and Meier 1958); old counts fade. Where a class has seen little, it leans on
@@ -43,13 +43,13 @@ def make_life(num_classes: int) -> Life:
 
 
 def count(table: Float64, kind: int, bin_: int, touches: int) -> None:
-    """Count touches of a class in `reached` or `reused`."""
+    """Add touches of a class to the table `reached` or `reused`."""
     table[kind, bin_] += touches
     table[-1, bin_] += touches
 
 
 def appraise(life: Life, kind: int, chunks: float) -> None:
-    """Set the values of a class and let its counts fade. chunks is the mean of a request."""
+    """Compute the values of a class, and let its counts fade. chunks is the mean number of chunks of a request."""
     reached, reused, value = life.reached, life.reused, life.value
     lean, lean_on_ages = LEAN * chunks, LEAN_ON_AGES * chunks
     first = kind * NUM_BINS
@@ -71,7 +71,10 @@ def appraise(life: Life, kind: int, chunks: float) -> None:
 
 
 def index(life: Life, first: int) -> None:
-    """Turn chances into values. Ages from the oldest on form spans; one whose successor promises more per request takes it in."""
+    """Turn probabilities into values.
+
+    Ages, from the oldest on, form spans; a span whose successor promises more hits per request takes it in.
+    """
     lower, value, spans = life.lower, life.value, life.spans
     top = -1
     value[first + NUM_BINS - 1] = 0.0

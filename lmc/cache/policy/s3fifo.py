@@ -1,4 +1,6 @@
-"""S3-FIFO (Yang et al., SOSP 2023): new chunks pass a small queue; those hit there, or seen again soon after, move to the main one.
+"""S3-FIFO (Yang et al., SOSP 2023): new chunks pass through a small queue.
+
+Those that are hit there, or seen again soon after, move to the main queue.
 
 Small holds a tenth of the capacity, ghosts are as many as the main queue's places. Every operation is amortised O(1): a pass of a queue
 costs one of at most three marks of the node.
@@ -75,7 +77,9 @@ def on_insert(state: State, node: int, now: int) -> None:
 
 
 def victim(state: State, holds: Holds) -> int:
-    """The oldest node of one queue that may go, else of the other. On the way, nodes that were hit go to main, or buy a round there.
+    """Return the oldest node of one queue that may be evicted, else of the other.
+
+    On the way, nodes that were hit move to main, or get another round there.
 
     One loop for both queues, because compiled code that searches in two places runs at half the speed.
     """

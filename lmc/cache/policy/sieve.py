@@ -1,4 +1,4 @@
-"""SIEVE (Zhang et al., NSDI 2024): a queue in order of storing, a hand that walks from old to young, and one bit per chunk.
+"""SIEVE (Zhang et al., NSDI 2024) has a queue in order of storing, a hand that walks from old to young, and one bit for each chunk.
 
 The hand clears the bit of a chunk that was hit since it last passed, and stops at the first one without. A parent that returns from aside
 stands where the hand will look next. Every operation is amortised O(1).

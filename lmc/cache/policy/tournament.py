@@ -1,4 +1,4 @@
-"""A tournament tree over numbered lists. It gives the list with the least value.
+"""A tournament tree over numbered lists, which finds the list with the least value.
 
 tree is (2 * leaves,), leaves a power of two; tree[leaves + number] is the value of a list, or EMPTY, and each inner place has the least of
 the two below it. A change costs at most the depth, a fixed number.
@@ -35,7 +35,7 @@ def set_leaf(tree: Float64, number: int, value: float) -> None:
 
 
 def least_leaf(tree: Float64, guess: int) -> int:
-    """The number of a list with the least value: guess if it is one, else the lowest number of them."""
+    """Return the number of a list with the least value: `guess` if it is one, else the lowest such number."""
     leaves = tree.size // 2
     least = tree[1]
     if tree[leaves + guess] == least:

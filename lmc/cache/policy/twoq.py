@@ -1,4 +1,4 @@
-"""2Q (Johnson and Shasha, VLDB 1994, the full version): chunks seen again after they left a FIFO queue enter an LRU list.
+"""2Q (Johnson and Shasha, VLDB 1994, the full version): a chunk that is seen again after it left the FIFO queue enters the LRU list.
 
 The FIFO queue keeps a quarter of the capacity, ghosts of it are half as many as the capacity. Every operation is amortised O(1).
 """
