@@ -41,7 +41,9 @@ def of_engine(config: CacheConfig, share: Share) -> CacheConfig:
     if share.rank and metrics.port:
         port = metrics.port + share.rank
         if port > _MOST_PORT:
-            raise ConfigError(f"metrics.port {metrics.port} leaves no port for engine {share.rank}: {port} is none")
+            raise ConfigError(
+                f"metrics.port {metrics.port} leaves no port for engine {share.rank}; choose at most {_MOST_PORT - share.rank}"
+            )
         metrics = metrics.model_copy(update={"port": port})
     if share.rank and record is not None:
         record = record_of(record, share.rank)

@@ -30,8 +30,8 @@ def share_of(vllm_config: VllmConfig, asked: int | None, arguments: Sequence[str
     found = _local_engines(sys.argv if arguments is None else arguments)
     if found is None:
         logger.warning(
-            "lmc: engine %d is one of several, but not how many are on this node; it takes the whole of host.capacity "
-            "and disk.capacity: set engines_on_node",
+            "lmc: engine %d is one of several, and it is unknown how many of them run on this node; each takes the whole of host.capacity "
+            "and disk.capacity; set engines_on_node",
             rank,
         )
     return Share(rank, found or 1)
