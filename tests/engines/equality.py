@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lmc.bench.outputs import TIE_LOGPROB
 from lmc.cache.tiers.format import stored_bytes
 from tests import services
-from tests.engines.scenario import kv_bytes_per_token
+from tests.engines.scenario import kv_bytes_per_token, prompt
 from tests.engines.traffic import Chances
 from tests.engines.vllm_driver import VllmDriver
 
@@ -64,6 +65,22 @@ SCENARIOS = (
         {"scheduling_policy": "priority"},
     ),
 )
+
+
+def random_sessions(seed: int, count: int) -> list[dict[str, Any]]:
+    """Prompts that share prefixes of all lengths: continuations of a few documents, of parts of them, and of each other."""
+    generator = random.Random(seed)
+    documents = [prompt(1000 * seed + number, generator.randrange(100, 300)) for number in range(8)]
+    requests: list[dict[str, Any]] = []
+    for number in range(count):
+        start = generator.choice(documents)
+        if requests and generator.random() < 0.4:
+            start = generator.choice(requests)["prompt"][:400]
+        elif generator.random() < 0.3:
+            start = start[: generator.randrange(40, len(start))]
+        text = start + prompt(1000 * seed + 500 + number, generator.randrange(1, 120))
+        requests.append({"id": f"r{number}", "prompt": text, "output": generator.randrange(8, 48)})
+    return requests
 
 
 @dataclass
@@ -128,7 +145,7 @@ def run_scenario(
     """blocks: the engine's KV space, in blocks of 32 tokens. rot_seconds: from one damaged file to the next."""
     chunk_bytes = CHUNK * kv_bytes_per_token(model)
     with ExitStack() as stack:
-        tiers, media = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed, chunk_bytes, rot_seconds))
+        faults = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed, chunk_bytes, rot_seconds))
         settings = {
             "chunk_tokens": CHUNK,
             "host.capacity": host_chunks * chunk_bytes,
@@ -140,7 +157,7 @@ def run_scenario(
         engine = stack.enter_context(
             VllmDriver(
                 model,
-                settings=settings | tiers | scenario.settings,
+                settings=settings | faults.settings | scenario.settings,
                 enable_prefix_caching=scenario.prefix_caching,
                 max_model_len=context,
                 max_num_seqs=concurrency,
@@ -149,6 +166,7 @@ def run_scenario(
                 **scenario.options,
             )
         )
+        faults.begin()  # not before: a tier that cannot be reached at start is refused, since the settings are strict
         tally = engine.call("traffic", requests=requests, seed=seed, concurrency=concurrency, chances=asdict(CHANCES))
         comparison = Comparison()
         for name, got in sorted(tally.pop("outcomes").items()):
@@ -156,7 +174,7 @@ def run_scenario(
         return Verdict(
             comparison,
             tally,
-            media,
+            faults.done,
             int(engine.call("engine_metric", name="num_preemptions")),
             engine.call("by_label", name="lmc_hit_tokens_total", label="tier"),
             engine.call("by_label", name="lmc_misses_total", label="reason"),
@@ -165,29 +183,41 @@ def run_scenario(
         )
 
 
+@dataclass
+class TierFaults:
+    """Tiers that fail now and then, from begin() on."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    done: dict[str, int] = field(default_factory=dict)  # what was done to them -> how often
+    starts: list[Callable[[], None]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        for start in self.starts:
+            start()
+
+
 @contextmanager
 def faulty_tiers(
     folder: Path, names: tuple[str, ...], seed: int, chunk_bytes: int, rot_seconds: float
-) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
-    """Settings of tiers that fail now and then, and the count of what was done to them."""
-    settings: dict[str, Any] = {}
-    done: dict[str, int] = {}
+) -> Iterator[TierFaults]:
+    faults = TierFaults()
     generator = random.Random(seed)
     with ExitStack() as stack:
         if "disk" in names:
-            settings |= {"disk.path": str(folder / "disk"), "disk.fsync": False}
-            stack.enter_context(_rot(folder / "disk", generator, done, rot_seconds))
+            faults.settings |= {"disk.path": str(folder / "disk"), "disk.fsync": False}
+            faults.starts.append(stack.enter_context(_rot(folder / "disk", generator, faults.done, rot_seconds)))
         if "redis" in names:
             server = stack.enter_context(services.redis_server(folder))
             proxy = stack.enter_context(services.proxy(server.port))
-            proxy.to_client = _unreliable(generator, done, chunk_bytes)
-            settings |= {"redis.url": f"redis://{services.LOCAL}:{proxy.port}/0"}
-        yield settings, done
+            faults.settings |= {"redis.url": f"redis://{services.LOCAL}:{proxy.port}/0"}
+            unreliable = _unreliable(generator, faults.done, chunk_bytes)
+            faults.starts.append(partial(setattr, proxy, "to_client", unreliable))
+        yield faults
 
 
 @contextmanager
-def _rot(folder: Path, generator: random.Random, done: dict[str, int], seconds: float) -> Iterator[None]:
-    """Every so many seconds one file's bit flips, or its end or all of it is lost."""
+def _rot(folder: Path, generator: random.Random, done: dict[str, int], seconds: float) -> Iterator[Callable[[], None]]:
+    """From the call of what is returned on, every so many seconds one file's bit flips, or its end or all of it is lost."""
     ended = threading.Event()
 
     def work() -> None:
@@ -215,12 +245,12 @@ def _rot(folder: Path, generator: random.Random, done: dict[str, int], seconds: 
             done[f"disk: {what}"] = done.get(f"disk: {what}", 0) + 1
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
-        yield
+        yield thread.start
     finally:
         ended.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _unreliable(generator: random.Random, done: dict[str, int], chunk_bytes: int) -> services.Fault:

@@ -1,41 +1,23 @@
 """Random traffic with aborts, preemptions, resets and faults on the real engine: tokens as without lmc, and nothing left over.
 
-benchmarks/equality.py does the same with real workloads and a real model.
+benchmarks/equality.py does the same with real workloads and a real model, benchmarks/equality_rounds.py with many seeds.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines.equality import SCENARIOS, Scenario, run_scenario
-from tests.engines.scenario import prompt
+from tests.engines.equality import SCENARIOS, Scenario, random_sessions, run_scenario
 from tests.engines.vllm_driver import VllmDriver
 
 pytestmark = [pytest.mark.engine, pytest.mark.fault, pytest.mark.service]
 
 
-def sessions(seed: int, count: int) -> list[dict[str, Any]]:
-    """Prompts that share prefixes of all lengths: continuations of a few documents, of parts of them, and of each other."""
-    generator = random.Random(seed)
-    documents = [prompt(1000 * seed + number, generator.randrange(100, 300)) for number in range(8)]
-    requests: list[dict[str, Any]] = []
-    for number in range(count):
-        start = generator.choice(documents)
-        if requests and generator.random() < 0.4:
-            start = generator.choice(requests)["prompt"][:400]
-        elif generator.random() < 0.3:
-            start = start[: generator.randrange(40, len(start))]
-        text = start + prompt(1000 * seed + 500 + number, generator.randrange(1, 120))
-        requests.append({"id": f"r{number}", "prompt": text, "output": generator.randrange(8, 48)})
-    return requests
-
-
-REQUESTS = sessions(1, 120)
+REQUESTS = random_sessions(1, 120)
 # One of them with an engine that schedules ahead, as one on a device does
 RUNS = [replace(one, options={**one.options, "async_scheduling": one.name == "in the background"}) for one in SCENARIOS]
 
