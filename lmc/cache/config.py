@@ -148,8 +148,8 @@ class CacheConfig(Section):
     """Load a hit only if it saves computing at least this number of tokens. Below that, computing is faster than loading."""
     background_load_tokens: int = Field(default=4096, ge=1)
     """Copy hits of at least this number of tokens in the background, while other requests continue. Smaller hits are copied right
-    before the forward pass. With vLLM's async scheduling, its second model runner or its prefix cache, all hits are copied in the
-    background."""
+    before the forward pass. With vLLM's async scheduling, its second model runner or its prefix cache, no hit is copied right before
+    the pass that reads it: its request joins a batch after the copy. On a CPU a smaller hit is then copied between two passes."""
     transfer_backend: Literal["auto", "host", "dma", "kernel", "staged", "torch"] = "auto"
     """Backend that copies between engine blocks and host memory. auto measures at start which one is fastest for each size."""
     load_deadline: Seconds = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -78,6 +79,9 @@ class InsideVllm:
                 ctypes.memset(region.base + block * region.stride, 0x5A, region.size)
         connector.restore_kv_caches()
         connector.restore_kv_caches()
+
+    def threads(self) -> list[str]:
+        return [thread.name for thread in threading.enumerate()]
 
     def namespace(self) -> dict[str, Any]:
         return asdict(self.cache.namespace)

@@ -1,6 +1,6 @@
 """Copies between the engine's blocks and host slots: made into descriptors, given to the transfer backend, and settled when they ended.
 
-On a CPU a copy is done when the call returns; loads for requests outside the batch run on a thread. On a device copies are queued on
+On a CPU a copy is done when the call returns; long loads for requests outside the batch run on a thread. On a device copies are queued on
 streams behind the engine's kernels, and what the engine launches later waits for them there, not on the host. Loads go layer by layer
 where the engine can wait for one layer: the first attention need not wait for the last layer's bytes.
 """
@@ -56,12 +56,24 @@ class _Layers:
 class BlockCopier:
     """Called on the engine's thread. ended() returns each batch exactly once."""
 
-    def __init__(self, layout: KVLayout, slab: Slab, backend: Backend, streams: TransferStreams | None = None) -> None:
-        """streams: those of the layout's device; None if copies are done when the backend returns."""
+    def __init__(
+        self,
+        layout: KVLayout,
+        slab: Slab,
+        backend: Backend,
+        streams: TransferStreams | None = None,
+        *,
+        on_thread_bytes: int = 0,
+    ) -> None:
+        """streams: those of the layout's device; None if copies are done when the backend returns.
+
+        on_thread_bytes: without streams, loads in the background from this size on run on a thread, and smaller ones at once.
+        """
         self.layout = layout
         self._slab = slab
         self.backend = backend
         self._streams = streams
+        self._on_thread_bytes = on_thread_bytes
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
         self._ended: deque[BlockBatch] = deque()
         self._layers: _Layers | None = None
@@ -149,12 +161,18 @@ class BlockCopier:
         return not any(batch.failed for batch in batches)
 
     def load_in_background(self, request: RequestCopies) -> None:
-        """Fill blocks in the background, for a request that joins no batch until the load has ended."""
+        """Fill blocks for a request that joins no batch until the load has ended.
+
+        On a CPU a small load is over when this returns: it would share the cores with whatever runs beside it, so nothing would be
+        gained, and its request would join a later batch.
+        """
         batch = self._batch(request, Direction.LOAD, background=True)
-        if self._streams is None:
-            self._loader.submit(self._copy, batch, request)
-        else:
+        if self._streams is not None:
             self._submit(batch, request)
+        elif batch.num_bytes < self._on_thread_bytes:
+            self._copy(batch, request)
+        else:
+            self._loader.submit(self._copy, batch, request)
 
     def store(self, request: RequestCopies) -> None:
         """Copy blocks that the last forward pass filled."""

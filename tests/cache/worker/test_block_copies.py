@@ -208,6 +208,20 @@ def test_while_the_engines_memory_is_away_no_copy_touches_it(world: World, on_st
     copier.close()
 
 
+def test_on_a_cpu_a_small_load_for_a_request_outside_the_batch_is_over_at_once(world: World) -> None:
+    copier = BlockCopier(_layout(world.kv), world.slab, world.backend, on_thread_bytes=2 * LAYERS * BLOCK_BYTES)
+    threads: list[threading.Thread] = []
+    world.backend.before = lambda turn: threads.append(threading.current_thread())
+    copier.load_in_background(B)  # one block
+    assert [(one.operations, one.background, one.failed) for one in copier.ended()] == [((2,), True, False)]
+    assert threads == [threading.current_thread()]
+    copier.load_in_background(A)  # two blocks
+    copier.close()
+    assert [one.operations for one in copier.ended()] == [(1,)]
+    assert len(threads) == 2 and threads[1] is not threads[0]
+    assert world.right(0, [5, 2], 0)
+
+
 @pytest.mark.parametrize("on_streams", [False, True])
 def test_layers_arrive_one_by_one_on_a_thread_of_the_callers(world: World, on_streams: bool) -> None:
     copier = world.copier if on_streams else BlockCopier(world.copier.layout, world.slab, world.backend)
