@@ -1,9 +1,9 @@
-"""Greedy tokens with and without lmc on a real engine: python -m benchmarks.equality [WORKLOAD...] [--model MODEL] [--out FOLDER].
+"""Greedy tokens with and without lmc on a real engine: python -m benchmarks.equality [CASE...] [--model MODEL] [--out FOLDER].
 
-Prompts of the workload files go through vLLM with nothing but its own prefix cache, then with lmc, each workload in one of the scenarios of
+Prompts of the workload files go through vLLM with nothing but its own prefix cache, then with lmc, each case in one of the scenarios of
 tests/engines/equality.py: random concurrency, a tiny KV space that forces preemptions, random aborts and resets, tiers and copies that
 fail. Exit code 1 when a token or log-probability differs other than behind a tie, or something is left over. What earlier calls wrote
-about other workloads to FOLDER stays in the report.
+about other cases to FOLDER stays in the report.
 """
 
 from __future__ import annotations
@@ -41,25 +41,26 @@ LONG_CHATS = "row.history | length >= 4 and row.history | map(attribute='bot') |
 
 @dataclass(frozen=True)
 class Case:
-    """What is changed of a workload so that a CPU gets through, its scenario, and KV space for a few of 12 requests."""
+    """A workload, what is changed of it so that a CPU gets through, a scenario, and KV space for a few of 12 requests."""
 
+    workload: str
     parts: dict[str, Any]
     scenario: Scenario
     blocks: int
 
 
+_CHAT = {"chat": {"where": LONG_CHATS, "pick": {"sessions": 60, "max_prompt_tokens": 800}}}
 CASES = {
     "function-calling": Case(
+        "function-calling",
         {"tools": {"pick": {"groups": 60, "per_group": 3, "min_prompt_tokens": 150, "max_prompt_tokens": 800}}},
         SCENARIOS[0],
         40,
     ),
-    "multi-turn-chat": Case(
-        {"chat": {"where": LONG_CHATS, "pick": {"sessions": 60, "max_prompt_tokens": 800}}},
-        SCENARIOS[1],
-        40,
-    ),
+    "multi-turn-chat": Case("multi-turn-chat", _CHAT, SCENARIOS[1], 40),
+    "two-engines": Case("multi-turn-chat", _CHAT, SCENARIOS[3], 40),
     "document-qa": Case(
+        "document-qa",
         {"questions": {"pick": {"groups": 7, "per_group": 14, "max_prompt_tokens": 660}}},
         SCENARIOS[2],
         40,
@@ -68,10 +69,11 @@ CASES = {
 
 
 def requests_of(name: str, vocabulary: int | None) -> list[dict[str, Any]]:
-    """All requests of a workload, so many sessions at a time, with outputs long enough to cross a block's end; ids folded into a smaller
-    vocabulary."""
-    document = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    workload = Workload.model_validate(overlay(document, {"parts": CASES[name].parts}))
+    """All requests of a case's workload, so many sessions at a time, with outputs long enough to cross a block's end; ids folded into a
+    smaller vocabulary."""
+    case = CASES[name]
+    document = yaml.safe_load((FOLDER / f"{case.workload}.yaml").read_text())
+    workload = Workload.model_validate(overlay(document, {"parts": case.parts}))
     prompts = build_prompts(workload, ModelTokenizer.load(resolve_model(EMBEDDED)), FOLDER)
     generator = random.Random(workload.seed)
     waiting = [list(session) for session in prompts.sessions]
@@ -92,7 +94,7 @@ def _folded(tokens: list[int], vocabulary: int | None) -> list[int]:
 
 
 def run_case(name: str, model: Path, seed: int, vocabulary: int | None) -> dict[str, Any]:
-    """One workload with and without lmc, as a row of results.json."""
+    """One case with and without lmc, as a row of results.json."""
     requests = requests_of(name, vocabulary)
     started = time.perf_counter()
     with VllmDriver(
@@ -121,7 +123,7 @@ def run_case(name: str, model: Path, seed: int, vocabulary: int | None) -> dict[
             rot_seconds=0.1 if vocabulary else 1.0,  # the embedded model takes ten times as long
         )
     return {
-        "workload": name,
+        "workload": CASES[name].workload,
         "model": TINY if vocabulary else EMBEDDED,
         "scenario": scenario.name,
         "about": scenario.about,
@@ -204,9 +206,9 @@ def as_report(rows: list[dict[str, Any]]) -> Report:
     setups = dict.fromkeys(f"- {row['scenario']}: {row['about']}" for row in rows)
     text = "\n".join(
         [
-            f"{CONCURRENCY} requests at most, KV space for a few of them, steps of {BATCHED_TOKENS} tokens; chunks of "
-            f"{CHUNK} tokens, {HOST_CHUNKS} of them in host memory and {DISK_CHUNKS} on disk. {OPEN_SESSIONS} sessions are open at a time. "
-            "A request is aborted with probability "
+            f"{CONCURRENCY} requests at most in an engine, KV space for a few of them, steps of {BATCHED_TOKENS} tokens; chunks of "
+            f"{CHUNK} tokens, {HOST_CHUNKS} of them in an engine's host memory and {DISK_CHUNKS} on disk. "
+            f"{OPEN_SESSIONS} sessions are open at a time. A request is aborted with probability "
             f"{CHANCES.abort:g}, a load fails with {CHANCES.failed_load:g} and leaves garbage behind, a store with "
             f"{CHANCES.failed_store:g}. Model {TINY}: random weights, the prompts' ids folded into its {VOCABULARY}.",
             "",
@@ -243,23 +245,24 @@ def _listed(counts: dict[str, int]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workloads", nargs="*", default=list(CASES), metavar="WORKLOAD", help=", ".join(CASES))
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument(
         "--model", default=EMBEDDED, choices=[EMBEDDED, TINY], help="tiny: random weights, the prompts' ids folded"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if unknown := set(options.workloads) - set(CASES):
+    if unknown := set(options.cases) - set(CASES):
         parser.error(f"no case {unknown.pop()!r}; there are {', '.join(CASES)}")
     results = options.out / "results.json" if options.out else None
     known = orjson.loads(results.read_bytes()) if results is not None and results.is_file() else []
-    rows = {(row["workload"], row["model"]): row for row in known}
+    rows = {(row["workload"], row["scenario"], row["model"]): row for row in known}
     with tempfile.TemporaryDirectory() as folder:
         tiny = options.model == TINY
         model = make_tiny_llama(Path(folder) / "tiny") if tiny else resolve_model(EMBEDDED)
-        for name in options.workloads:
-            rows[name, options.model] = run_case(name, model, options.seed, VOCABULARY if tiny else None)
+        for name in options.cases:
+            row = run_case(name, model, options.seed, VOCABULARY if tiny else None)
+            rows[row["workload"], row["scenario"], row["model"]] = row
             if results is not None:
                 write_file(results, to_json(list(rows.values())))
     report = as_report(list(rows.values()))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,6 +38,7 @@ class Scenario:
     tiers: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    engines: int = 1  # data-parallel ones on one node; the requests are dealt out to them
 
 
 SCENARIOS = (
@@ -63,6 +65,15 @@ SCENARIOS = (
         ("disk", "redis"),
         {"store_decode": True, "load_deadline": 0.3, "lookup_deadline": 2.0},
         {"scheduling_policy": "priority"},
+    ),
+    Scenario(
+        "two engines",
+        "two data-parallel engines, vLLM's prefix cache on, half of the requests each; a folder on disk and Redis in common",
+        True,
+        200,
+        ("disk", "redis"),
+        {"engines_on_node": 2, "lookup_deadline": 2.0},
+        engines=2,
     ),
 )
 
@@ -142,45 +153,72 @@ def run_scenario(
     concurrency: int = 12,
     rot_seconds: float = 0.1,
 ) -> Verdict:
-    """blocks: the engine's KV space, in blocks of 32 tokens. rot_seconds: from one damaged file to the next."""
+    """host_chunks, disk_chunks: of each engine. blocks: an engine's KV space, in blocks of 32 tokens. rot_seconds: from one damaged
+    file to the next."""
     chunk_bytes = CHUNK * kv_bytes_per_token(model)
     with ExitStack() as stack:
         faults = stack.enter_context(faulty_tiers(folder, scenario.tiers, seed, chunk_bytes, rot_seconds))
         settings = {
             "chunk_tokens": CHUNK,
-            "host.capacity": host_chunks * chunk_bytes,
-            "disk.capacity": disk_chunks * stored_bytes(chunk_bytes),
+            "host.capacity": scenario.engines * host_chunks * chunk_bytes,
+            "disk.capacity": scenario.engines * disk_chunks * stored_bytes(chunk_bytes),
             "background_load_tokens": scenario.background_load_tokens,
             "metrics.enabled": False,
             "strict": True,
         }
-        engine = stack.enter_context(
-            VllmDriver(
-                model,
-                settings=settings | faults.settings | scenario.settings,
-                enable_prefix_caching=scenario.prefix_caching,
-                max_model_len=context,
-                max_num_seqs=concurrency,
-                max_num_batched_tokens=BATCHED_TOKENS,
-                num_gpu_blocks_override=blocks,
-                **scenario.options,
+        engines = [
+            stack.enter_context(
+                VllmDriver(
+                    model,
+                    settings=settings | faults.settings | scenario.settings,
+                    engine_of_node=number if scenario.engines > 1 else None,
+                    enable_prefix_caching=scenario.prefix_caching,
+                    max_model_len=context,
+                    max_num_seqs=concurrency,
+                    max_num_batched_tokens=BATCHED_TOKENS,
+                    num_gpu_blocks_override=blocks,
+                    **scenario.options,
+                )
             )
-        )
+            for number in range(scenario.engines)
+        ]
         faults.begin()  # not before: a tier that cannot be reached at start is refused, since the settings are strict
-        tally = engine.call("traffic", requests=requests, seed=seed, concurrency=concurrency, chances=asdict(CHANCES))
+
+        def run(number: int) -> dict[str, Any]:
+            dealt = requests[number :: scenario.engines]
+            return dict(
+                engines[number].call(
+                    "traffic", requests=dealt, seed=seed + number, concurrency=concurrency, chances=asdict(CHANCES)
+                )
+            )
+
+        with ThreadPoolExecutor(scenario.engines) as pool:
+            tallies = list(pool.map(run, range(scenario.engines)))
         comparison = Comparison()
-        for name, got in sorted(tally.pop("outcomes").items()):
+        for name, got in sorted(item for tally in tallies for item in tally.pop("outcomes").items()):
             comparison.add(name, got, wanted[name])
+
+        def of_label(name: str, label: str) -> dict[str, int]:
+            return _added(engine.call("by_label", name=name, label=label) for engine in engines)
+
         return Verdict(
             comparison,
-            tally,
+            _added(tallies),
             faults.done,
-            int(engine.call("engine_metric", name="num_preemptions")),
-            engine.call("by_label", name="lmc_hit_tokens_total", label="tier"),
-            engine.call("by_label", name="lmc_misses_total", label="reason"),
-            engine.call("by_label", name="lmc_failures_total", label="operation"),
-            engine.call("leftovers"),
+            sum(int(engine.call("engine_metric", name="num_preemptions")) for engine in engines),
+            of_label("lmc_hit_tokens_total", "tier"),
+            of_label("lmc_misses_total", "reason"),
+            of_label("lmc_failures_total", "operation"),
+            _added(engine.call("leftovers") for engine in engines),
         )
+
+
+def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for name, number in one.items():
+            total[name] = total.get(name, 0) + number
+    return total
 
 
 @dataclass

@@ -35,13 +35,14 @@ def wanted(plain: VllmDriver) -> dict[str, dict[str, Any]]:
 def test_tokens_are_those_of_the_engine_without_lmc_and_nothing_is_left_over(
     tiny_llama: Path, wanted: dict[str, dict[str, Any]], tmp_path: Path, scenario: Scenario
 ) -> None:
+    requests = REQUESTS if scenario.engines == 1 else REQUESTS[:80]
     verdict = run_scenario(
-        scenario, tiny_llama, REQUESTS, wanted, tmp_path, seed=2, host_chunks=16, disk_chunks=32, blocks=48, context=768
+        scenario, tiny_llama, requests, wanted, tmp_path, seed=2, host_chunks=16, disk_chunks=32, blocks=48, context=768
     )
     print(verdict)  # noqa: T201  what a failed run went through
     assert verdict.comparison.differences == []
     assert len(verdict.comparison.ties) < 5
-    assert verdict.comparison.requests + verdict.tally["aborted"] == len(REQUESTS)
+    assert verdict.comparison.requests + verdict.tally["aborted"] == len(requests)
     assert {name: number for name, number in verdict.leftovers.items() if number} == {}
     assert verdict.preemptions > 0 and verdict.tally["aborted"] > 0
     assert verdict.loaded.get("host", 0) > 0

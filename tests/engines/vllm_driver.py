@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines.ahead import schedule_ahead
+from tests.engines.data_parallel import be_one_of_several
 from tests.engines.inside_vllm import InsideVllm
 from tests.engines.tiny_model import random_image
 from tests.engines.traffic import Chances, Tally, break_copies, outcome, run_traffic
@@ -34,9 +35,16 @@ class VllmDriver:
     """Starts the engine; each call is one command."""
 
     def __init__(
-        self, model: Path, *, settings: dict[str, Any] | None, python: str = sys.executable, **options: Any
+        self,
+        model: Path,
+        *,
+        settings: dict[str, Any] | None,
+        python: str = sys.executable,
+        engine_of_node: int | None = None,
+        **options: Any,
     ) -> None:
-        """settings None: no connector at all. python: of vLLM's environment, where the test runs in another one."""
+        """settings None: no connector at all. python: of vLLM's environment, where the test runs in another one. engine_of_node: which
+        of several data-parallel engines it is."""
         self.log: list[str] = []
         ranks = options.get("tensor_parallel_size", 1)
         cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks))} if ranks > 1 else {}
@@ -49,7 +57,7 @@ class VllmDriver:
             cwd=Path(__file__).parents[2],
         )
         try:
-            self.call("start", model=str(model), settings=settings, options=options)
+            self.call("start", model=str(model), settings=settings, options=options, engine_of_node=engine_of_node)
         except AssertionError:
             self.kill()
             raise
@@ -105,7 +113,9 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class _Engine(InsideVllm):
-    def start(self, model: str, settings: dict[str, Any] | None, options: dict[str, Any]) -> None:
+    def start(
+        self, model: str, settings: dict[str, Any] | None, options: dict[str, Any], engine_of_node: int | None
+    ) -> None:
         from vllm import LLM
         from vllm.config.kv_events import KVEventsConfig
 
@@ -120,6 +130,8 @@ class _Engine(InsideVllm):
             options["kv_transfer_config"] = {**vllm_transfer_config(config), "kv_role": role}
         if options.get("async_scheduling"):
             schedule_ahead()
+        if engine_of_node is not None:
+            be_one_of_several(engine_of_node)
         if "kv_events_config" in options:
             options["kv_events_config"] = KVEventsConfig(**options["kv_events_config"])
         self.llm = LLM(
