@@ -74,6 +74,11 @@ def _chosen_arms(workload: Workload, wanted: Sequence[str]) -> list[str]:
     return [name for name in known if not wanted or name in wanted]
 
 
+async def settle() -> None:
+    """Wait until the workers of the arm that was measured last are at rest."""
+    await asyncio.sleep(SETTLE_S)
+
+
 @dataclass
 class _Runner:
     workload: Workload
@@ -135,7 +140,7 @@ class _Runner:
             for index, stretch in enumerate(split(self.plan, size)):
                 for run in runs if index % 2 == 0 else runs[::-1]:
                     if run is not last:
-                        await asyncio.sleep(SETTLE_S)
+                        await settle()
                     await run.measure(stretch, workload.limits)
                     last = run
             for run in runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,10 +96,16 @@ RunSmall = Callable[..., tuple[Results, list[RequestRecord]]]
 
 
 @pytest.fixture
-def run_small(write_workload: WriteWorkload, model_folder: Path) -> RunSmall:
-    """Run the small workload on mock servers; keyword arguments replace keys of the workload."""
+def run_small(write_workload: WriteWorkload, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunSmall:
+    """Run the small workload on mock servers; keyword arguments replace keys of the workload.
 
-    def run(only: list[str] | None = None, repeat: int = 1, **changes: Any) -> tuple[Results, list[RequestRecord]]:
+    The client may lag as it likes, unless `lag_ms` is given: how much it lags depends on the machine.
+    """
+
+    def run(
+        only: list[str] | None = None, repeat: int = 1, lag_ms: float = math.inf, **changes: Any
+    ) -> tuple[Results, list[RequestRecord]]:
+        monkeypatch.setattr("lmc.bench.selfcheck.LAG_MS", lag_ms)
         path = write_workload(**changes)
         workload: Workload = load_workload(path)
         options = RunOptions(path.parent, "mock-model", model_folder, only or [], repeat, serve=MOCK)

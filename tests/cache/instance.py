@@ -99,7 +99,7 @@ class Instance:
         self.serial += 1
         name = f"r{self.serial}"
         polls = 0
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while (gain := self.scheduler.lookup(name, tokens, 0, identity)) is None:
             polls += 1
             self.pump()
@@ -156,7 +156,7 @@ class Instance:
             worker.begin(Plan(tier_copies=plan.tier_copies))
 
     def settle(self) -> None:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while self.scheduler.busy:
             self.pump()
             time.sleep(0.001)

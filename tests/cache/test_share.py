@@ -98,7 +98,7 @@ def engines(asked: CacheConfig, number: int) -> list[Instance]:
 def test_a_folders_capacity_counts_once(tmp_path: Path) -> None:
     """Over three starts, with prompts that differ: never more files than fit, and each engine finds what the other has written."""
     fits = 40
-    asked = settings(disk_path=tmp_path, disk_capacity=fits * (CHUNK_BYTES + 4096), lookup_deadline=5)
+    asked = settings(disk_path=tmp_path, disk_capacity=fits * (CHUNK_BYTES + 4096), lookup_deadline=60)
     for start in range(3):
         pair = engines(asked, 2)
         try:
@@ -114,7 +114,7 @@ def test_a_folders_capacity_counts_once(tmp_path: Path) -> None:
 
 
 def test_what_is_beyond_the_capacity_at_the_start_is_deleted_by_the_engine_whose_part_it_is(tmp_path: Path) -> None:
-    values = {"disk_path": tmp_path, "lookup_deadline": 5}
+    values = {"disk_path": tmp_path, "lookup_deadline": 60}
     filler = Instance(settings(**{**values, "disk_capacity": "1MiB"}))
     for seed in range(20):
         filler.serve(prompt(seed, 40))

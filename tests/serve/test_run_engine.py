@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,9 +100,14 @@ def test_a_stop_that_became_a_kill_is_said() -> None:
 
 
 def test_an_engine_without_an_api_is_not_waited_for() -> None:
-    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-    command = EngineCommand((sys.executable, "-c", "import time; time.sleep(300)"), health_path=None)
-    assert run_engine(command, "nowhere:1", 0.1, lambda url: None) == 0
+    """The engine asks for the stop until it comes, since the first signals may be sent before run_engine listens."""
+    code = f"import os, time\nwhile True: os.kill({os.getpid()}, {int(signal.SIGTERM)}); time.sleep(0.2)"
+    command = EngineCommand((sys.executable, "-c", code), health_path=None)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert run_engine(command, "nowhere:1", 0.1, lambda url: None) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 SERVE = """

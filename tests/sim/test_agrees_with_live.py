@@ -130,7 +130,7 @@ class Live:
     def serve(self, number: int, prompt: Prompt) -> None:
         scheduler, name, self.now = self.scheduler, f"r{number}", prompt.at
         tokens = [chunk for chunk in prompt.chunks for _ in range(CHUNK_TOKENS)] + [0] * prompt.rest
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while (gain := scheduler.lookup(name, tokens, 0, Identity(tenant=f"tenant {prompt.tenant}"))) is None:
             self._step()
             assert time.monotonic() < until, "the lookup never ended"

@@ -47,7 +47,7 @@ def call(instance: Instance, path: str, body: object = None, **headers: str) -> 
     url = instance.scheduler.metrics_url.removesuffix("/metrics") + path
     named = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, named), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, named), timeout=60) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -73,7 +73,7 @@ def test_pinned_chunks_stay_until_they_are_unpinned(instance):
 
 
 def test_an_expected_prompt_is_brought_into_host_memory(tmp_path):
-    values = {"metrics_enabled": True, "disk_path": tmp_path, "disk_shared": True, "lookup_deadline": 5}
+    values = {"metrics_enabled": True, "disk_path": tmp_path, "disk_shared": True, "lookup_deadline": 60}
     own, other = Instance(settings(**values)), Instance(settings(**values))
     try:
         own.serve(prompt(1, 50))
@@ -164,7 +164,7 @@ def test_commands_need_the_token_where_one_is_set_or_others_can_connect():
                 assert without == (expected[""] if open_to_others else 200)
                 if "Bearer secret" in expected:
                     assert call(instance, path, Authorization="Bearer secret", Host="localhost:1")[0] == 200
-            with urllib.request.urlopen(instance.scheduler.metrics_url, timeout=10) as answer:
+            with urllib.request.urlopen(instance.scheduler.metrics_url, timeout=60) as answer:
                 assert answer.status == 200  # Prometheus brings no token
         finally:
             instance.close()
@@ -178,7 +178,7 @@ def test_stats_and_metrics_tell_the_same(instance):
     assert status == 200
     assert stats["tiers"] == {"host": {"chunks": 6, "capacity": 12, "bytes": 6 * CHUNK_BYTES}}
     assert stats["totals"]["requests"] == 2 and stats["by_label"]["hit_tokens"] == {"host": 48}
-    with urllib.request.urlopen(instance.scheduler.metrics_url, timeout=10) as answer:
+    with urllib.request.urlopen(instance.scheduler.metrics_url, timeout=60) as answer:
         families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
     assert {"lmc_requests", "lmc_hit_tokens", "lmc_slots_used", "lmc_transfer_seconds"} <= set(families)
     assert families["lmc_slots_used"].samples[0].value == 6

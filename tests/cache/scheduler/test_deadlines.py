@@ -101,7 +101,7 @@ def test_a_request_waits_for_a_remote_answer_no_longer_than_the_deadline(instanc
     assert instance.scheduler.explain("r")["miss"] == "remote deadline"
     instance.scheduler.finish("r")
     remote.gate.set()  # the late answer serves the next request
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while not instance.scheduler.directory.known_remote()["disk"] and time.monotonic() < until:
         ask("s")
         time.sleep(0.01)
@@ -111,7 +111,7 @@ def test_a_request_waits_for_a_remote_answer_no_longer_than_the_deadline(instanc
 
 def test_two_ranks_must_both_have_a_remote_chunk(instances, tmp_path):
     first = Instance(settings(disk_path=tmp_path), 2)
-    second = start(instances, 2, disk_path=tmp_path, disk_shared=True, lookup_deadline=5)
+    second = start(instances, 2, disk_path=tmp_path, disk_shared=True, lookup_deadline=60)
     tokens = prompt(1, 50)
     first.serve(tokens)
     first.close()

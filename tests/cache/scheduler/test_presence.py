@@ -30,7 +30,7 @@ class Tier:
 
     def contains(self, keys):
         self.asked.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         self.batches.append(len(keys))
         if self.broken:
             raise TierError("redis tier: injected")
@@ -91,7 +91,7 @@ def test_close_waits_no_longer_than_its_limit_for_a_tier_that_hangs():
     tier.gate.clear()
     presence = Presence({"redis": [Breaker(tier)]})
     questions = [presence.ask(KEYS) for _ in range(5)]
-    assert tier.asked.wait(20), "a thread uses the connection"
+    assert tier.asked.wait(60), "a thread uses the connection"
     presence.close(0.1)
     assert not tier.closed, "its connection is in use"
     assert not any(question.done for question in questions)

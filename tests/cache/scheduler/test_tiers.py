@@ -96,11 +96,9 @@ def test_close_lets_writes_end(tmp_path, monkeypatch):
 def test_close_gives_up_after_its_limit(tmp_path, monkeypatch, caplog):
     instance = Instance(settings(disk_path=tmp_path, io_threads=1, close_timeout=0.1))
     gate = threading.Event()
-    monkeypatch.setattr(DiskTier, "put", lambda *_: gate.wait(20))
+    monkeypatch.setattr(DiskTier, "put", lambda *_: gate.wait())
     instance.serve(prompt(1, 50), settle=False)
-    started = time.monotonic()
-    instance.close()
-    assert time.monotonic() - started < 15, "its limit is 0.1 s, the writes would take 20"
+    instance.close()  # else the test would never end
     gate.set()
     assert "6 copies not done" in caplog.text
 
@@ -109,17 +107,14 @@ def test_close_gives_up_after_its_limit(tmp_path, monkeypatch, caplog):
 
 
 def test_instances_share_a_folder(instances, tmp_path):
-    one = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=5)
-    two = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=5)
-    seconds = []
+    one = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=60)
+    two = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=60)
     for seed in (1, 2, 3):
         tokens = prompt(seed, 50)
         one.serve(tokens)
-        written = time.monotonic()
         assert two.serve(tokens).sources == {"disk": 48}
-        seconds.append(time.monotonic() - written)
         assert two.serve(tokens).sources == {"host": 48}
-    assert min(seconds) < 1, "the machine may be busy, but not each time"
+    assert two.metric("ask_seconds_count", tier="disk") == 3, "a hit at the first question"
     assert two.scheduler.directory.usage()["disk"][0] == 0, "the other one's chunks count against its own capacity"
 
 
@@ -131,8 +126,8 @@ def test_an_instance_that_does_not_share_sees_only_its_own(instances, tmp_path):
 
 
 def test_reset_means_new_names_where_others_write(instances, tmp_path):
-    one = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=5)
-    two = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=5)
+    one = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=60)
+    two = start(instances, disk_path=tmp_path, disk_shared=True, lookup_deadline=60)
     tokens = prompt(1, 50)
     one.serve(tokens)
     two.serve(tokens)
@@ -147,7 +142,7 @@ def test_evictors_in_one_folder_never_break_a_reader(instances, tmp_path):
     shared = {
         "disk_path": tmp_path,
         "disk_shared": True,
-        "lookup_deadline": 5,
+        "lookup_deadline": 60,
         "disk_capacity": 20 * stored_bytes(CHUNK_BYTES),
     }
     few = {"host_capacity": 16 * CHUNK_BYTES}

@@ -172,12 +172,12 @@ def test_only_one_call_is_the_trial() -> None:
 
     def slow_reply() -> None:
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     tier._reply = slow_reply  # type: ignore[method-assign]
     trial = threading.Thread(target=breaker.get, args=(key(1), SLOT))
     trial.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     with pytest.raises(TierOpen, match="trial"):
         breaker.get(key(1), SLOT)
     go_on.set()
@@ -272,12 +272,12 @@ def test_one_call_that_never_ends_opens_it_and_its_late_end_says_nothing() -> No
 
     def hang() -> None:
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     tier._reply = hang  # type: ignore[method-assign]
     stuck = threading.Thread(target=breaker.get, args=(key(1), SLOT))
     stuck.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     clock.seconds += 4.9
     assert not breaker.refuses("read")
     clock.seconds += 0.2

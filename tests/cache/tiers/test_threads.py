@@ -16,7 +16,7 @@ def test_jobs_are_begun_in_their_order() -> None:
     done: list[int] = []
     threads = IoThreads(1, "test", done.append)
     assert all(threads.put(number) for number in range(50))
-    assert threads.wait(10)
+    assert threads.wait(60)
     assert done == list(range(50))
     assert threads.close() == []
 
@@ -32,7 +32,7 @@ def test_what_waits_behind_a_job_that_hangs_can_be_taken_back() -> None:
     assert threads.take_back(lambda _: True) == [3, 5]
     assert not threads.wait(0)
     gate.set()
-    assert threads.wait(10)
+    assert threads.wait(60)
 
 
 def test_a_machine_without_a_thread_to_give_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,11 +47,11 @@ def test_a_machine_without_a_thread_to_give_is_an_answer(monkeypatch: pytest.Mon
         patch.setattr(threading.Thread, "start", refuse)
         assert not threads.put(1)
     assert threads.put(2), "it is tried again"
-    assert threads.wait(10)
+    assert threads.wait(60)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         assert threads.put(3), "the one thread that there is does all the work"
-    assert threads.wait(10)
+    assert threads.wait(60)
     assert done == [2, 3]
 
 
@@ -79,5 +79,5 @@ def test_no_job_is_begun_after_the_end() -> None:
     assert threads.close() == [1, 2]
     assert not threads.put(3)
     gate.set()
-    assert threads.wait(10)
+    assert threads.wait(60)
     assert done == [0]

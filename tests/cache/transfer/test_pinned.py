@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ class FakeRegistrar:
         self._gate = gate
 
     def register(self, address: int, size: int) -> None:
-        if self._gate is not None and not self._gate.acquire(timeout=5):
+        if self._gate is not None and not self._gate.acquire(timeout=60):
             self._gate = None
         self.calls += 1
         if len(self.pieces) >= self._limit:
@@ -77,7 +76,7 @@ def test_slots_become_usable_piece_by_piece() -> None:
     assert not slab.wait(1, timeout=0)
     for pieces in (1, 2):
         gate.release()
-        assert slab.wait(2 * pieces, timeout=10)
+        assert slab.wait(2 * pieces, timeout=60)
         assert slab.pinned_slots == 2 * pieces
         assert not slab.wait(2 * pieces + 1, timeout=0.01)
     first, third = (np.array([slab.address(slot)], dtype=np.uint64) for slot in (0, 4))
@@ -85,7 +84,7 @@ def test_slots_become_usable_piece_by_piece() -> None:
     assert not slab.is_pinned(third)
     assert not slab.is_pinned(np.concatenate((first, third)))
     gate.release()
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     assert slab.is_pinned(third)
     assert sorted(registrar.pieces.values()) == [2 * PAGE] * 3
     assert slab.boundaries.tolist() == [slab.address(2), slab.address(4)]
@@ -96,7 +95,7 @@ def test_slots_become_usable_piece_by_piece() -> None:
 def test_a_refused_registration_leaves_pageable_memory_and_says_so() -> None:
     registrar = FakeRegistrar(limit=1)
     slab = Slab(6, PAGE, registrar=registrar, piece_bytes=2 * PAGE)
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     assert slab.pinned_slots == 2
     assert registrar.calls == 2  # it does not ask again and again
     assert slab.problem == "4 of 6 slots stay pageable: the driver has no memory to register with"
@@ -106,12 +105,12 @@ def test_a_refused_registration_leaves_pageable_memory_and_says_so() -> None:
 
 def test_close_does_not_wait_for_a_large_slab() -> None:
     gate = threading.Semaphore(1)
-    slab = Slab(1 << 12, 1 << 20, registrar=FakeRegistrar(gate=gate), piece_bytes=1 << 20)
-    slab.wait(1, timeout=10)
+    registrar = FakeRegistrar(gate=gate)
+    slab = Slab(1 << 12, 1 << 20, registrar=registrar, piece_bytes=1 << 20)
+    assert slab.wait(1, timeout=60)
     threading.Timer(0.05, gate.release).start()
-    started = time.monotonic()
     slab.close()
-    assert time.monotonic() - started < 5
+    assert registrar.calls <= 2, "the piece that it was at, and no more"
     assert not slab.wait(100, timeout=0)
 
 
@@ -135,7 +134,7 @@ def test_slots_out_of_range_are_refused() -> None:
 def test_a_failed_bind_is_visible_and_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "_bind", lambda address, size, node: "Operation not permitted")
     slab = Slab(2, PAGE, numa_node=1)
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     assert slab.problem == "memory is not bound to NUMA node 1: Operation not permitted"
     slab.close()
 
@@ -162,7 +161,7 @@ def test_a_cuda_devices_slab_is_pinned_in_its_context(monkeypatch: pytest.Monkey
     driver, library = fake_driver()
     monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", lambda: driver)
     slab = open_slab("cuda:1", 3, PAGE)
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     assert slab.pinned_slots == 3
     assert library.registered == {slab.address(0): 3 * PAGE}
     assert set(library.contexts) == {4001}
@@ -176,7 +175,7 @@ def test_without_a_driver_a_cuda_devices_slab_is_ordinary_memory(monkeypatch: py
 
     monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", missing)
     slab = open_slab("cuda:0", 3, PAGE)
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     assert slab.problem == "all 3 slots stay pageable: no CUDA driver on this machine: libcuda.so.1"
     assert slab.pinned_slots == 0
     slab.close()
@@ -184,7 +183,7 @@ def test_without_a_driver_a_cuda_devices_slab_is_ordinary_memory(monkeypatch: py
 
 def test_a_cpus_slab_is_ordinary_memory() -> None:
     slab = open_slab("cpu", 3, PAGE)
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     assert (slab.pinned_slots, slab.problem) == (0, "")
     assert len(slab.boundaries) == 0
     slab.close()
@@ -196,7 +195,7 @@ def test_pinning_beside_a_graph_capture_leaves_the_capture_whole(monkeypatch: py
     monkeypatch.setattr("lmc.cache.transfer.cuda.load_driver", lambda: driver)
     library.graph_capture = True
     slab = open_slab("cuda:0", 6, PAGE)
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     slab.close()
     assert library.broken_captures == 0
     assert slab.problem == ""
@@ -210,7 +209,7 @@ def test_a_refusal_for_a_captures_sake_is_tried_again(monkeypatch: pytest.Monkey
     registrar = DeviceRegistrar(driver, 0)
     library.graph_capture, library.refuse_relaxed = True, 5
     slab = Slab(6, PAGE, registrar=registrar, piece_bytes=2 * PAGE)
-    assert slab.wait(timeout=10)
+    assert slab.wait(timeout=60)
     assert (slab.pinned_slots, slab.problem) == (6, "")
     assert library.broken_captures == 5
     slab.close()

@@ -93,7 +93,7 @@ def world() -> Iterator[World]:
 
 def test_a_store_waits_for_the_step_that_writes_the_block(world: World) -> None:
     gate = threading.Event()
-    world.compute(lambda: (gate.wait(5), world.blocks[1].fill(7)))
+    world.compute(lambda: (gate.wait(60), world.blocks[1].fill(7)))
     store = world.streams.submit(world.copies(Direction.STORE, 1, 2))
     time.sleep(0.02)
     assert not store.ended.query()
@@ -107,7 +107,7 @@ def test_a_load_waits_for_the_step_that_reads_the_block(world: World) -> None:
     gate, seen = threading.Event(), []
     world.blocks[1].fill(3)
     world.slots[2].fill(9)
-    world.compute(lambda: (gate.wait(5), seen.append(world.blocks[1].copy())))
+    world.compute(lambda: (gate.wait(60), seen.append(world.blocks[1].copy())))
     world.streams.submit(world.copies(Direction.LOAD, 1, 2))
     time.sleep(0.02)
     gate.set()
@@ -159,7 +159,7 @@ def test_layers_are_released_one_by_one() -> None:
     world = World()
     turns = [threading.Event(), threading.Event()]
     arrivals = iter(turns)
-    world.backend._pause = lambda: next(arrivals).wait(5) * 0.0
+    world.backend._pause = lambda: next(arrivals).wait(60) * 0.0
     world.slots[0].fill(5)
     world.slots[1].fill(6)
     parts = [world.copies(Direction.LOAD, 0, 0), world.copies(Direction.LOAD, 1, 1)]
@@ -171,7 +171,7 @@ def test_layers_are_released_one_by_one() -> None:
     world.streams.wait_layer(load, 1)
     world.compute(lambda: seen.append(int(world.blocks[1, 0])))
     turns[0].set()
-    assert first_done.wait(5)
+    assert first_done.wait(60)
     assert seen == [5]
     assert world.streams.finished() == []
     turns[1].set()
@@ -188,7 +188,7 @@ def test_stores_cannot_be_waited_for_by_layer(world: World) -> None:
 
 def test_nothing_is_finished_before_its_event() -> None:
     release = threading.Event()
-    world = World(pause=lambda: release.wait(5) * 0.0)
+    world = World(pause=lambda: release.wait(60) * 0.0)
     store = world.streams.submit(world.copies(Direction.STORE, 0, 0), tag=[0])
     assert world.streams.finished() == []
     release.set()
@@ -216,7 +216,7 @@ def test_a_failure_belongs_to_its_transfer(world: World) -> None:
 def test_what_a_pending_transfer_reads_is_not_overwritten(first: Direction) -> None:
     """A slot reused while it is loaded from, a block loaded into while it is stored from."""
     release = threading.Event()
-    pauses = iter([lambda: release.wait(5), lambda: True])
+    pauses = iter([lambda: release.wait(60), lambda: True])
     world = World(pause=lambda: next(pauses)() * 0.0)
     second = Direction.LOAD if first is Direction.STORE else Direction.STORE
     source, target = (world.blocks, world.slots) if first is Direction.STORE else (world.slots, world.blocks)
@@ -236,7 +236,7 @@ def test_what_a_pending_transfer_reads_is_not_overwritten(first: Direction) -> N
 def test_a_load_of_a_slot_that_is_being_stored_is_submitted_only_when_it_is_whole() -> None:
     """A wait on the stream is not enough: the copy engine is told that it may read slots out of the stream's order."""
     release = threading.Event()
-    pauses = iter([lambda: release.wait(5), lambda: True])
+    pauses = iter([lambda: release.wait(60), lambda: True])
     world = World(pause=lambda: next(pauses)() * 0.0)
     world.blocks[0].fill(1)
     store = world.streams.submit(world.copies(Direction.STORE, 0, 0))

@@ -109,7 +109,7 @@ def world() -> Iterator[World]:
 def test_a_layer_does_not_wait_for_the_next_one(world: World) -> None:
     """Of all requests of the pass: were they queued one after the other, a layer of the second would wait for all of the first."""
     turns = [threading.Event() for _ in range(LAYERS)]
-    world.backend.before = lambda turn: turns[turn].wait(10) and None
+    world.backend.before = lambda turn: turns[turn].wait(60) and None
     assert world.copier.start_layers([A, B])
     for layer in range(LAYERS):
         turns[layer].set()
@@ -183,11 +183,11 @@ def test_while_the_engines_memory_is_away_no_copy_touches_it(world: World, on_st
 
     def wait(turn: int) -> None:
         begun.set()
-        assert go.wait(10)
+        assert go.wait(60)
 
     world.backend.before = wait
     copy(A)
-    assert begun.wait(10)
+    assert begun.wait(60)
     threading.Timer(0.2, go.set).start()
     copier.detach()
     world.kv[:] = 1  # somebody else's now
@@ -335,17 +335,17 @@ def test_a_step_waits_only_for_stores_of_blocks_that_it_overwrites() -> None:
     runtime = AsyncRuntime()
     world = World(runtime)
     gate, passes = threading.Event(), [threading.Event() for _ in range(3)]
-    world.backend.before = lambda turn: gate.wait(10) and None
+    world.backend.before = lambda turn: gate.wait(60) and None
     world.kv[:, [5, 2]] = 7
     world.copier.store(A)
     for number, overwritten in enumerate([{0, 1, 7}, set(), {2}]):
         world.copier.fence(overwritten)
         runtime.compute.run(lambda _, number=number: passes[number].set())
-    assert passes[1].wait(10), "it waited for a store of other blocks"
+    assert passes[1].wait(60), "it waited for a store of other blocks"
     assert not world.copier.ended()
     assert not passes[2].is_set(), "block 2 was overwritten while the store reads it"
     gate.set()
-    assert passes[2].wait(10)
+    assert passes[2].wait(60)
     world.close()
     assert (np.frombuffer(world.slab.view(0), np.uint8) == 7).all()
 
