@@ -23,6 +23,7 @@ import numpy as np
 import uvloop
 
 from lmc.bench.client import Outcome, Target
+from lmc.bench.dialect import Dialect
 from lmc.bench.load import Measured, run_load
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.bench.prompts import Request
@@ -112,7 +113,7 @@ async def run(load: Plan, port: int) -> tuple[Measured, float]:
             sys.exit(f"a request failed: {outcome.status}: {outcome.cause}")
         return True
 
-    target = Target(f"http://127.0.0.1:{port}/v1", "mock", 60.0, logprobs=False)
+    target = Target(f"http://127.0.0.1:{port}/v1", "mock", 60.0, dialect=Dialect(token_ids=False))
     began = time.process_time()
     measured = await run_load(load, [target], "bench", on_done)
     return measured, time.process_time() - began

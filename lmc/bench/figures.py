@@ -57,6 +57,7 @@ def arm_figures(runs: Sequence[ArmData], records: Sequence[RequestRecord], workl
         counters=_added(map(_own_counters, runs)),
         self_check=check_client([stretch for data in runs for stretch in data.measured]),
         settings=first.arm.model_dump(),
+        notes=first.notes,
         expected_hit_tokens_by_tier={tier: int(tokens) for tier, tokens in _added(told).items()} if complete else None,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -43,7 +44,13 @@ def describe_software() -> dict[str, str]:
 
 
 def command_line() -> str:
-    return " ".join(["lmc", *sys.argv[1:]])
+    """The command as it was typed, without the values of headers, which may be secret."""
+    shown = ["lmc"]
+    for word in sys.argv[1:]:
+        hidden = shown[-1] == "--header"
+        name, equals, _ = word.partition("=")
+        shown.append("..." if hidden else f"{name}=..." if equals and name == "--header" else word)
+    return shlex.join(shown)
 
 
 def _processor_name() -> str:

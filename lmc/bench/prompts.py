@@ -43,6 +43,8 @@ class Request:
     output_tokens: int
     think_s: float = 0.0
     at_s: float | None = None
+    messages: tuple[Message, ...] | None = None  # of a chat
+    text: str | None = None  # for servers that take no tokens
 
     @property
     def id(self) -> str:
@@ -98,6 +100,12 @@ def random_tokens(tokenizer: ModelTokenizer, count: int, *seed: int | str) -> To
     words = [word if isinstance(word, int) else zlib.crc32(word.encode()) for word in seed]
     picks = np.random.default_rng(words).integers(0, len(tokenizer.ordinary), size=count)
     return tokenizer.ordinary[picks]
+
+
+def in_words(request: Request, tokenizer: ModelTokenizer) -> Request:
+    """The request with its text and messages, for servers that take no tokens."""
+    text = tokenizer.decode(request.prompt)
+    return replace(request, text=text, messages=request.messages or ({"role": "user", "content": text},))
 
 
 def _build_part(
@@ -189,23 +197,26 @@ def _text_sessions(
             continue
         group = str(names.value(part.group_by, rows[0], index)) if part.group_by else ""
         timed = [
-            (prompt, names.seconds(part.at, row, index))
+            (prompt, messages, names.seconds(part.at, row, index))
             for row in rows
-            for prompt in _row_prompts(part.session, names, row, index, tokenizer)
+            for prompt, messages in _row_prompts(part.session, names, row, index, tokenizer)
         ]
         if timed:
             yield (
                 group,
                 [
-                    Request(name, index, turn, prompt, part.output_tokens, part.think if turn else 0.0, at_s)
-                    for turn, (prompt, at_s) in enumerate(timed)
+                    Request(name, index, turn, prompt, part.output_tokens, part.think if turn else 0.0, at_s, messages)
+                    for turn, (prompt, messages, at_s) in enumerate(timed)
                 ],
             )
 
 
-def _row_prompts(session: Session, names: _Names, row: Row, index: int, tokenizer: ModelTokenizer) -> Iterator[Tokens]:
+def _row_prompts(
+    session: Session, names: _Names, row: Row, index: int, tokenizer: ModelTokenizer
+) -> Iterator[tuple[Tokens, tuple[Message, ...] | None]]:
+    """The prompts of a row, and the messages of those that are chats."""
     if session.prompt is not None:
-        yield tokenizer.encode(names.text(session.prompt, row, index))
+        yield tokenizer.encode(names.text(session.prompt, row, index)), None
         return
     assert session.turns is not None
     messages: list[Message] = []
@@ -219,7 +230,7 @@ def _row_prompts(session: Session, names: _Names, row: Row, index: int, tokenize
         )
     for turn, text in enumerate(turns):
         messages.append({"role": "user", "content": text})
-        yield tokenizer.encode_chat(messages)
+        yield tokenizer.encode_chat(messages), tuple(messages)
         if turn < len(replies):
             messages.append({"role": "assistant", "content": replies[turn]})
 

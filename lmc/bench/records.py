@@ -72,8 +72,8 @@ def to_record(
     request, first, last = outcome.request, outcome.first_s, outcome.last_s
     since = outcome.intended_s
     times = outcome.token_times_s
-    decoded = len(times) - 1
     # Tokens that arrived in one piece have no time between them: unknown, not 0.
+    decoded = max(len(times), outcome.output_tokens) - 1  # a server may send several tokens in one event
     tpot = (last - first) / decoded * 1e3 if first is not None and last is not None and last > first else None
     return RequestRecord(
         arm=arm,
@@ -91,7 +91,7 @@ def to_record(
         tpot_ms=tpot,
         itl_ms=[(b - a) * 1e3 for a, b in itertools.pairwise(times)],
         e2e_ms=None if last is None else (last - since) * 1e3,
-        prompt_tokens=len(request.prompt),
+        prompt_tokens=outcome.prompt_tokens or len(request.prompt),
         output_tokens=outcome.output_tokens,
         cached_tokens=outcome.cached_tokens,
         expected_hit_tokens=expected_hit_tokens,
@@ -167,6 +167,7 @@ class ArmResult:
     self_check: SelfCheck | None
     settings: dict[str, Any] = field(default_factory=dict)  # Any: the arm as the workload states it
     expected_hit_tokens_by_tier: dict[str, int] | None = None
+    notes: list[str] = field(default_factory=list)  # measurements that the server does not allow
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,21 @@ SELF_CHECK_TEXT = (
 
 def _figures(results: Results, records: Sequence[RequestRecord]) -> list[Table | Figure]:
     by_arm = {arm.name: [record for record in records if record.arm == arm.name and record.ok] for arm in results.arms}
-    figures: list[Table | Figure] = [plots.ttft_distribution(by_arm), plots.ttft_against_hits(by_arm)]
-    figures.append(plots.hit_rate_over_time(by_arm))
-    figures.append(
-        plots.hits_per_tier({arm.name: arm.hit_tokens_by_tier for arm in results.arms}, tier_names(results.arms))
-    )
+    figures: list[Table | Figure] = [plots.ttft_distribution(by_arm)]
+    counted = {arm: mine for arm, mine in by_arm.items() if any(record.cached_tokens is not None for record in mine)}
+    if counted:
+        figures += [plots.ttft_against_hits(counted), plots.hit_rate_over_time(counted)]
+    if tiers := tier_names(results.arms):
+        figures.append(plots.hits_per_tier({arm.name: arm.hit_tokens_by_tier for arm in results.arms}, tiers))
     return figures
 
 
 def _arms_text(results: Results) -> str:
-    return "\n\n".join(f"{arm.name}: {arm.about}" for arm in results.arms if arm.about)
+    abouts = [f"{arm.name}: {arm.about}" for arm in results.arms if arm.about]
+    notes = [
+        f"Of {arm.name} not everything can be measured: {'; '.join(arm.notes)}." for arm in results.arms if arm.notes
+    ]
+    return "\n\n".join([*abouts, *notes])
 
 
 def _metadata(results: Results) -> dict[str, str]:

@@ -22,7 +22,7 @@ from lmc.bench.machine import command_line, describe_hardware, describe_software
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.prediction import predict
 from lmc.bench.progress import Progress, Quiet
-from lmc.bench.prompts import Prompts, Request, build_prompts, random_tokens
+from lmc.bench.prompts import Prompts, Request, build_prompts, in_words, random_tokens
 from lmc.bench.records import SCHEMA_VERSION, ArmResult, Comparison, OutputCheck, RequestRecord, Results, to_record
 from lmc.bench.schedule import Plan, make_plan, split
 from lmc.bench.stages import ArmData, ArmRun, opened
@@ -33,6 +33,7 @@ from lmc.bench.workload import Workload, nearest
 from lmc.errors import EngineError, RunError, WorkloadError
 
 WARM_UP_OUTPUT = 4
+PROBE_TOKENS = 24
 SETTLE_S = 1.5  # vLLM's workers spin on a core for 1 s after their last step, and an arm that takes its turn then misses that core
 PROBE_TEXT = 'The KV cache of 2 engines: naïve façade, 100 % {"json": [1, 2.5]}\n\tdéjà vu'
 
@@ -96,7 +97,8 @@ class _Runner:
     async def run(self) -> tuple[Results, list[RequestRecord]]:
         started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         hardware = describe_hardware()
-        self.plan = make_plan(self.prompts.sessions, self.workload)
+        sessions = [[self._sayable(request) for request in session] for session in self.prompts.sessions]
+        self.plan = make_plan(sessions, self.workload)
         problems: list[str] = []
         for repeat in range(self.options.repeat):
             for group in self._groups():
@@ -134,7 +136,7 @@ class _Runner:
             for name in names:
                 arm = opened(name, workload.arms[name], repeat, launcher, workload.limits.timeout, options.progress)
                 runs.append(await stack.enter_async_context(arm))
-                await runs[-1].prepare(self._warm_up(name), self._prime(), self._probe())
+                await runs[-1].prepare(self._warm_up(name), self._prime(), self._probe(name))
                 options.progress.load(name, len(self.plan.items))
             last = runs[-1]
             for index, stretch in enumerate(split(self.plan, size)):
@@ -150,6 +152,8 @@ class _Runner:
 
     def _keep(self, data: ArmData) -> None:
         name, arm = data.name, data.arm
+        if not data.sent_as_planned:
+            arm = arm.model_copy(update={"reuse": "unknown"})
         seen = [item.request for item in self.plan.items] if arm.restart_of else []
         before = [*self._warm_up(name), *self._prime()]
         expected, exact = expected_by_request(arm, self.plan, data.before, seen, before)
@@ -162,27 +166,38 @@ class _Runner:
         )
         self.data.setdefault(name, []).append(data)
 
-    def _probe(self) -> Probe:
-        return Probe(PROBE_TEXT, self.tokenizer.encode(PROBE_TEXT, add_special=False).tolist())
+    def _sayable(self, request: Request) -> Request:
+        """With text and messages, if it may go to a server that takes no tokens."""
+        if any(self.workload.arms[name].url for name in self.arms):
+            return in_words(request, self.tokenizer)
+        return request
+
+    def _probe(self, arm: str) -> Probe:
+        tokens = random_tokens(self.tokenizer, PROBE_TOKENS, self.workload.seed, "probe", arm)
+        request = self._sayable(Request("probe", 0, 0, tokens, WARM_UP_OUTPUT))
+        return Probe(PROBE_TEXT, self.tokenizer.encode(PROBE_TEXT, add_special=False).tolist(), request)
 
     def _warm_up(self, arm: str) -> list[Request]:
         """Random prompts that are in no part. Each is sent twice, so that the path of a hit is warm as well."""
         wanted = self.workload.warm_up
         seed = self.workload.seed
-        return [
-            Request(
-                "warm-up",
-                index,
-                0,
-                random_tokens(self.tokenizer, wanted.tokens, seed, "warm-up", arm, index),
-                WARM_UP_OUTPUT,
-            )
+        prompts = [
+            random_tokens(self.tokenizer, wanted.tokens, seed, "warm-up", arm, index)
             for index in range(wanted.requests)
+        ]
+        return [
+            self._sayable(Request("warm-up", index, 0, prompt, WARM_UP_OUTPUT))
+            for index, prompt in enumerate(prompts)
             for _ in range(2)
         ]
 
     def _prime(self) -> list[Request]:
-        return [request for part in self.workload.prime for session in self.prompts.parts[part] for request in session]
+        return [
+            self._sayable(request)
+            for part in self.workload.prime
+            for session in self.prompts.parts[part]
+            for request in session
+        ]
 
     def _judge_arm(self, name: str, outputs: OutputCheck | None) -> ArmResult:
         runs, records = self.data[name], self.records[name]

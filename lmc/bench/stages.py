@@ -10,17 +10,18 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import aiohttp
 
-from lmc.bench.arms import Launcher, Probe, Server, check_tokenizer
+from lmc.bench.arms import REACH_S, Launcher, Probe, Server, check_tokenizer
 from lmc.bench.attribution import Costs, request_costs, with_span
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, add_up, difference, read_counters
 from lmc.bench.engine_counters import device_hits, looked_up, looked_up_at_start
 from lmc.bench.fleet import processes_for, run_in_processes
+from lmc.bench.handshake import learn
 from lmc.bench.load import Measured, run_load
 from lmc.bench.progress import Progress
 from lmc.bench.prompts import Request
@@ -31,6 +32,7 @@ from lmc.bench.workload import Arm, Limits
 from lmc.errors import RunError
 
 DRAIN_S = 120.0
+SHARED_DRAIN_S = 10.0
 POLL_S = 0.05
 LOOKUPS, HITS = "lmc_lookup_tokens_total", "lmc_hit_tokens_total"
 
@@ -51,6 +53,8 @@ class ArmData:
     timeline: list[HitPoint] = field(default_factory=list)
     costs: dict[str, Costs] = field(default_factory=dict)  # by request id
     expected_by_tier: dict[str, int] | None = None  # hit tokens, as the simulator expects them
+    notes: list[str] = field(default_factory=list)  # measurements that the server does not allow
+    sent_as_planned: bool = True  # to the token
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -76,7 +80,10 @@ class ArmRun:
 
     @property
     def targets(self) -> list[Target]:
-        return [Target(server.base_url, server.model, self.timeout_s) for server in self.servers]
+        return [
+            Target(server.base_url, server.model, self.timeout_s, dialect=server.dialect, access=server.access)
+            for server in self.servers
+        ]
 
     @property
     def label(self) -> str:
@@ -88,6 +95,12 @@ class ArmRun:
         or if the server has another tokenizer."""
         for server in self.servers:
             await check_tokenizer(self.http, server, probe)
+        if self.data.arm.url:
+            with self._phase("handshake") as said:
+                dialect, self.data.notes = await learn(self.http, self.targets[0], probe.request)
+                self.data.sent_as_planned = dialect.prompt_ids and not dialect.added_tokens
+                self.servers = [replace(server, dialect=dialect) for server in self.servers]
+                said.append("; ".join(self.data.notes) or "the server takes everything")
         with self._phase("verify empty") as said:
             said.extend([await _verify_empty(self.http, server, self.data) for server in self.servers])
         with self._phase("warm up") as said:
@@ -96,7 +109,7 @@ class ArmRun:
             with self._phase("prime") as said:
                 said.append(f"{await self._send_all(prime)} requests")
         with self._phase("drain") as said:
-            said.append(await _drain(self.http, self.servers))
+            said.append(await self._drain())
         self.data.before = self.last = await _read_all(self.http, self.servers)
 
     async def measure(self, plan: Plan, limits: Limits) -> None:
@@ -116,7 +129,7 @@ class ArmRun:
         """Wait for the stores to end and read the counters. If that fails, the measurements stay and a problem is noted."""
         try:
             with self._phase("drain") as said:
-                said.append(await _drain(self.http, self.servers))
+                said.append(await self._drain())
             self.data.after = await _read_all(self.http, self.servers)
             await self._join_spans()
         except (aiohttp.ClientError, RunError) as error:
@@ -162,6 +175,9 @@ class ArmRun:
         finally:
             self.data.phases.append(Phase(name, time.perf_counter() - began, "; ".join(said)))
 
+    async def _drain(self) -> str:
+        return await _drain(self.http, self.servers, own=self.data.arm.url is None)
+
     async def _why_gone(self) -> str | None:
         for server in self.servers:
             if why := await server.why_gone():
@@ -185,7 +201,7 @@ async def opened(
     data = ArmData(name, arm, repeat)
     progress.phase(name, "start")
     began = time.perf_counter()
-    async with launcher.started(name, arm) as servers, aiohttp.ClientSession() as http:
+    async with launcher.started(name, arm) as servers, servers[0].access.session(REACH_S) as http:
         data.command = servers[0].command
         urls = ", ".join(server.base_url for server in servers)
         data.phases.append(Phase("start", time.perf_counter() - began, urls))
@@ -213,7 +229,7 @@ def _hit_point(at_s: float, now: Counters, before: Counters) -> HitPoint:
 async def _verify_empty(http: aiohttp.ClientSession, server: Server, data: ArmData) -> str:
     """Check by the counters that the caches are empty. Of a restarted arm the disk must be filled and everything else empty."""
     if data.arm.url:
-        return await _reset(http, server, data)
+        return await _reset(http, server, data) if data.arm.reset else "not verified: the server was left as it was"
     counters = await read_counters(http, server.metrics)
     used = counters.by_label("lmc_slots_used", "tier")
     if queried := looked_up_at_start(counters):
@@ -229,10 +245,12 @@ async def _verify_empty(http: aiohttp.ClientSession, server: Server, data: ArmDa
 
 async def _reset(http: aiohttp.ClientSession, server: Server, data: ArmData) -> str:
     """Ask a server that ran before to empty its caches, and say whether it did. SGLang empties its own cache, but not lmc's."""
-    async with http.post(f"{server.root_url}/flush_cache") as response:
+    headers = server.access.headers
+    async with http.post(f"{server.root_url}/flush_cache", headers=headers) as response:
         if response.status == 200:
             return "flushed by request"
-    async with http.post(f"{server.root_url}/reset_prefix_cache", params={"reset_external": "true"}) as response:
+    url, asked = f"{server.root_url}/reset_prefix_cache", {"reset_external": "true"}
+    async with http.post(url, params=asked, headers=headers) as response:
         if response.status != 200:
             return (
                 f"not verified: the server refuses a reset (HTTP {response.status}; vLLM needs VLLM_SERVER_DEV_MODE=1)"
@@ -247,13 +265,15 @@ async def _read_all(http: aiohttp.ClientSession, servers: Sequence[Server]) -> C
     return add_up([await read_counters(http, server.metrics) for server in servers])
 
 
-async def _drain(http: aiohttp.ClientSession, servers: Sequence[Server]) -> str:
-    """Wait until lmc has no pending work. Raises RunError after DRAIN_S."""
+async def _drain(http: aiohttp.ClientSession, servers: Sequence[Server], own: bool) -> str:
+    """Wait until lmc has no pending work. Raises RunError after DRAIN_S, unless others may use the server, too."""
     began = time.perf_counter()
     while True:
         pending = (await _read_all(http, servers)).total("lmc_pending_operations")
         if not pending:
             return "no lmc" if pending is None else "nothing pending"
+        if not own and time.perf_counter() - began > SHARED_DRAIN_S:
+            return f"{pending:.0f} operations pending, perhaps of others"
         if time.perf_counter() - began > DRAIN_S:
             raise RunError(f"{pending:.0f} operations of the cache are still pending after {DRAIN_S:g} s")
         await asyncio.sleep(POLL_S)

@@ -50,6 +50,10 @@ class ModelTokenizer:
     def encode(self, text: str, add_special: bool = True) -> Tokens:
         return np.array(self.backend.encode(text, add_special_tokens=add_special).ids, dtype=np.int32)
 
+    def decode(self, tokens: Tokens) -> str:
+        text: str = self.backend.decode(tokens.tolist(), skip_special_tokens=False)
+        return text
+
     def encode_chat(self, messages: list[Message]) -> Tokens:
         """The prompt that asks for the next assistant message. Raises WorkloadError if the model has no chat template."""
         if self.template is None:

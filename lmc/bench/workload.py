@@ -253,11 +253,18 @@ class Arm(Strict):
     reuse: Literal["none", "engine", "cache", "unknown"] = "unknown"
     url: str | None = None
     metrics: list[str] = []
+    model: str | None = None  # the name under which the running server serves the model
+    api: Literal["completions", "chat"] = "completions"
+    headers: dict[str, str] = Field({}, exclude=True)  # of a running server; may be secret, so results don't hold them
+    ca: str | None = None  # file of certificates to trust
+    reset: bool = False  # ask the running server to empty its caches first
 
     @model_validator(mode="after")
     def _started_or_reached(self) -> Arm:
         if self.url and (self.args or self.env or self.cache is not None or self.restart_of):
             raise ValueError("an arm with a url takes no args, env, cache or restart_of")
+        if not self.url and (self.model or self.headers or self.ca or self.reset or self.api != "completions"):
+            raise ValueError("model, api, headers, ca and reset belong to an arm with a url")
         if self.url and self.instances > 1:
             raise ValueError("an arm with a url has one instance; put a router before several servers")
         return self

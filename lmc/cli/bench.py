@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmc.cli.choices import APIS, metavar
 from lmc.cli.default_command import DefaultCommandGroup
 
 if TYPE_CHECKING:
@@ -20,15 +21,32 @@ app = typer.Typer(
 )
 
 
+URL_ONLY = (
+    "api", "header", "ca", "reset", "requests", "prompt_tokens", "output_tokens", "concurrency", "rate", "seed"
+)  # fmt: skip
+
+
 def add_to(parent: typer.Typer) -> None:
     parent.add_typer(app, name="bench")
 
 
 @app.command()
 def run(
-    workload: Annotated[Path, typer.Argument(help="YAML file of the workload.")],
+    context: typer.Context,
+    workload: Annotated[
+        Path | None, typer.Argument(help="YAML file of the workload. Not needed with --url.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report to this folder, by default reports/NAME.")] = None,
-    model: Annotated[str | None, typer.Option(help="Use this model instead of the workload's.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Use this model instead of the workload's. With --url, the name that the server serves."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokenizer of the model: a folder, a tokenizer.json or a hub name. By default the model's own."
+        ),
+    ] = None,
     arm: Annotated[
         list[str] | None, typer.Option(help="Run only this arm. Repeat the option for several arms.")
     ] = None,
@@ -43,20 +61,72 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON on stdout, and progress as JSON lines on stderr.")
     ] = False,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this running server, without a workload. [NAME=]URL; repeat it to compare servers."),
+    ] = None,
+    api: Annotated[str, typer.Option(metavar=metavar(APIS), help="With --url: the API that is asked.")] = "completions",
+    header: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --url: a header 'Name: value' of each request. A key is better set as LMC_BENCH_API_KEY."
+        ),
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(help="With --url: file of certificates to trust.")] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="With --url: ask the server to empty its caches before the load.")
+    ] = False,
+    requests: Annotated[int, typer.Option(min=1, help="With --url: number of new prompts; half come again.")] = 24,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="With --url: tokens of a prompt.")] = 1000,
+    output_tokens: Annotated[int, typer.Option(min=1, help="With --url: tokens of an answer.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests at a time.")] = 1,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="With --url: requests per second, which arrive at random, in place of --concurrency."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="With --url: seed of the prompts, by default another one each time.")
+    ] = None,
 ) -> None:
-    """Replay WORKLOAD in every arm and write the report."""
+    """Replay WORKLOAD in every arm, or measure a running server.
+
+    A running server (--url) needs no WORKLOAD. Both write a report.
+    """
+    from lmc.bench.adhoc import Asked, server_workload
     from lmc.bench.progress import JsonLines, Live, Quiet
     from lmc.bench.records import write_results
     from lmc.bench.render import write_report
     from lmc.bench.run import RunOptions, run_workload
     from lmc.bench.workload import load_workload
+    from lmc.errors import ConfigError
 
-    plan = load_workload(workload, quick)
+    if (workload is None) == (not url):
+        raise ConfigError(
+            "give either a WORKLOAD file or --url, as in: lmc bench --url http://127.0.0.1:8000 --model NAME"
+        )
+    if workload is not None:
+        for option in URL_ONLY:
+            source = context.get_parameter_source(option)
+            if source is not None and source.name == "COMMANDLINE":
+                raise ConfigError(f"--{option.replace('_', '-')} goes with --url; a workload file says it itself")
+        base, plan = workload.parent, load_workload(workload, quick)
+    else:
+        if model is None:
+            raise ConfigError("--url needs --model, the name under which the server serves its model")
+        authority = None if ca is None else str(ca)
+        base = Path()
+        plan = server_workload(
+            Asked(
+                url or [], model, api, header or [], authority, reset, requests, prompt_tokens, output_tokens,
+                concurrency, rate, seed,
+            )
+        )  # fmt: skip
     folder = out or Path("reports") / plan.name
-    name, model_folder = _model(model or plan.model)
+    starts_engines = any(plan.arms[name].url is None for name in arm or plan.arms if name in plan.arms)
+    name, model_folder = _model(model or plan.model, tokenizer, starts_engines)
 
     def options(progress: Progress) -> RunOptions:
-        return RunOptions(workload.parent, name, model_folder, arm or [], repeat, scratch=scratch, progress=progress)
+        return RunOptions(base, name, model_folder, arm or [], repeat, scratch=scratch, progress=progress)
 
     if quiet or as_json:
         results, records = run_workload(plan, options(JsonLines() if as_json else Quiet()))
@@ -85,7 +155,7 @@ def check(
     from lmc.report import print_table
 
     plan = load_workload(workload, quick)
-    _, model_folder = _model(model or plan.model)
+    _, model_folder = _model(model or plan.model, None, starts_engines=False)
     for table in check_workload(plan, model_folder, workload.parent):
         print_table(table)
 
@@ -131,18 +201,28 @@ def report(
 
 
 def _show(results: Results, folder: Path) -> None:
-    from lmc.bench.tables import bars_table, brief_table, hits_table, outputs_table
+    from lmc.bench.tables import bars_table, brief_table, hits_table, outputs_table, parts_table
     from lmc.report import print_table
 
-    for table in (brief_table(results), hits_table(results), bars_table(results), outputs_table(results.outputs)):
+    tables = [brief_table(results), hits_table(results), bars_table(results), outputs_table(results.outputs)]
+    if len(results.arms) == 1:
+        tables.append(parts_table(results))
+    for table in tables:
         if table.rows:
             print_table(table)
+    for arm in results.arms:
+        for note in arm.notes:
+            typer.echo(f"{arm.name}: {note}", err=True)
     for problem in results.problems:
         typer.echo(f"INVALID: {problem}", err=True)
     typer.echo(f"report: {folder / 'report.html'}")
 
 
-def _model(name: str | None) -> tuple[str, Path]:
-    from lmc.model import EMBEDDED, resolve_model
+def _model(name: str | None, tokenizer: str | None, starts_engines: bool) -> tuple[str, Path]:
+    """The name of the model, and a folder with its tokenizer; without the weights if no engine is started."""
+    from lmc.model import EMBEDDED, resolve_model, resolve_tokenizer_folder
 
-    return name or EMBEDDED, resolve_model(name or EMBEDDED)
+    name = name or EMBEDDED
+    if starts_engines and tokenizer is None:
+        return name, resolve_model(name)
+    return name, resolve_tokenizer_folder(tokenizer or name)

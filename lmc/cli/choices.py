@@ -7,6 +7,7 @@ POLICIES = ("lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "lirs", "2q", "gdsf"
 BOUND = "belady"  # only a simulator can replay it
 WINDOWS = ("all", "last-half")
 ROUTINGS = ("round-robin", "prefix")
+APIS = ("completions", "chat")
 WRITE_MODES = ("through", "back", "around")
 FORMATS = ("lmc", "lmcache", "bailian", "ragpulse", "mooncake", "kv-cache-tester", "vllm-events", "prompts", "azure")
 

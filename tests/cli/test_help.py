@@ -10,6 +10,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from lmc.bench.dialect import Api
 from lmc.cache.config import CacheConfig
 from lmc.cache.policy import POLICIES
 from lmc.cache.settings import all_settings
@@ -22,6 +23,7 @@ from lmc.sim.shown import WINDOWS
 
 # Every option with a fixed set of choices, by its name. What they take is said here by the code that checks them.
 CHOICES: dict[str, set[str]] = {
+    "--api": set(get_args(Api)),
     "--engine": set(ENGINES),
     "--format": set(FORMATS),
     "--policy": set(POLICIES),
@@ -92,7 +94,15 @@ def test_options_show_their_choices(path: tuple[str, ...], command: Any) -> None
 
 
 def test_no_choice_is_shown_that_does_not_exist() -> None:
-    named = (choices.ENGINES, choices.FORMATS, choices.POLICIES, choices.ROUTINGS, choices.WINDOWS, choices.WRITE_MODES)
+    named = (
+        choices.APIS,
+        choices.ENGINES,
+        choices.FORMATS,
+        choices.POLICIES,
+        choices.ROUTINGS,
+        choices.WINDOWS,
+        choices.WRITE_MODES,
+    )
     assert [set(names) for names in named] == [CHOICES[option] for option in sorted(CHOICES)]
     assert choices.BOUND == BOUND
 
