@@ -211,10 +211,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class BarResult:
+    """`met` is None if the interval from low to high lies on both sides of the bound, or if there are too few requests for one."""
+
     text: str
     ratio: float | None
     met: bool | None
     samples: int
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

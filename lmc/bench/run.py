@@ -232,7 +232,7 @@ class _Runner:
             arms=arms,
             outputs=outputs,
             comparisons=comparisons,
-            bars=judge_bars(self.workload.bars, self.records),
+            bars=judge_bars(self.workload.bars, self.records, self.workload.seed),
             predictions=predict(self.workload.arms, self.records),
             skipped_too_long=self.prompts.too_long,
         )

@@ -18,6 +18,7 @@ from lmc.bench.records import Comparison, RequestRecord
 from lmc.sim.bootstrap import LEVEL, bounds, draw_sessions
 
 Floats = NDArray[np.float64]
+Figure = Callable[[Floats], Floats]
 MARGIN = 0.03
 MIN_SESSIONS = 6  # the fewest that a two-sided sign test can decide
 MAX_CELLS = 1 << 22  # weights in memory at a time
@@ -76,12 +77,24 @@ class Draws:
         rarer: int = sum(math.comb(count, k) for k in range(min(wins, count - wins) + 1))
         return bool(2 * rarer < (1 - LEVEL) * 2**count)
 
-    def ratio(self, figure: Callable[[Floats], Floats]) -> tuple[float, float, float]:
-        """The figure of the sample and its interval. `figure` maps weights (resamples, requests) to (resamples,)."""
+    def plain(self, figure: Figure) -> float:
+        """The figure of the sample. `figure` maps weights (resamples, requests) to (resamples,)."""
+        return float(figure(np.ones((1, self._session.size)))[0])
+
+    def ratio(self, figure: Figure) -> tuple[float, float, float]:
+        """The figure of the sample and its interval."""
+        low, high = bounds(self._resampled(figure))
+        return self.plain(figure), low, high
+
+    def bounds_against(self, other: Draws, mine: Figure, its: Figure) -> tuple[float, float]:
+        """The interval of a figure of this sample divided by one of the other. With the same seed and sessions both draw alike (paired)."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return bounds([np.concatenate(self._resampled(mine)) / np.concatenate(other._resampled(its))])
+
+    def _resampled(self, figure: Figure) -> list[Floats]:
         at_once = max(1, MAX_CELLS // max(self._session.size, 1))
         drawn = draw_sessions(self.num_sessions, [self._seed, 0xB007], at_once)
-        low, high = bounds([figure(times[:, self._session].astype(np.float64)) for times in drawn])
-        return float(figure(np.ones((1, self._session.size)))[0]), low, high
+        return [figure(times[:, self._session].astype(np.float64)) for times in drawn]
 
 
 def weighted_percentile(values: Floats, weights: Floats, percentile: float) -> Floats:

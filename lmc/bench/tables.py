@@ -98,10 +98,15 @@ def hits_table(results: Results) -> Table:
 
 
 def bars_table(results: Results) -> Table:
-    columns = [Column("bar"), Column("ratio", "", 3), Column("requests"), Column("verdict")]
-    verdicts = {True: "met", False: "NOT met", None: "no such request"}
-    rows: list[list[Cell]] = [[bar.text, bar.ratio, bar.samples, verdicts[bar.met]] for bar in results.bars]
-    return Table("Bars of this workload", columns, rows)
+    columns = [Column("bar"), Column("ratio", "", 2), Column("low", "", 2), Column("high", "", 2), Column("requests")]
+    columns.append(Column("verdict"))
+    verdicts = {True: "met", False: "NOT met", None: "undecided"}
+    rows: list[list[Cell]] = [
+        [bar.text, bar.ratio, bar.low, bar.high, bar.samples, verdicts[bar.met] if bar.samples else "no such request"]
+        for bar in results.bars
+    ]
+    note = "A bar is met or not met if its whole 95 % interval (low to high) is; else, and with fewer than 6 sessions, it is undecided."
+    return Table("Bars of this workload", columns, rows, note)
 
 
 def comparisons_table(comparisons: Sequence[Comparison], title: str = "Paired comparison with the first arm") -> Table:
