@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.outputs import KVConnectorOutput
 
-from lmc.cache.connectors.vllm.connector import _recoverable
+from lmc.cache.connectors.vllm.connector import LmcConnector, _recoverable
 from lmc.cache.connectors.vllm.identity import request_identity
+from lmc.cache.connectors.vllm.messages import StepReport
 from lmc.cache.keys import KeyChain, root
 from lmc.cache.settings import load_settings
 from lmc.cache.tiers.format import stored_bytes
@@ -172,23 +174,30 @@ def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
         raise ZeroDivisionError("injected")
 
     monkeypatch.setattr(driven.scheduler.directory, where, broken)
+    connector: Any = LmcConnector.__new__(LmcConnector)  # its constructor wants a whole configuration of vLLM
+    connector._side = driven.side
     request = driven.request(tokens)
-    found, background = driven.side.lookup(request, 0)
+    found, background = connector.get_num_new_matched_tokens(request, 0)
     assert found is not None and background == (found > 0)
-    driven.side.admit(request, driven.blocks, found)
-    driven.side.sources(request, found)
+    blocks = SimpleNamespace(get_block_ids=lambda: (driven.blocks,))
+    connector.update_state_after_alloc(request, blocks, found)
+    connector.get_external_cache_hit_sources(request, found)
     request.num_computed_tokens = found
-    plan = driven.side.plan(driven.output({request.request_id: 300 - found}))
+    step = connector.build_connector_meta(driven.output({request.request_id: 300 - found}))
+    plan = step.plan
     planned = {block for one in plan.background_loads for chunk in one.chunks for block in chunk.blocks}
     assert planned | set(plan.failed_blocks) == set(driven.blocks[: found // BLOCK])
     assert plan.failed_requests == ([request.request_id] if plan.failed_blocks else [])
-    driven.report(plan)
-    assert driven.side.reset()
-    driven.side.finish(request)
+    answer = KVConnectorOutput(kv_connector_worker_meta=StepReport(driven.report_of(plan)))
+    connector.update_connector_output(answer)
+    assert connector.reset_cache()
+    assert connector.request_finished_all_groups(request, ()) == (False, None)
     assert driven.side.scheduler is None
-    assert driven.side.lookup(driven.request(tokens), 0) == (0, False)
-    assert not driven.side.plan(driven.output({}))
-    assert driven.side.stats() is None and list(driven.side.take_events()) == [] and not driven.side.busy
+    assert connector.get_num_new_matched_tokens(driven.request(tokens), 0) == (0, False)
+    step = connector.build_connector_meta(driven.output({}))
+    assert not step.plan and step.refused
+    assert connector.get_kv_connector_stats() is None and list(connector.take_events()) == []
+    assert not connector.has_pending_push_work()
 
 
 # KV events

@@ -138,6 +138,7 @@ def test_a_cache_that_the_scheduler_refuses_is_closed_on_every_rank(instances):
     assert side.worker is None
     assert pair.workers[0]._slab._closing.is_set()
 
+    scheduler = SchedulerSide(settings(), BLOCK_TOKENS)
     scheduler.meet([Introduction(one), Introduction(other)])
     connector._side = scheduler
     step = connector.build_connector_meta(SchedulerOutput.make_empty())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
@@ -103,9 +104,11 @@ class LocalCache:
             time.sleep(_POLL_SECONDS)
         return True
 
-    def close(self) -> None:
-        self.scheduler.close()
-        self.worker.close()
+    def close(self, timeout: float | None = None) -> None:
+        """timeout: for what is under way; default: as configured."""
+        with ExitStack() as halves:
+            halves.callback(self.worker.close, timeout)
+            halves.callback(self.scheduler.close, timeout)
 
 
 def _of_rank(config: CacheConfig, rank: int, num_ranks: int) -> CacheConfig:

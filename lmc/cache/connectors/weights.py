@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from torch import nn
+from torch import distributed, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lmc.errors import ModelError
@@ -78,6 +78,29 @@ class HeldWeights:
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 add_tensor(hasher, name.replace(".base_layer", ""), tensor)  # where LoRA is on, layers are wrapped
         return hasher.hexdigest()[:32]
+
+
+def share_readings(read: Callable[[], WeightsReading], group: Any) -> list[WeightsReading]:
+    """The readings of all ranks of the engine's tensor-parallel group (None: this rank is alone).
+
+    Every rank must call it when one does: the others wait for its reading, also if it has none. Raises what read() raised, and ModelError
+    if another rank has none.
+    """
+    if group is None or group.world_size == 1:
+        return [read()]
+    reading, failure = None, None
+    try:
+        reading = read()
+    except Exception as error:  # noqa: BLE001  the others wait, whatever it is
+        failure = error
+    readings: list[WeightsReading | None] = [None] * group.world_size
+    distributed.all_gather_object(readings, reading, group=group.cpu_group)
+    if failure is not None:
+        raise failure
+    complete = [one for one in readings if one is not None]
+    if len(complete) < len(readings):
+        raise ModelError("another rank of this engine cannot read its weights")
+    return complete
 
 
 def name_weights(ranks: Sequence[WeightsReading]) -> str:

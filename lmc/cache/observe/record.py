@@ -7,11 +7,13 @@ text, no token ids and no salts are written: a tenant's name is a hash with a se
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from io import BufferedWriter
 from pathlib import Path
 
 import orjson
@@ -19,6 +21,8 @@ from blake3 import blake3
 
 from lmc.cache.keys import ChunkKey
 from lmc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 TRACE_FORMAT = "lmc-trace"
 TRACE_VERSION = 1
@@ -29,6 +33,8 @@ _FLUSH_SECONDS = 1.0
 class TraceRecorder:
     def __init__(self, path: Path, *, chunk_tokens: int, chunk_bytes: int, namespace: str, now: float) -> None:
         """Replace the file. Raises ConfigError when it cannot be written."""
+        self._path = path
+        self._file: BufferedWriter | None
         try:
             self._file = os.fdopen(_open_for_the_owner(path), "wb")
         except OSError as error:
@@ -44,7 +50,7 @@ class TraceRecorder:
             "namespace": namespace,
             "started": time.time(),
         }
-        self._file.write(orjson.dumps(header) + b"\n")
+        self._write(header, flush=True)
 
     def lookup(
         self,
@@ -63,10 +69,28 @@ class TraceRecorder:
             "tenant": self._name(tenant),
             "hit_tokens": dict(hit_tokens),
         }
-        self._file.write(orjson.dumps(line) + b"\n")
-        if now - self._flushed >= _FLUSH_SECONDS:
-            self._file.flush()
+        flush = now - self._flushed >= _FLUSH_SECONDS
+        self._write(line, flush=flush)
+        if flush:
             self._flushed = now
+
+    def _write(self, line: Mapping[str, object], *, flush: bool) -> None:
+        """A disk that is full ends the trace, which is whole up to then but for its last line."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(orjson.dumps(line) + b"\n")
+            if flush:
+                self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        logger.error("lmc: the trace %s ends here: %s", self._path, error.strerror)
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # it would write what it holds once more
+                file.close()
 
     def _name(self, tenant: str) -> str:
         """The same for the same tenant and salt, in this file only; empty for none."""
@@ -74,7 +98,12 @@ class TraceRecorder:
         return blake3(whole, key=self._secret).hexdigest(NAME_BYTES) if whole else ""
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is None:
+            return
+        try:
+            self._file.close()
+        except OSError as error:
+            self._give_up(error)
 
 
 def _open_for_the_owner(path: Path) -> int:

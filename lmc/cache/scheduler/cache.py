@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
@@ -266,12 +267,14 @@ class CacheScheduler:
         """The state of the cache in numbers. May be called from any thread."""
         return collect_stats(self.namespace, self.directory, self.metrics, self.chunk_bytes * self.num_ranks)
 
-    def close(self) -> None:
-        self._accounting.close()
-        if self._endpoint is not None:
-            self._endpoint.close()
-        if self._presence is not None:
-            self._presence.close(self.config.close_timeout)
+    def close(self, timeout: float | None = None) -> None:
+        """Let questions under way be answered within timeout seconds (default: as configured), then close everything, whatever fails."""
+        with ExitStack() as parts:
+            if self._presence is not None:
+                parts.callback(self._presence.close, self.config.close_timeout if timeout is None else timeout)
+            if self._endpoint is not None:
+                parts.callback(self._endpoint.close)
+            parts.callback(self._accounting.close)
 
     # Inside
 

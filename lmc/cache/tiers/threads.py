@@ -6,11 +6,14 @@ can be taken back; and a machine that has no thread to give is an answer, not an
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 
@@ -100,7 +103,10 @@ class IoThreads(Generic[Job]):
             self._threads.discard(thread)
 
     def _run(self) -> None:
-        self._begin()
+        try:
+            self._begin()
+        except Exception:  # whatever it was to do for the thread, jobs can do without
+            logger.exception("lmc: %s cannot be set up", self._name)
         this = threading.current_thread()
         while True:
             with self._lock:
@@ -112,6 +118,8 @@ class IoThreads(Generic[Job]):
                 self._running[this] = (job, time.monotonic())
             try:
                 self._work(job)
+            except Exception:  # a fault in lmc; the thread is there for other jobs
+                logger.exception("lmc: %s: a job crashed", self._name)
             finally:
                 with self._lock:
                     del self._running[this]

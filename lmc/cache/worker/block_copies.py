@@ -74,7 +74,7 @@ class BlockCopier:
         self.backend = backend
         self._streams = streams
         self._on_thread_bytes = on_thread_bytes
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
+        self._loader = start_thread("lmc-load")
         self._ended: deque[BlockBatch] = deque()
         self._layers: _Layers | None = None
         self._layer_of = {name: index for index, layer in enumerate(layout.layers) for name in layer.names}
@@ -253,10 +253,11 @@ class BlockCopier:
         try:
             self.backend.execute(planned[0])
         except Exception:  # as above
-            logger.exception("lmc: %s of request %s failed", batch.direction, batch.request_id)
             batch.failed = True
-        batch.seconds = time.perf_counter() - started
-        self._ended.append(batch)
+            logger.exception("lmc: %s of request %s failed", batch.direction, batch.request_id)
+        finally:
+            batch.seconds = time.perf_counter() - started
+            self._ended.append(batch)
 
     def _plan(
         self, batches: Sequence[BlockBatch], requests: Sequence[RequestCopies], *, by_layer: bool = False
@@ -285,6 +286,16 @@ class BlockCopier:
         operations = tuple(chunk.operation for chunk in chunks)
         num_bytes = len(blocks) * self.layout.block_bytes
         return BlockBatch(request.request_id, operations, blocks, direction, background, num_bytes)
+
+
+def start_thread(name: str, begin: Callable[[], None] = lambda: None) -> ThreadPoolExecutor:
+    """A pool of one thread, which runs already: a machine that has no thread to give says so here, and not at the first job.
+
+    A pool that cannot start its thread keeps the job all the same, and would run it after its copy has been given up. Raises RuntimeError.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=begin)
+    pool.submit(int).result()
+    return pool
 
 
 def _addresses(slab: Slab, slots: npt.NDArray[np.int64]) -> Addresses:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from lmc.cache.plan import Plan, Report, RequestCopies
+from lmc.cache.worker.block_copies import start_thread
 from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import TransferError
 
@@ -34,8 +35,8 @@ class Copies:
         self._worker = worker
         self._counter = counter
         own = worker.copier.own_thread
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lmc-load", initializer=own)
-        self._storer = ThreadPoolExecutor(1, thread_name_prefix="lmc-store", initializer=own)
+        self._loader = start_thread("lmc-load", own)
+        self._storer = start_thread("lmc-store", own)
         self._loads: dict[int, Future[None]] = {}
         self._stores: deque[_Store] = deque()
 
@@ -84,18 +85,24 @@ class Copies:
         return self._stores.popleft().complete
 
     def give_up(self) -> None:
-        """The cache is gone: what is under way counts as failed."""
-        for store in self._stores:
-            store.open.clear()
-            store.complete = False
+        """The cache is gone: no page is read or written any more when this returns, and stores count as failed."""
+        try:
+            self._wait()
+        finally:
+            for store in self._stores:
+                store.open.clear()
+                store.complete = False
 
     def quiesce(self) -> None:
         """Wait until no page is read or written, and forget the stores' results."""
+        self._wait()
+        self._stores.clear()
+        self._loads.clear()
+
+    def _wait(self) -> None:
         for pool in (self._loader, self._storer):
             pool.submit(int).result()
         self._worker.copier.drain()  # the threads have only queued what a device copies
-        self._stores.clear()
-        self._loads.clear()
 
     def close(self) -> None:
         self._loader.shutdown()

@@ -1,4 +1,4 @@
-"""The linker itself: SGLang's calls, in SGLang's terms, on the thread of its scheduler. A fault in lmc ends the cache, never the engine."""
+"""The linker itself: SGLang's calls, in SGLang's terms, on the thread of its scheduler. Each is guarded: see guard.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import PoolName
@@ -19,6 +18,7 @@ from torch import distributed
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.base import LocalCache
+from lmc.cache.connectors.guard import complain, contain, guarded
 from lmc.cache.connectors.sglang.asked_pins import AskedPins
 from lmc.cache.connectors.sglang.copies import Copies
 from lmc.cache.connectors.sglang.parallel import share_of
@@ -65,15 +65,18 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._weights_unsure = False  # SGLang may have changed them since they were read
         self._refused = False  # a load was accepted on this rank that it cannot do
         self._loading: dict[int, list[str]] = {}  # batch -> requests
+        self._batch: int | None = None  # that is being started
         self._num_offloads = 0
         self._copies: Copies | None = None
         self._rank, self._ranks = _rank(params)
         asked = _settings(extra_config or {})
-        share, here = share_of(get_parallel(), server_args.nnodes, self._ranks, asked.engines_on_node)
-        config = of_engine(asked, share)
+        self.strict = asked.strict
+        self._tenant = asked.tenant
         self._weights = EngineWeights(server_args, pool)
-        self._tenant = config.tenant
         try:
+            self._weights.start()
+            share, here = share_of(get_parallel(), server_args.nnodes, self._ranks, asked.engines_on_node)
+            config = of_engine(asked, share)
             _check(server_args, params, components)
             layout = _layout(pool, self._page)
             namespace = Namespace(
@@ -86,42 +89,61 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
                 tp_size=self._ranks,
             )
             watch_queue(self._hold)
-            cache = LocalCache(
+            self._cache = cache = LocalCache(
                 config, namespace, layout, rank=self._rank, num_ranks=here, share=share, part=part_of(asked, share)
             )
-        except (LmcError, OSError) as error:
-            if config.strict:
+            host_slots = cache.scheduler.directory.usage()["host"][1]
+            self._pages_remembered = _PAGES_REMEMBERED * (layout.num_blocks + host_slots)
+            self._pages = PageKeys(self._pages_remembered)
+            self._asked_pins = AskedPins(cache.scheduler.directory)
+            self._copies = Copies(cache.worker, self.layer_done_counter)
+            tiers = describe_tiers(cache.scheduler.stats())
+            url = cache.scheduler.metrics_url
+            logger.info("lmc: cache on, %d tokens per chunk, %s, metrics at %s", self._page, tiers, url)
+        except Exception as error:  # see guard.py
+            if self.strict:
                 raise
-            logger.error("lmc: running WITHOUT the cache: %s", error)
-            return
-        self._cache = cache
-        host_slots = cache.scheduler.directory.usage()["host"][1]
-        self._pages_remembered = _PAGES_REMEMBERED * (layout.num_blocks + host_slots)
-        self._pages = PageKeys(self._pages_remembered)
-        self._asked_pins = AskedPins(cache.scheduler.directory)
-        self._copies = Copies(cache.worker, self.layer_done_counter)
-        tiers = describe_tiers(cache.scheduler.stats())
-        url = cache.scheduler.metrics_url
-        logger.info("lmc: cache on, %d tokens per chunk, %s, metrics at %s", self._page, tiers, url)
+            if isinstance(error, LmcError | OSError):
+                logger.error("lmc: running WITHOUT the cache: %s", error)
+            else:
+                complain("fault at the start; the engine runs WITHOUT the cache", error)
+            contain(self.end_cache)
+
+    def end_cache(self) -> None:
+        """No page is read or written any more when this returns; SGLang is told of every store as of one that failed."""
+        cache, self._cache = self._cache, None
+        self._prompts.clear()
+        if self._copies is not None:
+            contain(self._copies.give_up)
+        if cache is not None:
+            cache.close(0.0)  # the engine waits
 
     # Waiting requests (see waiting.py)
 
     def _hold(self, waiting: list[Any], tree_cache: Any) -> set[str]:
         """Meet new requests, let go of those that left the queue, and name those that wait for a lower tier."""
-        asking: set[str] = set()
-        if self._weights_unsure and waiting:  # on all ranks: they read their weights together
-            self._weights_unsure = False
-            if self._weights.changed() and self._cache is not None:
-                with self:
-                    self._rename(self._cache, self._weights.model)
-        if self._cache is not None:
-            with self:
-                asking = self._ask(self._cache, waiting, tree_cache)
-                if asking and len(asking) == len(waiting):
-                    time.sleep(_YIELD_SECONDS)
+        if self._weights_unsure and waiting:
+            self._read_weights()
+        asking = self._asking(waiting, tree_cache)
         if self._ranks > 1 and waiting:
             ready = agree(tree_cache, [request.rid not in asking for request in waiting])
             return {request.rid for request, go in zip(waiting, ready, strict=True) if not go}
+        return asking
+
+    @guarded(lambda self: None)
+    def _read_weights(self) -> None:
+        """On all ranks, also one without a cache: they read their weights together."""
+        self._weights_unsure = False
+        if self._weights.changed() and self._cache is not None:
+            self._rename(self._cache, self._weights.model)
+
+    @guarded(lambda self, waiting, tree_cache: set())
+    def _asking(self, waiting: list[Any], tree_cache: Any) -> set[str]:
+        if self._cache is None:
+            return set()
+        asking = self._ask(self._cache, waiting, tree_cache)
+        if asking and len(asking) == len(waiting):
+            time.sleep(_YIELD_SECONDS)
         return asking
 
     def _ask(self, cache: LocalCache, waiting: list[Any], tree_cache: Any) -> set[str]:
@@ -161,85 +183,124 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
 
     # UnifiedCacheLinker
 
+    @guarded(lambda self, rid, transfers: [])
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
         """Page counts that can be restored: any prefix, or nothing yet."""
         prompt = self._prompts.get(rid)
         if self._cache is None or prompt is None or len(transfers) != 1:
             return []
-        with self:
-            hashes: list[str] = transfers[0].keys
-            start = prompt.position(hashes)
-            if start is None:
-                return []
-            gain = self._lookup(self._cache, rid, prompt, start)
-            return list(range(1, min(gain // self._page, len(hashes)) + 1))
-        return []
+        hashes: list[str] = transfers[0].keys
+        start = prompt.position(hashes)
+        if start is None:
+            return []
+        gain = self._lookup(self._cache, rid, prompt, start)
+        return list(range(1, min(gain // self._page, len(hashes)) + 1))
 
+    def _refuse_load(self, rid: str, transfers: list[Any]) -> bool:
+        self._queued.pop(rid, None)
+        self._refused = self._ranks > 1
+        return self._refused
+
+    @guarded(_refuse_load)
     def load(self, rid: str, transfers: list[Any]) -> bool:
         """Returning False makes SGLang recompute, but all ranks must return the same value. With several ranks, accept the load and let it
         fail."""
         prompt = self._prompts.get(rid)
-        if self._cache is not None and prompt is not None:
-            with self:
-                if self._queue(self._cache, rid, prompt, transfers[0]):
-                    return True
-        self._refused = self._ranks > 1
-        return self._refused
+        if self._cache is not None and prompt is not None and self._queue(self._cache, rid, prompt, transfers[0]):
+            return True
+        return self._refuse_load(rid, transfers)
 
-    def start_layer_wise_loading(self) -> int:
-        queued, self._queued = self._queued, {}
-        refused, self._refused = self._refused, False
-        if not queued and not refused:
-            return -1
-        index = int(self.layer_done_counter.update_producer())
-        self._loading[index] = list(queued)
-        if refused or self._copies is None:
+    def _next_batch(self) -> int:
+        """Its number, or -1 if nothing waits to be loaded."""
+        if self._batch is None:
+            if not self._queued and not self._refused:
+                return -1
+            self._batch = int(self.layer_done_counter.update_producer())
+            self._loading[self._batch] = list(self._queued)
+        return self._batch
+
+    def _batch_started(self) -> None:
+        self._queued, self._refused, self._batch = {}, False, None
+
+    def _fail_loading(self) -> int:
+        index = self._next_batch()
+        if index >= 0:
             self.layer_done_counter.fail(index, ConfigError("this rank runs without the cache"))
-        else:
-            self._copies.start_load(index, list(queued.values()), self.record_offload_ready()[:1])
+            self._batch_started()
+        return index
+
+    @guarded(_fail_loading)
+    def start_layer_wise_loading(self) -> int:
+        if self._refused or self._copies is None or self._cache is None:
+            return self._fail_loading()
+        index = self._next_batch()
+        if index >= 0:
+            self._copies.start_load(index, list(self._queued.values()), self.record_offload_ready()[:1])
+            self._batch_started()
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        rids = self._loading.pop(counter_index, [])
-        if self._copies is None:
-            return bool(self.layer_done_counter.finish(counter_index))
-        landed = self._copies.finish_load(counter_index)
-        if self._cache is not None:
-            with self:
-                self._pump(self._cache)
-                for rid in rids:
-                    self._end(self._cache, rid)
+        landed = self._finish_load(counter_index)
+        self._end_loading(counter_index)
         return landed
 
+    def _finish_failed(self, counter_index: int) -> bool:
+        """Where the counter knows the batch no more, so does nobody whether it landed."""
+        return counter_index in self.layer_done_counter.futures and bool(self.layer_done_counter.finish(counter_index))
+
+    @guarded(_finish_failed)
+    def _finish_load(self, counter_index: int) -> bool:
+        if self._copies is None:
+            return bool(self.layer_done_counter.finish(counter_index))
+        return self._copies.finish_load(counter_index)
+
+    @guarded(lambda self, counter_index: None)
+    def _end_loading(self, counter_index: int) -> None:
+        rids = self._loading.pop(counter_index, [])
+        if self._cache is not None:
+            self._pump(self._cache)
+            for rid in rids:
+                self._end(self._cache, rid)
+
+    @guarded(lambda self, rid: self._queued.pop(rid, None) is not None)
     def cancel_queued_load(self, rid: str) -> bool:
-        copies = self._queued.pop(rid, None)
+        copies = self._queued.get(rid)
         if copies is None:
             return False
         if self._cache is not None:
-            with self:
-                self._cache.scheduler.apply(Report(Counter(chunk.operation for chunk in copies.chunks)))
-                self._end(self._cache, rid)
+            self._cache.scheduler.apply(Report(Counter(chunk.operation for chunk in copies.chunks)))
+            self._end(self._cache, rid)
+        del self._queued[rid]
         return True
 
+    @guarded(lambda self, transfers, session_id=None: False)
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """SGLang keeps the pages until the result is popped. It offers them again as long as the result is False."""
         if self._cache is None or self._weights_unsure or len(transfers) != 1:
             return False
-        with self:
-            return self._offload(self._cache, transfers[0])
-        return False
+        return self._offload(self._cache, transfers[0])
 
+    def _num_ended(self) -> int:
+        return self._copies.num_stores_ended if self._copies is not None else 0
+
+    @guarded(_num_ended)
     def num_completed_offloads(self) -> int:
         """Called in every round of the scheduler, also without work: the place to keep the background going."""
         if self._cache is not None:
-            with self:
-                self._pump(self._cache)
-        return self._copies.num_stores_ended if self._copies is not None else 0
+            self._pump(self._cache)
+        return self._num_ended()
 
+    @guarded(lambda self: False)
     def pop_completed_offload(self) -> bool:
         assert self._copies is not None
         return self._copies.pop_store()
 
+    def _forget_copies(self) -> None:
+        """Of a cache that has ended."""
+        self._queued.clear()
+        self.layer_done_counter.reset()
+
+    @guarded(_forget_copies)
     def reset(self) -> None:
         """SGLang flushed its own cache, for its own sake or because its weights were updated.
 
@@ -247,8 +308,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         never found again: their chunks have another name. SGLang may flush before it changes the weights, so these are read when the next
         request waits.
         """
-        self._settle()
         self._weights_unsure = True
+        self._settle()
 
     def _settle(self) -> None:
         """End every copy of pages."""
@@ -257,10 +318,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if self._copies is not None:
             self._copies.quiesce()
         if self._cache is not None:
-            with self:
-                self._pump(self._cache)
+            self._pump(self._cache)
         self.layer_done_counter.reset()
 
+    @guarded(_forget_copies)
     def close(self) -> None:
         self._settle()
         if self._copies is not None:
@@ -351,22 +412,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             self._copies.learn(report)
         if report.finished:
             self._asked_pins.renew(time.monotonic())
-
-    def __enter__(self) -> None:
-        """A guarded section: an exception that leaves a call would end SGLang's scheduler, so here it ends the cache."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        logger.error("lmc: fault in the cache; the engine goes on WITHOUT it", exc_info=error)
-        if self._cache is not None:
-            cache, self._cache = self._cache, None
-            if self._copies is not None:
-                self._copies.give_up()
-            cache.scheduler.close()
-        return True
 
 
 def _settings(extra: dict[str, Any]) -> CacheConfig:

@@ -13,39 +13,53 @@ from sglang.srt.distributed import get_tp_group
 from torch import distributed, nn
 
 from lmc.cache.connectors.sglang.identity import options_digest
-from lmc.cache.connectors.weights import HeldWeights, WeightsReading, name_weights
+from lmc.cache.connectors.weights import HeldWeights, WeightsReading, name_weights, share_readings
+from lmc.errors import ModelError
 
 _FROM_FILES = {"auto", "fastsafetensors", "gguf", "mistral", "npcache", "pt", "safetensors"}
 
 
 class EngineWeights:
-    """Every rank must call each method when the others do."""
+    """Every rank must call start() and changed() when the others do, also one that runs without the cache."""
 
     def __init__(self, server_args: Any, pool: Any) -> None:  # ServerArgs, KVCache
         self._server_args = server_args
-        self._held = HeldWeights(_models_beside(pool))
-        self._options = options_digest(server_args)
-        self.model = self._name(self._read(_source(server_args)))
+        self._pool = pool
+        self._held: HeldWeights | None = None
+        self._options = ""
+        self.model = ""
+
+    def start(self) -> None:
+        """Read all weights for the first time; model is their name. Raises ModelError if some rank cannot."""
+        readings = share_readings(self._first_reading, _group())
+        self._options = options_digest(self._server_args)
+        self.model = self._name(readings)
 
     def changed(self) -> bool:
         """Read all weights again; the same answer on all ranks. If they have changed, model is their new name."""
-        readings = self._read(None)
+        readings = share_readings(self._next_reading, _group())
         if not any(one.changed for one in readings):
             return False
         self.model = self._name(readings)
         return True
 
-    def _read(self, source: Path | None) -> list[WeightsReading]:
-        if not distributed.is_initialized() or get_tp_group().world_size == 1:
-            return [self._held.read(source)]
-        group = get_tp_group()
-        reading = self._held.read(source if group.rank_in_group == 0 else None)
-        readings = [reading] * group.world_size
-        distributed.all_gather_object(readings, reading, group=group.cpu_group)
-        return readings
+    def _first_reading(self) -> WeightsReading:
+        group = _group()
+        self._held = HeldWeights(_models_beside(self._pool))
+        return self._held.read(_source(self._server_args) if group is None or group.rank_in_group == 0 else None)
+
+    def _next_reading(self) -> WeightsReading:
+        if self._held is None:
+            raise ModelError("this rank has not read its weights")
+        return self._held.read()
 
     def _name(self, readings: list[WeightsReading]) -> str:
         return f"{name_weights(readings)}-{self._options}"
+
+
+def _group() -> Any:
+    """SGLang's tensor-parallel group, if there is one."""
+    return get_tp_group() if distributed.is_initialized() else None
 
 
 def _models_beside(pool: Any) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmc.cache.connectors.guard import answered
 from lmc.cache.connectors.vllm.adapters import Loaded
 from lmc.cache.plan import Plan, Report, WorkerReady
 
@@ -29,7 +30,7 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     asks_model: int = 0  # the number of the last reset, if the workers shall say which weights they hold after it
     # blocks that the step may write and that earlier steps may still be storing; None: any block may be one of them
     overwritten: frozenset[int] | None = None
-    refused: bool = False  # there is no cache, though this rank has opened its part
+    refused: bool = False  # there is no cache, or no longer, though this rank has opened its part
 
 
 @dataclass
@@ -39,7 +40,9 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     answers_adapters: bool = False
     answers_model: int = 0  # the number of the reset by which the step asked
     model: str = ""  # the name of what the engine holds now, then
+    gone: bool = False  # the cache has ended on a rank
 
+    @answered(lambda self, other: StepReport(Report(), gone=True))
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
         return StepReport(
@@ -48,4 +51,5 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.answers_adapters and other.answers_adapters,
             self.answers_model or other.answers_model,
             self.model or other.model,
+            self.gone or other.gone,
         )

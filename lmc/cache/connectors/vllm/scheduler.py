@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
@@ -15,6 +14,7 @@ from lmc.cache.connectors.vllm.adapters import AdapterNames
 from lmc.cache.connectors.vllm.events import TierEvents
 from lmc.cache.connectors.vllm.identity import request_identity
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
+from lmc.cache.connectors.vllm.promises import Promises
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.directory import HOST
@@ -59,32 +59,35 @@ class _Tracked:
     identity: Identity
     control: RequestControl
     digests: tuple[str, ...] = ()  # of its adapter, by rank
-    computed: int = 0  # tokens the engine held itself at the last lookup
-    background: bool = False  # what the last lookup said of the load
 
 
 @dataclass
 class SchedulerSide:
-    """The scheduler's half. A fault in lmc ends the cache, never the engine: promises not yet planned are then recomputed."""
+    """The scheduler's half. What it raises ends the cache (see guard.py): promises not yet planned are then recomputed."""
 
     config: CacheConfig
     block_tokens: int
     announces: bool = False  # vLLM publishes KV events
-    refused: bool = False  # there was never a cache
+    refused: bool = False  # there is no cache: it could not be opened, or has ended
     part: tuple[int, int] = (0, 1)  # of a disk folder that data-parallel engines have in common
     scheduler: CacheScheduler | None = None
     events: TierEvents | None = None
     tracked: dict[str, _Tracked] = field(default_factory=dict)
-    promised: list[int] = field(default_factory=list)  # blocks that this step's plan must fill
     growth: CounterGrowth | None = None
-    waiting: list[str] = field(default_factory=list)  # requests whose background load this step's plan must start
     adapters: AdapterNames = field(default_factory=lambda: AdapterNames(1))
     resets: int = 0
     settled: int = 0  # the last reset of which it is known whether the weights had changed by then
     asks_model: bool = False  # in this step
     asked_model: int = 0  # the last reset about which the workers were asked
+    promises: Promises = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.promises = Promises(self.block_tokens)
 
     def meet(self, introductions: list[KVConnectorHandshakeMetadata]) -> None:
+        """Open the cache with what the workers hold, unless it has been given up already."""
+        if self.refused:
+            return
         ready: list[WorkerReady] = []
         failures: list[str] = []
         for introduction in introductions:
@@ -123,45 +126,34 @@ class SchedulerSide:
         if self.model_unsure:
             self.asks_model = True  # not before the engine takes in requests again: the weights may change until then
             return None, False
-        with self:
-            adapter = request.lora_request
-            if adapter is not None and request.request_id not in self.tracked:
-                known = self.adapters.known(adapter)
-                if not known:
-                    return (0 if known is False else None), False
-            tracked = self._track(request)
-            tracked.computed = computed
-            if tracked.control.bypass:
-                return 0, False
-            found = self.scheduler.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
-            tracked.background = bool(found and self.scheduler.loads_in_background(found))
-            return found, tracked.background
-        return 0, False
+        adapter = request.lora_request
+        if adapter is not None and request.request_id not in self.tracked:
+            known = self.adapters.known(adapter)
+            if not known:
+                return (0 if known is False else None), False
+        tracked = self._track(request)
+        if tracked.control.bypass:
+            return 0, False
+        found = self.scheduler.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
+        return found, bool(found and self.scheduler.loads_in_background(found))
 
     def admit(self, request: Request, blocks: list[int], num_external: int) -> None:
         tracked = self.tracked.get(request.request_id)
-        if tracked is None:
-            return
-        if num_external:
-            first = tracked.computed // self.block_tokens
-            self.promised += blocks[first : first + num_external // self.block_tokens]
-            if tracked.background:
-                self.waiting.append(request.request_id)
-        if self.scheduler is not None and not tracked.control.bypass:
-            with self:
-                self.scheduler.admit(request.request_id, num_external, blocks)
+        if self.scheduler is not None and tracked is not None and not tracked.control.bypass:
+            self.scheduler.admit(request.request_id, num_external, blocks)
 
     def sources(self, request: Request, num_external: int) -> dict[CacheHitSource, int]:
         names = {HOST: CacheHitSource.HOST, "disk": CacheHitSource.DISK}
         sources: dict[CacheHitSource, int] = {}
         if self.scheduler is not None and num_external:
-            with self:
-                for tier, tokens in self.scheduler.loaded_from(request.request_id).items():
-                    source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
-                    sources[source] = sources.get(source, 0) + tokens
+            for tier, tokens in self.scheduler.loaded_from(request.request_id).items():
+                source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
+                sources[source] = sources.get(source, 0) + tokens
         return sources
 
     def step(self, output: SchedulerOutput) -> StepPlan:
+        if self.scheduler is None:
+            return self.refusal()
         asks = self.model_unsure and (self.asks_model or bool(output.num_scheduled_tokens))
         asked = self.resets if asks and self.asked_model != self.resets else 0
         self.asked_model = asked or self.asked_model
@@ -175,24 +167,27 @@ class SchedulerSide:
         self.adapters.asking = self.asks_model = False
         return step
 
+    def refusal(self) -> StepPlan:
+        """The plan of a step without a cache: what was promised is not loaded."""
+        return StepPlan(self.promises.broken(), refused=self.refused)
+
     def learn(self, report: StepReport) -> None:
+        if report.gone and self.scheduler is not None:
+            logger.error("lmc: the cache has ended on another rank; the engine goes on WITHOUT it")
+            self.give_up()
         self.adapters.learn(report.adapters, report.answers_adapters)
         if report.model and self.scheduler is not None:
             self.settled = report.answers_model
             if report.model != self.scheduler.namespace.model:
-                with self:
-                    self.scheduler.rename(report.model)
+                self.scheduler.rename(report.model)
         self.apply(report.report)
 
     def plan(self, output: SchedulerOutput) -> Plan:
-        promised, self.promised = self.promised, []
-        waiting, self.waiting = self.waiting, []
-        if self.scheduler is not None:
-            with self:
-                for request_id, num_scheduled in output.num_scheduled_tokens.items():
-                    self._plan_store(output, request_id, num_scheduled)
-                return self.scheduler.take_plan()
-        return Plan(failed_blocks=promised, failed_requests=waiting)
+        if self.scheduler is None:
+            return self.promises.broken()
+        for request_id, num_scheduled in output.num_scheduled_tokens.items():
+            self._plan_store(output, request_id, num_scheduled)
+        return self.scheduler.take_plan()
 
     def _plan_store(self, output: SchedulerOutput, request_id: str, num_scheduled: int) -> None:
         tracked = self.tracked.get(request_id)
@@ -231,30 +226,27 @@ class SchedulerSide:
 
     def apply(self, report: Report) -> None:
         if self.scheduler is not None:
-            with self:
-                self.scheduler.apply(report)
+            self.scheduler.apply(report)
 
     def finish(self, request: Request) -> dict[str, Any] | None:
         """What the client gets as kv_transfer_params, if it asked for an explanation."""
+        self.promises.offers.pop(request.request_id, None)
         tracked = self.tracked.pop(request.request_id, None)
         answer = None
         if self.scheduler is not None:
-            with self:
-                if tracked is not None and tracked.control.explain:
-                    answer = {"lmc": self.scheduler.explain(request.request_id)}
-                self.scheduler.finish(request.request_id, tracked.control.pin_seconds if tracked is not None else 0.0)
+            if tracked is not None and tracked.control.explain:
+                answer = {"lmc": self.scheduler.explain(request.request_id)}
+            self.scheduler.finish(request.request_id, tracked.control.pin_seconds if tracked is not None else 0.0)
         return answer
 
     def stats(self) -> LmcStats | None:
         if self.growth is not None and self.scheduler is not None:
-            with self:
-                return self.growth.take()
+            return self.growth.take()
         return None
 
     def take_events(self) -> list[KVCacheEvent]:
         if self.events is not None and self.scheduler is not None:
-            with self:
-                return self.events.take()
+            return self.events.take()
         return []
 
     @property
@@ -268,24 +260,20 @@ class SchedulerSide:
 
     def reset(self) -> bool:
         if self.scheduler is not None:
-            with self:
-                self.resets += 1
-                self.scheduler.reset()
+            self.resets += 1
+            self.scheduler.reset()
         return True
 
-    def __enter__(self) -> None:
-        """A guarded section: an exception that leaves a hook would end vLLM, so here it ends the cache."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        logger.error("lmc: fault in the cache; the engine goes on WITHOUT it", exc_info=error)
-        self.close()
-        return True
+    def give_up(self) -> None:
+        """Go on without the cache, on all ranks: the next step tells them."""
+        self.refused = True
+        self.tracked.clear()
+        self._close(0.0)  # the engine waits
 
     def close(self) -> None:
+        self._close(self.config.close_timeout)
+
+    def _close(self, timeout: float) -> None:
         if self.scheduler is not None:
             scheduler, self.scheduler = self.scheduler, None
-            scheduler.close()
+            scheduler.close(timeout)

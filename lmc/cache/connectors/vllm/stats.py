@@ -10,6 +10,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from lmc.cache.connectors.guard import answered
+
 _EVERY_SECONDS = 1.0
 _SUFFIX = "_total"
 _PREFIX = "vllm:"  # apart from lmc's own endpoint, so that whoever scrapes both counts nothing twice
@@ -24,11 +26,13 @@ class LmcStats(KVConnectorStats):  # type: ignore[misc]
     def reset(self) -> None:
         self.data = {}
 
+    @answered(lambda self, other: self)
     def aggregate(self, other: KVConnectorStats) -> LmcStats:
         for name, value in other.data.items():
             self.data[name] = self.data.get(name, 0.0) + value
         return self
 
+    @answered(lambda self: {})
     def reduce(self) -> dict[str, int | float]:
         """For vLLM's log line."""
         return {name.replace("|", " "): round(value, 3) for name, value in sorted(self.data.items())}
@@ -74,6 +78,7 @@ class LmcPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         super().__init__(*arguments)
         self._counters: dict[str, Any] = {}  # Any: vLLM chooses the class
 
+    @answered(lambda self, transfer_stats_data, engine_idx=0: None)
     def observe(self, transfer_stats_data: dict[str, float], engine_idx: int = 0) -> None:
         for key, growth in transfer_stats_data.items():
             name, *labels = key.split("|")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import distributed, nn
+from torch import nn
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
+from lmc.cache.connectors.guard import contain
 from lmc.cache.connectors.vllm.adapters import Loaded, LoadedAdapters
 from lmc.cache.connectors.vllm.identity import (
     model_identity,
@@ -23,14 +23,15 @@ from lmc.cache.connectors.vllm.identity import (
 )
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.options import require_supported_options
+from lmc.cache.connectors.vllm.promises import Owed
 from lmc.cache.connectors.vllm.stats import LmcStats
-from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_models, name_weights
+from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_models, name_weights, share_readings
 from lmc.cache.keys import Namespace
 from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.open import open_worker
 from lmc.cache.worker.worker import CacheWorker
-from lmc.errors import LmcError
+from lmc.errors import LmcError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +56,15 @@ class WorkerSide:
     asked: StepPlan | None = None  # the step under way
     told: Loaded = field(default_factory=dict)
     failure: str = "the engine registered no KV cache"
+    owed: Owed = field(default_factory=Owed)
+    gone: bool = False  # the cache has ended, and the scheduler's side is to know
 
     def open(self, kv_caches: dict[str, torch.Tensor]) -> None:
         parallel = self.vllm_config.parallel_config
+        if self.gone:
+            return
         try:
-            require_supported_options(self.vllm_config)
-            self._find_weights(kv_caches)  # first of what may fail on one rank only: all ranks must take part
-            readings = self._read_weights(weights_source(self.vllm_config) if parallel.rank == 0 else None)
+            readings = self._share_reading(lambda: self._first_reading(kv_caches))
             require_full_attention(self.kv_cache_config)
             packing = page_packing(self.vllm_config, kv_caches)
             require_prefix_attention(packing)
@@ -84,16 +87,17 @@ class WorkerSide:
             self.failure = str(error)
             logger.error("lmc: no cache on rank %d: %s", parallel.rank, error)
 
-    def _read_weights(self, source: Path | None) -> list[WeightsReading]:
-        """The readings of all ranks that hold a part of the weights. Every rank must call it, whatever else goes wrong."""
+    def _first_reading(self, kv_caches: dict[str, torch.Tensor]) -> WeightsReading:
+        require_supported_options(self.vllm_config)
+        self._find_weights(kv_caches)
         assert self.weights is not None
-        reading = self.weights.read(source)
-        if self.vllm_config.parallel_config.tensor_parallel_size == 1:
-            return [reading]
-        group = get_tp_group()
-        readings = [reading] * group.world_size
-        distributed.all_gather_object(readings, reading, group=group.cpu_group)
-        return readings
+        return self.weights.read(
+            weights_source(self.vllm_config) if self.vllm_config.parallel_config.rank == 0 else None
+        )
+
+    def _share_reading(self, read: Callable[[], WeightsReading]) -> list[WeightsReading]:
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        return share_readings(read, get_tp_group() if ranks > 1 else None)
 
     def _find_weights(self, kv_caches: dict[str, torch.Tensor]) -> None:
         parallel, layers = self.vllm_config.parallel_config, self.vllm_config.compilation_config.static_forward_context
@@ -121,6 +125,7 @@ class WorkerSide:
 
     def begin(self, step: StepPlan, forward_context: ForwardContext) -> None:
         self.asked = step
+        self.owed.begin(step.plan)
         if self.worker is not None:
             plan = step.plan
             if step.adapters:
@@ -184,32 +189,58 @@ class WorkerSide:
         )
 
     def loaded(self) -> set[str]:
-        return self.worker.take_loaded() if self.worker is not None else set()
+        """Requests whose background load has ended; without a cache, all that have not been told of."""
+        return self.worker.take_loaded() if self.worker is not None else set(self.owed.background)
 
     def failed_blocks(self) -> set[int]:
-        return self.worker.take_failed_blocks() if self.worker is not None else set()
+        """Blocks that were promised but not filled. Call it after loaded()."""
+        return self.worker.take_failed_blocks() if self.worker is not None else set(self.owed.blocks)
 
     def report(self) -> StepReport | None:
         """What has become of copies, and what the step asked."""
         asked, self.asked = self.asked, None
+        model = (
+            self._model_now() if asked is not None and asked.asks_model else ""
+        )  # first, since all ranks must take part
+        if self.gone:
+            return StepReport(Report(), gone=True)
         report = self.worker.take_report() if self.worker is not None else None
         adapters = self.adapters.read() if self.adapters is not None else {}
         asks_adapters, asks_model = (asked.asks_adapters, asked.asks_model) if asked is not None else (False, 0)
         if not report and adapters == self.told and not asks_adapters and not asks_model:
             return None
         self.told = adapters
-        model = self._model_now() if asks_model else ""
         return StepReport(report or Report(), adapters, asks_adapters, asks_model, model)
 
     def _model_now(self) -> str:
-        readings = self._read_weights(None)
+        readings = self._share_reading(self._reading)
         if any(one.changed for one in readings):
             self.model = model_identity(self.vllm_config, name_weights(readings))
         return self.model
 
+    def _reading(self) -> WeightsReading:
+        if self.weights is None:
+            raise ModelError("this rank has not read its weights")
+        return self.weights.read(None)
+
     def stats(self) -> LmcStats | None:
         """The scheduler's half counts for both."""
         return None
+
+    def refuse(self) -> None:
+        """The scheduler's side has no cache, or no longer."""
+        if self.worker is not None:
+            self.give_up()
+        self.gone = False  # it knows
+
+    def give_up(self) -> None:
+        """Go on without the cache. No block is read or written any more when this returns; what was promised counts as failed."""
+        self.gone = True
+        self.failure = "a fault in the cache"
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            contain(worker.copier.close)  # whatever else fails: an engine's block must not change under it
+            worker.close(0.0)  # the engine waits
 
     def close(self) -> None:
         if self.worker is not None:

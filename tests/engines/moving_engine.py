@@ -1,0 +1,207 @@
+"""vLLM's own scheduler with LmcConnector in both roles, and a model runner that only moves bytes: what each token's KV must be is known.
+
+A pass that reads wrong KV without having said so fails the test. What a pass computes on wrong KV is wrong, too.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from lmc.cache.connectors.vllm import LmcConnector
+
+BLOCK_TOKENS = 16
+LAYERS = 2
+WIDTH = 4  # elements of a token's KV in one layer
+NEW_TOKENS = 4
+_PATIENCE = 20.0  # seconds until a run counts as one that hangs
+_GARBAGE = 0x6A6A6A6A
+
+
+def right_values(tokens: list[int]) -> np.ndarray:
+    """What each token's KV must be: it depends on all tokens up to it."""
+    values, state = np.empty(len(tokens), dtype=np.int64), 17
+    for index, token in enumerate(tokens):
+        state = (state * 1_000_003 + token + 1) % 2_147_483_629
+        values[index] = state
+    return values.astype(np.int32)
+
+
+def answer_to(prompt: list[int]) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(right_values(tokens)[-1]) % 400 + 2)
+    return tokens[len(prompt) :]
+
+
+class _Attention(torch.nn.Module):
+    """Stands for the layers of a model, which the connector asks how they order the bytes of a page."""
+
+    isa = "vec"
+
+
+class MovingEngine:
+    def __init__(self, vllm_config: Any, num_blocks: int = 64, num_ranks: int = 1) -> None:
+        """The configuration is for one rank; of more, each computes the same, as if KV heads were replicated."""
+        spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=WIDTH // 2, dtype=torch.float32)
+        names = [f"layer.{index}" for index in range(LAYERS)]
+        config = KVCacheConfig(
+            num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]
+        )
+        vllm_config.cache_config.num_gpu_blocks = num_blocks
+        self.model = torch.nn.ModuleDict({name.replace(".", "_"): _Attention() for name in names})
+        layers = dict(zip(names, self.model.values(), strict=True))
+        vllm_config.compilation_config.static_forward_context.clear()
+        vllm_config.compilation_config.static_forward_context.update(layers)
+        self.scheduler = Scheduler(
+            vllm_config=vllm_config,
+            kv_cache_config=config,
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            block_size=BLOCK_TOKENS,
+            hash_block_size=BLOCK_TOKENS,
+            log_stats=True,
+        )
+        self.connector: Any = self.scheduler.connector
+        self.kv = [torch.zeros(LAYERS, num_blocks, 1, BLOCK_TOKENS, WIDTH) for _ in range(num_ranks)]
+        self.workers: list[Any] = []
+        for rank in range(num_ranks):
+            own = copy(vllm_config)
+            own.parallel_config = copy(vllm_config.parallel_config)
+            own.parallel_config.rank = rank
+            self.workers.append(LmcConnector(own, KVConnectorRole.WORKER, config))
+        for worker, kv in zip(self.workers, self.kv, strict=True):
+            worker.register_kv_caches({name: kv[index] for index, name in enumerate(names)})
+        self.connector.set_xfer_handshake_metadata_pp_aware(
+            {(0, rank): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
+        )
+        self.aggregator = KVOutputAggregator(num_ranks)
+        init_none_hash(get_hash_fn_by_name("sha256"))
+        self.hasher = get_request_block_hasher(BLOCK_TOKENS, get_hash_fn_by_name("sha256"))
+        self.requests: dict[str, Request] = {}
+        self.loaded_tokens = 0
+
+    def add(self, name: str, prompt: list[int], **values: Any) -> None:
+        sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, extra_args=values.pop("extra_args", None))
+        request = Request(name, prompt, sampling, None, block_hasher=self.hasher, **values)
+        self.requests[name] = request
+        self.scheduler.add_request(request)
+
+    def abort(self, name: str) -> None:
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def run(self) -> None:
+        """Until nothing is left to do, the cache's own copies included."""
+        until = time.monotonic() + _PATIENCE
+        while self.scheduler.has_requests():
+            if not self.step():
+                time.sleep(0.0005)  # all wait for copies
+            if time.monotonic() > until:
+                waiting = [(name, one.status.name) for name, one in self.requests.items() if not one.is_finished()]
+                raise AssertionError(f"requests or copies never ended: {waiting}")
+
+    def step(self) -> int:
+        """Returns the number of requests that were computed."""
+        output = self.scheduler.schedule()
+        plan = pickle.dumps(output.kv_connector_metadata)
+        reports, sampled, wrong = [], {}, {}
+        for rank, worker in enumerate(self.workers):
+            metadata = pickle.loads(plan)
+            worker.handle_preemptions(metadata)
+            report = KVConnectorOutput()
+            with self._copies(worker, metadata, report, before=output.has_sync_kv_loads):
+                for layer in range(LAYERS):
+                    worker.wait_for_layer_load(f"layer.{layer}")
+                for name, count in output.num_scheduled_tokens.items():
+                    wrong[name, rank], sampled[name] = self._compute(name, count, rank)
+            reports.append(report)
+        names = list(output.num_scheduled_tokens)
+        result = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=[sampled[name] for name in names],
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        )
+        parts = [copy(result) for _ in self.workers]
+        for part, report in zip(parts, reports, strict=True):
+            part.kv_connector_output = report
+        whole = self.aggregator.aggregate(parts)
+        invalid = whole.kv_connector_output.invalid_block_ids if whole.kv_connector_output else set()
+        for (name, rank), is_wrong in wrong.items():
+            told = invalid.intersection(self._table(name))
+            assert not is_wrong or told, f"rank {rank} computed {name} on wrong KV, and nobody said so"
+        if whole.kv_connector_output is not None:
+            stats = whole.kv_connector_output.kv_connector_stats
+            assert stats is None or stats.is_empty()
+        self.scheduler.update_from_output(output, whole)
+        return len(names)
+
+    @contextmanager
+    def _copies(self, worker: Any, metadata: Any, report: KVConnectorOutput, *, before: bool) -> Iterator[None]:
+        """The order of vLLM's KVConnectorModelRunnerMixin."""
+        worker.bind_connector_metadata(metadata)
+        context = SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+        if before:
+            worker.start_load_kv(context)
+        yield
+        for layer in range(LAYERS):
+            worker.save_kv_layer(f"layer.{layer}", None, None)
+        if not before:
+            worker.start_load_kv(context)
+        worker.wait_for_save()
+        results = worker.get_transfer_results(set())
+        report.finished_sending, report.finished_recving = results.finished_sending, results.finished_recving
+        report.failed_recving = results.failed_recving
+        report.invalid_block_ids = worker.get_block_ids_with_load_errors()
+        report.kv_connector_stats = worker.get_kv_connector_stats()
+        report.kv_cache_events = worker.get_kv_connector_kv_cache_events()
+        report.kv_connector_worker_meta = worker.build_connector_worker_meta()
+        worker.clear_connector_metadata()
+
+    def _table(self, name: str) -> list[int]:
+        return list(self.scheduler.kv_cache_manager.get_block_ids(name)[0])
+
+    def _compute(self, name: str, count: int, rank: int) -> tuple[bool, list[int]]:
+        """Whether the KV before the scheduled tokens is wrong, and what was sampled."""
+        request = self.requests[name]
+        end = request.num_computed_tokens
+        tokens = list(request.all_token_ids)[:end]
+        values = right_values(tokens)
+        blocks = torch.tensor(self._table(name))
+        positions = torch.arange(end)
+        rows = self.kv[rank].view(torch.int32)[:, blocks[positions // BLOCK_TOKENS], 0, positions % BLOCK_TOKENS]
+        start = end - count
+        is_wrong = not (rows[:, :start] == torch.from_numpy(values[:start])[None, :, None]).all()
+        new = torch.full((count,), _GARBAGE, dtype=torch.int32) if is_wrong else torch.from_numpy(values[start:])
+        filled = positions[start:]
+        self.kv[rank].view(torch.int32)[:, blocks[filled // BLOCK_TOKENS], 0, filled % BLOCK_TOKENS] = new[
+            None, :, None
+        ].expand(LAYERS, count, WIDTH)
+        if end < request.num_tokens:
+            return is_wrong, []
+        return is_wrong, [int(values[-1]) % 400 + 2]
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+        for worker in self.workers:
+            worker.shutdown()

@@ -1,0 +1,178 @@
+"""Whatever fails inside lmc, at whatever call of vLLM's, ends at most the cache: answers are right, nothing waits, no block is lost."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import Counter, Gauge, Histogram
+
+from lmc.cache.connectors.vllm import LmcConnector
+from lmc.cache.connectors.vllm import worker as worker_module
+from lmc.cache.settings import load_settings
+from lmc.serve.engines import vllm_transfer_config
+from tests.engines.injection import ERRORS, Injection
+from tests.engines.moving_engine import MovingEngine, answer_to
+from tests.engines.test_vllm_hooks import vllm_config
+
+pytestmark = [pytest.mark.engine, pytest.mark.fault]
+
+NO_HOOKS = {"strict", "end_cache"}  # the guard's own
+HOOKS = sorted(name for name in vars(LmcConnector) if not name.startswith("_") and name not in NO_HOOKS)
+ELSEWHERE = {  # in processes without a cache, or before there is one
+    f"LmcConnector.{name}"
+    for name in (
+        "build_kv_connector_stats",
+        "build_prom_metrics",
+        "get_required_kvcache_layout",
+        "supports_sleep_mode",
+    )
+}
+PROMPTS = [[seed * 100 + index % 97 for index in range(100)] for seed in range(1, 5)]
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A start looks through all objects of the process for the model, and there are many in a test's."""
+    monkeypatch.setattr(worker_module, "find_models", list)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(before)
+
+
+class Case:
+    """A fresh engine under traffic that reaches every hook."""
+
+    def __init__(self, model: Path, disk: Path, *, shares_blocks: bool = False, num_ranks: int = 1) -> None:
+        flags = {"metrics.enabled": False, "chunk_tokens": 32, "host.capacity": "4MiB", "disk.fsync": False}
+        flags |= {"disk.path": str(disk), "disk.capacity": "4MiB", "transfer_backend": "torch", "close_timeout": 1}
+        transfer = vllm_transfer_config(load_settings(flags=flags).config)
+        self.config = vllm_config(model, kv_transfer_config=transfer, enable_prefix_caching=shares_blocks)
+        self.num_ranks = num_ranks
+        self.engine: Any = None
+
+    def run(self) -> None:
+        LmcConnector.get_required_kvcache_layout(self.config)
+        LmcConnector.supports_sleep_mode(None)
+        LmcConnector.build_kv_connector_stats()
+        labels = {0: ["model", "0"]}
+        LmcConnector.build_prom_metrics(
+            self.config, {kind: kind for kind in (Counter, Gauge, Histogram)}, ["model_name", "engine"], labels
+        )
+        self.engine = engine = MovingEngine(self.config, num_ranks=self.num_ranks)
+        for index, prompt in enumerate(PROMPTS[:3]):
+            engine.add(f"cold {index}", prompt)
+        engine.run()
+        engine.scheduler.reset_prefix_cache()
+        wishes = {"kv_transfer_params": {"lmc": {"explain": True}}}
+        for index, prompt in enumerate(PROMPTS):
+            engine.add(f"warm {index}", prompt, extra_args=wishes)
+        engine.step()
+        engine.abort("warm 1")
+        engine.run()
+        engine.connector.request_finished(engine.requests["warm 0"], [])
+        for worker in engine.workers:
+            worker.unregister_kv_caches()
+            worker.restore_kv_caches()
+        engine.add("running", PROMPTS[0] + PROMPTS[1] + PROMPTS[2])
+        engine.step()
+        assert engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        for index, prompt in enumerate(PROMPTS):
+            engine.add(f"late {index}", prompt)
+        engine.run()
+
+    def check(self) -> None:
+        engine = self.engine
+        engine.add("after", PROMPTS[0])
+        engine.run()
+        for name, request in engine.requests.items():
+            assert request.is_finished(), name
+            if name != "warm 1":
+                assert list(request.output_token_ids) == answer_to(list(request.prompt_token_ids)), name
+        pool = engine.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        assert not engine.scheduler.requests and not engine.connector.has_pending_push_work()
+
+    @property
+    def has_cache(self) -> bool:
+        return all(one._side.__dict__[half] is not None for one, half in self._halves())
+
+    @property
+    def has_ended(self) -> bool:
+        return all(one._side.__dict__[half] is None for one, half in self._halves())
+
+    def _halves(self) -> list[tuple[Any, str]]:
+        return [(self.engine.connector, "scheduler"), *((worker, "worker") for worker in self.engine.workers)]
+
+
+@pytest.fixture
+def case(tiny_llama: Path, tmp_path: Path, quiet: None) -> Callable[..., Case]:
+    numbers = itertools.count()
+    return lambda **values: Case(tiny_llama, tmp_path / f"disk {next(numbers)}", **values)
+
+
+def observed(case: Case) -> dict[tuple[str, str], int]:
+    """The functions of lmc that run inside each hook, and how often, without a fault."""
+    injection = Injection()
+    with injection.armed():
+        case.run()
+    assert case.has_cache
+    case.check()
+    with injection.armed():
+        case.engine.close()
+    return dict(injection.seen)
+
+
+def assert_survives(case: Case, injection: Injection) -> None:
+    """Traffic with this fault. Hooks of other processes have no cache to end."""
+    what = f"{injection.error!r} in {injection.function} within {injection.hook}"
+    try:
+        with injection.armed():
+            case.run()
+        case.check()
+        ended = injection.raised > 0 and injection.hook.startswith("LmcConnector") and injection.hook not in ELSEWHERE
+        assert case.has_ended == ended
+        with injection.armed():
+            case.engine.close()
+        assert injection.raised, "the fault never came"
+    except Exception as error:
+        raise AssertionError(f"{what}: {error}") from error
+
+
+def test_every_method_that_vllm_calls_is_guarded(case: Callable[..., Case]) -> None:
+    """A new method must be guarded, and the traffic of this file must reach it."""
+    seen = observed(case())
+    reached = {hook.rpartition(".")[2] for hook, _ in seen if hook.startswith("LmcConnector.")}
+    assert reached == set(HOOKS)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_fault_at_any_hook_ends_at_most_the_cache(case: Callable[..., Case], hook: str, error: Exception) -> None:
+    name = f"LmcConnector.{hook}"
+    turn = HOOKS.index(hook) + ERRORS.index(error)
+    one = case(shares_blocks=bool(turn % 2), num_ranks=1 + turn % 3 // 2)
+    assert_survives(one, Injection(name, name, error, closing_too=turn % 2 == 0))
+
+
+@pytest.mark.parametrize(("shares_blocks", "num_ranks"), [(False, 1), (True, 2)], ids=["before the pass", "background"])
+def test_a_fault_in_any_function_ends_at_most_the_cache(
+    case: Callable[..., Case], shares_blocks: bool, num_ranks: int
+) -> None:
+    """Each function of lmc that runs inside a hook raises once, at its first call or one in the middle."""
+    seen = observed(case(shares_blocks=shares_blocks, num_ranks=num_ranks))
+    assert len(seen) > 200, "the test says nothing"
+    failures = []
+    for turn, ((hook, function), calls) in enumerate(seen.items()):
+        error, number = ERRORS[turn % len(ERRORS)], 1 if turn % 2 else -(-calls // 2)
+        injection = Injection(hook, function, error, number, closing_too=turn % 3 == 0)
+        try:
+            assert_survives(case(shares_blocks=shares_blocks, num_ranks=num_ranks), injection)
+        except AssertionError as failure:
+            failures.append(str(failure)[:300])
+    assert not failures, "\n".join([f"{len(failures)} of {len(seen)}", *failures])
