@@ -1,4 +1,4 @@
-"""Whatever fails inside lmc, at whatever call of SGLang's, ends at most the cache: nothing waits, every result comes, loads are right or failed."""
+"""Whatever fails in the linker, and whenever: the cache ends and the rest of the engine goes on. Faults are injected into each call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Traffic:
         request = self.arrive(tokens, f"store {tokens[0]}")
         self.linker._hold([], None)
         self.accepted += self.linker.offload([transfer(request.hashes, PAGES)])
-        wait_until(lambda: min(self.linker.num_completed_offloads(), self.accepted) == self.accepted, "every offload ends")
+        wait_until(
+            lambda: min(self.linker.num_completed_offloads(), self.accepted) == self.accepted, "every offload ends"
+        )
         for _ in range(self.accepted):
             assert self.linker.pop_completed_offload() in (True, False)
         self.accepted = 0
