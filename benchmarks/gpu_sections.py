@@ -261,7 +261,7 @@ def quiesce(dry: bool) -> Findings:
     )
     slab, _, copier = make_copier(engine.layout, pages, 1, dry)
     names = Namespace("sglang", "m", "", "bf16", engine.layout.fingerprint, page)
-    worker = CacheWorker(names, 0, slab, copier, {}, lambda: CopyReading({}, {}, 1, 0, ""), io_threads={})
+    worker = CacheWorker(names, 0, slab, copier, {}, lambda: CopyReading({}, {}, 1, 0, ""), part=0, io_threads={})
     counter = SimpleNamespace(complete=lambda *_: None, fail=lambda *_: None, finish=lambda _: True)
     side = sglang_copies().Copies(worker, counter)
     count = pages - 2

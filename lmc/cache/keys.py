@@ -34,7 +34,7 @@ class Namespace:
     kv_dtype: str
     layout: str  # KVLayout.fingerprint
     chunk_tokens: int
-    tp_size: int = 1
+    tp_size: int = 1  # parts of a chunk; of ranks that are known to hold the same bytes only one counts
     pp_size: int = 1
 
     def digest(self) -> bytes:

@@ -176,3 +176,5 @@ class WorkerReady:
     remote: tuple[str, ...] = ()  # tiers with an eviction of their own
     warnings: tuple[str, ...] = ()
     parents: dict[ChunkKey, ChunkKey] = field(default_factory=dict)  # of stored chunks, as far as they are known
+    # Which part of each chunk it holds, as names have it; None: its slots are another rank's, who stores these bytes for it
+    part: int | None = 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -19,11 +22,13 @@ from lmc.cache.settings import load_settings
 from lmc.cache.share import ALONE, Share, of_directory
 from lmc.cache.tiers.format import FORMAT
 from lmc.cache.transfer.backends import Backend
+from lmc.cache.transfer.common_slots import CommonSlots
 from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
 from lmc.cache.transfer.planner import Descriptors
 from lmc.cache.transfer.runtimes import ThreadRuntime
 from lmc.cache.transfer.streams import TransferStreams
 from lmc.cache.worker.block_copies import BlockCopier
+from lmc.cache.worker.common import share_slots
 from lmc.cache.worker.open import open_worker
 
 BLOCK_TOKENS = 4
@@ -33,6 +38,7 @@ NUM_BLOCKS = 64
 NUM_LAYERS = 2
 CHUNK_BYTES = NUM_LAYERS * BLOCK_BYTES * CHUNK_TOKENS // BLOCK_TOKENS
 NOBODY = Identity()
+T = TypeVar("T")
 
 
 def settings(**values: object) -> CacheConfig:
@@ -71,16 +77,22 @@ class Instance:
     by_layer: bool = False  # the forward pass waits for one layer of its loads after the other
     part: tuple[int, int] = (0, 1)  # of a common disk folder
     share: Share = ALONE
+    alike: int = 1  # neighbouring ranks that hold the same KV, and have their slots in common
     serial: int = 0
     reports: list[Report] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.kv = [np.zeros((NUM_LAYERS, NUM_BLOCKS, BLOCK_BYTES), dtype=np.uint8) for _ in range(self.num_ranks)]
         self.workers = []
-        for rank, blocks in enumerate(self.kv):
-            layout = _layout(blocks)
-            namespace = Namespace("test", self.model, "", "u8", layout.fingerprint, CHUNK_TOKENS, self.num_ranks)
-            worker = open_worker(self.config, namespace, layout, rank=rank, num_ranks=self.num_ranks)
+        layouts = [_layout(blocks) for blocks in self.kv]
+        parts = self.num_ranks // self.alike
+        named = [Namespace("test", self.model, "", "u8", one.fingerprint, CHUNK_TOKENS, parts) for one in layouts]
+        described = list(zip(named, layouts, strict=True))
+        commons = agree(self.config, described, self.alike) if self.alike > 1 else [None] * self.num_ranks
+        for rank, ((namespace, layout), common) in enumerate(zip(described, commons, strict=True)):
+            worker = open_worker(self.config, namespace, layout, rank=rank, num_ranks=parts, common=common)
+            if common is not None:
+                os.close(common.descriptor)
             if self.streams:
                 copier = worker.copier
                 slow = Slow(copier.backend)
@@ -121,14 +133,14 @@ class Instance:
             for layer in range(NUM_LAYERS):
                 worker.wait_layer(f"layer{layer}")
                 for index in range(gain // BLOCK_TOKENS):
-                    wanted = right_bytes(rank, tokens, index, salt)[layer]
+                    wanted = right_bytes(rank // self.alike, tokens, index, salt)[layer]
                     right = right and bool((self.kv[rank][layer, blocks[index]] == wanted).all())
             failed |= worker.take_failed_blocks()
             assert failed or right, "wrong bytes were loaded"
         loaded = 0 if failed else gain
         for rank, kv in enumerate(self.kv):
             for index in range(loaded // BLOCK_TOKENS, len(tokens) // BLOCK_TOKENS):
-                kv[:, blocks[index]] = right_bytes(rank, tokens, index, salt)
+                kv[:, blocks[index]] = right_bytes(rank // self.alike, tokens, index, salt)
         for worker in self.workers:
             worker.end(plan)
         self.pump()
@@ -170,6 +182,37 @@ class Instance:
         self.scheduler.close()
         for worker in self.workers:
             worker.close()
+
+
+def agree(
+    config: CacheConfig, described: Sequence[tuple[Namespace, KVLayout] | Exception], alike: int
+) -> list[CommonSlots | Exception | None]:
+    """What share_slots gives to each rank of a node, or raises there. Threads stand for the ranks' processes."""
+    num_ranks = len(described)
+    given: list[object] = [None] * num_ranks
+    meeting = threading.Barrier(num_ranks, timeout=60)
+
+    def of_rank(rank: int) -> CommonSlots | Exception | None:
+        def gather(one: T) -> list[T]:
+            given[rank] = one
+            meeting.wait()
+            of_all = cast("list[T]", list(given))
+            meeting.wait()
+            return of_all
+
+        def describe() -> tuple[Namespace, KVLayout]:
+            one = described[rank]
+            if isinstance(one, Exception):
+                raise one
+            return one
+
+        try:
+            return share_slots(config, describe, rank=rank, alike=alike, num_ranks=num_ranks, gather=gather)[1]
+        except Exception as error:  # noqa: BLE001  it is the test's own
+            return error
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(of_rank, range(num_ranks)))
 
 
 @dataclass

@@ -6,10 +6,12 @@ The two tests without the mark compat: on a CPU vLLM 0.30 itself loses the only 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lmc.cache.tiers.format import FOOTER_BYTES
+from tests import services
 from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt
 from tests.engines.tiny_model import (
     IMAGE_TOKEN,
@@ -50,35 +52,50 @@ def test_an_image_is_part_of_the_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.compat
-def test_ranks_that_hold_the_same_kv_head_store_and_load_each_its_copy_and_fail_together(tmp_path: Path) -> None:
+@pytest.mark.service
+def test_of_ranks_that_hold_the_same_kv_head_one_stores_all_load_and_they_fail_together(tmp_path: Path) -> None:
+    """KV in host memory, on disk and in Redis takes half of the bytes that two copies would take."""
     model, disk = make_tiny_llama(tmp_path / "model", kv_heads=1), tmp_path / "disk"
     text, other = prompt(40, 500), prompt(41, 500)
     chunk_bytes = 64 * kv_bytes_per_token(model)
-    settings = {"disk.path": str(disk), "host.capacity": 2 * 8 * chunk_bytes}
-    with driver(model, options={"tensor_parallel_size": 2}, **settings) as engine:
-        assert engine.call("namespace")["tp_size"] == 2  # one rank alone has the same layout
-        reference = engine.generate([text], extra_args=PAST_LMC)
-        for cached, tier in ((0, None), (448, "host"), (448, "disk")):
-            if tier == "disk":
-                engine.generate([other])  # takes nearly all of the host
+    settings: dict[str, Any] = {"disk.path": str(disk), "host.capacity": 8 * chunk_bytes}
+    with services.redis_server(tmp_path) as server:
+        settings["redis.url"] = server.url
+        with driver(model, options={"tensor_parallel_size": 2}, **settings) as engine:
+            assert engine.call("namespace")["tp_size"] == 1
+            reference = engine.generate([text], extra_args=PAST_LMC)
+            for cached, tier in ((0, None), (448, "host"), (448, "disk")):
+                if tier == "disk":
+                    engine.generate([other])  # takes nearly all of the host
+                engine.call("settle")
+                got = engine.generate([text])
+                assert got[0]["cached"] == cached
+                assert_same(got, reference)
+                assert tier is None or engine.call("metric", name="lmc_hit_tokens_total", labels={"tier": tier}) > 0
+            for rank in (0, 1):
+                engine.call("fail_next_load", rank=rank)
+                assert_same(engine.generate([text]), reference)  # computed by both
+                assert engine.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > rank
+                engine.call("settle")
+                got = engine.generate([text])
+                assert got[0]["cached"] == 448
+                assert_same(got, reference)
             engine.call("settle")
+            assert engine.call("usage")["host"][1] == 8
+        stored = [disk_files(disk, rank) for rank in (0, 1)]
+        assert [len(one) for one in stored] == [14, 0]
+        assert all(len(payload) == chunk_bytes for payload in stored[0].values())
+        assert server.client().dbsize() == 14
+        with driver(model, options={"tensor_parallel_size": 2}, **{**settings, "disk.path": None}) as engine:
             got = engine.generate([text])
-            assert got[0]["cached"] == cached
+            assert got[0]["cached"] == 448
             assert_same(got, reference)
-            assert tier is None or engine.call("metric", name="lmc_hit_tokens_total", labels={"tier": tier}) > 0
-        engine.call("fail_next_load", rank=1)
-        assert_same(engine.generate([text]), reference)  # computed by both
-        assert engine.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
-        engine.call("settle")
-        got = engine.generate([text])
-        assert got[0]["cached"] == 448
-        assert_same(got, reference)
-    (folder,) = (found.parent for found in disk.glob("v*/*/r1"))
-    stored = [
-        {file.name: file.read_bytes()[:-FOOTER_BYTES] for file in folder.glob(f"r{rank}/??/*")} for rank in (0, 1)
-    ]
-    assert len(stored[0]) == 14
-    assert stored[0] == stored[1]  # vLLM gave both ranks the one head
+            assert engine.call("metric", name="lmc_hit_tokens_total", labels={"tier": "redis"}) == 448
+
+
+def disk_files(disk: Path, rank: int) -> dict[str, bytes]:
+    """The chunks of a rank, without their footers."""
+    return {file.name: file.read_bytes()[:-FOOTER_BYTES] for file in disk.glob(f"v*/*/r{rank}/??/*")}
 
 
 def test_a_model_with_recurrent_layers_is_refused_and_the_engine_runs(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ DEVICE = "device"
 
 
 class Accounting:
-    """Receives the events. Raises ConfigError when the trace cannot be written."""
+    """Receives the events. A chunk has num_parts parts of chunk_bytes, on as many ranks. Raises ConfigError when the trace cannot be
+    written."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Accounting:
         namespace: Namespace,
         directory: Directory,
         chunk_bytes: int,
-        num_ranks: int,
+        num_parts: int,
         clock: Callable[[], float],
     ) -> None:
         self._directory = directory
@@ -48,7 +49,7 @@ class Accounting:
             self._recorder = TraceRecorder(
                 config.record,
                 chunk_tokens=namespace.chunk_tokens,
-                chunk_bytes=chunk_bytes * num_ranks,
+                chunk_bytes=chunk_bytes * num_parts,
                 namespace=namespace.label(),
                 now=clock(),
             )

@@ -71,6 +71,8 @@ class CacheScheduler:
         self._block_tokens = block_tokens
         self._blocks_per_chunk = self.chunk_tokens // block_tokens
         self.num_ranks = len(ready)
+        num_parts = sum(worker.part is not None for worker in ready)
+        self._bytes_of_all = self.chunk_bytes * num_parts
         self._clock = clock
         self._requests: dict[str, _Tracked] = {}
         self._loading: dict[int, Request] = {}  # operation -> the request that waits for it
@@ -87,7 +89,7 @@ class CacheScheduler:
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
-        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock)
+        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, num_parts, clock)
         self.metrics = self._accounting.metrics
         for worker in ready:
             self.metrics.note_copying(worker.rank, worker.copying)
@@ -265,7 +267,7 @@ class CacheScheduler:
 
     def stats(self) -> dict[str, object]:
         """The state of the cache in numbers. May be called from any thread."""
-        return collect_stats(self.namespace, self.directory, self.metrics, self.chunk_bytes * self.num_ranks)
+        return collect_stats(self.namespace, self.directory, self.metrics, self._bytes_of_all)
 
     def close(self, timeout: float | None = None) -> None:
         """Let questions under way be answered within timeout seconds (default: as configured), then close everything, whatever fails."""

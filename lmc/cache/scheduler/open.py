@@ -27,6 +27,8 @@ def open_directory(
     A tier that one rank could not open is left out. part (which, of how many): engines of a node that have a disk folder in common each
     take over their part of what is there. Raises ConfigError when a capacity is less than one chunk.
     """
+    host_slots = min(worker.host_slots for worker in ready)
+    ready = [worker for worker in ready if worker.part is not None]  # the others store nothing of their own
     chunk_bytes = ready[0].chunk_bytes * len(ready)
     file_bytes = stored_bytes(ready[0].chunk_bytes) * len(ready)
     below = {}
@@ -42,7 +44,6 @@ def open_directory(
                 )
     remote = [name for name in REMOTE_TIERS if all(name in worker.remote for worker in ready)]
     shared = [DISK] if config.disk.shared and DISK in below else []
-    host_slots = min(worker.host_slots for worker in ready)
     directory = build_directory(config, host_slots, chunk_bytes, below=below, remote=[*shared, *remote])
     superfluous: dict[str, list[ChunkKey]] = {}
     for name in below:
@@ -58,18 +59,19 @@ def open_directory(
 
 
 def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: Directory) -> Presence | None:
-    """Clients for the tiers that others write to, one for each rank; None when there is no such tier."""
+    """Clients for the tiers that others write to, one for each rank that stores; None when there is no such tier."""
     names = list(directory.known_remote())
     if not names:
         return None
     tiers: dict[str, list[Breaker]] = {name: [] for name in names}
-    for worker in ready:
-        namespace = worker.namespace
-        scope = TierScope(namespace.label(), worker.rank, namespace.layout, worker.chunk_bytes)
+    parts = [worker.part for worker in ready if worker.part is not None]
+    namespace, chunk_bytes = ready[0].namespace, ready[0].chunk_bytes
+    for part in parts:
+        scope = TierScope(namespace.label(), part, namespace.layout, chunk_bytes)
         opened, _ = open_tiers(config, scope)
         for name, tier in opened.items():
             if name in tiers:
                 tiers[name].append(tier)
             else:
                 tier.close()
-    return Presence({name: ranks for name, ranks in tiers.items() if len(ranks) == len(ready)})
+    return Presence({name: ranks for name, ranks in tiers.items() if len(ranks) == len(parts)})

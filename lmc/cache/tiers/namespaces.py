@@ -66,7 +66,8 @@ def list_namespaces(folder: Path) -> list[NamespaceUse]:
 class FolderShare:
     """How much one rank may still write to a disk folder: its share of the capacity, less what lies in the folders of its number.
 
-    A rank whose number is beyond those of this engine left its chunks to the rank that has the same rest.
+    A rank whose number is beyond those of this engine left its chunks to the rank that has the same rest. On the second node of an engine
+    the numbers begin with num_ranks.
     """
 
     def __init__(self, folder: Path, namespace: str, rank: int, num_ranks: int, capacity: int) -> None:
@@ -128,7 +129,7 @@ class FolderShare:
                         yield size
 
     def _is_mine(self, rank: str) -> bool:
-        return rank[:1] == "r" and rank[1:].isdigit() and int(rank[1:]) % self._num_ranks == self._rank
+        return rank[:1] == "r" and rank[1:].isdigit() and (int(rank[1:]) - self._rank) % self._num_ranks == 0
 
     def _free(self, wanted: int) -> int:
         """Remove chunks of namespaces that nobody uses, oldest first; returns the bytes freed."""

@@ -1,8 +1,9 @@
 """The memory of the host tier: one mapping of equal slots, made ready piece by piece in the background.
 
-The mapping is private and anonymous, which is what the kernel gives huge pages to: shared memory gets them under a switch of its own, off
-by default. A piece is bound to the GPU's memory node, touched by several threads and registered with the driver, in this order; then its
-slots are ready. Registering in one call would hold the driver's lock for minutes (0.1 s per GB), and start-up waits for none of it. What
+The mapping is private and anonymous, which is what the kernel gives huge pages to: shared memory, which ranks with the same KV have in
+common, gets them under a switch of its own, off by default. A piece is bound to the GPU's memory node, touched by several threads and
+registered with the driver, in this order; then its slots are ready. Registering in one call would hold the driver's lock for minutes (0.1 s
+per GB), and start-up waits for none of it. What
 fails leaves pageable memory and a text in `problem`: slower, never wrong.
 """
 
@@ -31,6 +32,7 @@ PAGE = mmap.PAGESIZE
 PIECE_BYTES = 1 << 30
 HUGE_PAGE = 2 << 20
 HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SHARED_HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 TOUCH_BYTES = 32 << 20  # one thread's bite; close() waits for no more than this
 RETRY_SECONDS = 0.05  # until pinning is tried again after it was refused because a CUDA graph was being captured
 
@@ -63,26 +65,35 @@ class Slab:
         numa_node: int | None = None,
         threads: int = 8,
         piece_bytes: int = PIECE_BYTES,
+        common: int | None = None,
     ) -> None:
-        """Maps the memory and starts to make it ready; takes microseconds. Raises TierError when it cannot be mapped."""
+        """Maps the memory and starts to make it ready; takes microseconds. Raises TierError when it cannot be mapped.
+
+        common: descriptor of memory of slab_bytes() that other processes map, too; the caller closes it.
+        """
         if num_slots < 1 or slot_bytes < 1:
             raise TierError(f"host tier: {num_slots} slots of {slot_bytes} bytes cannot be mapped; raise host.capacity")
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
-        self.slot_stride = -(-slot_bytes // PAGE) * PAGE
+        size = slab_bytes(num_slots, slot_bytes)
+        self.slot_stride = size // num_slots
         self.problem = ""  # why memory is not as it should be, for logs and metrics
-        size = num_slots * self.slot_stride
         try:
-            memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if common is None:
+                memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            else:
+                memory = mmap.mmap(common, size)
         except (OSError, ValueError, OverflowError) as error:
             raise TierError(f"host tier: cannot map {format_size(size)}: {error}; lower host.capacity") from error
         if registrar is not None:
             memory.madvise(mmap.MADV_DONTFORK)  # a child would get copies of pinned pages
         mapped = np.frombuffer(memory, dtype=np.uint8)  # keeps the mapping while a view of it lives
-        start = -mapped.ctypes.data % HUGE_PAGE
+        start = -mapped.ctypes.data % HUGE_PAGE if common is None else 0  # the same bytes of the file in every process
         self._bytes = mapped[start : start + size]
         self.base = self._bytes.ctypes.data  # address of slot 0; the others follow slot_stride bytes apart
-        if size >= HUGE_PAGE and (failure := _ask_for_huge_pages(memory)):
+        if size >= HUGE_PAGE and (
+            failure := _ask_for_huge_pages(memory, HUGE_PAGES_FILE if common is None else SHARED_HUGE_PAGES_FILE)
+        ):
             self.degrade(f"pages are small, which slows touching, pinning and copies: {failure}")
         self._registrar = registrar
         self._numa_node = numa_node
@@ -189,13 +200,18 @@ class Slab:
                 return True
 
 
-def open_slab(device: str, num_slots: int, slot_bytes: int) -> Slab:
+def slab_bytes(num_slots: int, slot_bytes: int) -> int:
+    """Size of num_slots slots that start on pages."""
+    return num_slots * -(-slot_bytes // PAGE) * PAGE
+
+
+def open_slab(device: str, num_slots: int, slot_bytes: int, common: int | None = None) -> Slab:
     """The slab beside a device: pinned and NUMA-local for "cuda:0", ordinary memory for "cpu". Raises TierError when it cannot be mapped.
 
-    Without a usable driver the slab is ordinary memory, and says so in `problem`.
+    common: as Slab takes it. Without a usable driver the slab is ordinary memory, and says so in `problem`.
     """
     if not device.startswith("cuda"):
-        return Slab(num_slots, slot_bytes)
+        return Slab(num_slots, slot_bytes, common=common)
     from lmc.cache.transfer.cuda import DeviceRegistrar, load_driver
 
     index = int(device.partition(":")[2] or 0)
@@ -204,10 +220,10 @@ def open_slab(device: str, num_slots: int, slot_bytes: int) -> Slab:
         registrar = DeviceRegistrar(driver, index)
         node = gpu_numa_node(driver.pci_bus_id(index))
     except TransferError as error:
-        slab = Slab(num_slots, slot_bytes)
+        slab = Slab(num_slots, slot_bytes, common=common)
         slab.degrade(f"all {num_slots} slots stay pageable: {error}")
         return slab
-    return Slab(num_slots, slot_bytes, registrar=registrar, numa_node=node)
+    return Slab(num_slots, slot_bytes, registrar=registrar, numa_node=node, common=common)
 
 
 def gpu_numa_node(pci_bus_id: str, sysfs: Path = Path("/sys/bus/pci/devices")) -> int | None:
@@ -222,12 +238,12 @@ def gpu_numa_node(pci_bus_id: str, sysfs: Path = Path("/sys/bus/pci/devices")) -
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _ask_for_huge_pages(memory: mmap.mmap) -> str:
+def _ask_for_huge_pages(memory: mmap.mmap, switch: Path) -> str:
     """Why the kernel will give none; empty if it may."""
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
-        if "[never]" in HUGE_PAGES_FILE.read_text():
-            return f"{HUGE_PAGES_FILE} is set to never; set it to madvise"
+        if "[never]" in switch.read_text():
+            return f"{switch} is set to never; set it to {'madvise' if switch == HUGE_PAGES_FILE else 'advise'}"
     except FileNotFoundError:
         return ""  # the kernel took the advice and does not say how it is set up
     except OSError as error:

@@ -8,9 +8,11 @@ from functools import partial
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
+from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.open import open_tiers
 from lmc.cache.transfer.backends import Backend, choose_backend
+from lmc.cache.transfer.common_slots import CommonSlots
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.pinned import open_slab
 from lmc.cache.transfer.planner import slot_bytes
@@ -25,31 +27,36 @@ logger = logging.getLogger(__name__)
 
 
 def open_worker(
-    config: CacheConfig, namespace: Namespace, layout: KVLayout, *, rank: int, num_ranks: int
+    config: CacheConfig,
+    namespace: Namespace,
+    layout: KVLayout,
+    *,
+    rank: int,
+    num_ranks: int,
+    common: CommonSlots | None = None,
 ) -> CacheWorker:
-    """A worker with a host slab and the tiers below, less what cannot be opened; see open_tiers. num_ranks of this engine share a node.
+    """A worker with a host slab and the tiers below, less what cannot be opened; see open_tiers.
 
-    Raises ConfigError when not a single chunk fits into host memory, and TierError when the configuration is strict.
+    num_ranks: those of this engine that share a node and store. common: None if this rank alone has its KV. Raises ConfigError when
+    not a single chunk fits into host memory, and TierError when the configuration is strict.
     """
-    blocks_per_chunk = namespace.chunk_tokens // layout.block_tokens
-    chunk_bytes = slot_bytes(layout, blocks_per_chunk)
-    share = host_bytes(config, rank, num_ranks)
-    num_slots = share // chunk_bytes
-    if num_slots < 1:
-        raise ConfigError(
-            f"host.capacity gives {format_size(share)} per rank, less than one chunk of {format_size(chunk_bytes)}; "
-            "raise it or lower chunk_tokens"
-        )
-    scope = TierScope(namespace.label(), rank, layout.fingerprint, chunk_bytes)
+    chunk_bytes = slot_bytes(layout, namespace.chunk_tokens // layout.block_tokens)
+    num_slots = count_slots(config, namespace, layout, rank, num_ranks) if common is None else common.num_slots
+    part = common.part if common is not None else rank
+    stores = common is None or common.stores
     with ExitStack() as opened:  # what a refusal closes again
-        tiers, warnings = open_tiers(config, scope, num_ranks)
+        tiers: dict[str, Breaker] = {}
+        warnings: list[str] = []
+        if stores:
+            scope = TierScope(namespace.label(), part, layout.fingerprint, chunk_bytes)
+            tiers, warnings = open_tiers(config, scope, num_ranks)
         for tier in tiers.values():
             opened.callback(tier.close)
         # Calibrated first: while memory is being touched and pinned, rates are not those of later.
         backend = choose_backend(
             layout, name=config.transfer_backend, is_pinned=lambda addresses: slab.is_pinned(addresses)
         )
-        slab = open_slab(layout.device, num_slots, chunk_bytes)
+        slab = open_slab(layout.device, num_slots, chunk_bytes, common.descriptor if common is not None else None)
         opened.callback(slab.close)
         worker = CacheWorker(
             namespace,
@@ -64,12 +71,25 @@ def open_worker(
             ),
             tiers,
             partial(read_copying, backend, slab),
+            part=part if stores else None,
             io_threads={name: config.redis.connections if name == "redis" else config.io_threads for name in tiers},
             close_timeout=config.close_timeout,
             warnings=[*warnings, *([slab.problem] if slab.problem else [])],
         )
         opened.pop_all()
     return worker
+
+
+def count_slots(config: CacheConfig, namespace: Namespace, layout: KVLayout, rank: int, num_ranks: int) -> int:
+    """Slots of one of num_ranks ranks. Raises ConfigError when there is no room for one."""
+    chunk_bytes = slot_bytes(layout, namespace.chunk_tokens // layout.block_tokens)
+    share = host_bytes(config, rank, num_ranks)
+    if share < chunk_bytes:
+        raise ConfigError(
+            f"host.capacity gives {format_size(share)} per rank, less than one chunk of {format_size(chunk_bytes)}; "
+            "raise it or lower chunk_tokens"
+        )
+    return share // chunk_bytes
 
 
 def open_streams(device: str, backend: Backend) -> TransferStreams | None:

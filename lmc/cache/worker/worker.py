@@ -38,7 +38,8 @@ WRITE_NICENESS = 10  # a tenth of the weight of an ordinary thread: enough to ge
 class CacheWorker:
     """Moves chunks between an engine's KV cache (through the copier), a slab of host slots, and tiers by name.
 
-    io_threads: number of read threads, and number of write threads, by tier.
+    io_threads: number of read threads, and number of write threads, by tier. part: see WorkerReady; if it is None, the slab is memory of
+    another rank, who fills it, and tiers is empty.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class CacheWorker:
         tiers: Mapping[str, Breaker],
         copying: Callable[[], CopyReading],
         *,
+        part: int | None,
         io_threads: Mapping[str, int],
         close_timeout: float = 10.0,
         warnings: Sequence[str] = (),
     ) -> None:
         self._namespace = namespace
         self._rank = rank
+        self._part = part
         self._slab = slab
         self.copier = copier
         self._tiers = dict(tiers)
@@ -95,6 +98,7 @@ class CacheWorker:
             tuple(name for name, tier in self._tiers.items() if not isinstance(tier, BoundedBreaker)),
             tuple(warnings),
             parents,
+            self._part,
         )
 
     def begin(self, work: Plan, *, by_layer: bool = False) -> None:
@@ -103,8 +107,11 @@ class CacheWorker:
         by_layer: the pass will call wait_layer() before each layer reads its blocks, so loads may still be under way when this returns.
         """
         self._loaded.update(work.failed_requests)
-        for copy in work.tier_copies:
-            self._tier_copies.begin(copy)
+        if self._part is not None:
+            for copy in work.tier_copies:
+                self._tier_copies.begin(copy)
+        else:  # that rank's report counts
+            self._finish([copy.ticket.operation for copy in work.tier_copies], None)
         for request in work.background_loads:
             self.copier.load_in_background(request)
         unfilled = set(work.failed_blocks)
@@ -127,8 +134,8 @@ class CacheWorker:
         self._note_unfilled(self.copier.end_layers())
         poisoned = work.known_faults.get(self._rank, 0) < self._fault
         for request in work.stores:
-            if poisoned:
-                self._finish([chunk.operation for chunk in request.chunks], COPY)
+            if poisoned or self._part is None:  # if its pass was garbage, so are the bytes of the rank that stores
+                self._finish([chunk.operation for chunk in request.chunks], COPY if poisoned else None)
             else:
                 self.copier.store(request)
 

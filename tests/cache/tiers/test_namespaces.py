@@ -110,6 +110,18 @@ def test_ranks_share_the_capacity_and_take_over_what_higher_ones_left(tmp_path: 
     assert chunks(tmp_path) == {2: 16}
 
 
+def test_on_the_second_node_of_an_engine_the_ranks_share_the_capacity_too(tmp_path: Path) -> None:
+    for number in (1, 2):
+        tiers = [open_tier(tmp_path, number, 8, num_ranks=2, rank=rank) for rank in (2, 3)]
+        for index in range(8):
+            for tier in tiers:
+                tier.put(key(index), payload(index))
+            assert total(tmp_path) <= 16 * FILE
+        for tier in tiers:
+            tier.close()
+        assert chunks(tmp_path) == {number: 16}  # what was there before made room
+
+
 def test_model_after_model_in_one_folder_stays_within_the_capacity(tmp_path: Path) -> None:
     capacity = 30 * stored_bytes(INSTANCE_CHUNK)
     for model in ("one", "two", "three"):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import nn
+from torch import distributed, nn
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.connectors.guard import contain
 from lmc.cache.connectors.vllm.adapters import Loaded, LoadedAdapters
+from lmc.cache.connectors.vllm.alike import ranks_alike
 from lmc.cache.connectors.vllm.identity import (
     model_identity,
     page_packing,
@@ -29,6 +31,7 @@ from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_model
 from lmc.cache.keys import Namespace
 from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
 from lmc.cache.transfer.layout import KVLayout
+from lmc.cache.worker.common import share_slots
 from lmc.cache.worker.open import open_worker
 from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import LmcError, ModelError
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -55,39 +60,66 @@ class WorkerSide:
     adapters: LoadedAdapters | None = None
     asked: StepPlan | None = None  # the step under way
     told: Loaded = field(default_factory=dict)
+    alike: int = 1  # neighbouring ranks that hold the same KV
     failure: str = "the engine registered no KV cache"
     owed: Owed = field(default_factory=Owed)
     gone: bool = False  # the cache has ended, and the scheduler's side is to know
 
     def open(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        parallel = self.vllm_config.parallel_config
-        if self.gone:
-            return
+        """All ranks must take part, whatever goes wrong on one of them."""
         try:
             readings = self._share_reading(lambda: self._first_reading(kv_caches))
-            require_full_attention(self.kv_cache_config)
-            packing = page_packing(self.vllm_config, kv_caches)
-            require_prefix_attention(packing)
-            layout = KVLayout.from_vllm(kv_caches, self.kv_cache_config, isa=packing)
-            self.model = model_identity(self.vllm_config, name_weights(readings))
-            namespace = Namespace(
-                engine="vllm",
-                model=self.model,
-                revision=str(self.vllm_config.model_config.revision or ""),
-                kv_dtype=f"{self.vllm_config.model_config.dtype}/{self.vllm_config.cache_config.cache_dtype}",
-                layout=layout.fingerprint,
-                chunk_tokens=chunk_tokens_for(self.config, layout.block_tokens),
-                tp_size=parallel.tensor_parallel_size,
-            )
-            here = int(getattr(parallel, "local_world_size", parallel.world_size))
-            self.worker = open_worker(self.config, namespace, layout, rank=parallel.rank, num_ranks=here)
+            self.worker = self._open_worker(lambda: self._describe(kv_caches, readings))
         except (LmcError, OSError) as error:
             if self.config.strict:
                 raise
             self.failure = str(error)
-            logger.error("lmc: no cache on rank %d: %s", parallel.rank, error)
+            logger.error("lmc: no cache on rank %d: %s", self.vllm_config.parallel_config.rank, error)
+
+    def _open_worker(self, describe: Callable[[], tuple[Namespace, KVLayout]]) -> CacheWorker:
+        parallel = self.vllm_config.parallel_config
+        here = int(getattr(parallel, "local_world_size", parallel.world_size))
+        alike = math.gcd(self.alike, here)
+        (namespace, layout), common = share_slots(
+            self.config, describe, rank=parallel.rank, alike=alike, num_ranks=here, gather=self._of_all_ranks
+        )
+        if common is None:
+            return open_worker(self.config, namespace, layout, rank=parallel.rank, num_ranks=here)
+        namespace = replace(namespace, tp_size=namespace.tp_size // alike)
+        with common:
+            return open_worker(
+                self.config, namespace, layout, rank=parallel.rank, num_ranks=here // alike, common=common
+            )
+
+    def _of_all_ranks(self, one: T) -> list[T]:
+        group = get_tp_group()
+        given = [one] * group.world_size
+        distributed.all_gather_object(given, one, group=group.cpu_group)
+        return given
+
+    def _describe(
+        self, kv_caches: dict[str, torch.Tensor], readings: Sequence[WeightsReading]
+    ) -> tuple[Namespace, KVLayout]:
+        """What is in this rank's KV memory, and where. Raises LmcError if it cannot be cached."""
+        require_full_attention(self.kv_cache_config)
+        packing = page_packing(self.vllm_config, kv_caches)
+        require_prefix_attention(packing)
+        layout = KVLayout.from_vllm(kv_caches, self.kv_cache_config, isa=packing)
+        self.model = model_identity(self.vllm_config, name_weights(readings))
+        namespace = Namespace(
+            engine="vllm",
+            model=self.model,
+            revision=str(self.vllm_config.model_config.revision or ""),
+            kv_dtype=f"{self.vllm_config.model_config.dtype}/{self.vllm_config.cache_config.cache_dtype}",
+            layout=layout.fingerprint,
+            chunk_tokens=chunk_tokens_for(self.config, layout.block_tokens),
+            tp_size=self.vllm_config.parallel_config.tensor_parallel_size,
+        )
+        return namespace, layout
 
     def _first_reading(self, kv_caches: dict[str, torch.Tensor]) -> WeightsReading:
+        if self.gone:
+            raise ModelError(self.failure)
         require_supported_options(self.vllm_config)
         self._find_weights(kv_caches)
         assert self.weights is not None
@@ -105,6 +137,8 @@ class WorkerSide:
         models = find_models(known)
         elsewhere = parallel.enable_expert_parallel and parallel.data_parallel_size > 1  # are some of the experts
         self.weights = HeldWeights(models, is_all=len(known) == len(kv_caches) and not elsewhere)
+        if len(known) == len(kv_caches):
+            self.alike = ranks_alike(self.kv_cache_config, models, known)
         if self.vllm_config.lora_config is not None:
             self.adapters = LoadedAdapters.of(models, parallel.rank)
 
