@@ -270,6 +270,8 @@ def _rot(folder: Path, generator: random.Random, done: dict[str, int], seconds: 
                 else:
                     with file.open("r+b") as stream:
                         size = stream.seek(0, 2)
+                        if size == 0:
+                            continue  # nothing was left of it
                         place = generator.randrange(size)
                         if what == "cut":
                             stream.truncate(place)

@@ -40,7 +40,7 @@ def unsupported_option(*_: object, **__: object) -> None:
 
 
 def open_worker_side(**values: object) -> WorkerSide:
-    parallel = SimpleNamespace(tensor_parallel_size=1, enable_expert_parallel=False, rank=0)
+    parallel = SimpleNamespace(tensor_parallel_size=1, world_size=1, enable_expert_parallel=False, rank=0)
     config = SimpleNamespace(
         parallel_config=parallel,
         compilation_config=SimpleNamespace(static_forward_context={}),
