@@ -42,6 +42,7 @@ class Outcome:
     cached_tokens: int | None = None
     http_status: int | None = None
     finished: bool = False  # the server said why it ended, or counted the tokens
+    opening: bool = False  # the first request of its connection in a closed loop
 
     @property
     def ok(self) -> bool:

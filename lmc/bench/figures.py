@@ -15,6 +15,7 @@ from lmc.bench.stages import ArmData, hits_by_tier
 from lmc.bench.workload import Slo, Workload
 
 PERCENTILES = (50, 90, 99)
+MANY_CONNECTIONS = 16  # from here on the start of a closed loop is another load than the rest
 
 
 def arm_figures(runs: Sequence[ArmData], records: Sequence[RequestRecord], workload: Workload, plan: Plan) -> ArmResult:
@@ -28,6 +29,8 @@ def arm_figures(runs: Sequence[ArmData], records: Sequence[RequestRecord], workl
     told = [data.expected_by_tier for data in runs if data.expected_by_tier is not None]
     complete = len(told) == len(runs) and len(answered) == len(plan.items) * len(runs)
     expected = [r.expected_hit_tokens for r in answered]
+    start = [r for r in answered if r.opening] if (plan.concurrency or 1) > MANY_CONNECTIONS else []
+    apart = bool(start) and 2 * len(start) <= len(answered)
     prompt_tokens, output_tokens = sum(r.prompt_tokens for r in answered), sum(r.output_tokens for r in answered)
     return ArmResult(
         name=first.name,
@@ -44,7 +47,7 @@ def arm_figures(runs: Sequence[ArmData], records: Sequence[RequestRecord], workl
         expected_hit_tokens=None if any(e is None for e in expected) else sum(e or 0 for e in expected),
         output_tokens=output_tokens,
         wall_s=wall,
-        ttft_ms=percentiles([r.ttft_ms for r in answered]),
+        ttft_ms=percentiles([r.ttft_ms for r in answered if not (apart and r.opening)]),
         tpot_ms=percentiles([r.tpot_ms for r in answered]),
         itl_ms=percentiles([gap for r in answered for gap in r.itl_ms]),
         e2e_ms=percentiles([r.e2e_ms for r in answered]),
@@ -55,9 +58,11 @@ def arm_figures(runs: Sequence[ArmData], records: Sequence[RequestRecord], workl
         phases=[phase for data in runs for phase in data.phases],
         timeline=first.timeline,
         counters=_added(map(_own_counters, runs)),
-        self_check=check_client([stretch for data in runs for stretch in data.measured]),
+        self_check=check_client([stretch for data in runs for stretch in data.measured], apart),
         settings=first.arm.model_dump(),
         notes=first.notes,
+        start_requests=len(start) if apart else 0,
+        start_ttft_p50_ms=percentiles([r.ttft_ms for r in start]).get("p50") if apart else None,
         expected_hit_tokens_by_tier={tier: int(tokens) for tier, tokens in _added(told).items()} if complete else None,
     )
 

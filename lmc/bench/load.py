@@ -13,6 +13,7 @@ from lmc.bench.schedule import Plan
 
 OnDone = Callable[[Outcome], Awaitable[bool]]  # False: send nothing more
 TICK_S = 0.02
+STEP_S = 0.004  # between the first requests of a closed loop's connections; opening one takes a fraction of it
 
 
 @dataclass(frozen=True)
@@ -94,25 +95,32 @@ async def run_load(
             elif item.at_s is None:
                 ready = max(start, time.perf_counter())
             intended = ready if item.at_s is None else start + item.at_s
-            await asyncio.sleep(max(0.0, intended - time.perf_counter()))
+            await asyncio.sleep(
+                max(0.0, intended - time.perf_counter())
+            )  # other connections' turn: a slow client shows here
             return intended
 
-        async def send(index: int, intended_s: float) -> None:
+        async def send(index: int, intended_s: float, opening: bool = False) -> None:
             nonlocal stopped
             request = plan.items[index].request
             try:
                 if not stopped and (seconds is None or time.perf_counter() - start <= seconds):
                     target = targets[(request.session + request.turn) % len(targets)]
                     outcome = await complete(http, target, request, f"{label}/{request.id}", intended_s)
+                    outcome.opening = opening
                     outcomes[index] = outcome
                     stopped |= not await on_done(outcome)
             finally:
                 done[index].set()
 
-        async def work(units: list[list[int]]) -> None:
+        async def work(units: list[list[int]], number: int) -> None:
+            """One connection of a closed loop. They begin one after the other, because the client can't open them all at once."""
+            await asyncio.sleep(max(0.0, start + number * STEP_S - time.perf_counter()))
+            opening = True
             while units:
                 for index in units.pop():
-                    await send(index, await due(index))
+                    await send(index, await due(index), opening)
+                    opening = False
 
         async def arrive(index: int, slots: asyncio.Semaphore) -> None:
             intended = await due(index)
@@ -122,8 +130,8 @@ async def run_load(
         async with asyncio.TaskGroup() as group:
             if plan.units is not None:
                 waiting = plan.units[::-1]
-                for _ in range(plan.concurrency or 1):
-                    group.create_task(work(waiting))
+                for number in range(plan.concurrency or 1):
+                    group.create_task(work(waiting, number))
             else:
                 slots = asyncio.Semaphore(plan.concurrency or len(plan.items) or 1)
                 for index in range(len(plan.items)):

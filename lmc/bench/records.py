@@ -56,6 +56,7 @@ class RequestRecord:
     admit_ms: float | None = None
     cached_by_tier: Mapping[str, int] | None = None
     miss: str | None = None
+    opening: bool = False  # the first request of its connection in a closed loop
 
     @property
     def ok(self) -> bool:
@@ -98,6 +99,7 @@ def to_record(
         **asdict(costs or Costs()),
         tokens=outcome.tokens,
         gaps=outcome.gaps,
+        opening=outcome.opening,
     )
 
 
@@ -168,6 +170,8 @@ class ArmResult:
     settings: dict[str, Any] = field(default_factory=dict)  # Any: the arm as the workload states it
     expected_hit_tokens_by_tier: dict[str, int] | None = None
     notes: list[str] = field(default_factory=list)  # measurements that the server does not allow
+    start_requests: int = 0  # first requests of many connections, which ttft_ms leaves out
+    start_ttft_p50_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,11 @@ class SelfCheck:
         return problem
 
 
-def check_client(stretches: Sequence[Measured]) -> SelfCheck:
-    """The self-check over all stretches of load of one arm."""
+def check_client(stretches: Sequence[Measured], without_start: bool = False) -> SelfCheck:
+    """The self-check over all stretches of load of one arm. `without_start` leaves the first request of each connection out of the lag."""
     outcomes = [outcome for stretch in stretches for outcome in stretch.outcomes]
-    send = np.array([outcome.sent_s - outcome.intended_s for outcome in outcomes] or [0.0]) * 1e3
+    judged = [outcome for outcome in outcomes if not (without_start and outcome.opening)]
+    send = np.array([outcome.sent_s - outcome.intended_s for outcome in judged] or [0.0]) * 1e3
     loop = np.array([lag for stretch in stretches for lag in stretch.loop_lags_s] or [0.0]) * 1e3
     rates = [stretch.requested_rate for stretch in stretches if stretch.requested_rate is not None]
     sending, wall = sum(stretch.sending_s for stretch in stretches), sum(stretch.wall_s for stretch in stretches)

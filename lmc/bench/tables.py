@@ -275,6 +275,8 @@ def self_check_table(results: Results) -> Table:
         Column("achieved", "requests/s"),
         Column("client CPU", "% of a core", 1),
         Column("client processes"),
+        Column("requests of the start"),
+        Column("their TTFT p50", "ms", 0),
     ]
     rows: list[list[Cell]] = [
         [
@@ -286,11 +288,21 @@ def self_check_table(results: Results) -> Table:
             check.achieved_rate,
             check.client_cpu * 100,
             check.processes,
+            arm.start_requests or None,
+            arm.start_ttft_p50_ms,
         ]
         for arm in results.arms
         if (check := arm.self_check) is not None
     ]
-    return Table("Client", columns, rows)
+    started = any(arm.start_requests for arm in results.arms)
+    note = (
+        "The start, the first request of each connection, is left out of the send lag and of the arm's TTFT."
+        if started
+        else ""
+    )
+    if not started:
+        columns, rows = columns[:-2], [row[:-2] for row in rows]
+    return Table("Client", columns, rows, note)
 
 
 def phases_table(results: Results) -> Table:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.bench.client import Outcome
-from lmc.bench.load import Measured
+from lmc.bench.client import Outcome, Target
+from lmc.bench.load import STEP_S, Measured, run_load
 from lmc.bench.prompts import Conversation, Request
 from lmc.bench.schedule import Plan, arrival_times, make_plan, split
 from lmc.bench.selfcheck import check_client
@@ -168,3 +170,37 @@ def test_the_achieved_rate_of_an_open_loop_that_keeps_up_is_the_requested_one() 
     closed = check_client([Measured(outcomes, 5.5, 5.0, 0.5, [], None)])
     assert (closed.requested_rate, closed.achieved_rate) == (None, 2.0)
     assert check_client([]).achieved_rate == 0.0
+
+
+def test_connections_of_a_closed_loop_begin_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred requests at the same moment make the client late, and then the figures of its start are those of the client."""
+    sent: list[float] = []
+    all_sent = asyncio.Event()
+
+    async def complete(http: Any, target: Target, request: Request, request_id: str, intended_s: float) -> Outcome:
+        sent.append(intended_s)
+        if len(sent) == 100:
+            all_sent.set()
+        await all_sent.wait()
+        return Outcome(request, intended_s, intended_s, "ok")
+
+    async def on_done(outcome: Outcome) -> bool:
+        return True
+
+    monkeypatch.setattr("lmc.bench.load.complete", complete)
+    plan = _plan(_sessions(*[1] * 150), {"kind": "closed", "concurrency": 100})
+    measured = asyncio.run(run_load(plan, [Target("http://127.0.0.1:9/v1", "m")], "x", on_done))
+    assert min(later - earlier for earlier, later in itertools.pairwise(sent[:100])) > 0
+    assert sent[99] - sent[0] >= 90 * STEP_S, "timers may be a millisecond early"
+    assert [outcome.opening for outcome in measured.outcomes].count(True) == 100
+
+
+def test_the_start_is_not_judged() -> None:
+    request = Request("p", 0, 0, EMPTY, 2)
+    late = [Outcome(request, 0.0, 0.1, "ok", opening=True) for _ in range(100)]
+    steady = [Outcome(request, 1.0, 1.001, "ok") for _ in range(200)]
+    stretch = Measured([*late, *steady], 5.0, 1.0, 0.5, [], None)
+    assert check_client([stretch]).send_lag_p99_ms > 90
+    judged = check_client([stretch], without_start=True)
+    assert judged.send_lag_p99_ms == pytest.approx(1.0)
+    assert judged.requests == 300
