@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,6 +35,9 @@ class Asked:
     concurrency: int
     rate: float | None
     seed: int | None
+    prompts: str | None = None
+    trace: str | None = None
+    speed: float = 1.0
 
 
 def server_workload(asked: Asked) -> Workload:
@@ -43,28 +47,38 @@ def server_workload(asked: Asked) -> Workload:
     arms = dict(_arm(url, index) for index, url in enumerate(asked.urls))
     if len(arms) < len(asked.urls):
         raise WorkloadError("--url: two servers have the same name")
+    if asked.prompts is not None and asked.trace is not None:
+        raise WorkloadError("give either --prompts or --trace")
     again = {"source": {"kind": "repeat", "part": "new"}, "pick": {"sessions": max(1, asked.requests // 2)}}
     load: dict[str, object] = {"kind": "closed", "concurrency": asked.concurrency}
     if asked.rate is not None:
         load = {"kind": "poisson", "rate": asked.rate}
+    parts: dict[str, Any] = {  # Any: as in a workload file
+        "new": {
+            "source": {"kind": "random", "tokens": asked.prompt_tokens},
+            "pick": {"sessions": asked.requests},
+            "output_tokens": asked.output_tokens,
+        },
+        "again": {**again, "output_tokens": asked.output_tokens},
+    }
+    about = "New random prompts, then half of them once more, sent to a running server."
+    if (file := asked.prompts or asked.trace) is not None:
+        source = {"kind": "trace" if asked.trace else "chats", "path": str(Path(file).absolute())}
+        pick = {"sessions": asked.requests}
+        parts = {"file": {"source": source, "pick": pick, "output_tokens": asked.output_tokens}}
+        about = f"The first {asked.requests} requests of {Path(file).name}, sent to a running server."
+    if asked.trace is not None:
+        load = {"kind": "trace", "speed": asked.speed}
     document: dict[str, Any] = {  # Any: as in a workload file
         "name": "server",
-        "about": "New random prompts, then half of them once more, sent to a running server.",
-        "licence": "random tokens",
+        "about": about,
         "seed": secrets.randbelow(1 << 31) if asked.seed is None else asked.seed,
-        "parts": {
-            "new": {
-                "source": {"kind": "random", "tokens": asked.prompt_tokens},
-                "pick": {"sessions": asked.requests},
-                "output_tokens": asked.output_tokens,
-            },
-            "again": {**again, "output_tokens": asked.output_tokens},
-        },
+        "parts": parts,
         "load": load,
         "engine": {"context": ANY_LENGTH},
         "arms": {name: {**common, "url": url} for name, url in arms.items()},
     }
-    if len(arms) > 1 and asked.rate is None and asked.concurrency == 1:
+    if len(arms) > 1 and load == {"kind": "closed", "concurrency": 1}:
         document["interleave"] = 3
     try:
         return Workload.model_validate(document)

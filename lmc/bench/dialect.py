@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lmc.bench.chats import to_api
 from lmc.bench.prompts import Request
 
 Api = Literal["completions", "chat"]
@@ -32,7 +33,9 @@ def payload(dialect: Dialect, model: str, request: Request, request_id: str) -> 
     """The body of a request. A request that is sent as text must have its text, one that is sent as a chat its messages."""
     body: dict[str, object] = {"model": model, "stream": True, "temperature": 0, dialect.limit: request.output_tokens}
     if dialect.api == "chat":
-        body["messages"] = request.messages
+        body["messages"] = to_api(request.messages or ())
+        if request.tools:
+            body["tools"] = request.tools
     else:
         body["prompt"] = request.prompt if dialect.prompt_ids else request.text
     if dialect.request_id:

@@ -207,4 +207,4 @@ async def _send(pipe: Connection, job: Job) -> None:
 
 def _without_prompt(request: Request) -> Request:
     """The request without its prompt, which the other side knows."""
-    return replace(request, prompt=_UNSENT, messages=None, text=None)
+    return replace(request, prompt=_UNSENT, messages=None, tools=None, text=None)

@@ -16,9 +16,12 @@ import jinja2
 import numpy as np
 from jinja2.sandbox import SandboxedEnvironment
 
+from lmc.bench.chats import read_chats
 from lmc.bench.sources import Row, find_file, read_rows, read_text
 from lmc.bench.tokenizer import Message, ModelTokenizer, Tokens
+from lmc.bench.traces import trace_prompts
 from lmc.bench.workload import (
+    ChatSource,
     FileSource,
     HubSource,
     PackageSource,
@@ -44,6 +47,7 @@ class Request:
     think_s: float = 0.0
     at_s: float | None = None
     messages: tuple[Message, ...] | None = None  # of a chat
+    tools: tuple[Any, ...] | None = None  # Any: JSON schemas of functions that a chat may call
     text: str | None = None  # for servers that take no tokens
 
     @property
@@ -104,7 +108,7 @@ def random_tokens(tokenizer: ModelTokenizer, count: int, *seed: int | str) -> To
 
 def in_words(request: Request, tokenizer: ModelTokenizer) -> Request:
     """The request with its text and messages, for servers that take no tokens."""
-    text = tokenizer.decode(request.prompt)
+    text = tokenizer.decode(request.prompt) if request.text is None else request.text
     return replace(request, text=text, messages=request.messages or ({"role": "user", "content": text},))
 
 
@@ -136,6 +140,8 @@ def _build_part(
             ]
             for index, request in enumerate(last)
         ]
+    if isinstance(source, ChatSource):
+        return _picked(part, (("", session) for session in _chat_sessions(name, part, source, tokenizer, base)))
     if isinstance(source, TraceSource):
         sessions = _trace_sessions(name, part, source, workload.seed, tokenizer, base)
         return _picked(part, (("", session) for session in sessions))
@@ -222,8 +228,9 @@ def _row_prompts(
     messages: list[Message] = []
     if session.system:
         messages.append({"role": "system", "content": names.text(session.system, row, index)})
-    turns = _string_list(names.value(session.turns, row, index), "session.turns")
-    replies = _string_list(names.value(session.replies, row, index), "session.replies") if session.replies else []
+    turns = _string_list(names.value(session.turns, row, index), "session.turns", index)
+    found = names.value(session.replies, row, index) if session.replies else []
+    replies = _string_list(found, "session.replies", index)
     if len(replies) < len(turns) - 1:
         raise WorkloadError(
             f"session.replies: {len(replies)} replies for {len(turns)} turns (row {index}); give one for each turn but the last"
@@ -235,9 +242,14 @@ def _row_prompts(
             messages.append({"role": "assistant", "content": replies[turn]})
 
 
-def _string_list(value: object, where: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise WorkloadError(f"{where}: the expression gives {type(value).__name__}; it must give a list of texts")
+def _string_list(value: object, where: str, index: int) -> list[str]:
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise WorkloadError(f"{where}: the expression gives {kind} (row {index}); it must give a list of texts")
+    for item in value:
+        if not isinstance(item, str):
+            kind = type(item).__name__
+            raise WorkloadError(f"{where}: the list holds {kind} (row {index}); it must give a list of texts")
     return value
 
 
@@ -290,20 +302,28 @@ class _Names:
 def _trace_sessions(
     name: str, part: Part, source: TraceSource, seed: int, tokenizer: ModelTokenizer, base: Path
 ) -> Iterator[Conversation]:
-    path = find_file(source.path, base)
-    scale = source.tokens_per_block / source.block_tokens
-    trace_blocks: dict[int, Tokens] = {}
-    for index, row in enumerate(read_rows(FileSource(path=str(path)), base)):
-        try:
-            ids, length, at_s = row["hash_ids"], int(row["input_length"]), float(row["timestamp"]) / 1000
-            output = max(1, round(int(row.get("output_length", part.output_tokens)) * scale))
-        except (KeyError, TypeError, ValueError) as error:
-            raise WorkloadError(
-                f"{path}:{index + 1}: timestamp, input_length or hash_ids is missing or wrong: {error!r}"
-            ) from error
-        for block_id in ids:
-            if block_id not in trace_blocks:
-                drawn = random_tokens(tokenizer, source.tokens_per_block, seed, int(block_id))
-                trace_blocks[block_id] = drawn
-        prompt = np.concatenate([trace_blocks[block_id] for block_id in ids])[: max(1, round(length * scale))]
-        yield [Request(name, index, 0, prompt, min(output, part.output_tokens), at_s=at_s)]
+    def draw(count: int, kind: str, number: int) -> Tokens:
+        return random_tokens(tokenizer, count, seed, kind, number)
+
+    for index, (prompt, output, at_s) in enumerate(trace_prompts(find_file(source.path, base), source, draw)):
+        limit = part.output_tokens if output is None else min(output, part.output_tokens)
+        yield [Request(name, index, 0, prompt, limit, at_s=at_s)]
+
+
+def _chat_sessions(
+    name: str, part: Part, source: ChatSource, tokenizer: ModelTokenizer, base: Path
+) -> Iterator[Conversation]:
+    for index, written in enumerate(read_chats(find_file(source.path, base))):
+        session = []
+        for turn, asked in enumerate(written):
+            prompt = (
+                tokenizer.encode_chat(asked.messages, asked.tools)
+                if asked.text is None
+                else tokenizer.encode(asked.text)
+            )
+            limit = min(max(1, asked.max_tokens or part.output_tokens), part.output_tokens)
+            think_s, tools = part.think if turn else 0.0, None if asked.tools is None else tuple(asked.tools)
+            messages = tuple(asked.messages) or None
+            session.append(Request(name, index, turn, prompt, limit, think_s, asked.at_s, messages, tools, asked.text))
+        if session:
+            yield session

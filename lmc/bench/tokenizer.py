@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lmc.errors import ModelError, WorkloadError
 
 Tokens = NDArray[np.int32]
-Message = dict[str, str]
+Message = dict[str, Any]  # Any: a message of OpenAI's chat API; role and content are text, tool calls are objects
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class ModelTokenizer:
         text: str = self.backend.decode(tokens.tolist(), skip_special_tokens=False)
         return text
 
-    def encode_chat(self, messages: list[Message]) -> Tokens:
+    def encode_chat(self, messages: list[Message], tools: list[Any] | None = None) -> Tokens:
         """The prompt that asks for the next assistant message. Raises WorkloadError if the model has no chat template."""
         if self.template is None:
             raise WorkloadError("the model has no chat template; use session.prompt, or a model that has one")
         try:
-            text = self.template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except jinja2.TemplateError as error:
+            text = self.template.render(messages=messages, tools=tools, add_generation_prompt=True, **self.special)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise WorkloadError(f"the model's chat template refuses the messages: {error}") from error
         return self.encode(text, add_special=False)
 

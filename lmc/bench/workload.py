@@ -101,21 +101,29 @@ class RepeatSource(Strict):
 
 
 class TraceSource(Strict):
-    """Requests of a trace that names its trace blocks by ids (`timestamp` in ms, `hash_ids`, `input_length`, `output_length`).
+    """Requests of a trace in any format that lmc sim reads and that names its trace blocks by ids: lmc's own record, Mooncake, Bailian, ...
 
     Each id becomes `tokens_per_block` tokens that depend on nothing but the id and the seed; `block_tokens` is the length of a trace block
-    in the trace. Lengths are scaled by tokens_per_block / block_tokens.
+    in the trace, if the trace does not say it. Lengths are scaled by tokens_per_block / block_tokens; by default they stay as they are.
     """
 
     kind: Literal["trace"]
     path: str
-    block_tokens: Count = 512
-    tokens_per_block: Count = 512
+    block_tokens: Count | None = None
+    tokens_per_block: Count | None = None
+
+
+class ChatSource(Strict):
+    """Conversations of ShareGPT, chats of OpenAI's API with tools, or plain prompts, as JSON objects in a file (JSONL, .gz, .zst)."""
+
+    kind: Literal["chats"]
+    path: str
 
 
 Rows = FileSource | PackageSource | HubSource
 Source = Annotated[
-    FileSource | PackageSource | HubSource | RandomSource | RepeatSource | TraceSource, Field(discriminator="kind")
+    FileSource | PackageSource | HubSource | RandomSource | RepeatSource | TraceSource | ChatSource,
+    Field(discriminator="kind"),
 ]
 
 
@@ -372,7 +380,20 @@ def overlay(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 def first_error(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    kinds = {"file", "package", "hub", "random", "repeat", "trace", "closed", "constant", "poisson", "gamma", "users"}
+    kinds = {
+        "file",
+        "package",
+        "hub",
+        "random",
+        "repeat",
+        "trace",
+        "chats",
+        "closed",
+        "constant",
+        "poisson",
+        "gamma",
+        "users",
+    }
     place = ".".join(str(step) for step in problem["loc"] if step not in kinds)
     message = problem["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message

@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 URL_ONLY = (
-    "api", "header", "ca", "reset", "requests", "prompt_tokens", "output_tokens", "concurrency", "rate", "seed"
+    "api", "header", "ca", "reset", "requests", "prompt_tokens", "output_tokens", "concurrency", "rate", "seed", "prompts", "trace", "speed"
 )  # fmt: skip
 
 
@@ -76,7 +76,25 @@ def run(
     reset: Annotated[
         bool, typer.Option("--reset", help="With --url: ask the server to empty its caches before the load.")
     ] = False,
-    requests: Annotated[int, typer.Option(min=1, help="With --url: number of new prompts; half come again.")] = 24,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --url: send the requests of this file: ShareGPT, OpenAI chats or prompts, as JSON objects."
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --url: send prompts like those of this trace (lmc's record, Mooncake, ...), at its times."
+        ),
+    ] = None,
+    speed: Annotated[float, typer.Option(help="With --trace: divide the times between arrivals by this factor.")] = 1.0,
+    requests: Annotated[
+        int,
+        typer.Option(
+            min=1, help="With --url: number of new prompts, of which half come again; or of requests of a file."
+        ),
+    ] = 24,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="With --url: tokens of a prompt.")] = 1000,
     output_tokens: Annotated[int, typer.Option(min=1, help="With --url: tokens of an answer.")] = 32,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests at a time.")] = 1,
@@ -119,6 +137,7 @@ def run(
             Asked(
                 url or [], model, api, header or [], authority, reset, requests, prompt_tokens, output_tokens,
                 concurrency, rate, seed,
+                None if prompts is None else str(prompts), None if trace is None else str(trace), speed,
             )
         )  # fmt: skip
     folder = out or Path("reports") / plan.name

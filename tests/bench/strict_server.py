@@ -14,7 +14,17 @@ from typing import Any
 from aiohttp import web
 
 COMPLETION = {"model", "prompt", "max_tokens", "temperature", "stream", "stream_options", "logprobs", "seed"}
-CHAT = {"model", "messages", "max_completion_tokens", "temperature", "stream", "stream_options", "logprobs", "seed"}
+CHAT = {
+    "model",
+    "messages",
+    "tools",
+    "max_completion_tokens",
+    "temperature",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "seed",
+}
 
 
 @dataclass

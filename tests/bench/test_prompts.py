@@ -11,7 +11,7 @@ import pytest
 from lmc.bench.prompts import Prompts, build_prompts, random_tokens
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Workload
-from lmc.errors import ModelError, WorkloadError
+from lmc.errors import ModelError, TraceError, WorkloadError
 from tests.bench.conftest import small_workload
 
 
@@ -127,7 +127,10 @@ def test_documents_values_and_where(tokenizer: ModelTokenizer, tmp_path: Path) -
     ("part", "message"),
     [
         ({"session": {"turns": "row.absent"}}, "expression 'row.absent' fails on row 0: .*absent"),
-        ({"session": {"turns": "row.n"}}, r"session\.turns: the expression gives int; it must give a list of texts"),
+        (
+            {"session": {"turns": "row.n"}},
+            r"session\.turns: the expression gives int \(row 0\); it must give a list of texts",
+        ),
         ({"session": {"turns": "row.n +"}}, r"expression 'row\.n \+' fails"),
         ({"session": {"prompt": "{{ row.absent.more }}"}}, "a template fails on row 0"),
         ({"session": {"prompt": "x"}, "where": "row.n > 5"}, "no session is left"),
@@ -157,7 +160,10 @@ def test_a_trace_expands_equal_ids_to_equal_tokens_and_scales_lengths(
         {"timestamp": 7000, "input_length": 512, "output_length": 1, "hash_ids": [10]},
     ]
     _write(tmp_path, rows)
-    part = {"source": {"kind": "trace", "path": "rows.jsonl", "tokens_per_block": 64}, "output_tokens": 16}
+    part = {
+        "source": {"kind": "trace", "path": "rows.jsonl", "block_tokens": 512, "tokens_per_block": 64},
+        "output_tokens": 16,
+    }
     requests = [session[0] for session in _part(tokenizer, tmp_path, part).parts["p"]]
     assert [len(r.prompt) for r in requests] == [125, 192, 64]
     assert [r.output_tokens for r in requests] == [8, 16, 1]
@@ -165,7 +171,7 @@ def test_a_trace_expands_equal_ids_to_equal_tokens_and_scales_lengths(
     assert requests[0].prompt.tolist() == requests[1].prompt[:125].tolist()
     assert requests[2].prompt.tolist() != requests[1].prompt[:64].tolist()
     (tmp_path / "rows.jsonl").write_text('{"timestamp": 1}\n')
-    with pytest.raises(WorkloadError, match=r"rows\.jsonl:1: timestamp, input_length or hash_ids is missing"):
+    with pytest.raises(TraceError, match=r"rows\.jsonl, line 1: "):
         _part(tokenizer, tmp_path, part)
 
 
