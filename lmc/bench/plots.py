@@ -105,5 +105,34 @@ def ttft_parts(groups: Sequence[tuple[str, Sequence[RequestRecord]]], parts: Seq
     return to_figure(picture, "TTFT in parts", "Means over the requests with hits and over those without.")
 
 
+RatePoints = Sequence[tuple[float, float, float | None, float | None, float | None]]
+
+
+def latency_over_throughput(lines: Mapping[str, RatePoints], slo: Mapping[str, float | None]) -> Figure:
+    """Of each arm: (requests/s, output tokens/s, TTFT p50, TTFT p90, TPOT p50; times in ms) at each rate."""
+    picture, (left, right) = new_axes(2, width=5.2)
+    markers = "osD^vP*X"
+    for index, (arm, points) in enumerate(lines.items()):
+        style = {"color": COLORS[index % len(COLORS)], "marker": markers[index % len(markers)], "ms": 4}
+        rates, tokens = [point[0] for point in points], [point[1] for point in points]
+        left.plot(rates, [np.nan if p[2] is None else p[2] for p in points], label=f"{arm}, p50", **style)
+        left.plot(rates, [np.nan if p[3] is None else p[3] for p in points], label=f"{arm}, p90", ls="--", **style)
+        right.plot(tokens, [np.nan if p[4] is None else p[4] for p in points], label=arm, **style)
+    for axis, name, label in (
+        (left, "ttft_ms", "time to first token (ms)"),
+        (right, "tpot_ms", "time per output token, p50 (ms)"),
+    ):
+        if bound := slo.get(name):
+            axis.axhline(bound, color="#555555", lw=1, ls=":", label="SLO")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, fontsize=8)
+    left.set_xlabel("requests/s")
+    right.set_xlabel("output tokens/s")
+    return to_figure(
+        picture, "Latency over throughput", "One mark per rate; further right at the same height serves more."
+    )
+
+
 def _plain(value: float, _: int) -> str:
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,9 @@ from lmc.cli.default_command import DefaultCommandGroup
 
 if TYPE_CHECKING:
     from lmc.bench.progress import Progress
-    from lmc.bench.records import Results
+    from lmc.bench.rates import RateResults
+    from lmc.bench.records import RequestRecord, Results
+    from lmc.bench.workload import Workload
 
 app = typer.Typer(
     cls=DefaultCommandGroup,
@@ -102,6 +105,16 @@ def run(
         float | None,
         typer.Option(help="With --url: requests per second, which arrive at random, in place of --concurrency."),
     ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="Measure at each of these rates, separated by commas, such as 1,2,4,8 requests/s."),
+    ] = None,
+    find_rate: Annotated[
+        bool, typer.Option("--find-rate", help="Find the highest rate at which each arm holds the SLOs, by bisection.")
+    ] = False,
+    slo: Annotated[
+        str | None, typer.Option(help="Bounds that requests must keep, such as ttft_ms=500,tpot_ms=50.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="With --url: seed of the prompts, by default another one each time.")
     ] = None,
@@ -112,6 +125,7 @@ def run(
     """
     from lmc.bench.adhoc import Asked, server_workload
     from lmc.bench.progress import JsonLines, Live, Quiet
+    from lmc.bench.rates import find, parse_rates, parse_slo, sweep, write_rates
     from lmc.bench.records import write_results
     from lmc.bench.render import write_report
     from lmc.bench.run import RunOptions, run_workload
@@ -140,18 +154,32 @@ def run(
                 None if prompts is None else str(prompts), None if trace is None else str(trace), speed,
             )
         )  # fmt: skip
+    if slo is not None:
+        plan = plan.model_copy(update={"slo": parse_slo(slo)})
     folder = out or Path("reports") / plan.name
     starts_engines = any(plan.arms[name].url is None for name in arm or plan.arms if name in plan.arms)
     name, model_folder = _model(model or plan.model, tokenizer, starts_engines)
 
-    def options(progress: Progress) -> RunOptions:
-        return RunOptions(base, name, model_folder, arm or [], repeat, scratch=scratch, progress=progress)
+    def measure(load: Workload, arms: Sequence[str]) -> tuple[Results, list[RequestRecord]]:
+        def with_progress(progress: Progress) -> tuple[Results, list[RequestRecord]]:
+            options = RunOptions(base, name, model_folder, arms, repeat, scratch=scratch, progress=progress)
+            return run_workload(load, options)
 
-    if quiet or as_json:
-        results, records = run_workload(plan, options(JsonLines() if as_json else Quiet()))
-    else:
+        if quiet or as_json:
+            return with_progress(JsonLines() if as_json else Quiet())
         with Live() as live:
-            results, records = run_workload(plan, options(live))
+            return with_progress(live)
+
+    if rates is not None or find_rate:
+        chosen = arm or list(plan.arms)
+        if rates is not None:
+            found = sweep(plan, chosen, parse_rates(rates), measure, folder)
+        else:
+            found = find(plan, chosen, rate or 1.0, measure, folder)
+        write_rates(folder, found)
+        _show_rates(found, folder, as_json, quiet)
+        return
+    results, records = measure(plan, arm or [])
     write_results(folder, results, records)
     write_report(folder, results, records)
     if as_json:
@@ -235,6 +263,18 @@ def _show(results: Results, folder: Path) -> None:
     for problem in results.problems:
         typer.echo(f"INVALID: {problem}", err=True)
     typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _show_rates(found: RateResults, folder: Path, as_json: bool, quiet: bool) -> None:
+    from lmc.bench.rates import rates_table, summary
+    from lmc.report import print_table
+
+    if as_json:
+        typer.echo((folder / "rates.json").read_text())
+    elif not quiet:
+        print_table(rates_table(found))
+        typer.echo(summary(found))
+        typer.echo(f"report: {folder / 'rates.html'}")
 
 
 def _model(name: str | None, tokenizer: str | None, starts_engines: bool) -> tuple[str, Path]:
