@@ -20,13 +20,13 @@ from lmc.bench.machine import describe_hardware, describe_software
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 from tests import services
-from tests.engines.scenario import kv_bytes_per_token
+from tests.engines.scenario import TOKEN, kv_bytes_per_token, wish
 from tests.engines.vllm_driver import VllmDriver
 
 BARS = {"host": 1.1, "disk": 1.5, "redis": 2.0}  # of the device hit in the same engine
 COLD = 3  # prompts per engine
 BLOCK = 128
-EXPLAIN = {"kv_transfer_params": {"lmc": {"explain": True}}}
+EXPLAIN = wish(explain=True)
 
 
 @dataclass
@@ -79,6 +79,7 @@ def measure_all(model: Path, tokens: int, rounds: int) -> list[Measured]:
         "host.capacity": tokens // BLOCK * chunk_bytes,
         "metrics.enabled": False,
         "strict": True,
+        "admin.token": TOKEN,
     }
     with tempfile.TemporaryDirectory() as name, services.redis_server(Path(name)) as server:
         below = {"disk": {"disk.path": str(Path(name) / "disk")}, "redis": {"redis.url": server.url}}

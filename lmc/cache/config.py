@@ -125,6 +125,24 @@ class AdminConfig(Section):
     """Token that commands must send as "Authorization: Bearer TOKEN". Set it as LMC_ADMIN_TOKEN rather than in a file."""
 
 
+class ClientsConfig(Section):
+    bypass: bool = True
+    """Honour the wish bypass: neither load nor store."""
+    store: bool = True
+    """Honour the wish store: false, which is to store nothing."""
+    tenant: bool = False
+    """Honour the wish tenant. A client that names a tenant can load its chunks, so set this only where a trusted gateway writes that
+    field."""
+    pin: bool = False
+    """Honour the wish pin_seconds, within the limits below."""
+    pins: int = Field(default=100, ge=1, le=10_000)
+    """Maximum number of pins that requests hold at a time."""
+    pin_seconds: Seconds = 3600.0
+    """Longest time of such a pin."""
+    pin_share: ShareOrSize = "10%"
+    """Limit of host memory for the chunks of all such pins: a size, or a share of host.capacity. A prompt's start is pinned first."""
+
+
 class CacheConfig(Section):
     chunk_tokens: int | None = Field(default=None, gt=0, le=1_000_000)
     """Tokens per chunk, a multiple of the engine's block size. By default it is the smallest multiple that is at least 128."""
@@ -140,8 +158,8 @@ class CacheConfig(Section):
     ttl_mode: Literal["sliding", "fixed"] = "sliding"
     """Whether ttl counts from the last touch (sliding) or from the store (fixed)."""
     tenant_quota: ShareOrSize | None = None
-    """Limit of host memory for the chunks of one tenant, over all ranks: a size, or a share of host.capacity. A tenant at its limit
-    evicts its own chunks first."""
+    """Limit of host memory for the chunks of one tenant, over all ranks and all its cache salts: a size, or a share of host.capacity. A
+    tenant at its limit evicts its own chunks first."""
     store_decode: bool = False
     """Also store chunks that contain generated tokens."""
     min_load_tokens: int = Field(default=1, ge=1)
@@ -192,6 +210,8 @@ class CacheConfig(Section):
     """The metrics endpoint serves Prometheus metrics, statistics and commands."""
     admin: AdminConfig = AdminConfig()
     """Commands pin, prefetch and clear chunks of a running cache."""
+    clients: ClientsConfig = ClientsConfig()
+    """Which wishes of API clients are honoured. A request that brings admin.token may wish for all."""
 
     @field_validator("policy")
     @classmethod

@@ -46,9 +46,15 @@ class Namespace:
 
 
 @lru_cache(maxsize=1024)
-def root(namespace: Namespace, *, lora: str = "", tenant: str = "") -> ChunkKey:
-    """The start of a chain: chunks of different adapters or tenants never meet."""
-    return ChunkKey(blake3(_encode("lmc-root", namespace.digest().hex(), lora, tenant)).digest())
+def root(namespace: Namespace, *, lora: str = "", tenant: str = "", salt: str = "") -> ChunkKey:
+    """The start of a chain: chunks of different adapters, tenants or salts never meet."""
+    last = (salt,) if salt else ()
+    return ChunkKey(blake3(_encode("lmc-root", namespace.digest().hex(), lora, tenant, *last)).digest())
+
+
+def hashed_name(text: str) -> str:
+    """32 characters that stand for a text of any length and content; empty for the empty text."""
+    return blake3(text.encode(errors="surrogatepass")).hexdigest()[:32] if text else ""
 
 
 class KeyChain:

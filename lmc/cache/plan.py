@@ -6,6 +6,7 @@ directory changes its state only by reports. The report of several ranks is the 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from lmc.cache.directory.holds import (
     UNAVAILABLE,
     Ticket,
 )
-from lmc.cache.keys import ChunkKey, Namespace
+from lmc.cache.keys import ChunkKey, Namespace, hashed_name
 
 __all__ = [
     "ABSENT",
@@ -48,6 +49,8 @@ __all__ = [
     "Ticket",
     "TierCopy",
     "WorkerReady",
+    "request_name",
+    "shown",
 ]
 
 SKIP = -1  # stands for a block that is not copied
@@ -60,6 +63,21 @@ class BlockCopy(NamedTuple):
     key: ChunkKey
     slot: int
     blocks: tuple[int, ...]
+
+
+_PLAIN = re.compile(r'[ !"$-~]{1,100}')  # printable ASCII without #
+
+
+def request_name(request_id: str) -> str:
+    """A request's id as logs, spans and pins show it: at most 100 characters of printable ASCII, equal for equal ids only."""
+    if _PLAIN.fullmatch(request_id):
+        return request_id
+    return f"{shown(request_id)}#{hashed_name(request_id)}"
+
+
+def shown(text: str) -> str:
+    """The start of a client's text, fit for a log line."""
+    return re.sub(r'[^ !"$-~]', "?", text[:40])
 
 
 @dataclass(frozen=True, slots=True)

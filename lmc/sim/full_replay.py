@@ -191,7 +191,7 @@ class _Instance:
         replay.ttft_s[arrival.index] = now - arrival.arrival_s
         num_stored = len(arrival.keys) * replay.trace.block_tokens
         self._stores += arrival.life.store(arrival.keys, num_stored, num_stored, now)
-        arrival.life.end(now)
+        arrival.life.end()
         self._step_soon()
 
     def _step_soon(self) -> None:

@@ -45,7 +45,7 @@ def settings(**values: object) -> CacheConfig:
     """host_capacity="..." stands for host.capacity."""
     flags = {"chunk_tokens": CHUNK_TOKENS, "host.capacity": 64 * 4096, "metrics.enabled": False, "disk.fsync": False}
     flags["disk.capacity"] = "1MiB"
-    sections = ("host", "disk", "redis", "s3", "metrics", "admin")
+    sections = ("host", "disk", "redis", "s3", "metrics", "admin", "clients")
     for name, value in values.items():
         section, _, rest = name.partition("_")
         flags[f"{section}.{rest}" if section in sections and rest else name] = value
@@ -126,7 +126,7 @@ class Instance:
         self.scheduler.admit(name, gain, blocks)
         plan = self.scheduler.take_plan()
         failed: set[int] = set()
-        salt = f"{identity.tenant}/{identity.lora}"
+        salt = f"{identity.tenant}/{identity.salt}/{identity.lora}"
         for rank, worker in enumerate(self.workers):
             worker.begin(plan, by_layer=self.by_layer)
             right = True

@@ -11,6 +11,13 @@ from lmc.bench.outputs import TIE_LOGPROB
 from tests.engines.tiny_model import VOCABULARY
 from tests.engines.vllm_driver import VllmDriver
 
+TOKEN = "the operator's"
+
+
+def wish(**wishes: object) -> dict[str, Any]:
+    """extra_args of a request of the operator's, whose wishes are all granted."""
+    return {"kv_transfer_params": {"lmc": {**wishes, "token": TOKEN}}}
+
 
 def prompt(seed: int, length: int) -> list[int]:
     generator = random.Random(seed)
@@ -28,6 +35,7 @@ def driver(model: Path, **settings: Any) -> VllmDriver:
     """An engine with blocks of 32 tokens and chunks of 64."""
     options = settings.pop("options", {})
     defaults = {"chunk_tokens": 64, "host.capacity": "64MiB", "metrics.enabled": False, "strict": True}
+    defaults["admin.token"] = TOKEN
     return VllmDriver(model, settings={**defaults, **settings}, **options)
 
 

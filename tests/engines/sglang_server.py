@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from tests.engines.scenario import TOKEN
 from tests.services import free_port
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -43,7 +44,7 @@ class SglangServer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, "LMC_ADMIN_TOKEN": TOKEN},
             cwd=Path(__file__).parents[2],
             start_new_session=True,
         )

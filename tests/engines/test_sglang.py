@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lmc.cache.tiers.format import FOOTER_BYTES, checksum, decode, encode
-from tests.engines.scenario import prompt
+from tests.engines.scenario import TOKEN, prompt
 from tests.engines.sglang_server import SglangServer
 from tests.engines.vllm_driver import VllmDriver
 from tests.services import RedisServer, redis_server
@@ -154,13 +154,13 @@ def test_a_request_may_bypass_the_cache_and_ask_why(first: SglangServer) -> None
     first.generate(tokens, wishes={"store": False})
     first.settle()
     first.flush()
-    cold = first.generate(tokens, wishes={"explain": True})
+    cold = first.generate(tokens, wishes={"explain": True, "token": TOKEN})
     assert cold["explanation"][0] == {"prompt_tokens": 200, "hit_tokens": {"device": 0}, "miss": "never stored"}
     first.settle()
     first.flush()
     assert first.generate(tokens, wishes={"bypass": True})["loaded"] == 0
     first.flush()
-    warm = first.generate(tokens, wishes={"explain": True})
+    warm = first.generate(tokens, wishes={"explain": True, "token": TOKEN})
     assert warm["loaded"] == 192
     assert warm["explanation"][0] == {"prompt_tokens": 200, "hit_tokens": {"device": 0, "host": 192}, "miss": None}
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from tests.engines.scenario import prompt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lmc.cache.observe.logs import Sparingly
+from tests.cache.connectors.odd_inputs import LONG_TEXT, PARAMETERS, QUICK, is_short_and_clean, logged
+from tests.engines.scenario import TOKEN, prompt
 from tests.engines.sglang_pool import CHUNK_BYTES, PAGE, Engine, Request, Start
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang]
@@ -41,26 +47,27 @@ def test_a_request_may_load_and_not_store(start: Start) -> None:
 
 
 def test_a_request_may_ask_why(start: Start) -> None:
-    engine = start()
+    engine = start(admin__token=TOKEN)
     tokens = prompt(63, 3 * PAGE + 5)
-    cold = ask(engine, tokens, "cold", explain=True)
+    cold = ask(engine, tokens, "cold", explain=True, token=TOKEN)
     nothing = {"prompt_tokens": 53, "hit_tokens": {"device": 0}, "miss": "never stored"}
     assert cold.customized_info == {"lmc": [nothing]}
     engine.leave()
     assert engine.offload(cold, PAGES)
-    warm = ask(engine, tokens, "warm", explain=True, pin_seconds=0)
+    warm = ask(engine, tokens, "warm", explain=True, pin_seconds=0, token=TOKEN)
     assert engine.load(warm, [20, 21, 22])
     assert warm.customized_info == {"lmc": [{**nothing, "hit_tokens": {"device": 0, "host": 48}, "miss": None}]}
-    partly = ask(engine, tokens, "partly", explain=True)
+    partly = ask(engine, tokens, "partly", explain=True, token=TOKEN)
     partly.device_pages = 1
     assert engine.load(partly, [23, 24])
     assert partly.customized_info == {"lmc": [{**nothing, "hit_tokens": {"device": 16, "host": 32}, "miss": None}]}
     assert engine.arrive(tokens, rid="silent").customized_info is None
+    assert ask(engine, tokens, "not the operator", explain=True).customized_info is None
 
 
 def test_pinned_chunks_stay_and_are_pinned_when_they_are_stored(start: Start) -> None:
     """SGLang says when a request leaves the queue, which is before its chunks are stored."""
-    engine = start(host__capacity=8 * 4096 * -(-CHUNK_BYTES // 4096))
+    engine = start(host__capacity=8 * 4096 * -(-CHUNK_BYTES // 4096), clients__pin=True, clients__pin_share="50%")
     directory = engine.cache.scheduler.directory
     slots = directory.usage()["host"][1]
     tokens = prompt(64, 3 * PAGE + 5)
@@ -76,13 +83,13 @@ def test_pinned_chunks_stay_and_are_pinned_when_they_are_stored(start: Start) ->
 
 
 def test_a_pin_ends(start: Start) -> None:
-    engine = start()
+    engine = start(clients__pin=True)
     tokens = prompt(65, 3 * PAGE + 5)
     request = ask(engine, tokens, "asked", pin_seconds=0.001)
     engine.leave()
     assert engine.offload(request, PAGES)
     engine.settle()
-    assert engine.linker._asked_pins._waiting == {}
+    assert engine.cache.scheduler.client_pins.waiting == {}
     engine.check_idle()
 
 
@@ -96,3 +103,28 @@ def test_unclear_wishes_bypass_the_cache_and_say_so(
     engine.serve(tokens, PAGES)
     assert ask(engine, tokens, "unclear", **wishes).hits == []
     assert "request unclear bypasses the cache" in caplog.text
+
+
+def test_whatever_clients_send_the_cache_goes_on(start: Start) -> None:
+    """3,000 requests. At worst one is computed without the cache, and a line says so."""
+    engine = start(admin__token=TOKEN, clients__pin=True)
+    engine.linker._edge._sparingly = Sparingly(seconds=0)
+    tokens = prompt(70, 3 * PAGE + 5)
+    text = st.none() | LONG_TEXT
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), phases=QUICK)
+    @given(st.lists(st.tuples(PARAMETERS, LONG_TEXT, text, text), min_size=20, max_size=20))
+    def send(inputs: list[tuple[Any, str, Any, Any]]) -> None:
+        for parameters, rid, salt, extra_key in inputs:
+            with logged() as lines:
+                request = engine.arrive(tokens, rid, custom_params=parameters, cache_salt=salt, extra_key=extra_key)
+                engine.leave()
+            assert engine.cache is not None, lines
+            assert len(lines) <= 1 and all(map(is_short_and_clean, lines))
+        engine.offload(request, PAGES)
+
+    send()
+    engine.serve(tokens, PAGES)
+    assert engine.arrive(tokens, rid="plain").hits == [1, 2, 3]
+    engine.leave()
+    assert engine.cache.scheduler.directory.num_pins <= 100

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt
+from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt, wish
 from tests.engines.tiny_model import make_tiny_gemma, make_tiny_mistral
 from tests.engines.vllm_driver import VllmDriver
 
@@ -119,16 +119,24 @@ def test_a_request_may_bypass_the_cache(cached: VllmDriver) -> None:
     text = prompt(13, 200)
     cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"store": False}}})
     assert cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"bypass": True}}})[0]["cached"] == 0
-    cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"tenant": "a"}}})
-    assert cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"tenant": "b"}}})[0]["cached"] == 0
-    assert cached.generate([text], extra_args={"kv_transfer_params": {"lmc": {"tenant": "a"}}})[0]["cached"] == 192
+    cached.generate([text], extra_args=wish(tenant="a"))
+    assert cached.generate([text], extra_args=wish(tenant="b"))[0]["cached"] == 0
+    assert cached.generate([text], extra_args=wish(tenant="a"))[0]["cached"] == 192
+    uninvited = {"kv_transfer_params": {"lmc": {"tenant": "a"}}}
+    assert cached.generate([text], extra_args=uninvited)[0]["cached"] == 0
     unclear = {"kv_transfer_params": {"lmc": {"tenants": "a"}}}
     assert cached.generate([text], extra_args=unclear)[0]["cached"] == 0
 
 
 def test_a_request_may_ask_why(cached: VllmDriver) -> None:
     text = prompt(14, 200)
-    ask = {"kv_transfer_params": {"lmc": {"explain": True}}}
+    ask = wish(explain=True)
+    assert (
+        cached.generate([prompt(15, 200)], extra_args={"kv_transfer_params": {"lmc": {"explain": True}}})[0][
+            "explanation"
+        ]
+        is None
+    )
     cold = cached.generate([text], extra_args=ask)[0]["explanation"]["lmc"]
     assert cold == {"prompt_tokens": 200, "hit_tokens": {"device": 0}, "miss": "never stored"}
     warm = cached.generate([text], extra_args=ask)[0]["explanation"]["lmc"]

@@ -45,7 +45,7 @@ def test_an_image_changes_the_names_of_its_chunks_and_of_all_that_follow() -> No
     def names(*features: MultiModalFeatureSpec) -> list[bytes]:
         request = driven.request(tokens, mm_features=list(features))
         identity = request_identity(request, "")
-        start = root(driven.namespace, lora=identity.lora, tenant=identity.tenant)
+        start = root(driven.namespace, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
         return list(KeyChain(start, CHUNK, identity.extra).extend(tokens))
 
     cat, dog = names(image("cat", 70, 130)), names(image("dog", 70, 130))

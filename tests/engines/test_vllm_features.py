@@ -20,7 +20,7 @@ import zmq
 from safetensors.torch import save_file
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
 
-from tests.engines.scenario import assert_same, driver, prompt
+from tests.engines.scenario import assert_same, driver, prompt, wish
 from tests.engines.vllm_driver import VllmDriver
 
 pytestmark = pytest.mark.engine
@@ -151,7 +151,7 @@ def test_a_chunk_of_which_the_device_holds_a_part_is_loaded_around_it(engine: Vl
     engine.generate([text])
     engine.call("reset_device")
     assert engine.generate([text[: BLOCK + 5]])[0]["cached"] == 0  # a chunk is longer
-    ask = {"kv_transfer_params": {"lmc": {"explain": True}}}
+    ask = wish(explain=True)
     got = engine.generate([text], extra_args=ask)
     assert got[0]["explanation"]["lmc"]["hit_tokens"] == {"device": BLOCK, "host": 2 * CHUNK - BLOCK}
     assert_same(got, reference)
@@ -256,7 +256,7 @@ def test_the_longest_requests_of_the_context(engine: VllmDriver, length: int, ou
 
 def test_a_tenant_and_a_salt_differ_from_each_other_and_from_none(engine: VllmDriver) -> None:
     text = prompt(4, 500)
-    as_tenant = {"kv_transfer_params": {"lmc": {"tenant": "a"}}}
+    as_tenant = wish(tenant="a")
     ways: list[dict[str, Any]] = [{}, {"extra_args": as_tenant}, {"cache_salts": ["a"]}]
     ways.append({"extra_args": as_tenant, "cache_salts": ["a"]})
     reference = past_both(engine, text)

@@ -85,7 +85,7 @@ class Input:
     def names(self) -> list[bytes]:
         request = self.request()
         identity = request_identity(request, self.tenant, self.adapter)
-        start = root(NAMESPACE, lora=identity.lora, tenant=identity.tenant)
+        start = root(NAMESPACE, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
         return [bytes(key) for key in KeyChain(start, CHUNK, identity.extra).extend(request.all_token_ids)]
 
 

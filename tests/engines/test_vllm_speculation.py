@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from tests import services
-from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt
+from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prompt, wish
 from tests.engines.vllm_driver import VllmDriver
 
 pytestmark = [pytest.mark.engine, pytest.mark.service]
 
 CHUNK, HOST_CHUNKS = 64, 8
-EXPLAIN = {"kv_transfer_params": {"lmc": {"explain": True}}}
+EXPLAIN = wish(explain=True)
 
 
 @pytest.fixture(scope="module")

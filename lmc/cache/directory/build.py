@@ -58,12 +58,17 @@ def build_directory(
 
 
 def _quota_slots(quota: int | str | None, host_slots: int, chunk_bytes: int) -> int | None:
-    """tenant_quota, which is in bytes or a share of the host such as "25%", in host slots."""
+    """tenant_quota in host slots."""
     if quota is None:
         return None
-    slots = int(host_slots * float(quota.rstrip("%")) / 100) if isinstance(quota, str) else quota // chunk_bytes
+    slots = slots_of(quota, host_slots, chunk_bytes)
     if slots < 1:
         raise ConfigError(
             f"tenant_quota {quota} is less than one chunk of {chunk_bytes} bytes; the host has {host_slots}"
         )
     return slots
+
+
+def slots_of(limit: int | str, host_slots: int, chunk_bytes: int) -> int:
+    """A limit in bytes, or a share of the host such as "25%", in host slots. chunk_bytes: over all ranks."""
+    return int(host_slots * float(limit.rstrip("%")) / 100) if isinstance(limit, str) else limit // chunk_bytes

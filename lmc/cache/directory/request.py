@@ -232,11 +232,10 @@ class Request:
 
     # After it
 
-    def end(self, now: float, pin_seconds: float = 0.0) -> None:
-        """The request is gone, in whatever way; its chunks may stay pinned for a while."""
+    def end(self) -> Sequence[ChunkKey]:
+        """The request is gone, in whatever way. Returns the chunks that may stay pinned: none after retire()."""
         self._unpin()
-        if pin_seconds > 0 and not self._retired:
-            self._directory.pin(self.keys, f"{self.name} asked", now + pin_seconds)
+        return () if self._retired else self.keys
 
     def retire(self) -> None:
         """The cache was reset. The request's KV belongs to the time before, so from now on it loads and stores nothing."""
@@ -260,7 +259,7 @@ class Request:
         return f"promise {self.name}"
 
     def _unpin(self) -> None:
-        self._directory.unpin(self.name)
+        self._directory.unpin(f"request {self.name}")  # a word in front keeps owners of different kinds apart
         self._directory.unpin(self._promise)
 
     def _must_wait_for_answer(self, missing: Sequence[ChunkKey], now: float) -> bool:
@@ -286,7 +285,7 @@ class Request:
         if self._stage_until is None:
             self._stage_until = now + self._settings.load_deadline
             self._outbox += self._directory.stage(self.keys[: found.num_chunks], now, first=first, tenant=self.tenant)
-            self._directory.pin(wanted, self.name, self._stage_until + _PIN_GRACE_SECONDS)
+            self._directory.pin(wanted, f"request {self.name}", self._stage_until + _PIN_GRACE_SECONDS)
             if found.tiers[-1] != HOST and not self._directory.arriving(wanted[-1:]):
                 self._staging_miss = Miss.NO_ROOM
         if not self._directory.arriving(wanted):

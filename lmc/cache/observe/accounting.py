@@ -17,7 +17,7 @@ from lmc.cache.keys import Namespace
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.observe.metrics import CacheMetrics
 from lmc.cache.observe.record import TraceRecorder
-from lmc.cache.plan import Report
+from lmc.cache.plan import Report, request_name
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +115,22 @@ class Accounting:
         for transfer, num_bytes, seconds in report.transfers:
             self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
             self.metrics.transfer_seconds.labels(transfer).observe(seconds)
-        self.spans.loaded(report.loads)
+        self.spans.loaded({request_name(request): load for request, load in report.loads.items()})
         for (rank, tier, direction), reading in report.breakers.items():
             self.metrics.note_breaker(rank, tier, direction, reading)
         for rank, copying in report.copying.items():
             self.metrics.note_copying(rank, copying)
         self.metrics.settle(self._directory.counts)
+
+
+def explained(request: Request) -> dict[str, object]:
+    """Where a request's tokens came from, and why its hit ended where it did."""
+    miss = request.miss()
+    return {
+        "prompt_tokens": request.num_tokens,
+        "hit_tokens": {DEVICE: request.computed, **request.sources},
+        "miss": str(miss) if miss is not None else None,
+    }
 
 
 def _open_metrics(directory: Directory) -> CacheMetrics:

@@ -79,6 +79,7 @@ class CacheMetrics:
         self.pending = gauge("pending_operations", "Copies handed out and not reported back")
         self.write_queue = gauge("write_queue", "Writes to a tier below the host that are under way", "tier")
         self.pins = gauge("pins", "Owners of pins, which keep chunks from eviction: requests and administrators")
+        self.pins_cut = counter("pins_cut", "Pins of requests that a setting made smaller than asked for", "limit")
         self.slots = gauge("slots", "Chunks that fit", "tier")
         self.slots_used = gauge("slots_used", "Chunks held", "tier")
         self.known_chunks = gauge("known_chunks", "Chunks of others that are known to be in a tier", "tier")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lmc.cache.directory import Directory
-from lmc.cache.keys import ChunkKey, KeyChain
+from lmc.cache.keys import ChunkKey, KeyChain, hashed_name
 from lmc.cache.observe.logs import facts
 from lmc.cache.scheduler.prefetch import Prefetcher
 from lmc.errors import ConfigError
@@ -19,58 +21,80 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, object]
 
+MOST_COMMANDS = 64  # that wait for the scheduler
+MOST_TOKENS = 4 << 20  # of all of them: as many as the largest body holds, 16 MiB
+
+
+def _pack(tokens: Sequence[int]) -> Sequence[int]:
+    return array("I", tokens)
+
+
+Token = Annotated[int, Field(ge=0, lt=1 << 32)]
+Tokens = Annotated[Sequence[Token], Field(min_length=1), AfterValidator(_pack)]
+Name = Annotated[str, Field(max_length=256)]
+Owner = Annotated[str, Field(min_length=1, max_length=256)]
+
 
 class Command(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Pin(Command):
-    tokens: list[int] = Field(min_length=1)
+    tokens: Tokens
     """Keep the full chunks of this prompt from eviction."""
-    owner: str = Field(min_length=1)
+    owner: Owner
     """Who wants that; an owner has one pin, to which this adds."""
     seconds: float = Field(default=3600.0, gt=0)
     """For how long."""
-    tenant: str | None = None
+    tenant: Name | None = None
     """Whose prompt it is; default: the instance's tenant."""
-    lora: str = ""
+    salt: Name = ""
+    """Cache salt of the prompt's requests."""
+    lora: Name = ""
     """Adapter of the prompt."""
 
 
 class Prefetch(Command):
-    tokens: list[int] = Field(min_length=1)
+    tokens: Tokens
     """Bring the full chunks of this prompt into host memory, as far as they are stored below."""
-    tenant: str | None = None
-    lora: str = ""
+    tenant: Name | None = None
+    salt: Name = ""
+    lora: Name = ""
 
 
 class Unpin(Command):
-    owner: str = Field(min_length=1)
+    owner: Owner
 
 
 class Clear(Command):
-    tokens: list[int] | None = Field(default=None, min_length=1)
+    tokens: Tokens | None = None
     """Forget the last full chunk of this prompt and all chunks that continue it; none: see tenant."""
-    tenant: str | None = None
-    """Forget this tenant's chunks; without tokens and tenant: all chunks."""
-    lora: str = ""
+    tenant: Name | None = None
+    """Forget this tenant's chunks, whatever their salts; without tokens and tenant: all chunks."""
+    salt: Name = ""
+    """Cache salt of the prompt's requests."""
+    lora: Name = ""
     """Adapter of the prompt."""
 
 
 class Mailbox:
-    """Work for the scheduler's thread. put() from any thread, run() on the scheduler's."""
+    """Work for the scheduler's thread, which an idle engine leaves there. put() from one other thread, run() on the scheduler's."""
 
     def __init__(self) -> None:
-        self.waiting: deque[tuple[Callable[[], Result], Future[Result]]] = deque()
+        self.waiting: deque[tuple[Callable[[], Result], int, Future[Result]]] = deque()
 
-    def put(self, work: Callable[[], Result]) -> Future[Result]:
+    def put(self, work: Callable[[], Result], num_tokens: int = 0) -> Future[Result] | None:
+        """num_tokens: that the work holds in memory. None: too much waits already."""
+        waiting = list(self.waiting)
+        if len(waiting) >= MOST_COMMANDS or sum(size for _, size, _ in waiting) + num_tokens > MOST_TOKENS:
+            return None
         future: Future[Result] = Future()
-        self.waiting.append((work, future))
+        self.waiting.append((work, num_tokens, future))
         return future
 
     def run(self) -> None:
         while self.waiting:
-            work, future = self.waiting.popleft()
+            work, _, future = self.waiting.popleft()
             try:
                 future.set_result(work())
             except ConfigError as error:
@@ -78,14 +102,14 @@ class Mailbox:
 
 
 class Admin:
-    """What the commands do. root maps (tenant, lora) to the start of a chain."""
+    """What the commands do. root maps (tenant, salt, lora) to the start of a chain; tenants and salts are hashed names."""
 
     def __init__(
         self,
         directory: Directory,
         prefetcher: Prefetcher,
         chunk_tokens: int,
-        root: Callable[[str, str], ChunkKey],
+        root: Callable[[str, str, str], ChunkKey],
         clock: Callable[[], float],
         default_tenant: str,
     ) -> None:
@@ -111,24 +135,28 @@ class Admin:
         return result
 
     def _pin(self, command: Pin) -> Result:
-        keys = self._keys(command.tokens, command.tenant, command.lora)
+        keys = self._keys(command.tokens, command)
         pinned = self._directory.pin(keys, _owner(command.owner), self._clock() + command.seconds)
         return {"chunks": len(keys), "pinned": pinned}
 
     def _prefetch(self, command: Prefetch) -> Result:
-        keys = self._keys(command.tokens, command.tenant, command.lora)
-        tenant = self._default_tenant if command.tenant is None else command.tenant
-        return {"chunks": len(keys), "known": self._prefetcher.want(keys, tenant, self._clock())}
+        keys = self._keys(command.tokens, command)
+        return {"chunks": len(keys), "known": self._prefetcher.want(keys, self._tenant(command), self._clock())}
 
     def _clear(self, command: Clear) -> Result:
         if command.tokens is not None:
-            remain = self._directory.clear_from(self._keys(command.tokens, command.tenant, command.lora))
+            remain = self._directory.clear_from(self._keys(command.tokens, command))
+        elif command.salt or command.lora:
+            raise ConfigError("salt and lora belong to a prompt; send its tokens, too")
         else:
-            remain = self._directory.clear(command.tenant)
+            remain = self._directory.clear(None if command.tenant is None else self._tenant(command))
         return {"in_use": remain}
 
-    def _keys(self, tokens: list[int], tenant: str | None, lora: str) -> list[ChunkKey]:
-        start = self._root(self._default_tenant if tenant is None else tenant, lora)
+    def _tenant(self, command: Pin | Prefetch | Clear) -> str:
+        return self._default_tenant if command.tenant is None else hashed_name(command.tenant)
+
+    def _keys(self, tokens: Sequence[int], command: Pin | Prefetch | Clear) -> list[ChunkKey]:
+        start = self._root(self._tenant(command), hashed_name(command.salt), command.lora)
         keys = KeyChain(start, self._chunk_tokens).extend(tokens)
         if not keys:
             raise ConfigError(f"{len(tokens)} tokens are no full chunk; a chunk has {self._chunk_tokens}")

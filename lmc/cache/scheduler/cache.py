@@ -16,13 +16,23 @@ from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import Request, Ticket
-from lmc.cache.keys import ChunkKey, KeyChain, root
-from lmc.cache.observe.accounting import DEVICE, Accounting, Salts
+from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
+from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
-from lmc.cache.plan import NO_OPERATION, SKIP, BlockCopy, Plan, Report, RequestCopies, TierCopy, WorkerReady
+from lmc.cache.plan import (
+    NO_OPERATION,
+    SKIP,
+    BlockCopy,
+    Plan,
+    Report,
+    RequestCopies,
+    TierCopy,
+    WorkerReady,
+    request_name,
+)
 from lmc.cache.scheduler.admin import Admin, Mailbox
-from lmc.cache.scheduler.endpoint import Endpoint
-from lmc.cache.scheduler.open import open_directory, open_presence
+from lmc.cache.scheduler.client_pins import ClientPins
+from lmc.cache.scheduler.open import open_directory, open_endpoint, open_presence
 from lmc.cache.scheduler.prefetch import Prefetcher
 from lmc.cache.scheduler.presence import Question
 from lmc.errors import ConfigError
@@ -32,10 +42,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Identity:
-    """What the chunks of a request depend on, apart from its tokens."""
+    """What the chunks of a request depend on, apart from its tokens. What clients choose comes as a hashed name."""
 
     lora: str = ""
-    tenant: str = ""
+    tenant: str = ""  # whose they are: quotas count by it
+    salt: str = ""
     extra: Callable[[int, int], bytes] | None = None  # see KeyChain
 
 
@@ -91,10 +102,13 @@ class CacheScheduler:
         self._salts = Salts(self.chunk_tokens)
         self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, num_parts, clock)
         self.metrics = self._accounting.metrics
+        self.client_pins = ClientPins(self.directory, config.clients, self.chunk_bytes * self.num_ranks, self.metrics)
         for worker in ready:
             self.metrics.note_copying(worker.rank, worker.copying)
         self._mailbox = Mailbox()
-        self._endpoint = self._open_endpoint()
+        tenant = hashed_name(config.tenant)
+        admin = Admin(self.directory, self._prefetcher, self.chunk_tokens, self._root_of, clock, tenant)
+        self._endpoint = open_endpoint(config, admin, self._mailbox, self._accounting, self.stats)
 
     @property
     def metrics_url(self) -> str | None:
@@ -191,23 +205,17 @@ class CacheScheduler:
     def explain(self, request_id: str) -> dict[str, object]:
         """Where a request's tokens came from, and why its hit ended where it did."""
         tracked = self._requests.get(request_id)
-        if tracked is None:
-            return {}
-        request = tracked.request
-        miss = request.miss()
-        return {
-            "prompt_tokens": request.num_tokens,
-            "hit_tokens": {DEVICE: request.computed, **request.sources},
-            "miss": str(miss) if miss is not None else None,
-        }
+        return explained(tracked.request) if tracked is not None else {}
 
     def finish(self, request_id: str, pin_seconds: float = 0.0) -> None:
-        """The request is gone, in whatever way; its chunks may stay pinned for a while."""
+        """The request is gone, in whatever way. pin_seconds: its chunks stay for so long, within limits."""
         tracked = self._requests.pop(request_id, None)
         if tracked is not None:
-            tracked.request.end(self._clock(), pin_seconds)
+            keys = tracked.request.end()
             for operation in tracked.request.loading:
                 self._loading.pop(operation, None)
+            if pin_seconds > 0:
+                self.client_pins.ask(tracked.request.name, keys, pin_seconds, self._clock())
 
     # Plans and reports
 
@@ -244,6 +252,7 @@ class CacheScheduler:
         """
         for tracked in self._requests.values():
             tracked.request.retire()
+        self.client_pins.forget()
         in_use = self.directory.reset()
         if self._presence is None and in_use == 0:
             return
@@ -260,6 +269,7 @@ class CacheScheduler:
         """
         for tracked in self._requests.values():
             tracked.request.retire()
+        self.client_pins.forget()
         self.directory.unpin_all()
         self.namespace = dataclasses.replace(self.namespace, model=model)
         self._salts = Salts(self.chunk_tokens)
@@ -301,8 +311,10 @@ class CacheScheduler:
 
     def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> _Tracked:
         self.directory.expire(now)  # else room for this request would be made at the cost of chunks that are still good
-        start = root(self.namespace, lora=identity.lora, tenant=identity.tenant)
-        request = Request(request_id, self.directory, self.config, self.chunk_tokens, identity.tenant, now)
+        start = root(self.namespace, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
+        request = Request(
+            request_name(request_id), self.directory, self.config, self.chunk_tokens, identity.tenant, now
+        )
         if len(tokens) > self.chunk_tokens:
             request.salt_differs = self._salts.seen_elsewhere(tokens, start)
         return _Tracked(request, KeyChain(start, self.chunk_tokens, identity.extra))
@@ -331,25 +343,5 @@ class CacheScheduler:
         if request is not None:
             request.loaded(operation, cause)
 
-    def _open_endpoint(self) -> Endpoint | None:
-        config = self.config
-        if not config.metrics.enabled:
-            return None
-        admin = Admin(self.directory, self._prefetcher, self.chunk_tokens, self._root_of, self._clock, config.tenant)
-        try:
-            return Endpoint(
-                config.metrics,
-                config.admin,
-                self.metrics.registry,
-                self.stats,
-                self._accounting.spans.read,
-                admin,
-                self._mailbox,
-            )
-        except OSError as error:
-            where = f"{config.metrics.host}:{config.metrics.port}"
-            logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
-            return None
-
-    def _root_of(self, tenant: str, lora: str) -> ChunkKey:
-        return root(self.namespace, lora=lora, tenant=tenant)
+    def _root_of(self, tenant: str, salt: str, lora: str) -> ChunkKey:
+        return root(self.namespace, lora=lora, tenant=tenant, salt=salt)

@@ -119,7 +119,13 @@ class Endpoint:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "body"
             raise Refused(HTTPStatus.BAD_REQUEST, f"{where}: {first['msg']}") from None
-        future = asyncio.wrap_future(self._mailbox.put(lambda: self._commands.run(command)))
+        num_tokens = len(getattr(command, "tokens", None) or ())
+        waiting = self._mailbox.put(lambda: self._commands.run(command), num_tokens)
+        if waiting is None:
+            raise Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE, "too many commands wait; the engine runs them with its next request"
+            )
+        future = asyncio.wrap_future(waiting)
         await asyncio.wait({future}, timeout=_WAIT_SECONDS)  # which cancels nothing when the time is up
         if not future.done():
             return HTTPStatus.ACCEPTED, {"queued": "the engine is idle; the command runs with the next request"}

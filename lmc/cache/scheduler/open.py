@@ -1,19 +1,26 @@
-"""Opens the scheduler's half of a cache: a directory with what the workers found, and clients that ask what other instances have stored."""
+"""Opens the scheduler's half of a cache: a directory with what the workers found, clients that ask what other instances have stored, and
+the endpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 from lmc.cache.config import REMOTE_TIERS, CacheConfig
 from lmc.cache.directory import Directory, build_directory
 from lmc.cache.keys import ChunkKey
+from lmc.cache.observe.accounting import Accounting
 from lmc.cache.plan import WorkerReady
+from lmc.cache.scheduler.admin import Admin, Mailbox, Result
+from lmc.cache.scheduler.endpoint import Endpoint
 from lmc.cache.scheduler.presence import Presence
 from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.format import TierScope, stored_bytes
 from lmc.cache.tiers.open import open_tiers
 from lmc.errors import ConfigError
 from lmc.units import format_count
+
+logger = logging.getLogger(__name__)
 
 DISK = "disk"
 _MOST_CHUNKS = 16_000_000  # the directory would take 2 GB
@@ -75,3 +82,19 @@ def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: 
             else:
                 tier.close()
     return Presence({name: ranks for name, ranks in tiers.items() if len(ranks) == len(parts)})
+
+
+def open_endpoint(
+    config: CacheConfig, admin: Admin, mailbox: Mailbox, accounting: Accounting, stats: Callable[[], Result]
+) -> Endpoint | None:
+    """None when the settings want none, or when its port is taken."""
+    metrics = config.metrics
+    if not metrics.enabled:
+        return None
+    registry, spans = accounting.metrics.registry, accounting.spans.read
+    try:
+        return Endpoint(metrics, config.admin, registry, stats, spans, admin, mailbox)
+    except OSError as error:
+        where = f"{metrics.host}:{metrics.port}"
+        logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
+        return None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.plan import RequestCopies
+from lmc.cache.plan import RequestCopies, request_name
 from lmc.cache.transfer.backends import Backend
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.pinned import Slab
@@ -235,7 +235,12 @@ class BlockCopier:
             for batch in batches:
                 batch.failed = transfer.error is not None
                 if batch.failed:
-                    logger.error("lmc: %s of request %s failed: %s", batch.direction, batch.request_id, transfer.error)
+                    logger.error(
+                        "lmc: %s of request %s failed: %s",
+                        batch.direction,
+                        request_name(batch.request_id),
+                        transfer.error,
+                    )
                 self._ended.append(batch)
 
     def _submit(self, batch: BlockBatch, request: RequestCopies) -> None:
@@ -254,7 +259,7 @@ class BlockCopier:
             self.backend.execute(planned[0])
         except Exception:  # as above
             batch.failed = True
-            logger.exception("lmc: %s of request %s failed", batch.direction, batch.request_id)
+            logger.exception("lmc: %s of request %s failed", batch.direction, request_name(batch.request_id))
         finally:
             batch.seconds = time.perf_counter() - started
             self._ended.append(batch)
@@ -274,7 +279,9 @@ class BlockCopier:
                 return plan_layers(self.layout, blocks, slots, batches[0].direction, boundaries=edges)
             return [plan(self.layout, blocks, slots, batches[0].direction, boundaries=edges)]
         except Exception:  # as above
-            logger.exception("lmc: %s of request %s cannot be planned", batches[0].direction, batches[0].request_id)
+            logger.exception(
+                "lmc: %s of request %s cannot be planned", batches[0].direction, request_name(batches[0].request_id)
+            )
             for batch in batches:
                 batch.failed = True
             self._ended.extend(batches)

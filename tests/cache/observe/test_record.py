@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import json
-
 import orjson
 import pytest
 
-from lmc.cache.keys import KeyChain, root
+from lmc.cache.keys import KeyChain, hashed_name, root
 from lmc.cache.scheduler.cache import Identity
 from lmc.errors import ConfigError
 from tests.cache.instance import CHUNK_TOKENS, Instance, prompt, settings
@@ -35,7 +33,7 @@ def test_a_record_holds_no_salt_and_yet_tells_tenants_apart(tmp_path):
     for file in ("one.jsonl", "other.jsonl"):
         instance = Instance(settings(record=tmp_path / file))
         for salt in salts:
-            instance.serve(prompt(1, 20), Identity(tenant=json.dumps(["", salt]) if salt else ""))
+            instance.serve(prompt(1, 20), Identity(tenant=hashed_name(salt)))
         instance.close()
         written = (tmp_path / file).read_bytes()
         assert not any(salt.encode(errors="ignore") in written for salt in salts if len(salt) > 3)

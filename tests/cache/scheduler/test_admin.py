@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lmc.cache.keys import hashed_name
+from lmc.cache.scheduler.admin import MOST_COMMANDS, MOST_TOKENS, Prefetch
 from lmc.cache.scheduler.cache import Identity
 from lmc.cache.scheduler.endpoint import is_loopback
 from tests.cache.instance import CHUNK_BYTES, Instance, prompt, settings
@@ -97,14 +100,22 @@ def test_clear_by_prefix_tenant_and_all(instance):
     one, other = base + prompt(2, 16), base + prompt(3, 16)
     instance.serve([*one, 1])
     instance.serve([*other, 1])
-    instance.serve(prompt(4, 17), Identity(tenant="t"))
+    of_t, salted = Identity(tenant=hashed_name("t")), Identity(tenant=hashed_name("t"), salt=hashed_name("s"))
+    instance.serve(prompt(4, 17), of_t)
+    instance.serve(prompt(4, 17), salted)
+    with stepping(instance):
+        for salt, held in (("", 2), ("s", 2), ("other", 0)):
+            command = {"tokens": prompt(4, 17), "owner": f"salt {salt}", "tenant": "t", "salt": salt}
+            assert call(instance, "/pin", command)[1]["pinned"] == held
+            call(instance, "/unpin", {"owner": f"salt {salt}"})
     with stepping(instance):
         assert call(instance, "/clear", {"tokens": one[:24]}) == (200, {"in_use": 0})
     assert instance.scheduler.lookup("a", [*one, 1], 0, Identity()) == 16
     assert instance.scheduler.lookup("b", [*other, 1], 0, Identity()) == 32
     with stepping(instance):
         assert call(instance, "/clear", {"tenant": "t"}) == (200, {"in_use": 0})
-    assert instance.scheduler.lookup("c", prompt(4, 17), 0, Identity(tenant="t")) == 0
+    assert instance.scheduler.lookup("c", prompt(4, 17), 0, of_t) == 0
+    assert instance.scheduler.lookup("s", prompt(4, 17), 0, salted) == 0, "a tenant's chunks under whatever salt"
     assert instance.scheduler.lookup("d", [*other, 1], 0, Identity()) == 32
     with stepping(instance):
         assert call(instance, "/clear", {}) == (200, {"in_use": 0})
@@ -127,15 +138,45 @@ def test_an_idle_engine_runs_the_command_with_its_next_request(instance):
         ("/pin", {"tokens": "x", "owner": "me"}, 400, "tokens"),
         ("/pin", {"tokens": [1], "owner": ""}, 400, "owner"),
         ("/pin", {"tokens": [1], "owner": "me", "secs": 5}, 400, "secs"),
+        ("/pin", {"tokens": [-1] * 8, "owner": "me"}, 400, "tokens"),
+        ("/prefetch", {"tokens": [1 << 32] * 8}, 400, "tokens"),
+        ("/clear", {"tokens": [True, 1.5] * 4}, 400, "tokens"),
+        ("/clear", b'{"tokens": [%s]}' % (b"9" * 5_000), 400, "number out of range"),
+        ("/clear", '{"tokens": ["\u00b2"]}'.encode(), 400, "tokens"),
+        ("/pin", b'{"tokens": [1,1,1,1,1,1,1,1], "owner": "\\ud800"}', 400, "JSON"),
+        ("/pin", {"tokens": [1] * 8, "owner": "me" * 200}, 400, "owner"),
+        ("/pin", {"tokens": [1] * 8, "owner": "me", "seconds": -1}, 400, "seconds"),
+        ("/clear", {"tenant": "t" * 300}, 400, "tenant"),
+        ("/clear", {"salt": "s"}, 400, "belong to a prompt"),
+        ("/clear", b"[" * 100_000, 400, "JSON"),
         ("/unpin", {}, 400, "owner"),
         ("/clear", b"{", 400, "JSON"),
         ("/stop", {}, 404, "/pin, /unpin, /prefetch, /clear"),
     ],
 )
 def test_bad_commands_are_refused(instance, path, body, status, message):
+    tokens = prompt(1, 50)
+    instance.serve(tokens)
     with stepping(instance):
         code, answer = call(instance, path, body)
     assert code == status and message in str(answer["error"])
+    assert instance.serve(tokens).loaded == 48, "the cache goes on"
+
+
+def test_commands_that_an_idle_engine_leaves_waiting_take_little_memory(instance):
+    """60 expected prompts of a million tokens each; then the engine runs what it took on."""
+    body = b'{"tokens": [' + b",".join([b"%d" % (1_000 + index % 9_000) for index in range(1_450_000)]) + b"]}"
+    assert 7_000_000 < len(body) < 8 << 20
+    statuses = Counter(call(instance, "/prefetch", body)[0] for _ in range(60))
+    assert statuses == {202: 2, 503: 58}, "two of them are four million tokens"
+    waiting = instance.scheduler._mailbox.waiting
+    assert sum(size for _, size, _ in waiting) <= MOST_TOKENS
+    held = [cell.cell_contents for work, _, _ in waiting for cell in work.__closure__]
+    assert all(one.tokens.itemsize == 4 for one in held if isinstance(one, Prefetch))
+    instance.pump()
+    assert not waiting
+    small = Counter(call(instance, "/unpin", {"owner": "me"})[0] for _ in range(MOST_COMMANDS // 8))
+    assert small == {202: MOST_COMMANDS // 8}
 
 
 def test_other_sites_cannot_send_commands_through_a_browser(instance):

@@ -18,16 +18,16 @@ from torch import distributed
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.base import LocalCache
+from lmc.cache.connectors.edge import Edge
 from lmc.cache.connectors.guard import complain, contain, guarded
-from lmc.cache.connectors.sglang.asked_pins import AskedPins
 from lmc.cache.connectors.sglang.copies import Copies
 from lmc.cache.connectors.sglang.parallel import share_of
 from lmc.cache.connectors.sglang.prompts import PageKeys, Prompt, unsupported
 from lmc.cache.connectors.sglang.waiting import agree, watch_queue
 from lmc.cache.connectors.sglang.weights import EngineWeights
-from lmc.cache.keys import Namespace
+from lmc.cache.keys import Namespace, hashed_name
 from lmc.cache.observe.stats import describe_tiers
-from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies
+from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies, request_name
 from lmc.cache.settings import load_settings
 from lmc.cache.share import of_engine, part_of
 from lmc.cache.transfer.layout import KVLayout
@@ -39,6 +39,7 @@ _PROMISE_SECONDS = (
     10.0  # SGLang asks again before each load, so a promise needs to hold for one round of its scheduler only
 )
 _YIELD_SECONDS = 0.0002  # SGLang's loop spins; where all requests wait for our threads, these need the interpreter more
+_NO_TENANTS = "on SGLang a tenant is a cache_salt, which SGLang's own cache keeps apart too"
 _PAGES_REMEMBERED = 4  # times the pages that the engine and the host tier hold
 
 
@@ -71,8 +72,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._rank, self._ranks = _rank(params)
         asked = _settings(extra_config or {})
         self.strict = asked.strict
-        self._tenant = asked.tenant
+        self._tenant = hashed_name(asked.tenant)
         self._weights = EngineWeights(server_args, pool)
+        self._edge = Edge(asked, "custom_params", _NO_TENANTS)
         try:
             self._weights.start()
             share, here = share_of(get_parallel(), server_args.nnodes, self._ranks, asked.engines_on_node)
@@ -95,7 +97,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             host_slots = cache.scheduler.directory.usage()["host"][1]
             self._pages_remembered = _PAGES_REMEMBERED * (layout.num_blocks + host_slots)
             self._pages = PageKeys(self._pages_remembered)
-            self._asked_pins = AskedPins(cache.scheduler.directory)
             self._copies = Copies(cache.worker, self.layer_done_counter)
             tiers = describe_tiers(cache.scheduler.stats())
             url = cache.scheduler.metrics_url
@@ -165,10 +166,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
     def _meet(self, cache: LocalCache, request: Any) -> Prompt | None:
         if unsupported(request):
             return None
-        prompt = Prompt(request, cache.scheduler.namespace, self._tenant)
-        if prompt.control.bypass:
+        wishes = self._edge.read(request.sampling_params.custom_params, request.rid, request.cache_salt)
+        if wishes.bypass:
             return None
-        if prompt.control.store:
+        prompt = Prompt(request, wishes, cache.scheduler.namespace, self._tenant)
+        if wishes.store:
             self._pages.learn(prompt)
         return prompt
 
@@ -340,7 +342,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._loading = {index: [] for index in self._loading}
         cache.scheduler.rename(model)
         self._pages = PageKeys(self._pages_remembered)
-        self._asked_pins = AskedPins(cache.scheduler.directory)
 
     def _lookup(self, cache: LocalCache, rid: str, prompt: Prompt, start: int) -> int:
         """Tokens that can be loaded from page `start` on; they stay in host memory for a moment."""
@@ -375,9 +376,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         prompt = self._prompts.pop(rid, None)
         if prompt is not None:
             cache.scheduler.touch(prompt.keys, prompt.identity.tenant)
-            if prompt.control.pin_seconds > 0:
-                now = time.monotonic()
-                self._asked_pins.ask(rid, prompt.keys, now + prompt.control.pin_seconds, now)
+            if prompt.wishes.pin_seconds > 0:
+                seconds, pins = prompt.wishes.pin_seconds, cache.scheduler.client_pins
+                pins.ask(request_name(rid), prompt.keys, seconds, time.monotonic(), later=True)
         cache.scheduler.finish(rid)
 
     def _offload(self, cache: LocalCache, transfer: Any) -> bool:
@@ -391,6 +392,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
             before = []  # lmc no longer holds them, and their pages are not on offer
         tenant = self._pages.tenant(transfer.keys[0])
         tickets = directory.store([*before, *keys], now, tenant=tenant, touch=False)  # _end touches
+        cache.scheduler.client_pins.renew(now)
         pages = dict(zip(keys, self._page_ids(transfer), strict=False))
         copies = None
         if tickets:
@@ -410,8 +412,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         report = cache.pump()
         if self._copies is not None:
             self._copies.learn(report)
-        if report.finished:
-            self._asked_pins.renew(time.monotonic())
 
 
 def _settings(extra: dict[str, Any]) -> CacheConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,26 +11,27 @@ from typing import Any
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from lmc.cache.connectors.control import RequestControl, parse_control, tenant_name
-from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
+from lmc.cache.connectors.edge import Wishes
+from lmc.cache.keys import ChunkKey, KeyChain, Namespace, hashed_name, root
 from lmc.cache.scheduler.cache import Identity
-
-logger = logging.getLogger(__name__)
 
 
 class Prompt:
     """A request's tokens with both names of their full pages."""
 
-    def __init__(self, request: Any, namespace: Namespace, tenant: str) -> None:  # sglang's Req
+    def __init__(self, request: Any, wishes: Wishes, namespace: Namespace, tenant: str) -> None:  # sglang's Req
         size = namespace.chunk_tokens
         self._request = request
-        self.control = control_of(request)
+        self.wishes = wishes
         self.tokens: Sequence[int] = request.origin_input_ids + request.output_ids
         self.identity = Identity(
-            lora=request.extra_key or "",  # holds the adapter's id, which SGLang draws anew in every process
-            tenant=tenant_name(tenant, request.cache_salt),
+            lora=hashed_name(
+                request.extra_key or ""
+            ),  # with the adapter's id, which SGLang draws anew in every process
+            tenant=tenant,
+            salt=hashed_name(request.cache_salt or ""),
         )
-        start = root(namespace, lora=self.identity.lora, tenant=self.identity.tenant)
+        start = root(namespace, lora=self.identity.lora, tenant=tenant, salt=self.identity.salt)
         self.keys: list[ChunkKey] = KeyChain(start, size).extend(self.tokens)
         whole = RadixKey(array("q", self.tokens), request.extra_key, cache_salt=request.cache_salt)
         full = whole[: len(self.keys) * size]
@@ -51,20 +51,8 @@ class Prompt:
 
     def explain(self, explanation: Mapping[str, object]) -> None:
         """To the client, if it asked: SGLang sends this with the first token, as meta_info["lmc"]."""
-        if self.control.explain and explanation:
+        if self.wishes.explain and explanation:
             self._request.customized_info = {"lmc": [dict(explanation)]}
-
-
-def control_of(request: Any) -> RequestControl:
-    """What the client asks for in sampling_params.custom_params; unclear wishes bypass the cache, as a request cannot be refused here."""
-    control = parse_control(request.sampling_params.custom_params, request.rid, "custom_params")
-    if control.tenant:
-        logger.warning(
-            "lmc: request %s bypasses the cache: on SGLang a tenant is a cache_salt, which SGLang's own cache keeps apart too",
-            request.rid,
-        )
-        return RequestControl(bypass=True)
-    return control
 
 
 def unsupported(request: Any) -> bool:

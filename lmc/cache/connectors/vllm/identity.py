@@ -14,9 +14,9 @@ from blake3 import blake3
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from lmc.cache.connectors.control import tenant_name
 from lmc.cache.connectors.vllm.options import options_digest
 from lmc.cache.connectors.vllm.versions import LAYOUT_NAMES
+from lmc.cache.keys import hashed_name
 from lmc.cache.scheduler.cache import Identity
 from lmc.errors import LayoutError
 
@@ -29,8 +29,9 @@ _FROM_FILES = {"auto", "fastsafetensors", "gguf", "hf", "instanttensor", "mistra
 
 
 def request_identity(request: Request, tenant: str, adapter: str = "") -> Identity:
-    """Adapter, tenant and salt, and what the model gets at each position beside the token id."""
-    return Identity(lora=adapter, tenant=tenant_name(tenant, request.cache_salt), extra=_content_identity(request))
+    """Adapter, tenant (by its hashed name) and salt, and what the model gets at each position beside the token id."""
+    salt = hashed_name(request.cache_salt or "")
+    return Identity(lora=adapter, tenant=tenant, salt=salt, extra=_content_identity(request))
 
 
 def _content_identity(request: Request) -> Callable[[int, int], bytes] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.connectors.control import RequestControl, parse_control
+from lmc.cache.connectors.edge import Edge, Wishes
 from lmc.cache.connectors.vllm.adapters import AdapterNames
 from lmc.cache.connectors.vllm.events import TierEvents
 from lmc.cache.connectors.vllm.identity import request_identity
@@ -18,6 +18,7 @@ from lmc.cache.connectors.vllm.promises import Promises
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.directory import HOST
+from lmc.cache.keys import hashed_name
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.plan import Plan, Report, WorkerReady
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
@@ -57,7 +58,7 @@ class _Tracked:
     request: Request
     num_prompt: int
     identity: Identity
-    control: RequestControl
+    wishes: Wishes
     digests: tuple[str, ...] = ()  # of its adapter, by rank
 
 
@@ -75,6 +76,8 @@ class SchedulerSide:
     tracked: dict[str, _Tracked] = field(default_factory=dict)
     growth: CounterGrowth | None = None
     adapters: AdapterNames = field(default_factory=lambda: AdapterNames(1))
+    edge: Edge = field(init=False)
+    tenant: str = field(init=False)  # the instance's, by its hashed name
     resets: int = 0
     settled: int = 0  # the last reset of which it is known whether the weights had changed by then
     asks_model: bool = False  # in this step
@@ -83,6 +86,8 @@ class SchedulerSide:
 
     def __post_init__(self) -> None:
         self.promises = Promises(self.block_tokens)
+        self.edge = Edge(self.config, "kv_transfer_params")
+        self.tenant = hashed_name(self.config.tenant)
 
     def meet(self, introductions: list[KVConnectorHandshakeMetadata]) -> None:
         """Open the cache with what the workers hold, unless it has been given up already."""
@@ -132,14 +137,14 @@ class SchedulerSide:
             if not known:
                 return (0 if known is False else None), False
         tracked = self._track(request)
-        if tracked.control.bypass:
+        if tracked.wishes.bypass:
             return 0, False
         found = self.scheduler.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
         return found, bool(found and self.scheduler.loads_in_background(found))
 
     def admit(self, request: Request, blocks: list[int], num_external: int) -> None:
         tracked = self.tracked.get(request.request_id)
-        if self.scheduler is not None and tracked is not None and not tracked.control.bypass:
+        if self.scheduler is not None and tracked is not None and not tracked.wishes.bypass:
             self.scheduler.admit(request.request_id, num_external, blocks)
 
     def sources(self, request: Request, num_external: int) -> dict[CacheHitSource, int]:
@@ -191,7 +196,7 @@ class SchedulerSide:
 
     def _plan_store(self, output: SchedulerOutput, request_id: str, num_scheduled: int) -> None:
         tracked = self.tracked.get(request_id)
-        if tracked is None or self.scheduler is None or not tracked.control.store or self.model_unsure:
+        if tracked is None or self.scheduler is None or not tracked.wishes.store or self.model_unsure:
             return
         request = tracked.request
         num_valid = min(request.num_computed_tokens + num_scheduled, request.num_tokens)
@@ -204,7 +209,11 @@ class SchedulerSide:
                     num_valid = min(num_valid, used.index(_NULL_BLOCK) * self.block_tokens)
                 self.scheduler.store(request_id, request.all_token_ids, num_valid, request.num_prompt_tokens, blocks)
                 identity = tracked.identity
-                if self.events is not None and identity.extra is None and identity.tenant == self.config.tenant:
+                if (
+                    self.events is not None
+                    and identity.extra is None
+                    and (identity.tenant, identity.salt) == (self.tenant, "")
+                ):
                     self.events.note(request, self.scheduler.keys_of(request_id))
 
     def _track(self, request: Request) -> _Tracked:
@@ -215,12 +224,14 @@ class SchedulerSide:
             self.scheduler.finish(request.request_id)
             tracked = None
         if tracked is None:
-            control = parse_control(request.kv_transfer_params, request.request_id)
+            wishes = self.edge.read(request.kv_transfer_params, request.request_id, request.cache_salt)
             lora = request.lora_request
             digests = self.adapters.digests(lora.lora_int_id) if lora is not None else ()
             name = self.adapters.name(lora) if lora is not None else ""
-            identity = request_identity(request, control.tenant or self.config.tenant, name)
-            tracked = _Tracked(request, request.num_prompt_tokens, identity, control, digests)
+            identity = Identity()
+            if not wishes.bypass:
+                identity = request_identity(request, wishes.tenant or self.tenant, name)
+            tracked = _Tracked(request, request.num_prompt_tokens, identity, wishes, digests)
             self.tracked[request.request_id] = tracked
         return tracked
 
@@ -234,9 +245,9 @@ class SchedulerSide:
         tracked = self.tracked.pop(request.request_id, None)
         answer = None
         if self.scheduler is not None:
-            if tracked is not None and tracked.control.explain:
+            if tracked is not None and tracked.wishes.explain:
                 answer = {"lmc": self.scheduler.explain(request.request_id)}
-            self.scheduler.finish(request.request_id, tracked.control.pin_seconds if tracked is not None else 0.0)
+            self.scheduler.finish(request.request_id, tracked.wishes.pin_seconds if tracked is not None else 0.0)
         return answer
 
     def stats(self) -> LmcStats | None:
