@@ -238,7 +238,9 @@ class _Engine(InsideVllm):
             "loads of the cache": len(self.cache._loading),
             "half-reported operations": len(self.cache._ended) + len(self.cache._causes),
             "requests of the connector": len(side.tracked),
-            "promises of the connector": len(side.promised) + len(side.waiting),
+            "promises of the connector": sum(
+                map(len, (side.promises.offers, side.promises.blocks, side.promises.requests))
+            ),
             "copies of the worker": sum(threads.num_jobs for threads in worker._tier_copies._threads.values())
             + len(worker.copier._ended),
             "unreported loads": len(worker._loaded) + len(worker._failed_blocks),
