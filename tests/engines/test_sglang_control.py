@@ -117,11 +117,12 @@ def test_whatever_clients_send_the_cache_goes_on(start: Start) -> None:
     def send(inputs: list[tuple[Any, str, Any, Any]]) -> None:
         for parameters, rid, salt, extra_key in inputs:
             with logged() as lines:
-                request = engine.arrive(tokens, rid, custom_params=parameters, cache_salt=salt, extra_key=extra_key)
+                engine.arrive(tokens, rid, custom_params=parameters, cache_salt=salt, extra_key=extra_key)
                 engine.leave()
             assert engine.cache is not None, lines
             assert len(lines) <= 1 and all(map(is_short_and_clean, lines))
-        engine.offload(request, PAGES)
+        engine.offload(engine.arrive(tokens, rid, custom_params=parameters), PAGES)
+        engine.leave()
 
     send()
     engine.serve(tokens, PAGES)

@@ -48,10 +48,12 @@ class Edge:
     no_tenants: str = ""
     _sparingly: Sparingly = field(default_factory=Sparingly)
 
-    def read(self, parameters: object, request_id: str, salt: object = None) -> Wishes:
-        """parameters: what the engine has in that field. What is not granted is said in the log."""
+    def read(self, parameters: object, request_id: str, *names: object) -> Wishes:
+        """parameters: what the engine has in that field. names: the request's salts, if any. What is not granted is said in the log."""
         wishes = parameters.get("lmc") if isinstance(parameters, dict) else parameters
-        problem = "" if salt is None or isinstance(salt, str) else "cache_salt is no text"
+        problem = (
+            "" if all(name is None or _is_text(name) for name in names) else "its cache_salt or extra_key is no text"
+        )
         if wishes is None and not problem:
             return _NO_WISHES
         if isinstance(wishes, dict):
@@ -68,7 +70,9 @@ class Edge:
     def _grant(self, wishes: Mapping[str, object]) -> tuple[Wishes, str]:
         """What a well-formed request gets, and what it does not get."""
         allowed, token, secret = self.config.clients, wishes.get("token"), self.config.admin.token
-        operator = isinstance(token, str) and secret is not None and hmac.compare_digest(_raw(token), _raw(secret))
+        operator = (
+            isinstance(token, str) and secret is not None and hmac.compare_digest(token.encode(), secret.encode())
+        )
         tenant = str(wishes.get("tenant") or "")
         if tenant and self.no_tenants:
             return _BYPASS, self.no_tenants
@@ -120,7 +124,19 @@ def _seconds(value: object) -> str | None:
 
 
 def _text(value: object, most: int) -> str | None:
-    return None if isinstance(value, str) and len(value) <= most else f"a text of at most {most} characters"
+    short = isinstance(value, str) and len(value) <= most
+    return None if short and _is_text(value) else f"a text of at most {most} characters"
+
+
+def _is_text(value: object) -> bool:
+    """Lone surrogates are none: nobody can write them down, engines neither."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _FORMS: dict[str, Callable[[object], str | None]] = {
@@ -131,7 +147,3 @@ _FORMS: dict[str, Callable[[object], str | None]] = {
     "tenant": lambda value: _text(value, MOST_TENANT),
     "token": lambda value: _text(value, _MOST_TOKEN),
 }
-
-
-def _raw(text: str) -> bytes:
-    return text.encode(errors="surrogatepass")

@@ -166,7 +166,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
     def _meet(self, cache: LocalCache, request: Any) -> Prompt | None:
         if unsupported(request):
             return None
-        wishes = self._edge.read(request.sampling_params.custom_params, request.rid, request.cache_salt)
+        names = (request.cache_salt, request.extra_key)
+        wishes = self._edge.read(request.sampling_params.custom_params, request.rid, *names)
         if wishes.bypass:
             return None
         prompt = Prompt(request, wishes, cache.scheduler.namespace, self._tenant)
