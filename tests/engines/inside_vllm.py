@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import threading
+import os
 import time
 from dataclasses import asdict
 from typing import Any
@@ -107,6 +107,33 @@ class InsideVllm:
             copy(descriptors, *arguments)
 
         backend.execute = broken
+
+    def hang_disk_while(self, marker: str) -> None:
+        """From now on the disk tier's calls that read or write a file do not return while the marker exists.
+
+        It stands for the kernel: no file system here can be made to hang without being root on its machine.
+        """
+        from lmc.cache.tiers import file_read
+        from lmc.cache.tiers.disk import DiskTier
+
+        def hung(call: Any) -> Any:
+            def wait(*arguments: Any) -> Any:
+                while os.path.exists(marker):  # noqa: PTH110  quicker than a Path's
+                    time.sleep(0.02)
+                return call(*arguments)
+
+            return wait
+
+        file_read.open_to_read = hung(file_read.open_to_read)
+        DiskTier._write = hung(DiskTier._write)  # type: ignore[method-assign]
+
+    def until_nothing_hangs(self) -> None:
+        """Step until the calls that hung have ended too."""
+        deadline = time.monotonic() + 60
+        while self.cache.directory.num_open:
+            assert time.monotonic() < deadline, "operations never ended"
+            self.core.step_fn()
+            time.sleep(0.001)
 
     def fail_next_load(self, rank: int) -> None:
         """The same for the next load only, of one rank of several."""

@@ -1,7 +1,8 @@
-"""Whatever fails in the linker, and whenever: the cache ends and the rest of the engine goes on. Faults are injected into each call."""
+"""Whatever fails inside lmc, at any call of SGLang's, ends at most the cache: nothing waits, results come, loads are right or failed."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.services import wait_until
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.fault]
 
 PAGES = [3, 9, 4]
+_EVERY = int(os.environ.get("LMC_TEST_EVERY", "5"))  # 1: each function
 
 
 def hooks() -> list[str]:
@@ -97,10 +99,12 @@ def assert_survives(start: Start, injection: Injection) -> None:
             traffic.run()
         traffic.load(prompt(3, 3 * PAGE + 5), "after", [20, 7, 11])
         traffic.store(prompt(4, 3 * PAGE + 5))
-        assert (traffic.engine.cache is None) == (injection.raised > 0)
+        has_ended = traffic.engine.cache is None
         with injection.armed():
             traffic.linker.close()
-        assert injection.raised, "the fault never came"
+        if injection.function == injection.hook:
+            assert injection.raised, "the fault never came"
+            assert has_ended or injection.hook.endswith(".close"), "the cache has not ended"
     except Exception as error:
         raise AssertionError(f"{injection.error!r} in {injection.function} within {injection.hook}: {error}") from error
 
@@ -129,9 +133,9 @@ def test_a_fault_in_any_function_ends_at_most_the_cache(
     seen = observed(start)
     assert len(seen) > 100, "the test says nothing"
     failures = []
-    for turn, ((hook, function), calls) in enumerate(seen.items()):
-        if hook != function and turn % len(ERRORS) != ERRORS.index(error):
-            continue  # every error at the call itself, and one inside
+    for turn, ((hook, function), calls) in enumerate(sorted(seen.items())):
+        if hook != function and turn % (len(ERRORS) * _EVERY) != ERRORS.index(error):
+            continue  # every error at the call itself, and a part of the functions inside
         injection = Injection(hook, function, error, -(-calls // (1 + turn % 2)), closing_too=turn % 3 == 0)
         try:
             assert_survives(start, injection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.fault]
 
 NO_HOOKS = {"strict", "end_cache"}  # the guard's own
 HOOKS = sorted(name for name in vars(LmcConnector) if not name.startswith("_") and name not in NO_HOOKS)
+_EVERY = int(os.environ.get("LMC_TEST_EVERY", "11"))  # 1: each function
 ELSEWHERE = {  # in processes without a cache, or before there is one
     f"LmcConnector.{name}"
     for name in (
         "build_kv_connector_stats",
         "build_prom_metrics",
         "get_required_kvcache_layout",
+        "shutdown",
         "supports_sleep_mode",
     )
 }
@@ -135,11 +138,12 @@ def assert_survives(case: Case, injection: Injection) -> None:
         with injection.armed():
             case.run()
         case.check()
-        ended = injection.raised > 0 and injection.hook.startswith("LmcConnector") and injection.hook not in ELSEWHERE
-        assert case.has_ended == ended
+        has_ended = case.has_ended
         with injection.armed():
             case.engine.close()
-        assert injection.raised, "the fault never came"
+        if injection.function == injection.hook:
+            assert injection.raised, "the fault never came"
+            assert has_ended == (injection.hook not in ELSEWHERE), "the cache has not ended"
     except Exception as error:
         raise AssertionError(f"{what}: {error}") from error
 
@@ -164,15 +168,18 @@ def test_a_fault_at_any_hook_ends_at_most_the_cache(case: Callable[..., Case], h
 def test_a_fault_in_any_function_ends_at_most_the_cache(
     case: Callable[..., Case], shares_blocks: bool, num_ranks: int
 ) -> None:
-    """Each function of lmc that runs inside a hook raises once, at its first call or one in the middle."""
+    """Functions of lmc that run inside a hook raise once, at their first call or one in the middle. There are over 700; a part of them,
+    chosen anew for each number of ranks, must do here."""
     seen = observed(case(shares_blocks=shares_blocks, num_ranks=num_ranks))
-    assert len(seen) > 200, "the test says nothing"
-    failures = []
-    for turn, ((hook, function), calls) in enumerate(seen.items()):
-        error, number = ERRORS[turn % len(ERRORS)], 1 if turn % 2 else -(-calls // 2)
-        injection = Injection(hook, function, error, number, closing_too=turn % 3 == 0)
+    assert len(seen) > 500, "the test says nothing"
+    failures, raised = [], 0
+    for turn, ((hook, function), calls) in list(enumerate(sorted(seen.items())))[num_ranks::_EVERY]:
+        number = 1 if turn % 2 else -(-calls // 2)
+        injection = Injection(hook, function, ERRORS[turn % len(ERRORS)], number, closing_too=turn % 3 == 0)
         try:
             assert_survives(case(shares_blocks=shares_blocks, num_ranks=num_ranks), injection)
         except AssertionError as failure:
             failures.append(str(failure)[:300])
-    assert not failures, "\n".join([f"{len(failures)} of {len(seen)}", *failures])
+        raised += injection.raised > 0
+    assert not failures, "\n".join(failures)
+    assert raised > 0.8 * len(seen) / _EVERY, "some functions run only when threads are slow, but not so many"

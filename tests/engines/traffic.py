@@ -41,19 +41,29 @@ class Tally:
 
 
 def run_traffic(
-    engine: Any, requests: list[dict[str, Any]], *, seed: int, concurrency: int, chances: Chances, tally: Tally
+    engine: Any,
+    requests: list[dict[str, Any]],
+    *,
+    seed: int,
+    concurrency: int,
+    chances: Chances,
+    tally: Tally,
+    most: bool = False,
 ) -> None:
-    """requests: id, prompt, output (tokens). engine: a vLLM LLMEngine. Raises AssertionError when nothing gets on any more."""
+    """requests: id, prompt, output (tokens). engine: a vLLM LLMEngine. most: as many at a time as there may be, not a random number.
+
+    Raises AssertionError when nothing gets on any more.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     generator = random.Random(seed)
     waiting = list(reversed(requests))
     running: dict[str, tuple[str, int | None]] = {}  # id -> (internal id, step at which it is aborted)
-    target, progress = 1, time.monotonic()
+    target, progress = concurrency if most else 1, time.monotonic()
     scheduler = engine.engine_core.engine_core.scheduler
     while waiting or running or scheduler.has_requests():
-        if generator.random() < 0.1:
+        if generator.random() < 0.1 and not most:
             target = generator.randint(1, concurrency)
         while waiting and len(running) < target:
             request = waiting.pop()

@@ -62,6 +62,10 @@ class VllmDriver:
             self.kill()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def __enter__(self) -> VllmDriver:
         return self
 
@@ -212,14 +216,22 @@ class _Engine(InsideVllm):
         return bool(self.llm.reset_prefix_cache())
 
     def traffic(
-        self, requests: list[dict[str, Any]], seed: int, concurrency: int, chances: dict[str, float]
+        self, requests: list[dict[str, Any]], seed: int, concurrency: int, chances: dict[str, float], most: bool = False
     ) -> dict[str, Any]:
         """Random traffic; see run_traffic."""
         tally, chosen = Tally(), Chances(**chances)
         connected = self.connector is not None
         mend = break_copies(self.worker.copier.backend, seed, chosen, tally) if connected else None
         try:
-            run_traffic(self.llm.llm_engine, requests, seed=seed, concurrency=concurrency, chances=chosen, tally=tally)
+            run_traffic(
+                self.llm.llm_engine,
+                requests,
+                seed=seed,
+                concurrency=concurrency,
+                chances=chosen,
+                tally=tally,
+                most=most,
+            )
         finally:
             if mend is not None:
                 mend()
@@ -247,6 +259,10 @@ class _Engine(InsideVllm):
             "requests of the engine": len(scheduler.requests),
             "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         }
+
+    def slots(self) -> dict[str, Any]:
+        directory = self.cache.directory
+        return {"usage": directory.usage(), "free_host_slots": directory._places.num_free_slots}
 
     def settle(self) -> None:
         """Step until no copy is under way."""

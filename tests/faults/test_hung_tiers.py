@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from lmc.cache.tiers import file_read
+from lmc.cache.tiers import open as open_module
 from lmc.cache.tiers.disk import DiskTier
+from lmc.cache.tiers.late import wait_for
 from lmc.cache.tiers.redis import RedisTier
 from tests import services
 from tests.cache.instance import CHUNK_BYTES, Instance, prompt, settings
@@ -100,6 +103,48 @@ def test_a_disk_that_hangs_while_it_is_read(
 def pumped(instance: Instance) -> bool:
     instance.pump()
     return True
+
+
+@pytest.mark.parametrize("where", ["_make_folders", "_files", "parents"])
+def test_a_disk_that_hangs_at_the_start_does_not_hang_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: Hung, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    first = Instance(settings(disk_path=tmp_path))
+    first.serve(PROMPTS[0])
+    first.close()
+    monkeypatch.setattr(open_module, "_SHORTEST_PATIENCE", 0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, where, hung(getattr(DiskTier, where)))
+        instance = Instance(settings(disk_path=tmp_path, load_deadline=0.2, close_timeout=0.1))
+        assert hung.inside == 1
+        said = [record.getMessage() for record in caplog.records if "no answer for" in record.getMessage()]
+        assert len(said) == 1 and "the next start" in said[0]
+        for tokens in PROMPTS:
+            assert instance.serve(tokens, settle=False).loaded == 0
+            assert instance.serve(tokens, settle=False).sources == {"host": 48}, "the engine serves without it"
+    hung.gate.set()
+    services.wait_until(lambda: written_to(instance, "disk"), "the disk is used when it answers")
+    services.wait_until(lambda: pumped(instance) and instance.scheduler.directory.num_open == 0, "the end of what hung")
+    instance.scheduler.directory.check()
+    instance.close()
+
+
+def written_to(instance: Instance, tier: str) -> bool:
+    for seed in range(100, 110):
+        instance.serve(prompt(seed, 50), settle=False)
+    return instance.metric("written_chunks_total", tier=tier) > 0
+
+
+def test_a_scan_that_is_only_long_is_waited_for() -> None:
+    steps = itertools.count()
+
+    def long() -> str:
+        for _ in range(20):
+            next(steps)
+            time.sleep(0.1)
+        return "found"
+
+    assert wait_for(long, 1.0, "a scan", lambda: int(repr(steps)[6:-1])) == "found"
 
 
 def test_a_disk_that_hangs_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: Hung) -> None:

@@ -40,6 +40,14 @@ class Tier(Protocol):
 class BoundedTier(Tier, Protocol):
     """A tier that evicts nothing by itself. The directory decides what to evict, and learns at start what the tier holds."""
 
+    @property
+    def progress(self) -> int:
+        """Changes while scan() or parents() gets on; any thread may ask."""
+
+    @property
+    def is_open(self) -> bool:
+        """False: the medium hung when it was opened, and has not answered since."""
+
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
         """Each stored key and the bytes of its payload, oldest first."""
 

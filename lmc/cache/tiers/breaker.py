@@ -252,5 +252,13 @@ class BoundedBreaker(Breaker):
             found = list(self._bounded.scan())
         return iter(found)
 
+    @property
+    def progress(self) -> int:
+        return self._bounded.progress
+
+    @property
+    def is_open(self) -> bool:
+        return self._bounded.is_open
+
     def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
         return self._bounded.parents(keys)

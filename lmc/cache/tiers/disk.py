@@ -59,6 +59,8 @@ class DiskTier:
         self._folder = f"{self._namespace_folder}/r{scope.rank}"
         self._temporary = f"{self._folder}/{TEMPORARY}"
         self._share = None if capacity is None else FolderShare(path, scope.namespace, scope.rank, num_ranks, capacity)
+        self.progress = 0  # entries looked at
+        self.is_open = True
         self._lease = -1
         self._process = secrets.token_hex(8)
         self._serial = itertools.count()
@@ -147,6 +149,7 @@ class DiskTier:
         until = time.monotonic() + seconds
         found = {}
         for number, key in enumerate(reversed(keys)):
+            self.progress += 1
             if time.monotonic() > until:
                 text = "lmc: disk tier: read %d of %d footers in %s within %g s; of the other chunks no parent is known"
                 _log.warning(text, number, len(keys), self._folder, seconds)
@@ -249,6 +252,7 @@ class DiskTier:
 
     def _chunks_among(self, entries: Iterator[os.DirEntry[str]], left_out: list[OSError]) -> Iterator[tuple[int, str]]:
         for entry in entries:
+            self.progress += 1
             if not _FILE_NAME.fullmatch(entry.name):
                 continue
             try:

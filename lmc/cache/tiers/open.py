@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lmc.cache.config import CacheConfig
@@ -11,6 +12,7 @@ from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.cache.tiers.breaker import BoundedBreaker, Breaker
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import TierScope, derive_auth_key
+from lmc.cache.tiers.late import LateTier, TierHangs, wait_for
 from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import ConfigError, TierError
 
@@ -32,8 +34,9 @@ def open_tiers(
     """Tiers by name, from the nearest to the farthest, and what is wrong with them in one line each. num_ranks: that write; None: this
     caller only asks.
 
-    A disk tier that cannot be opened is left out. A remote tier that does not answer is kept: its breaker retries. Raises ConfigError for
-    settings that cannot work, and TierError instead of any warning when the configuration is strict.
+    A disk tier that cannot be opened is left out; one that hangs is opened when it answers. A remote tier that does not answer is kept: its
+    breaker retries. Raises ConfigError for settings that cannot work, and TierError instead of any warning when the configuration is
+    strict.
     """
     tiers: dict[str, Breaker] = {}
     warnings: list[str] = []
@@ -50,17 +53,24 @@ def open_tiers(
     if config.disk.path is not None:
         try:
             capacity = None if num_ranks is None else config.disk.capacity
-            disk = DiskTier(
-                config.disk.path, scope, fsync=config.disk.fsync, capacity=capacity, num_ranks=num_ranks or 1
+            open_disk = partial(
+                DiskTier, config.disk.path, scope, fsync=config.disk.fsync, capacity=capacity, num_ranks=num_ranks or 1
             )
+            disk = LateTier("disk", open_disk)
             tiers["disk"] = BoundedBreaker(disk, patience=patience, slow=slow)
+            wait_for(partial(disk.contains, [_NO_KEY]), patience, f"disk tier: opening {config.disk.path}")
+        except TierHangs as error:
+            warn(error, "running without it until it answers; what it holds is found at the next start")
         except TierError as error:
+            del tiers["disk"]
             warn(error, "running without it")
     if config.redis.url is not None:
         tiers["redis"] = Breaker(RedisTier(config.redis, scope), patience=patience, slow=slow)
     if config.s3.bucket is not None:
         tiers["s3"] = Breaker(_open_s3(config, scope), patience=patience, slow=slow)
-    for tier in tiers.values():
+    for name, tier in tiers.items():
+        if name == "disk":
+            continue
         try:
             tier.contains([_NO_KEY])
         except TierError as error:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 
 from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.plan import (
@@ -23,6 +24,7 @@ from lmc.cache.plan import (
     WorkerReady,
 )
 from lmc.cache.tiers.breaker import DIRECTIONS, BoundedBreaker, Breaker
+from lmc.cache.tiers.late import TierHangs, wait_for
 from lmc.cache.transfer.backends.auto import AutoBackend
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction
@@ -78,15 +80,24 @@ class CacheWorker:
     def ready(self) -> WorkerReady:
         """Message of what this rank holds. It scans the bounded tiers."""
         warnings = list(self._warnings)
-        stored = {}
+        stored: dict[str, list[ChunkKey]] = {}
         parents: dict[ChunkKey, ChunkKey] = {}
         for name, tier in self._tiers.items():
             if not isinstance(tier, BoundedBreaker):
                 continue
+            stored[name] = []
+            if not tier.is_open:
+                continue  # it hangs, and has said so
             try:
-                stored[name] = [key for key, _ in tier.scan()]
-                parents.update(tier.parents(stored[name]))
+                look, progress = partial(_look_into, tier), partial(_progress, tier)
+                stored[name], known = wait_for(look, tier.patience(0), f"{name} tier: a scan", progress)
+                parents.update(known)
+            except TierHangs as error:
+                text = f"{error}; what it holds is found at the next start"
+                logger.warning("lmc: %s", text)
+                warnings.append(text)
             except TierError as error:
+                del stored[name]
                 warnings.append(str(error))
         return WorkerReady(
             self._namespace,
@@ -229,6 +240,15 @@ class CacheWorker:
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
             self._report.transfers.append((what, num_bytes, seconds))
+
+
+def _look_into(tier: BoundedBreaker) -> tuple[list[ChunkKey], dict[ChunkKey, ChunkKey]]:
+    found = [key for key, _ in tier.scan()]
+    return found, tier.parents(found)
+
+
+def _progress(tier: BoundedBreaker) -> int:
+    return tier.progress
 
 
 def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:

@@ -8,6 +8,7 @@ import pytest
 from lmc.cache.config import CacheConfig
 from lmc.cache.tiers.breaker import BoundedBreaker, Breaker
 from lmc.cache.tiers.disk import DiskTier
+from lmc.cache.tiers.late import LateTier
 from lmc.cache.tiers.open import open_tiers
 from lmc.errors import ConfigError, TierError
 from tests import services
@@ -21,7 +22,8 @@ def test_without_settings_there_is_no_tier() -> None:
 def test_a_disk_tier_works(tmp_path: Path) -> None:
     tiers, warnings = open_tiers(CacheConfig.model_validate({"disk": {"path": tmp_path}}), SCOPE)
     assert not warnings
-    assert isinstance(tiers["disk"], BoundedBreaker) and isinstance(tiers["disk"]._tier, DiskTier)
+    assert isinstance(tiers["disk"], BoundedBreaker) and isinstance(tiers["disk"]._tier, LateTier)
+    assert isinstance(tiers["disk"]._tier.open(), DiskTier) and tiers["disk"].is_open
     tiers["disk"].put(key(1), payload(1))
     assert load(tiers["disk"], 1) == payload(1)
 
