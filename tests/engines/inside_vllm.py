@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import time
 from dataclasses import asdict
 from typing import Any
@@ -126,6 +127,10 @@ class InsideVllm:
 
         file_read.open_to_read = hung(file_read.open_to_read)
         DiskTier._write = hung(DiskTier._write)  # type: ignore[method-assign]
+
+    def limit_files(self, num_bytes: int) -> None:
+        """The kernel refuses to make any file of this process longer, as it does on a full disk."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
     def until_nothing_hangs(self) -> None:
         """Step until the calls that hung have ended too."""

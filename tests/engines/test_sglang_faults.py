@@ -15,7 +15,7 @@ from tests.services import wait_until
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.fault]
 
 PAGES = [3, 9, 4]
-_EVERY = int(os.environ.get("LMC_TEST_EVERY", "5"))  # 1: each function
+_EVERY = int(os.environ.get("LMC_TEST_EVERY", "10"))  # 1: each function
 
 
 def hooks() -> list[str]:

@@ -37,10 +37,13 @@ class _Call(Generic[Result]):
 def wait_for(work: Callable[[], Result], patience: float, what: str, progress: Callable[[], int] = lambda: 0) -> Result:
     """The result of work(), which runs on a thread of its own and may take long as long as progress() changes.
 
-    Raises TierHangs when it did not for patience seconds, and what work() raises.
+    Raises TierHangs when it did not for patience seconds, TierError when there is no thread, and what work() raises.
     """
     call = _Call(work)
-    call.thread.start()
+    try:
+        call.thread.start()
+    except (RuntimeError, MemoryError):
+        raise TierError(f"{what}: cannot start a thread; raise the limit of processes") from None
     before = progress()
     while True:
         call.thread.join(patience)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+
 import orjson
 import pytest
 
@@ -47,3 +50,39 @@ def test_a_record_holds_no_salt_and_yet_tells_tenants_apart(tmp_path):
 def test_a_record_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot write the trace"):
         Instance(settings(record=tmp_path / "absent" / "trace.jsonl"))
+
+
+@pytest.mark.parametrize("where", ["write", "flush", "close"])
+def test_a_disk_that_is_full_ends_the_record_and_not_the_cache(tmp_path, caplog, where):
+    instance = Instance(settings(record=tmp_path / "trace.jsonl"))
+    recorder = instance.scheduler._accounting._recorder
+    file, recorder._file, recorder._flushed = recorder._file, Full(where), float("-inf")
+    file.close()
+    tokens = prompt(1, 50)
+    instance.serve(tokens)
+    assert instance.serve(tokens).loaded == 48
+    instance.close()
+    instance.close()
+    ends = [record.getMessage() for record in caplog.records if "ends here" in record.getMessage()]
+    assert ends == [f"lmc: the trace {tmp_path / 'trace.jsonl'} ends here: No space left on device"]
+
+
+class Full:
+    """A file whose calls of one kind, and of close(), find no room."""
+
+    def __init__(self, where):
+        self._where = where
+
+    def write(self, data):
+        self._fail("write")
+        return len(data)
+
+    def flush(self):
+        self._fail("flush")
+
+    def close(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _fail(self, where):
+        if where == self._where:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from lmc.cache.tiers.format import stored_bytes
+from lmc.cache.tiers.late import wait_for
+from lmc.cache.worker.block_copies import start_thread
+from lmc.errors import TierError
 from tests import services
 from tests.cache.instance import CHUNK_BYTES, Instance, chunk_files, prompt, settings
 from tests.faults.test_tier_disk import exit_status, in_child
@@ -64,6 +67,10 @@ def test_a_limit_of_processes_that_is_reached(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):  # and not at the first load in the background
+            start_thread("lmc-load")
+        with pytest.raises(TierError, match="opening: cannot start a thread"):
+            wait_for(list, 1.0, "opening")
         assert instance.serve(TOKENS).miss == "load failed"
         assert instance.serve(prompt(2, 50)).loaded == 0
         assert instance.serve(prompt(2, 50)).sources == {"host": 48}
