@@ -2,7 +2,8 @@
 
 Cold, vLLM's own prefix cache, and lmc's host, disk (files in the page cache) and Redis on this machine. One engine has a disk, a second one
 Redis; each measures its own tiers and the device hit in turn, so that a busy machine slows all alike. The host tier holds one prompt,
-so that the other one comes from the tier below. Exit code 1 when a bar is missed.
+so that the other one comes from the tier below. In a third engine the disk stops to answer; once it is left alone, prompts that lie there
+are measured in turn with prompts that nobody sent before. Exit code 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.engines.scenario import TOKEN, kv_bytes_per_token, wish
 from tests.engines.vllm_driver import VllmDriver
 
 BARS = {"host": 1.1, "disk": 1.5, "redis": 2.0}  # of the device hit in the same engine
+LEFT_ALONE, LEFT_ALONE_BAR = "disk that hangs", 1.05  # of a cold prompt in the same engine
 COLD = 3  # prompts per engine
 BLOCK = 128
 EXPLAIN = wish(explain=True)
@@ -72,6 +74,34 @@ def measure(model: Path, tier: str, settings: dict[str, Any], tokens: int, round
     return measured
 
 
+def measure_hung(model: Path, settings: dict[str, Any], marker: Path, tokens: int, rounds: int) -> Measured:
+    generator = random.Random(LEFT_ALONE)
+
+    def fresh() -> list[int]:
+        return [generator.randrange(5, 5_000) for _ in range(tokens)]
+
+    stored = [fresh() for _ in range(COLD)]
+    measured = Measured(LEFT_ALONE)
+    options = {"block_size": BLOCK, "max_model_len": tokens + BLOCK, "max_num_batched_tokens": tokens + BLOCK}
+    with VllmDriver(model, settings=settings, enable_prefix_caching=True, **options) as engine:
+        for prompt in stored:
+            engine.generate([prompt], max_tokens=1)
+            engine.call("settle")
+        engine.call("hang_disk_while", marker=str(marker))
+        marker.touch()
+        try:
+            for number in range(-COLD, rounds):  # the first of them until it is left alone
+                for source, prompt in (("cold", fresh()), (LEFT_ALONE, stored[number % COLD])):
+                    engine.call("reset_device")
+                    seconds, hits = engine.call("first_token", prompt=prompt, extra_args=EXPLAIN)
+                    assert not any(hits.values()), hits
+                    if number >= 0:
+                        measured.add(source, seconds)
+        finally:
+            marker.unlink()
+    return measured
+
+
 def measure_all(model: Path, tokens: int, rounds: int) -> list[Measured]:
     chunk_bytes = kv_bytes_per_token(model) * BLOCK
     common = {
@@ -83,20 +113,29 @@ def measure_all(model: Path, tokens: int, rounds: int) -> list[Measured]:
     }
     with tempfile.TemporaryDirectory() as name, services.redis_server(Path(name)) as server:
         below = {"disk": {"disk.path": str(Path(name) / "disk")}, "redis": {"redis.url": server.url}}
-        return [measure(model, tier, common | settings, tokens, rounds) for tier, settings in below.items()]
+        hung = common | {"disk.path": str(Path(name) / "hung")}
+        return [
+            *(measure(model, tier, common | settings, tokens, rounds) for tier, settings in below.items()),
+            measure_hung(model, hung, Path(name) / "marker", tokens, rounds),
+        ]
 
 
-def ratios(measured: list[Measured]) -> list[tuple[str, float, float, bool]]:
-    """Tier, ratio to the device hit in its engine (the host's: of both engines, the worse), bar, met."""
-    found = {one.tier: one.median(one.tier) / one.median("device") for one in measured}
-    found["host"] = max(one.median("host") / one.median("device") for one in measured)
-    return [(tier, found[tier], bar, found[tier] <= bar) for tier, bar in BARS.items()]
+def ratios(measured: list[Measured]) -> list[tuple[str, str, float, float, bool]]:
+    """Tier, compared with, ratio in its engine (the host's: of both engines, the worse), bar, met."""
+    *working, hung = measured
+    found = {one.tier: one.median(one.tier) / one.median("device") for one in working}
+    found["host"] = max(one.median("host") / one.median("device") for one in working)
+    left_alone = hung.median(LEFT_ALONE) / hung.median("cold")
+    return [
+        *((tier, "device hit", found[tier], bar, found[tier] <= bar) for tier, bar in BARS.items()),
+        (LEFT_ALONE, "cold prompt", left_alone, LEFT_ALONE_BAR, left_alone <= LEFT_ALONE_BAR),
+    ]
 
 
 def as_report(measured: list[Measured], tokens: int, model: str) -> Report:
     judged = Table(
-        "Ratios to the device hit",
-        [Column("tier"), Column("TTFT / device hit"), Column("at most"), Column("reached")],
+        "Ratios",
+        [Column("tier"), Column("compared with"), Column("TTFT / that"), Column("at most"), Column("reached")],
         ratios(measured),
     )
     rows = [
@@ -122,7 +161,7 @@ def as_report(measured: list[Measured], tokens: int, model: str) -> Report:
     )
     command = "python -m benchmarks.vllm_ttft " + " ".join(sys.argv[1:])
     metadata = {"command": command.strip(), "model": model} | describe_hardware() | describe_software()
-    missed = [tier for tier, _, _, met in ratios(measured) if not met]
+    missed = [tier for tier, *_, met in ratios(measured) if not met]
     summary = f"Bars missed: {', '.join(missed)}." if missed else "All bars are met."
     return Report("TTFT on vLLM by tier", summary, [Section("Results", "", [judged, times])], metadata)
 
