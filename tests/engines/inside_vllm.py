@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
