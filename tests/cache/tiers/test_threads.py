@@ -81,3 +81,22 @@ def test_no_job_is_begun_after_the_end() -> None:
     gate.set()
     assert threads.wait(60)
     assert done == [0]
+
+
+def test_a_job_that_crashes_leaves_its_thread_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+
+    def work(job: int) -> None:
+        if job == 0:
+            raise MemoryError("injected")
+        done.append(job)
+
+    def begin() -> None:
+        raise ValueError("injected")
+
+    threads = IoThreads(1, "test", work, begin)
+    assert all(threads.put(job) for job in range(3))
+    assert threads.wait(10)
+    threads.close()
+    assert done == [1, 2]
+    assert "test cannot be set up" in caplog.text and "test: a job crashed" in caplog.text
