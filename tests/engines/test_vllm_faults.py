@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -12,8 +13,12 @@ from typing import Any
 import pytest
 from prometheus_client import Counter, Gauge, Histogram
 
+from lmc.cache.connectors import guard
 from lmc.cache.connectors.vllm import LmcConnector
 from lmc.cache.connectors.vllm import worker as worker_module
+from lmc.cache.connectors.vllm.messages import StepReport
+from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
+from lmc.cache.plan import Report
 from lmc.cache.settings import load_settings
 from lmc.serve.engines import vllm_transfer_config
 from tests.engines.injection import ERRORS, Injection
@@ -153,6 +158,24 @@ def test_every_method_that_vllm_calls_is_guarded(case: Callable[..., Case]) -> N
     seen = observed(case())
     reached = {hook.rpartition(".")[2] for hook, _ in seen if hook.startswith("LmcConnector.")}
     assert reached == set(HOOKS)
+
+
+@pytest.mark.parametrize("kind", [LmcStats, LmcPromMetrics, StepReport])
+def test_what_vllm_calls_in_other_processes_is_guarded(kind: type) -> None:
+    methods = {name for name in vars(kind) if hasattr(kind.__mro__[1], name) and not name.startswith("_")}
+    methods -= {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    assert methods
+    for name in methods:
+        assert vars(kind)[name].__code__.co_filename == guard.__file__, name
+
+
+def test_wrong_statistics_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = LmcPromMetrics.__new__(LmcPromMetrics)  # its constructor wants vLLM's metrics
+    metrics.observe({"lmc_hit_tokens_total": 1.0})
+    stats = LmcStats({"a_total": 1.0})
+    assert stats.aggregate(LmcStats({"b_total": "many"})) is stats  # type: ignore[dict-item]
+    assert LmcStats({"a_total": None}).reduce() == {}  # type: ignore[dict-item]
+    assert StepReport(Report()).aggregate(None).gone  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -23,6 +23,7 @@ class LmcStats(KVConnectorStats):  # type: ignore[misc]
 
     data: dict[str, float] = field(default_factory=dict)
 
+    @answered(lambda self: None)
     def reset(self) -> None:
         self.data = {}
 
@@ -37,6 +38,7 @@ class LmcStats(KVConnectorStats):  # type: ignore[misc]
         """For vLLM's log line."""
         return {name.replace("|", " "): round(value, 3) for name, value in sorted(self.data.items())}
 
+    @answered(lambda self: True)
     def is_empty(self) -> bool:
         return not self.data
 
