@@ -13,7 +13,7 @@ import pytest
 from lmc.cache.tiers import file_read
 from lmc.cache.tiers import open as open_module
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.late import wait_for
+from lmc.cache.tiers.late import TierHangs, wait_for
 from lmc.cache.tiers.redis import RedisTier
 from tests import services
 from tests.cache.instance import CHUNK_BYTES, Instance, prompt, settings
@@ -112,7 +112,7 @@ def test_a_disk_that_hangs_at_the_start_does_not_hang_the_start(
     first = Instance(settings(disk_path=tmp_path))
     first.serve(PROMPTS[0])
     first.close()
-    monkeypatch.setattr(open_module, "_SHORTEST_PATIENCE", 0.3)
+    monkeypatch.setattr(open_module, "_SHORTEST_PATIENCE", 2.0)
     with monkeypatch.context() as patch:
         patch.setattr(DiskTier, where, hung(getattr(DiskTier, where)))
         instance = Instance(settings(disk_path=tmp_path, load_deadline=0.2, close_timeout=0.1))
@@ -135,16 +135,19 @@ def written_to(instance: Instance, tier: str) -> bool:
     return instance.metric("written_chunks_total", tier=tier) > 0
 
 
-def test_a_scan_that_is_only_long_is_waited_for() -> None:
-    steps = itertools.count()
+def test_a_scan_that_is_only_long_is_waited_for(hung: Hung) -> None:
+    looks = itertools.count()
 
-    def long() -> str:
-        for _ in range(20):
-            next(steps)
-            time.sleep(0.1)
-        return "found"
+    def progress() -> int:
+        look = next(looks)
+        if look == 5:
+            hung.gate.set()
+        return look
 
-    assert wait_for(long, 1.0, "a scan", lambda: int(repr(steps)[6:-1])) == "found"
+    assert wait_for(hung(lambda: "found"), 0.01, "a scan", progress) == "found"
+    hung.gate.clear()
+    with pytest.raises(TierHangs, match=r"a scan: no answer for 0\.01 s"):
+        wait_for(hung(lambda: "found"), 0.01, "a scan")
 
 
 def test_a_disk_that_hangs_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: Hung) -> None:
