@@ -15,6 +15,17 @@ import redis
 
 from tests import services
 
+ACTS = (
+    "redis killed and started again",
+    "redis that does not answer",
+    "disk that does not answer",
+    "file replaced by a FIFO",
+    "files swapped",
+    "file with a flipped bit",
+    "values of Redis swapped",
+    "value of Redis with a flipped bit",
+)
+
 
 class Tormentor:
     """A redis-server of its own and the folder of a disk tier; done counts what was done."""

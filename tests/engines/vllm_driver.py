@@ -261,6 +261,8 @@ class _Engine(InsideVllm):
         }
 
     def slots(self) -> dict[str, Any]:
+        """What is in use when all copies and deletions have ended."""
+        self.settle()
         directory = self.cache.directory
         return {"usage": directory.usage(), "free_host_slots": directory._places.num_free_slots}
 
