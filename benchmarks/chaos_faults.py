@@ -66,13 +66,14 @@ class Tormentor:
         self._server.close()
 
     def _work(self) -> None:
-        acts = [self._kill_redis, self._pause_redis, self._hang_disk, self._fifos, self._forge_disk, self._forge_redis]
+        acts = [self._forge_redis, self._forge_disk, self._pause_redis, self._hang_disk, self._fifos, self._kill_redis]
         while not self._stopped.is_set():
-            for act in self._choose.sample(acts, len(acts)):
+            for act in acts:
                 if self._stopped.wait(self._every * self._choose.uniform(0.5, 1.5)):
                     break
                 with suppress(FileNotFoundError, redis.RedisError):  # the cache was quicker, or the server is away
                     act()
+            self._choose.shuffle(acts)
 
     def _kill_redis(self) -> None:
         assert self._running is not None
