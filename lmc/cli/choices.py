@@ -9,7 +9,18 @@ WINDOWS = ("all", "last-half")
 ROUTINGS = ("round-robin", "prefix")
 APIS = ("completions", "chat")
 WRITE_MODES = ("through", "back", "around")
-FORMATS = ("lmc", "lmcache", "bailian", "ragpulse", "mooncake", "kv-cache-tester", "vllm-events", "prompts", "azure")
+FORMATS = (
+    "lmc",
+    "lmcache",
+    "bailian",
+    "ragpulse",
+    "mooncake",
+    "kv-cache-tester",
+    "vllm-events",
+    "prompts",
+    "azure",
+    "burstgpt",
+)
 
 
 def listed(choices: tuple[str, ...]) -> str:

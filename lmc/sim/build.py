@@ -85,8 +85,14 @@ class TraceBuilder:
         Raises TraceError for an empty trace, for decreasing timestamps and for a hash with two parents.
         """
         starts = np.frombuffer(self._starts, dtype=np.int64)
-        if len(self._lines) == 0 or (len(self._hashes) == 0 and not lengths_only):
-            raise TraceError(f"{self.source}: no request has a trace block; check that this is the file you meant")
+        if len(self._lines) == 0:
+            raise TraceError(f"{self.source}: the file has no request; check that this is the file you meant")
+        if len(self._hashes) == 0 and not lengths_only:
+            longest = max(range(len(self._lines)), key=self._input_tokens.__getitem__)
+            raise TraceError(
+                f"{self._place(longest)}: no request has a trace block of {self.block_tokens} tokens, and the longest prompt is this one "
+                f"of {self._input_tokens[longest]}; give fewer --block-tokens if prompts are short, or a trace with hashes"
+            )
         raw = np.frombuffer(self._hashes, dtype=np.int64)
         timestamps_s = np.frombuffer(self._timestamps_s, dtype=np.float64)
         order = np.arange(timestamps_s.size)

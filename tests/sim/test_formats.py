@@ -73,7 +73,7 @@ def test_lengths_that_fit_no_block_size_are_noted(write: Write) -> None:
         ([line(), {**line(), "input_length": -1}], "line 2"),
         ([line(), {**line(), "input_length": True}], "line 2"),
         ([line(), {**line(), "timestamp": "soon"}], "line 2"),
-        ([line(), {"timestamp": 0, "input_length": 3, "hash_ids": []}], "line 2"),
+        ([line(), {**line(), "output_length": 0.5}], "line 2"),
         ([line(5), "", line(4)], "line 3"),
         ([line(hashes=[0, 1]), line(hashes=[1, 0])], "line 2"),
         ([line(hashes=[0, 1, 0], length=1500)], "line 1"),

@@ -34,3 +34,4 @@ class Format:
     ]  # whether this is the first record of such a file; of CSV the keys are the columns
     read: Callable[[Path, ReadOptions], Trace]
     inputs: Callable[[Path, ReadOptions], list[Path]] = _itself  # all files that the result depends on
+    fields: tuple[str, ...] = ()  # of a record, for saying which one is missing

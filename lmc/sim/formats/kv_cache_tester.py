@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, get_text, read_records
+from lmc.sim.formats.fields import get_count, get_list, get_number, get_text
+from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.trace import Int64, Trace
 
 Runs = npt.NDArray[np.int64]
@@ -126,4 +127,10 @@ def _expand(runs: Runs) -> Int64:
     )
 
 
-FORMAT = Format("kv-cache-tester", "kv-cache-tester coding-agent sessions", matches, read)
+FORMAT = Format(
+    "kv-cache-tester",
+    "kv-cache-tester coding-agent sessions",
+    matches,
+    read,
+    fields=("block_size", "requests", "hash_id_scope"),
+)

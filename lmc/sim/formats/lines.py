@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import gzip
+import itertools
+import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from lmc.errors import TraceError
 
 Record = dict[str, Any]  # Any: a parsed JSON object; readers take fields with the functions below
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_BOM = b"\xef\xbb\xbf"
 _PIECE = 1 << 20
 
 
@@ -30,12 +34,12 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields numbered lines that are not blank. Compression is found by content. Raises TraceError."""
+    """Yields numbered lines that are not blank, without line ends and byte order mark. Finds compression by content. Raises TraceError."""
     number = 0
     try:
         with path.open("rb") as raw:
             for number, line in enumerate(_decompress(raw), start=1):
-                stripped = line.strip()
+                stripped = line.removeprefix(_BOM).strip() if number == 1 else line.strip()
                 if stripped:
                     yield number, stripped
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
@@ -47,9 +51,57 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Yields numbered JSON objects, one per line. Raises TraceError."""
-    for number, line in read_lines(path):
+    """Yields JSON objects with the line on which each begins: one per line, or those of a JSON document. Raises TraceError."""
+    lines = read_lines(path)
+    for number, line in itertools.islice(lines, 1):
+        if _is_whole(line):
+            yield number, parse_record(path, number, line)
+        else:
+            yield from _read_document(path, [(number, line), *lines])
+    for number, line in lines:
         yield number, parse_record(path, number, line)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line of a file is a JSON object by itself, as in JSONL, and not the beginning of a JSON document."""
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _read_document(path: Path, lines: list[tuple[int, bytes]]) -> Iterator[tuple[int, Record]]:
+    """Yields the objects of one JSON array, or several objects one after the other, over any number of lines."""
+    starts = list(itertools.accumulate((len(line.decode(errors="replace")) + 1 for _, line in lines), initial=0))
+    text = "\n".join(line.decode(errors="replace") for _, line in lines)
+
+    def line_of(place: int) -> int:
+        return lines[min(bisect.bisect_right(starts, place), len(lines)) - 1][0]
+
+    def skip(place: int) -> int:
+        while place < len(text) and text[place].isspace():
+            place += 1
+        return place
+
+    decoder = json.JSONDecoder()
+    is_array = text.startswith("[")
+    place = skip(1 if is_array else 0)
+    while place < len(text) and not (is_array and text[place] == "]"):
+        try:
+            record, end = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else place
+            raise bad_line(path, line_of(at), f"the text is not JSON ({error})", "repair the file") from None
+        if not isinstance(record, dict):
+            raise bad_line(
+                path, line_of(place), f"a JSON {type(record).__name__} is not an object", "repair or delete it"
+            )
+        yield line_of(place), record
+        place = skip(end)
+        if is_array and text[place : place + 1] == ",":
+            place = skip(place + 1)
+        elif is_array and text[place : place + 1] != "]":
+            raise bad_line(path, line_of(place), "the JSON array does not go on with , or ]", "repair the file")
 
 
 def parse_record(path: Path, number: int, line: bytes) -> Record:
@@ -66,47 +118,6 @@ def parse_record(path: Path, number: int, line: bytes) -> Record:
 
 def bad_line(path: Path, number: int, wrong: str, remedy: str) -> TraceError:
     return TraceError(f"{path}, line {number}: {wrong}; {remedy}")
-
-
-def get_count(path: Path, number: int, record: Record, key: str) -> int:
-    """A whole number from 0 on that is small enough for sums of its squares. Raises TraceError."""
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
-        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a whole number from 0 to 2**40")
-    return value
-
-
-def get_number(path: Path, number: int, record: Record, key: str) -> float:
-    """A number from 0 on, at most as large as microseconds since 1970; it may be text, as RAGPulse writes it. Raises TraceError."""
-    value = record.get(key)
-    try:
-        parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
-    except (ValueError, OverflowError):
-        parsed = -1.0
-    if not 0 <= parsed < 2**53:
-        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a number from 0 to 2**53")
-    return parsed
-
-
-def get_list(path: Path, number: int, record: Record, key: str) -> list[Any]:
-    value = record.get(key)
-    if not isinstance(value, list):
-        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be a list")
-    return value
-
-
-def get_text(path: Path, number: int, record: Record, key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise bad_line(path, number, f"{key!r} is {_show(record, key)}", "it must be text")
-    return value
-
-
-def _show(record: Record, key: str) -> str:
-    if key not in record:
-        return "missing"
-    text = repr(record[key])
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _decompress(raw: BinaryIO) -> Iterable[bytes]:

@@ -11,7 +11,8 @@ from lmc.cache.observe.record import NAME_BYTES, TRACE_FORMAT, TRACE_VERSION
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, read_records
+from lmc.sim.formats.fields import get_count, get_list, get_number
+from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.trace import Int64, Trace
 
 

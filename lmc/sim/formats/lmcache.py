@@ -9,7 +9,8 @@ from pathlib import Path
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, files_of, get_count, get_list, get_number, read_records
+from lmc.sim.formats.fields import get_count, get_list, get_seconds
+from lmc.sim.formats.lines import Record, bad_line, files_of, read_records
 from lmc.sim.trace import Trace
 
 _ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -52,7 +53,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
             builder.add(
                 number,
                 builder.name_to_int(f"{model}/{name}" for name in names),
-                get_number(file, number, record, "timestamp"),
+                get_seconds(file, number, record, "timestamp"),
                 get_count(file, number, record, "seq_len"),
                 0,
                 tenant=model,
@@ -84,5 +85,10 @@ def inputs(path: Path, options: ReadOptions) -> list[Path]:
 
 
 FORMAT = Format(
-    "lmcache", "LMCache's lookup-hash log (--lookup-hash-log-dir); the model is the group", matches, read, inputs
+    "lmcache",
+    "LMCache's lookup-hash log (--lookup-hash-log-dir); the model is the group",
+    matches,
+    read,
+    inputs,
+    fields=("timestamp", "chunk_hashes", "seq_len", "chunk_size"),
 )

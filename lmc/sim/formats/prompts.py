@@ -1,52 +1,104 @@
-"""Reads prompts as text: JSONL with `input`, `prompt`, `text` or chat `messages`. The user's tokenizer cuts them into trace blocks."""
+"""Reads prompts as text: JSON objects with a prompt, a chat, a ShareGPT conversation, or an OpenAI request (also in a batch file).
+
+The user's tokenizer cuts them into trace blocks. A conversation becomes one request for each of its answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, get_list, get_number, read_records
+from lmc.sim.formats.chats import has_media, prompt_of, turns_of
+from lmc.sim.formats.fields import get_seconds
+from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.formats.tokens import hash_tokens
 from lmc.sim.trace import Trace
 
 BLOCK_TOKENS = 16
 _TEXT_FIELDS = ("input", "prompt", "text")
-_MICROSECONDS, _MILLISECONDS = 1e14, 1e11  # an epoch time above these cannot be in seconds
+_CHAT_FIELDS = ("messages", "input")
+_TURN_FIELDS = ("conversations", "conversation")
 
 
 def matches(record: Record) -> bool:
-    return any(isinstance(record.get(key), str) for key in _TEXT_FIELDS) or isinstance(record.get("messages"), list)
+    return _field_of(_request(record)) is not None
 
 
 def read(path: Path, options: ReadOptions) -> Trace:
     encode = _tokenizer(path, options.tokenizer)
     builder = TraceBuilder(path.name, FORMAT.name, options.block_tokens or BLOCK_TOKENS, sort=options.sort)
-    timed = chats = False
+    chats = media = False
+    timed: bool | None = None
     for number, record in read_records(path):
-        chats = chats or "messages" in record
-        timed = timed or "timestamp" in record
-        tokens = encode(_prompt(path, number, record))
-        output = record.get("output", "")
+        request = _request(record)
         session = record.get("session_id")
-        builder.add(
-            number,
-            hash_tokens(tokens, builder.block_tokens),
-            _seconds(get_number(path, number, record, "timestamp")) if "timestamp" in record else 0.0,
-            len(tokens),
-            len(encode(output)) if isinstance(output, str) else 0,
-            session=None if session is None else str(session),
-        )
+        has_time = record.get("timestamp") is not None
+        if timed not in (None, has_time):
+            wrong = f"'timestamp' is {'there' if has_time else 'missing'}, unlike in the lines before"
+            raise bad_line(path, number, wrong, "give one in every line, or in none")
+        timed = has_time
+        arrival = get_seconds(path, number, record, "timestamp") if timed else 0.0
+        field = _field_of(request)
+        if field is not None and isinstance(request[field], list):
+            chats = True
+            media = media or has_media(request, field)
+        if field in _TURN_FIELDS and session is None:
+            session = record.get("id", f"line {number}")
+        for prompt, answer in _prompts(path, number, request, field):
+            tokens = encode(prompt)
+            builder.add(
+                number,
+                hash_tokens(tokens, builder.block_tokens),
+                arrival,
+                len(tokens),
+                len(encode(answer)) if answer else 0,
+                session=None if session is None else str(session),
+            )
     builder.notes.append(
         f"the prompts were tokenized with {options.tokenizer}; the tokenizer of another model gives other trace blocks"
     )
     if chats:
         builder.notes.append("chat messages were formatted as ChatML; the model's own template may differ")
+    if media:
+        builder.notes.append("images and sounds in messages count as a few tokens only")
     if not timed:
         builder.notes.append("the file has no timestamps, so all requests arrive at second 0, in the order of the file")
     return builder.finish()
+
+
+def _request(record: Record) -> Record:
+    """The request itself, which a batch file of OpenAI keeps in `body`."""
+    body = record.get("body")
+    return body if isinstance(body, dict) else record
+
+
+def _field_of(request: Record) -> str | None:
+    """The field that holds the prompt; None if there is none."""
+    for fields, kind in ((_TURN_FIELDS, list), (("messages",), list), (_TEXT_FIELDS, str), (_CHAT_FIELDS, list)):
+        for key in fields:
+            if isinstance(request.get(key), kind):
+                return key
+    return None
+
+
+def _prompts(path: Path, number: int, request: Record, field: str | None) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) of every request that an object stands for."""
+    if field is None:
+        raise bad_line(
+            path,
+            number,
+            f"none of {', '.join(map(repr, (*_TEXT_FIELDS, 'messages', *_TURN_FIELDS)))} holds a prompt",
+            "give a text, a list of messages or a conversation",
+        )
+    if field in _TURN_FIELDS:
+        yield from turns_of(path, number, request, field)
+        return
+    answer = request.get("output", "")
+    prompt = request[field] if isinstance(request[field], str) else prompt_of(path, number, request, field)
+    yield prompt, answer if isinstance(answer, str) else ""
 
 
 def inputs(path: Path, options: ReadOptions) -> list[Path]:
@@ -55,26 +107,6 @@ def inputs(path: Path, options: ReadOptions) -> list[Path]:
 
 def _tokenizer_file(name: Path) -> Path:
     return name / "tokenizer.json" if name.is_dir() else name
-
-
-def _prompt(path: Path, number: int, record: Record) -> str:
-    for key in _TEXT_FIELDS:
-        if isinstance(record.get(key), str):
-            return str(record[key])
-    parts = []
-    for message in get_list(path, number, record, "messages"):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise bad_line(
-                path, number, "a message has no text content", "remove the line; only text chats can be read"
-            )
-        parts.append(f"<|im_start|>{message.get('role', 'user')}\n{message['content']}<|im_end|>\n")
-    return "".join(parts) + "<|im_start|>assistant\n"
-
-
-def _seconds(timestamp: float) -> float:
-    if timestamp > _MICROSECONDS:
-        return timestamp / 1e6
-    return timestamp / 1e3 if timestamp > _MILLISECONDS else timestamp
 
 
 def _tokenizer(path: Path, name: Path | None) -> Callable[[str], list[int]]:
@@ -103,4 +135,6 @@ def _tokenizer(path: Path, name: Path | None) -> Callable[[str], list[int]]:
     return encode
 
 
-FORMAT = Format("prompts", "prompts or chats as text, with --tokenizer", matches, read, inputs)
+FORMAT = Format(
+    "prompts", "prompts, chats, ShareGPT or OpenAI requests as text, with --tokenizer", matches, read, inputs
+)

@@ -12,7 +12,8 @@ from pathlib import Path
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, get_count, get_list, get_number, get_text, read_records
+from lmc.sim.formats.fields import get_count, get_list, get_seconds, get_text
+from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.formats.tokens import hash_tokens
 from lmc.sim.trace import Trace
 
@@ -53,9 +54,9 @@ def read(path: Path, options: ReadOptions) -> Trace:
         builder.add(
             number,
             hash_tokens(tokens, builder.block_tokens),
-            get_number(path, number, record, "timestamp"),
+            get_seconds(path, number, record, "timestamp"),
             max(get_count(path, number, record, "input_length"), len(tokens)),
-            get_count(path, number, record, "output_length"),
+            get_count(path, number, record, "output_length", default=0),
             session=get_text(path, number, record, "session_id"),
         )
     builder.notes.append(

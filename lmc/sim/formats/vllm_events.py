@@ -16,7 +16,8 @@ from typing import Any
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.lines import Record, bad_line, get_list, get_number, read_records
+from lmc.sim.formats.fields import get_list, get_seconds
+from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.trace import Trace
 
 _SAME_REQUEST_S = 2.0
@@ -94,7 +95,7 @@ def _chain(block: int, parent_of: dict[int, int]) -> list[int]:
 def _stored(path: Path) -> Iterator[tuple[int, float, Record]]:
     """Yields the BlockStored events of the device and of the first KV cache group, with line and seconds."""
     for number, record in read_records(path):
-        now = get_number(path, number, record, "ts")
+        now = get_seconds(path, number, record, "ts")
         for event in get_list(path, number, record, "events") if "events" in record else [record]:
             named = _named(event)
             if named.get("type") != "BlockStored":
