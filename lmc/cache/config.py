@@ -194,7 +194,11 @@ class CacheConfig(Section):
     log_format: Literal["text", "json"] = "text"
     """Format of lmc's log lines: the engine's own (text), or one JSON object per line on standard error (json)."""
     record: Path | None = None
-    """Record every lookup in this file, for lmc sim. Data-parallel engines write one file each: trace.jsonl, trace.dp1.jsonl, and so on."""
+    """Record every lookup in this file, for lmc sim. A file that is there is continued. Data-parallel engines write one file each:
+    trace.jsonl, trace.dp1.jsonl, and so on."""
+    record_limit: Size = 1024**3
+    """Size at which the record continues in a new file. The full one is renamed to trace.jsonl.1, trace.jsonl.2 and so on; lmc sim reads
+    them with it, and lmc deletes none."""
     engines_on_node: int | None = Field(default=None, ge=1, le=1024)
     """Number of engines on this node that share host.capacity, and disk.capacity in one folder. By default it is the number of
     data-parallel engines that the engine reports. Set it where each engine is started by itself."""

@@ -265,7 +265,7 @@ def test_vllm_events_become_requests(write: Write) -> None:
 def test_what_the_cache_records_is_what_sim_reads(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     chain = KeyChain(root(Namespace("vllm", "m", "r", "float16", "l", 4)), 4)
-    recorder = TraceRecorder(path, chunk_tokens=4, chunk_bytes=640, namespace="n", now=100.0)
+    recorder = TraceRecorder(path, limit=1 << 30, chunk_tokens=4, chunk_bytes=640, namespace="n", now=100.0)
     first = list(chain.extend(range(9)))
     recorder.lookup(100.5, "a", 9, first, "t", {"host": 0})
     recorder.lookup(103.0, "b", 14, chain.extend(range(14)), "t", {"host": 8})

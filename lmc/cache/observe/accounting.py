@@ -48,6 +48,7 @@ class Accounting:
         if config.record is not None:
             self._recorder = TraceRecorder(
                 config.record,
+                limit=config.record_limit,
                 chunk_tokens=namespace.chunk_tokens,
                 chunk_bytes=chunk_bytes * num_parts,
                 namespace=namespace.label(),
