@@ -12,6 +12,7 @@ import html
 import io
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Cell = str | int | float | None
 COLORS = ("#8c8c8c", "#d98324", "#1f6fb2", "#3a8f5b", "#9b4f96", "#b5443c", "#5f6b2f", "#2b2b2b")
 MISSING = "–"
+_BOUNDLESS = 100_000  # columns of a terminal on which nothing wraps
 PLAIN_WIDTH = 160  # characters of a table that goes to a file or a pipe
 
 
@@ -102,16 +104,32 @@ def print_table(table: Table, console: Console | None = None) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
-    for index, column in enumerate(table.columns):
-        shown.add_column(
-            Text(column.heading), justify="right" if _is_numeric(table, index) else "left", overflow="fold"
-        )
-    for row in table.rows:
-        shown.add_row(*(Text(format_cell(cell, column)) for cell, column in zip(row, table.columns, strict=True)))
+    def laid_out(narrow: bool) -> RichTable:
+        shown = RichTable(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
+        cells = [
+            [format_cell(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows
+        ]
+        for index, column in enumerate(table.columns):
+            numeric = _is_numeric(table, index)
+            heading = column.heading
+            if narrow and numeric:  # a heading may break between words, a number never
+                widest = max(map(len, [*heading.split(), *(row[index] for row in cells)]))
+                heading = "\n".join(textwrap.wrap(heading, widest))
+            shown.add_column(
+                Text(heading), justify="right" if numeric else "left", overflow="fold", no_wrap=narrow and numeric
+            )
+        for row in cells:
+            shown.add_row(*map(Text, row))
+        return shown
+
     console = console or RichConsole()
     if not console.is_terminal:
         console.width = max(console.width, PLAIN_WIDTH)
+    shown = laid_out(narrow=False)
+    boundless = console.options.update(width=_BOUNDLESS)
+    if console.measure(shown, options=boundless).maximum > console.width:
+        shown = laid_out(narrow=True)
+        console.width = max(console.width, console.measure(shown, options=boundless).minimum)
     console.print(shown)
 
 

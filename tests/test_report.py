@@ -118,3 +118,13 @@ def test_write_file_replaces_the_whole_file_and_leaves_nothing_behind(tmp_path: 
 def test_importing_the_module_does_not_import_matplotlib() -> None:
     code = "import sys, lmc.report; sys.exit('matplotlib' in sys.modules or 'rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_numbers_are_never_broken_on_a_narrow_terminal() -> None:
+    columns = [Column("group"), *(Column(f"hits of some long kind {index}", "% of its tokens") for index in range(6))]
+    rows: list[list[report.Cell]] = [["(none)", *(40_550_180 + index for index in range(6))]]
+    for width in (95, 80, 40):
+        written = io.StringIO()
+        report.print_table(Table("t", columns, rows), Console(file=written, width=width, force_terminal=True))
+        text = written.getvalue()
+        assert all(f"{40_550_180 + index:,}" in text for index in range(6))

@@ -231,7 +231,11 @@ def replay(
         ),
     ] = "round-robin",
     shared: Annotated[
-        str, typer.Option(help="Size of a remote tier that all instances share, such as 2TiB. 0 means none.")
+        str,
+        typer.Option(
+            help="Size of the tier that all instances share, such as 2TiB: redis and s3 of the settings, otherwise a remote tier. "
+            "By default redis and s3 never evict, and there is no other."
+        ),
     ] = "0",
     cost: CostFile = None,
     token_bytes: TokenBytes = "0",
@@ -277,6 +281,7 @@ def tune(
     """Choose chunk size, policy, tier sizes and TTL within a budget. The first half of the trace is used to choose, the second to judge."""
     from lmc.sim import tune as tuning
     from lmc.sim import tune_show
+    from lmc.sim.cost import known_token_bytes
     from lmc.sim.policies import check_policies
 
     model, size = read_cost(cost), parse_size(token_bytes)
@@ -284,7 +289,7 @@ def tune(
     names = split_list(policy)
     check_policies(names)
     budget = tuning.make_budget(memory, disk, dollars_per_hour, model)
-    tuned = tuning.tune(trace, tuning.known_token_bytes(trace, size, model), budget, names, model)
+    tuned = tuning.tune(trace, known_token_bytes(trace, size, model), budget, names, model)
     if out is not None:
         tune_show.write_settings(tuned, out, disk_path)
     table = tune_show.front_table(tuned)
@@ -308,6 +313,7 @@ def report(
     ] = None,
     sizes: Annotated[int, typer.Option(min=2, help="Number of capacities to replay for each policy.")] = 20,
     cost: CostFile = None,
+    token_bytes: TokenBytes = "0",
     origin: Annotated[str, typer.Option(help="Origin and licence of the trace, for the report.")] = "",
     json: Json = False,
 ) -> None:
@@ -321,7 +327,7 @@ def report(
     check_policies(names)
     trace = source.load()
     command = f"lmc sim report {source.trace.name} --sizes {sizes}" + (f" --cost {cost.name}" if cost else "")
-    study = make_study(trace, names, sizes, read_cost(cost))
+    study = make_study(trace, names, sizes, read_cost(cost), parse_size(token_bytes))
     page = write_report(study, out, command, origin)
     typer.echo(to_json(report_json(study, page)).decode() if json else f"report: {page}", nl=not json)
 

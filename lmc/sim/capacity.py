@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -28,10 +28,24 @@ DEFAULT = CapacityOptions(blocks=("1%", "3%", "10%", "30%", "inf"))
 def resolve(options: CapacityOptions, trace: Trace) -> list[float]:
     """Capacities in trace blocks, in the given order; "inf" becomes infinity. Raises ConfigError."""
     return [
-        *(_blocks(text, trace) for text in options.blocks),
+        *several(options.blocks, lambda text: _blocks(text, trace)),
         *(_whole_blocks(text, parse_count(text), trace.block_tokens, trace) for text in options.tokens),
         *(_whole_blocks(text, parse_size(text), block_bytes(options, trace), trace) for text in options.sizes),
     ]
+
+
+def several(texts: Iterable[str], parse: Callable[[str], float]) -> list[float]:
+    """The parsed sizes. Of shares that are the same number, as those of a short trace may be, only the first is taken."""
+    found: list[float] = []
+    shares: set[float] = set()
+    for text in texts:
+        size = parse(text)
+        if text.strip().endswith("%"):
+            if size in shares:
+                continue
+            shares.add(size)
+        found.append(size)
+    return found
 
 
 def warn_small(trace: Trace, capacities: Iterable[float]) -> list[str]:

@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from lmc.errors import ConfigError
-from lmc.sim.trace import Float64, Int64
+from lmc.sim.trace import Float64, Int64, Trace
 
 _GIB = 1024**3
 
@@ -112,3 +112,8 @@ def fit_prefill(position: Sequence[int], new: Sequence[int], seconds: Sequence[f
                 best, best_error = np.zeros(3), error
                 best[list(chosen)] = found
     return Prefill(*(float(value) for value in best))
+
+
+def known_token_bytes(trace: Trace, given: int, cost: CostModel | None) -> int:
+    """KV bytes per token: the given ones, else those of the trace, else those of the cost model, else 0."""
+    return given or trace.block_bytes // trace.block_tokens or (cost.token_bytes if cost else 0)

@@ -38,7 +38,8 @@ class Fleet:
 
     instances: int = 1
     routing: Routing = "round-robin"
-    shared_chunks: int = 0  # capacity of a tier that all instances share; 0: none
+    shared_chunks: int = 0  # capacity of each tier that all instances share; 0: there is none
+    shared_names: tuple[str, ...] = (SHARED,)  # of these tiers, fastest first
     cost: CostModel | None = None
 
 
@@ -119,10 +120,10 @@ class _Instance:
             replay.host_slots,
             replay.chunk_bytes,
             below={"disk": replay.disk_slots} if replay.disk_slots else {},
-            remote=(SHARED,) if replay.store is not None else (),
+            remote=tuple(replay.stores),
         )
-        self._reading = {name: replay.channel(name) for name in (HOST, "disk", SHARED)}
-        self._writing = {name: replay.channel(name) for name in (HOST, "disk", SHARED)}
+        self._reading = {name: replay.channel(name) for name in replay.hit_tokens}
+        self._writing = {name: replay.channel(name) for name in replay.hit_tokens}
         self._engine_free = float("-inf")
         self._waiting: dict[int, _Arrival] = {}
         self._stages: list[Ticket] = []  # this and the next two begin in the next step
@@ -161,9 +162,8 @@ class _Instance:
             self._start(arrival, gain)
 
     def _answer(self, asked: Sequence[ChunkKey]) -> None:
-        store = self._replay.store
-        assert store is not None
-        self.directory.learn(SHARED, *leading(asked, lambda keys: [key in store for key in keys]))
+        for name, store in self._replay.stores.items():
+            self.directory.learn(name, *leading(asked, store.contains))
 
     def _start(self, arrival: _Arrival, gain: int) -> None:
         """Load what is in host now; the engine takes the request in when the load is done."""
@@ -236,9 +236,9 @@ class _Instance:
         self._replay.clock.at(done, lambda: self._done(ticket))
 
     def _done(self, ticket: Ticket) -> None:
-        store, now = self._replay.store, self._replay.clock.now
+        store, now = self._replay.stores.get(ticket.tier), self._replay.clock.now
         failure = None
-        if ticket.tier == SHARED and store is not None:
+        if store is not None:
             if ticket.kind == "write":
                 store.put(ticket.key)
             elif ticket.kind == "stage" and not store.get(ticket.key):
@@ -260,11 +260,12 @@ class _Replay:
         self.disk_slots = (
             _slots(config.disk.capacity, stored_bytes(chunk_bytes), "disk.capacity") if config.disk.path else 0
         )
-        self.store = SharedStore(fleet.shared_chunks) if fleet.shared_chunks else None
+        names = fleet.shared_names if fleet.shared_chunks else ()
+        self.stores = {name: SharedStore(fleet.shared_chunks) for name in names}
         self.clock = _Clock()
         self.counts: Counter[str] = Counter()
         self.ttft_s = np.zeros(trace.num_requests)
-        tiers = [HOST, *(["disk"] if self.disk_slots else []), *([SHARED] if self.store is not None else [])]
+        tiers = [HOST, *(["disk"] if self.disk_slots else []), *self.stores]
         self.hit_tokens = {tier: np.zeros(trace.num_requests, dtype=np.int64) for tier in tiers}
         self._keys = [ChunkKey(number.to_bytes(32, "big")) for number in range(trace.num_unique)]
 
@@ -295,9 +296,8 @@ class _Replay:
         cost = self.fleet.cost
         if cost is None:
             return _Channel()
-        return (
-            _Channel(cost.tier(tier).bytes_per_s, cost.tier(tier).latency_s) if tier in self.hit_tokens else _Channel()
-        )
+        link = cost.tier(SHARED if tier in self.stores and tier not in cost.tiers else tier)
+        return _Channel(link.bytes_per_s, link.latency_s)
 
     def prefill_s(self, index: int, num_hit: int) -> float:
         if self.fleet.cost is None:

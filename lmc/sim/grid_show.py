@@ -7,7 +7,7 @@ from typing import Any
 
 from lmc.report import Cell, Column, Table
 from lmc.sim import projections
-from lmc.sim.capacity import parse_tier, warn_small
+from lmc.sim.capacity import parse_tier, several, warn_small
 from lmc.sim.cost import CostModel
 from lmc.sim.groups import group_hits
 from lmc.sim.shown import WINDOWS, Shown, show_capacity, trace_json
@@ -59,7 +59,7 @@ def tiers(
 ) -> Shown:
     require_blocks(trace)
     known_bytes = token_bytes or (cost.token_bytes if cost else 0)
-    blocks = {name: [parse_tier(text, trace, known_bytes) for text in texts] for name, texts in sizes.items()}
+    blocks = {name: several(texts, lambda text: parse_tier(text, trace, known_bytes)) for name, texts in sizes.items()}
     points = tier_grid(profile(trace), blocks, window, cost, exclusive)
     records = [_point_json(point) for point in points]
     names = list(sizes)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from lmc.cache.config import chunk_tokens_for
+from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
 from lmc.report import Cell, Column, Table
-from lmc.sim.cost import CostModel
+from lmc.sim.cost import CostModel, known_token_bytes
 from lmc.sim.full_replay import Fleet, ReplayResult, replay_fleet
 from lmc.sim.router import Routing
+from lmc.sim.shared_store import SHARED
 from lmc.sim.shown import WINDOWS, Shown, trace_json
 from lmc.sim.tier_grid import PERCENTILES
 from lmc.sim.trace import Trace, Window, coarsen, require_blocks
-from lmc.sim.tune import known_token_bytes
 from lmc.units import parse_size
+
+_UNLIMITED = 1 << 60  # chunks
 
 
 def replay_settings(
@@ -37,8 +40,33 @@ def replay_settings(
     chunk_bytes = known_token_bytes(trace, token_bytes, cost) * chunked.block_tokens
     if chunk_bytes == 0:
         raise ConfigError(f"{trace.source} does not say how many bytes a token's KV takes; give --token-bytes")
-    shared_chunks = 0 if shared == "0" else parse_size(shared) // chunk_bytes
-    return replay_fleet(chunked, config, chunk_bytes, Fleet(instances, cast(Routing, routing), shared_chunks, cost))
+    names, shared_chunks, notes = _shared_tiers(config, shared, chunk_bytes, instances)
+    fleet = Fleet(instances, cast(Routing, routing), shared_chunks, names, cost)
+    return replay_fleet(replace(chunked, notes=(*chunked.notes, *notes)), config, chunk_bytes, fleet)
+
+
+def _shared_tiers(
+    config: CacheConfig, shared: str, chunk_bytes: int, instances: int
+) -> tuple[tuple[str, ...], int, list[str]]:
+    """Names of the tiers that instances share, the capacity of each in chunks, and notes on what the replay does with the settings."""
+    notes = []
+    configured = {"redis": config.redis.url, "s3": config.s3.bucket}
+    names = tuple(name for name, there in configured.items() if there is not None)
+    capacity = 0 if shared == "0" else parse_size(shared) // chunk_bytes
+    if shared != "0" and capacity == 0:
+        raise ConfigError(f"--shared {shared} holds no chunk of {chunk_bytes} bytes; give more")
+    if names and not capacity:
+        capacity = _UNLIMITED
+        notes.append(
+            f"{' and '.join(names)} never evict in this replay, because the settings give no size; --shared limits it"
+        )
+    if config.redis.url is not None and config.redis.ttl is not None:
+        notes.append("redis.ttl is not simulated: values stay until they are evicted")
+    if config.disk.path is not None and config.disk.shared and instances > 1:
+        notes.append(
+            "disk.shared is not simulated: each instance has a folder of its own; --shared adds a tier for all"
+        )
+    return names or (SHARED,), capacity, notes
 
 
 def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:

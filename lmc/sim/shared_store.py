@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from lmc.cache.keys import ChunkKey
 
@@ -16,6 +17,9 @@ class SharedStore:
 
     def __contains__(self, key: ChunkKey) -> bool:
         return key in self._held
+
+    def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [key in self._held for key in keys]
 
     def __len__(self) -> int:
         return len(self._held)

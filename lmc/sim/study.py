@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lmc.cache.policy import POLICIES
 from lmc.sim import projections
-from lmc.sim.cost import CostModel
+from lmc.sim.cost import CostModel, known_token_bytes
 from lmc.sim.policies import BOUND, replay_named
 from lmc.sim.stack import HitCurve, StackProfile, hit_curve, profile
 from lmc.sim.sweep import Row
@@ -17,6 +17,7 @@ from lmc.sim.tier_grid import TierPoint, tier_grid
 from lmc.sim.trace import Float64, Trace, Window, coarsen, require_blocks
 
 WINDOWS: tuple[Window, ...] = ("all", "last-half")
+SHOWN: Window = "last-half"  # the window of all tables and pictures that show one: a running cache is warm
 _CHUNK_FACTORS = (1, 2, 4, 8)
 _TTLS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 86400.0, float("inf"))
 _GRID = 8  # sizes of each tier
@@ -29,7 +30,7 @@ class Study:
     curves: dict[Window, HitCurve]  # LRU, trace blocks as recorded
     sizes: list[int]  # capacities of the policy runs in trace blocks
     rows: dict[Window, list[Row]]  # every policy, Belady and LRU at these sizes
-    chunk_curves: dict[int, HitCurve]  # LRU by chunk size, all requests, full chunks only
+    chunk_curves: dict[int, HitCurve]  # LRU by chunk size, full chunks only; this and what follows in the window SHOWN
     ttls_s: list[float]
     ttl_rates: Float64  # (ttls, sizes) token hit rate
     tier_sizes: list[int]
@@ -42,9 +43,19 @@ class Study:
         return max(rows, key=lambda row: row.hit_tokens)
 
 
-def make_study(trace: Trace, policies: Sequence[str] = (), num_sizes: int = 20, cost: CostModel | None = None) -> Study:
-    """Compute the study. `policies` are replayed; none means all. Raises TraceError for a trace without trace blocks."""
+def make_study(
+    trace: Trace,
+    policies: Sequence[str] = (),
+    num_sizes: int = 20,
+    cost: CostModel | None = None,
+    token_bytes: int = 0,
+) -> Study:
+    """Compute the study. `policies` are replayed; none means all. With token_bytes, or if the trace or the cost model states them, sizes
+    are shown in bytes. Raises TraceError for a trace without trace blocks.
+    """
     require_blocks(trace)
+    if known := known_token_bytes(trace, token_bytes, cost):
+        trace = replace(trace, block_bytes=known * trace.block_tokens)
     stack = profile(trace)
     curves = {window: hit_curve(stack, window) for window in WINDOWS}
     sizes = _spread(trace.num_unique, num_sizes)
@@ -54,13 +65,13 @@ def make_study(trace: Trace, policies: Sequence[str] = (), num_sizes: int = 20, 
     for factor in _CHUNK_FACTORS:
         if trace.block_tokens * factor <= trace.input_tokens.max():
             chunked = coarsen(trace, trace.block_tokens * factor)
-            chunk_curves[chunked.block_tokens] = hit_curve(profile(chunked))
+            chunk_curves[chunked.block_tokens] = hit_curve(profile(chunked), SHOWN)
     duration = float(trace.timestamps_s[-1] - trace.timestamps_s[0])
     ttls_s = [ttl_s for ttl_s in _TTLS_S if ttl_s < duration or ttl_s == float("inf")]
-    plane = projections.ttl_plane(stack, ttls_s, sizes)
+    plane = projections.ttl_plane(stack, ttls_s, sizes, SHOWN)
     tier_sizes = _spread(trace.num_unique, _GRID)
-    total = curves["all"].total_tokens
-    both = [[curves["all"].at(host + disk)[1] / total for disk in tier_sizes] for host in tier_sizes]
+    total = max(curves[SHOWN].total_tokens, 1)
+    both = [[curves[SHOWN].at(host + disk)[1] / total for disk in tier_sizes] for host in tier_sizes]
     return Study(
         trace,
         stack,
@@ -72,7 +83,7 @@ def make_study(trace: Trace, policies: Sequence[str] = (), num_sizes: int = 20, 
         np.array([[tokens / total for _, tokens in row] for row in plane]),
         tier_sizes,
         np.array(both),
-        [] if cost is None else tier_grid(stack, {"host": [0, *sizes]}, cost=cost),
+        [] if cost is None else tier_grid(stack, {"host": [0, *sizes]}, SHOWN, cost=cost),
     )
 
 

@@ -11,11 +11,11 @@ from lmc.report import Cell, Column, Report, Section, Table
 from lmc.sim import study_pictures
 from lmc.sim.describe import describe, facts_table
 from lmc.sim.policies import BOUND
-from lmc.sim.shown import trace_json
-from lmc.sim.study import Study
+from lmc.sim.shown import WINDOWS, trace_json
+from lmc.sim.study import SHOWN, Study
 from lmc.sim.sweep_show import row_json
 from lmc.sim.tier_grid import PERCENTILES
-from lmc.units import format_count, format_percent
+from lmc.units import format_count, format_percent, format_size
 
 _SHARES = (0.01, 0.03, 0.10, 0.30, 1.0)
 
@@ -72,21 +72,23 @@ def _summary(study: Study) -> str:
 
 
 def _memory_text(study: Study) -> str:
-    curve = study.curves["all"]
+    curve = study.curves[SHOWN]
     most = curve.at(float("inf"))[1]
     parts = []
     for share in (0.5, 0.8, 0.9, 0.99):
         blocks = int((curve.hit_tokens >= share * most).argmax())
-        parts.append(
-            f"{share:.0%} with {blocks:,} trace blocks ({format_count(blocks * study.trace.block_tokens)} tokens)"
-        )
-    return f"LRU reaches these shares of the hits of an unlimited cache: {', '.join(parts)}."
+        size = format_size(blocks * study.trace.block_bytes) if study.trace.block_bytes else f"{blocks:,} trace blocks"
+        parts.append(f"{share:.0%} with {size} ({format_count(blocks * study.trace.block_tokens)} tokens)")
+    return (
+        f"LRU reaches these shares of the hits of an unlimited cache: {', '.join(parts)}. All tables and pictures that do not say "
+        f"otherwise are of the {WINDOWS[SHOWN]}."
+    )
 
 
 def _policy_text(study: Study) -> str:
     wins: dict[str, int] = {}
     for size in study.sizes:
-        wins[study.best("all", size).policy] = wins.get(study.best("all", size).policy, 0) + 1
+        wins[study.best(SHOWN, size).policy] = wins.get(study.best(SHOWN, size).policy, 0) + 1
     ranked = sorted(wins.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{policy} at {count}" for policy, count in ranked)
     return f"Number of capacities ({len(study.sizes)} in all) at which a policy has the most hits, Belady's bound excluded: {shown}."
@@ -95,15 +97,16 @@ def _policy_text(study: Study) -> str:
 def _shares_table(study: Study) -> Table:
     """Hits at the capacities of the study that are nearest to _SHARES of the unique trace blocks."""
     rows: list[list[Cell]] = []
-    for share in _SHARES:
-        size = min(study.sizes, key=lambda blocks: abs(blocks - share * study.trace.num_unique))
-        found = {row.policy: row for row in study.rows["last-half"] if row.capacity_blocks == size}
-        best = study.best("last-half", size)
+    trace = study.trace
+    nearest = [min(study.sizes, key=lambda blocks: abs(blocks - share * trace.num_unique)) for share in _SHARES]
+    for size in dict.fromkeys(nearest):
+        found = {row.policy: row for row in study.rows[SHOWN] if row.capacity_blocks == size}
+        best = study.best(SHOWN, size)
         rows.append(
             [
                 size,
-                100 * size / study.trace.num_unique,
-                size * study.trace.block_tokens,
+                100 * size / trace.num_unique,
+                size * trace.block_bytes / 1024**3 if trace.block_bytes else size * trace.block_tokens,
                 100 * found["lru"].token_hit_rate,
                 best.policy,
                 100 * best.token_hit_rate,
@@ -113,14 +116,14 @@ def _shares_table(study: Study) -> Table:
     columns = [
         Column("capacity", "blocks"),
         Column("capacity", "% of unique blocks"),
-        Column("capacity", "tokens"),
+        Column("capacity", "GiB") if trace.block_bytes else Column("capacity", "tokens"),
         Column("lru", "% of tokens"),
         Column("best policy"),
         Column("its hits", "% of tokens"),
         Column("belady", "% of tokens"),
     ]
-    total = study.curves["last-half"].total_tokens
-    note = f"Last half of the requests, cache warmed by the first; 100 % is {total:,} input tokens."
+    total = study.curves[SHOWN].total_tokens
+    note = f"100 % is {total:,} input tokens; {WINDOWS[SHOWN]}."
     return Table("Hits by capacity", columns, rows, note)
 
 
@@ -143,7 +146,7 @@ def _times_table(study: Study) -> Table:
         Column("saved prefill", "GPU h"),
         Column("cost", "$/M tokens", 4),
     ]
-    return Table("Times and money by the cost model", columns, rows, "All requests; LRU; without queueing.")
+    return Table("Times and money by the cost model", columns, rows, f"{WINDOWS[SHOWN]}; LRU; without queueing.")
 
 
 def _rows(study: Study) -> Table:

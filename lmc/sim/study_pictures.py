@@ -11,11 +11,12 @@ from lmc.report import COLORS, Figure, new_axes, to_figure
 from lmc.sim.policies import BOUND
 from lmc.sim.shown import WINDOWS as WINDOW_TEXT
 from lmc.sim.stack import HitCurve
-from lmc.sim.study import WINDOWS, Study
+from lmc.sim.study import SHOWN, WINDOWS, Study
 from lmc.sim.tier_grid import PERCENTILES
 from lmc.sim.trace import Float64, Int64
 from lmc.units import format_seconds, format_size
 
+_RIVALS = COLORS[3:]
 _TOKENS = "of the input tokens of the measured requests"
 
 
@@ -31,20 +32,30 @@ def miss_ratios(study: Study) -> Figure:
         by_policy: dict[str, list[tuple[int, float]]] = {}
         for row in study.rows[window]:
             by_policy.setdefault(row.policy, []).append((int(row.capacity_blocks), 100 * (1 - row.token_hit_rate)))
+        rivals = [policy for policy in by_policy if policy not in ("lru", BOUND)]
         for policy, points in by_policy.items():
             sizes, misses = zip(*points, strict=True)
-            style: dict[str, Any] = {"color": "#c9c9c9", "linewidth": 0.9, "zorder": 1}  # Any: matplotlib's keywords
+            style: dict[str, Any]  # Any: matplotlib's keywords
             if policy == BOUND:
                 style = {
                     "color": COLORS[1],
                     "linewidth": 1.6,
-                    "label": "belady, the bound",
                     "marker": "o",
                     "markersize": 3,
+                    "label": "belady, the bound",
                 }
-            if policy != "lru":
-                axis.plot(_tokens(study, sizes), misses, **style)
-        axis.plot([], [], color="#c9c9c9", label="other policies")
+            elif policy in rivals:
+                number = rivals.index(policy)
+                style = {
+                    "color": _RIVALS[number % len(_RIVALS)],
+                    "linestyle": ("-", "--")[number // len(_RIVALS) % 2],
+                    "linewidth": 1,
+                    "label": policy,
+                    "zorder": 1,
+                }
+            else:
+                continue
+            axis.plot(_tokens(study, sizes), misses, **style)
         floor = 100 * (1 - curve.at(np.inf)[1] / max(curve.total_tokens, 1))
         axis.axhline(floor, color="#555", linewidth=0.8, linestyle=":", label=f"unlimited cache: {floor:.1f} %")
         axis.set_title(WINDOW_TEXT[window], fontsize=9)
@@ -52,13 +63,13 @@ def miss_ratios(study: Study) -> Figure:
         axis.set_ylim(0, 100)
         axis.set_xlabel(_capacity_label(study))
         axis.set_ylabel("input tokens that miss (%)")
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.legend(frameon=False, fontsize=7, loc="lower left", ncols=2)
     return to_figure(picture, "Miss ratio against capacity", f"Misses in % {_TOKENS}.")
 
 
 def policy_map(study: Study) -> Figure:
     """Draws the hits of each policy minus those of LRU, in percentage points."""
-    rows = study.rows["all"]
+    rows = study.rows[SHOWN]
     policies = sorted({row.policy for row in rows} - {"lru"}, key=lambda name: (name == BOUND, name))
     rate = {(row.policy, row.capacity_blocks): 100 * row.token_hit_rate for row in rows}
     gains = np.array([[rate[name, size] - rate["lru", size] for size in study.sizes] for name in policies])
@@ -70,7 +81,7 @@ def policy_map(study: Study) -> Figure:
     axis.set_xticks(range(len(study.sizes)), _sizes(study, study.sizes), rotation=45, ha="right", fontsize=8)
     axis.set_xlabel(_capacity_label(study))
     axis.grid(False)
-    caption = f"Percentage points of hit tokens above or below LRU of the same size ({_TOKENS}); {WINDOW_TEXT['all']}."
+    caption = f"Percentage points of hit tokens above or below LRU of the same size ({_TOKENS}); {WINDOW_TEXT[SHOWN]}."
     return to_figure(picture, "Policies against LRU", caption)
 
 
@@ -78,13 +89,14 @@ def chunk_sizes(study: Study) -> Figure:
     picture, (axis,) = new_axes()
     for chunk, curve in study.chunk_curves.items():
         shown = _log_points(curve)
-        axis.plot(shown * chunk, 100 - _misses(curve, shown), linewidth=1.5, label=f"{chunk:,} tokens")
+        blocks = shown * (chunk // study.trace.block_tokens)
+        axis.plot(_tokens(study, blocks), 100 - _misses(curve, shown), linewidth=1.5, label=f"{chunk:,} tokens")
     axis.set_xscale("log")
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("capacity (tokens of KV cache)")
+    axis.set_xlabel(_capacity_label(study))
     axis.set_ylabel("input tokens that hit (%)")
     axis.legend(frameon=False, fontsize=8, title="chunk", title_fontsize=8)
-    caption = f"LRU, full chunks only; the rest of a prompt that fills no chunk always misses. Hits in % {_TOKENS}; all requests."
+    caption = f"LRU, full chunks only; the rest of a prompt that fills no chunk always misses. Hits in % {_TOKENS}; {WINDOW_TEXT[SHOWN]}."
     return to_figure(picture, "Hits by chunk size", caption)
 
 
@@ -94,7 +106,7 @@ def ttl_plane(study: Study) -> Figure:
     _heat(axis, 100 * study.ttl_rates, labels, _sizes(study, study.sizes))
     axis.set_ylabel("time to live since the last touch")
     axis.set_xlabel(_capacity_label(study))
-    return to_figure(picture, "Hits by time to live and capacity", f"LRU. Hits in % {_TOKENS}; {WINDOW_TEXT['all']}.")
+    return to_figure(picture, "Hits by time to live and capacity", f"LRU. Hits in % {_TOKENS}; {WINDOW_TEXT[SHOWN]}.")
 
 
 def tier_map(study: Study) -> Figure:
@@ -103,12 +115,14 @@ def tier_map(study: Study) -> Figure:
     _heat(axis, 100 * study.exclusive_rates, labels, labels)
     axis.set_ylabel(f"host {_capacity_label(study)}")
     axis.set_xlabel(f"disk {_capacity_label(study)}")
-    caption = f"LRU, a trace block in one tier only; hits of both together in % {_TOKENS}; {WINDOW_TEXT['all']}."
+    caption = f"LRU, a trace block in one tier only; hits of both together in % {_TOKENS}; {WINDOW_TEXT[SHOWN]}."
     return to_figure(picture, "Hits of host and disk together", caption)
 
 
 def times(study: Study) -> Figure:
     """Draws time to first token by host capacity; the study must have a cost model."""
+    from matplotlib.ticker import NullFormatter
+
     picture, (axis,) = new_axes()
     sizes = [max(point.blocks["host"], study.sizes[0] / 2) for point in study.priced]
     for p, color in zip(PERCENTILES, (COLORS[2], COLORS[3], COLORS[1]), strict=True):
@@ -117,12 +131,13 @@ def times(study: Study) -> Figure:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_minor_formatter("{x:g}" if high < 5 * low else NullFormatter())  # else the ticks overlap
     axis.set_xlabel(f"{_capacity_label(study)}; the leftmost point is no cache")
     axis.set_ylabel("time to first token (s)")
     axis.legend(frameon=False, fontsize=8, loc="center left")
     return to_figure(
-        picture, "Time to first token against capacity", "By the cost model, without queueing; all requests."
+        picture, "Time to first token against capacity", f"By the cost model, without queueing; {WINDOW_TEXT[SHOWN]}."
     )
 
 

@@ -87,11 +87,6 @@ def make_budget(memory: str, disk: str, dollars_per_hour: float | None, cost: Co
     return Budget(parse_size(memory), 0 if disk == "0" else parse_size(disk), dollars_per_hour)
 
 
-def known_token_bytes(trace: Trace, given: int, cost: CostModel | None) -> int:
-    """KV bytes per token: the given ones, else those of the trace, else those of the cost model, else 0."""
-    return given or trace.block_bytes // trace.block_tokens or (cost.token_bytes if cost else 0)
-
-
 def tune(
     trace: Trace, token_bytes: int, budget: Budget, policies: Sequence[str] = (), cost: CostModel | None = None
 ) -> Tuned:

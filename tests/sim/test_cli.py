@@ -266,6 +266,45 @@ def test_replay_runs_the_settings_that_tune_wrote(long_trace: Path, tmp_path: Pa
     assert "hits" in run("replay", *options, "--window", "last-half")
 
 
+COST = """
+prefill: {fixed: 10ms, token: 30us}
+token_bytes: 128KiB
+tiers:
+  host: {bandwidth: 20GB/s}
+  remote: {bandwidth: 1GB/s, latency: 2ms}
+"""
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize(
+    ("section", "names"), [("redis: {url: 'redis://cache'}", ["redis"]), ("s3: {bucket: b}", ["s3"]), ("", ["remote"])]
+)
+def test_replay_takes_the_shared_tiers_of_the_settings(
+    long_trace: Path, tmp_path: Path, section: str, names: list[str], timed: bool
+) -> None:
+    """They were once ignored without a word."""
+    settings, cost = tmp_path / "lmc.yaml", tmp_path / "cost.yaml"
+    settings.write_text(f"host: {{capacity: 1GiB}}\n{section}\n")
+    cost.write_text(COST)
+    options = [long_trace, "--config", settings, "--instances", "4", "--token-bytes", "128KiB"]
+    options += ["--cost", cost] if timed else []
+    result = json.loads(run("replay", *options, "--shared", "2TiB", "--json"))
+    assert list(result["hit_tokens"]) == ["host", *names] and result["hit_tokens"][names[0]] > 0
+    without = json.loads(run("replay", *options, "--json"))
+    if section:
+        assert without["hit_tokens"] == result["hit_tokens"]
+        assert any(f"{names[0]} never evict" in note for note in without["notes"])
+    else:
+        assert list(without["hit_tokens"]) == ["host"]
+
+
+def test_shares_of_a_short_trace_give_each_capacity_once(trace: Path) -> None:
+    rows = json.loads(run(trace, "--capacity-blocks", "1%,3%,10%,30%,inf", "--json"))["rows"]
+    assert [row["capacity_blocks"] for row in rows] == [1, "inf"]
+    tiers = json.loads(run("tiers", trace, "--json"))["rows"]
+    assert len({json.dumps(row) for row in tiers}) == len(tiers)
+
+
 def test_bad_replay_settings_are_one_line(long_trace: Path, tmp_path: Path) -> None:
     settings = tmp_path / "lmc.yaml"
     for text, message in (

@@ -181,6 +181,16 @@ def test_a_shared_tier_serves_what_another_instance_stored() -> None:
     assert together.ttft_s[1] == pytest.approx(2.0 + 1.0 + 1.0)
 
 
+def test_several_shared_tiers_are_named_and_priced_alike() -> None:
+    trace = requests((0.0, [1, 2]), (50.0, [1, 2]))
+    fleet = Fleet(2, shared_chunks=10, shared_names=("redis", "s3"), cost=COST)
+    result = replay_fleet(trace, config(9), CHUNK_BYTES, fleet)
+    assert {tier: tokens.tolist() for tier, tokens in result.hit_tokens.items()} == {
+        "host": [0, 0], "redis": [0, 8], "s3": [0, 0],
+    }  # fmt: skip
+    assert result.ttft_s[1] == pytest.approx(2.0 + 1.0 + 1.0)  # as fast as the remote tier of the cost model
+
+
 def test_the_whole_prompt_is_never_loaded() -> None:
     trace = requests((0.0, [1, 2]), (9.0, [1, 2]))
     trace.input_tokens[:] = 8

@@ -46,12 +46,12 @@ def test_numbers_of_the_study_are_those_of_a_naive_simulator() -> None:
         best = {(row.policy, row.capacity_blocks): row.hit_blocks for row in study.rows["all"]}
         assert all(best["belady", size] >= best[policy, size] for policy in ("lru", "fifo") for size in study.sizes)
     for chunk, curve in study.chunk_curves.items():
-        assert curve.at(9)[1] / curve.total_tokens == pytest.approx(rate(coarsen(trace, chunk), 9))
+        assert curve.at(9)[1] / curve.total_tokens == pytest.approx(rate(coarsen(trace, chunk), 9, first=30))
     for row_index, ttl_s in enumerate(study.ttls_s):
         for column, size in enumerate(study.sizes):
-            assert study.ttl_rates[row_index, column] == pytest.approx(rate(trace, size, ttl_s))
+            assert study.ttl_rates[row_index, column] == pytest.approx(rate(trace, size, ttl_s, 30))
     both = study.tier_sizes[0] + study.tier_sizes[2]
-    assert study.exclusive_rates[0, 2] == pytest.approx(rate(trace, min(both, trace.num_unique)))
+    assert study.exclusive_rates[0, 2] == pytest.approx(rate(trace, min(both, trace.num_unique), first=30))
     assert study.priced == []
 
 
@@ -65,6 +65,24 @@ def test_report_is_one_page_with_pictures_and_rows(tmp_path: Path) -> None:
     rows = list(csv.DictReader((page.parent / "rows.csv").open()))
     result = json.loads(json.dumps(report_json(study, page)))
     assert len(rows) == sum(len(part) for part in result["rows"].values()) == 2 * 3 * 3
+
+
+def test_sizes_are_bytes_where_a_tokens_kv_is_known(tmp_path: Path) -> None:
+    def page(token_bytes: int = 0) -> str:
+        return write_report(make_study(made(), ("fifo",), 3, token_bytes=token_bytes), tmp_path, "c").read_text()
+
+    assert ">capacity<small>tokens</small>" in page() and ">capacity<small>GiB</small>" not in page()
+    assert ">capacity<small>GiB</small>" in page(token_bytes=2**20)
+    study = make_study(made(), ("fifo",), 3, COST)
+    assert study.trace.block_bytes == 16 * COST.token_bytes
+
+
+def test_one_window_is_shown_and_each_capacity_once(tmp_path: Path) -> None:
+    study = make_study(made(), ("fifo",), 2)  # the nearest sizes to the shares of the table are the same
+    text = write_report(study, tmp_path, "c").read_text()
+    assert text.count("last half of the requests") >= 5 and "all requests" not in text
+    table = text[text.index("Hits by capacity") :]
+    assert table[: table.index("</table>")].count("<tr>") <= 1 + len(study.sizes)
 
 
 def test_a_trace_of_lengths_has_no_study() -> None:

@@ -12,9 +12,9 @@ from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
 from lmc.sim import tune_show
 from lmc.sim.build import TraceBuilder
-from lmc.sim.cost import CostModel, Prefill, TierCost
+from lmc.sim.cost import CostModel, Prefill, TierCost, known_token_bytes
 from lmc.sim.trace import Trace, coarsen
-from lmc.sim.tune import ASSUMED_TOKEN_BYTES, Budget, known_token_bytes, make_budget, tune
+from lmc.sim.tune import ASSUMED_TOKEN_BYTES, Budget, make_budget, tune
 from tests.sim.chained_traces import naive_lru, tokens_of
 
 TOKEN_BYTES = 100
