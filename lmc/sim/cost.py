@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from lmc.errors import ConfigError
+from lmc.sim.engine_model import WHOLE_PROMPTS, EngineModel
 from lmc.sim.trace import Float64, Int64, Trace
 
 _GIB = 1024**3
@@ -51,6 +52,7 @@ class CostModel:
     token_bytes: int  # KV bytes per token over all ranks
     tiers: Mapping[str, TierCost] = field(default_factory=dict)
     gpu_dollars_per_hour: float = 0.0
+    engine: EngineModel = WHOLE_PROMPTS
 
     def tier(self, name: str) -> TierCost:
         if name not in self.tiers:

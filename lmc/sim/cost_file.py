@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import yaml
 
 from lmc.errors import ConfigError
 from lmc.sim.cost import CostModel, Prefill, TierCost, fit_prefill
-from lmc.units import parse_seconds, parse_size
+from lmc.sim.engine_model import WHOLE_PROMPTS, Decode, EngineModel
+from lmc.units import parse_count, parse_seconds, parse_size
 
 
 def read_cost_model(path: Path) -> CostModel:
@@ -22,7 +24,7 @@ def read_cost_model(path: Path) -> CostModel:
         raise ConfigError(f"{path}: {error.strerror}; give a cost model file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); repair it") from None
-    top = _section(path, "the file", raw, {"prefill", "token_bytes", "tiers", "gpu_dollars_per_hour"})
+    top = _section(path, "the file", raw, {"prefill", "token_bytes", "tiers", "gpu_dollars_per_hour", "engine"})
     prefill = _section(path, "prefill", top.get("prefill"), {"fixed", "token", "pair", "bench"})
     tiers = {}
     for name, value in _section(path, "tiers", top.get("tiers") or {}, None).items():
@@ -35,7 +37,28 @@ def read_cost_model(path: Path) -> CostModel:
         parse_size(top.get("token_bytes", 0)),
         tiers,
         _amount(path, "gpu_dollars_per_hour", top.get("gpu_dollars_per_hour", 0)),
+        _engine(path, top["engine"]) if "engine" in top else WHOLE_PROMPTS,
     )
+
+
+def _engine(path: Path, value: Any) -> EngineModel:  # Any: parsed YAML
+    names = {field.name for field in fields(EngineModel)}
+    section = _section(path, "engine", value, names)
+    given: dict[str, Any] = {}  # Any: fields of an EngineModel
+    for name, setting in section.items():
+        if name == "decode":
+            parts = _section(path, "engine.decode", setting, {"fixed", "sequence", "context"})
+            given[name] = Decode(*(parse_seconds(parts.get(part, 0)) for part in ("fixed", "sequence", "context")))
+        elif name in ("chunked_prefill", "prefix_cache", "background_copies"):
+            if not isinstance(setting, bool):
+                raise ConfigError(f"{path}: engine.{name} is {setting!r}; it must be true or false")
+            given[name] = setting
+        else:
+            given[name] = parse_count(str(setting))
+    try:
+        return EngineModel(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _rate(path: Path, tier: str, entry: Mapping[str, Any]) -> float:  # Any: parsed YAML

@@ -1,8 +1,8 @@
 """Replays a trace through the live cache's own directory on a virtual clock: all tiers, write modes, TTL, N instances behind a router.
 
 The directory and the life of each request (lmc.cache.directory) are the live objects. The rest is modelled: workers are channels with a
-bandwidth and a latency, one for each tier, direction and instance; the engine computes one prompt after the other. Decoding and batching
-are left out. Without a cost model every transfer is instant, and only hits are simulated.
+bandwidth and a latency, one for each tier, direction and instance, and the engine computes requests step by step (lmc.sim.engine_steps).
+Without a cost model every transfer and every step is instant, and only hits are simulated.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.capacity import warn_small
 from lmc.sim.cost import CostModel
+from lmc.sim.engine_model import DEVICE, WHOLE_PROMPTS, EngineModel
+from lmc.sim.engine_steps import Engine, Run
 from lmc.sim.router import Router, Routing
 from lmc.sim.shared_store import SHARED, SharedStore
 from lmc.sim.trace import Float64, Int64, Trace, Window
 
-_DERIVED, _STEP, _COMPUTED, _ARRIVAL = range(
-    4
-)  # at equal times: copies end, schedulers step, prompts are computed, one arrives
+# At equal times copies end, schedulers step, prompts are computed, and then a request arrives.
+_DERIVED, _STEP, _COMPUTED, _ARRIVAL = range(4)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Fleet:
     shared_names: tuple[str, ...] = (SHARED,)  # of these tiers, fastest first
     cost: CostModel | None = None
 
+    @property
+    def engine(self) -> EngineModel:
+        return WHOLE_PROMPTS if self.cost is None else self.cost.engine
+
 
 @dataclass
 class ReplayResult:
@@ -49,6 +54,7 @@ class ReplayResult:
     hit_tokens: dict[str, Int64]  # by tier that held them at the lookup, (num_requests,)
     ttft_s: Float64  # (num_requests,), zeros without a cost model
     instance: Int64  # (num_requests,) who served it
+    engine: EngineModel = WHOLE_PROMPTS
     counts: Counter[str] = field(default_factory=Counter)  # evicted, dropped writes and stores, late loads
 
     def hits(self, window: Window) -> dict[str, int]:
@@ -99,20 +105,9 @@ class _Channel:
         return self._free + self._latency_s
 
 
-@dataclass
-class _Arrival:
-    """A request of the trace, and its life in the instance that serves it."""
-
-    index: int
-    keys: list[ChunkKey]
-    num_tokens: int
-    arrival_s: float
-    life: Request
-    missing: set[ChunkKey] = field(default_factory=set)  # chunks on their way into host memory, for which it waits
-    started: bool = False
-
-
 class _Instance:
+    """An engine and the cache below it."""
+
     def __init__(self, replay: _Replay) -> None:
         self._replay = replay
         self.directory = build_directory(
@@ -122,132 +117,137 @@ class _Instance:
             below={"disk": replay.disk_slots} if replay.disk_slots else {},
             remote=tuple(replay.stores),
         )
-        self._reading = {name: replay.channel(name) for name in replay.hit_tokens}
-        self._writing = {name: replay.channel(name) for name in replay.hit_tokens}
-        self._engine_free = float("-inf")
-        self._waiting: dict[int, _Arrival] = {}
-        self._stages: list[Ticket] = []  # this and the next two begin in the next step
+        self._reading = {name: replay.channel(name) for name in replay.cached}
+        self._writing = {name: replay.channel(name) for name in replay.cached}
+        fleet = replay.fleet
+        prefill = fleet.cost.prefill if fleet.cost is not None else None
+        self.engine = Engine(fleet.engine, prefill, replay.trace.block_tokens, self)
+        self._lives: dict[int, Request] = {}
+        self._missing: dict[
+            int, tuple[Run, set[ChunkKey]]
+        ] = {}  # chunks on their way into host memory, by the request that waits
+        self._stages: list[Ticket] = []  # this and the next begin in the next step
         self._stores: list[Ticket] = []
-        self._admitted: list[tuple[_Arrival, list[Ticket]]] = []
         self._step_due = False
 
     def arrive(self, index: int, keys: list[ChunkKey]) -> None:
-        replay, trace = self._replay, self._replay.trace
-        now = replay.clock.now
-        self.directory.expire(now)
-        tenant = trace.tenant_names[trace.tenants[index]]
-        life = Request(str(index), self.directory, replay.config, trace.block_tokens, tenant, now)
-        arrival = _Arrival(index, keys, int(trace.input_tokens[index]), float(trace.timestamps_s[index]), life)
-        self._look_up(arrival)
-        if not arrival.started and life.deadline is not None:
-            replay.clock.at(life.deadline, lambda: self._look_up(arrival))
+        trace = self._replay.trace
+        self.engine.add(Run(index, keys, int(trace.input_tokens[index]), int(trace.output_tokens[index])))
 
-    def _look_up(self, arrival: _Arrival) -> None:
-        """Start the request, or wait for the chunks that are on their way into host memory."""
-        if arrival.started:
-            return
-        life, now = arrival.life, self._replay.clock.now
-        gain = life.lookup(arrival.keys, arrival.num_tokens, 0, now)
-        if question := life.take_question():
-            self._answer(question)
-            life.answer(failed=False)
-            gain = life.lookup(arrival.keys, arrival.num_tokens, 0, now)
-        self._stages += life.take_tickets()
-        self._step_soon()
-        if gain is None:
-            arrival.missing = set(life.arriving())
-            self._waiting[arrival.index] = arrival
-        else:
-            self._waiting.pop(arrival.index, None)
-            self._start(arrival, gain)
+    def now(self) -> float:
+        return self._replay.clock.now
 
-    def _answer(self, asked: Sequence[ChunkKey]) -> None:
-        for name, store in self._replay.stores.items():
-            self.directory.learn(name, *leading(asked, store.contains))
+    def at(self, time: float, action: Callable[[], None]) -> None:
+        self._replay.clock.at(time, action)
 
-    def _start(self, arrival: _Arrival, gain: int) -> None:
-        """Load what is in host now; the engine takes the request in when the load is done."""
-        arrival.started = True
-        replay, life = self._replay, arrival.life
-        if life.miss() == Miss.LOAD_DEADLINE:
-            replay.counts[LATE] += 1
-        loads = life.load(gain)
-        for tier, tokens in life.sources.items():
-            replay.hit_tokens[tier][arrival.index] = tokens
-        self._admitted.append((arrival, loads))
-        self._step_soon()
+    def at_computed(self, time: float, action: Callable[[], None]) -> None:
+        self._replay.clock.at(time, action, _COMPUTED)
 
-    def _compute(self, arrival: _Arrival, loads: Sequence[Ticket]) -> None:
-        now = self._replay.clock.now
-        for ticket in loads:
-            self.directory.complete(ticket.operation, None, now)
-            arrival.life.loaded(ticket.operation, None)
-        begin = max(now, self._engine_free)
-        self._engine_free = begin + self._replay.prefill_s(arrival.index, len(loads))
-        self._replay.clock.at(self._engine_free, lambda: self._computed(arrival), _COMPUTED)
-
-    def _computed(self, arrival: _Arrival) -> None:
-        replay, now = self._replay, self._replay.clock.now
-        replay.ttft_s[arrival.index] = now - arrival.arrival_s
-        num_stored = len(arrival.keys) * replay.trace.block_tokens
-        self._stores += arrival.life.store(arrival.keys, num_stored, num_stored, now)
-        arrival.life.end()
-        self._step_soon()
-
-    def _step_soon(self) -> None:
+    def step_soon(self) -> None:
         """Step once when all that ends at this time has ended: the live scheduler learns of it in one report."""
         if not self._step_due:
             self._step_due = True
-            self._replay.clock.at(self._replay.clock.now, self._step, _STEP)
+            self._replay.clock.at(self.now(), self._step, _STEP)
+
+    def look_up(self, run: Run, computed: int) -> int | None:
+        replay, trace, now = self._replay, self._replay.trace, self.now()
+        if run.index not in self._lives:
+            self.directory.expire(now)
+            tenant = trace.tenant_names[trace.tenants[run.index]]
+            self._lives[run.index] = Request(
+                str(run.index), self.directory, replay.config, trace.block_tokens, tenant, now
+            )
+        life = self._lives[run.index]
+        gain = life.lookup(run.keys, run.num_tokens, computed, now)
+        if question := life.take_question():
+            for name, store in replay.stores.items():
+                self.directory.learn(name, *leading(question, store.contains))
+            life.answer(failed=False)
+            gain = life.lookup(run.keys, run.num_tokens, computed, now)
+        self._stages += life.take_tickets()
+        if gain is None:
+            self._missing[run.index] = (run, set(life.arriving()))
+            if life.deadline is not None:
+                replay.clock.at(life.deadline, lambda: self._ready(run.index))
+        return gain
+
+    def _ready(self, index: int) -> None:
+        if index in self._missing:
+            run, _ = self._missing.pop(index)
+            self.engine.ready(run)
+
+    def load(self, run: Run, tokens: int) -> Sequence[Ticket]:
+        replay, life = self._replay, self._lives[run.index]
+        first = not life.admitted
+        if first and life.miss() == Miss.LOAD_DEADLINE:
+            replay.counts[LATE] += 1
+        loads = life.load(tokens)
+        if first:
+            for tier, found in life.sources.items():
+                replay.hit_tokens[tier][run.index] = found
+            if life.computed:
+                replay.hit_tokens[DEVICE][run.index] = life.computed
+        return loads
+
+    def send_loads(self, tickets: Sequence[Ticket]) -> float:
+        return self._reading[HOST].send(self.now(), len(tickets) * self._replay.chunk_bytes) if tickets else self.now()
+
+    def loaded(self, run: Run, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            self.directory.complete(ticket.operation, None, self.now())
+            self._lives[run.index].loaded(ticket.operation, None)
+
+    def store(self, run: Run, num_valid: int) -> None:
+        num_prompt = len(run.keys) * self._replay.trace.block_tokens
+        valid = num_prompt if num_valid >= run.num_tokens else min(num_valid, num_prompt)
+        self._stores += self._lives[run.index].store(run.keys, valid, num_prompt, self.now())
+
+    def first_token(self, run: Run) -> None:
+        self._replay.ttft_s[run.index] = self.now() - float(self._replay.trace.timestamps_s[run.index])
+
+    def end(self, run: Run) -> None:
+        self._lives.pop(run.index).end()
 
     def _step(self) -> None:
-        """What a step of the live scheduler does: ask again for requests that waited, remove what has expired, hand out tickets."""
+        """What a step of the live scheduler does: take requests in, remove what has expired, hand out tickets."""
         self._step_due = False
-        now = self._replay.clock.now
-        for arrival in [arrival for arrival in self._waiting.values() if not arrival.missing]:
-            self._look_up(arrival)
-        self.directory.expire(now)
+        self.engine.step()
+        self.directory.expire(self.now())
         due = self.directory.take_tickets()
         for ticket in due:
             if ticket.kind == "delete":
                 self._done(ticket)
         stages, self._stages = self._stages, []
-        admitted, self._admitted = self._admitted, []
         stores, self._stores = self._stores, []
         for ticket in stages:
             self._transfer(ticket, self._reading[ticket.tier])
-        for arrival, loads in admitted:
-            self._load(arrival, loads)
-        for ticket in stores:
-            self._transfer(ticket, self._writing[HOST])
+        self.engine.launch()
+        stored = [self._transfer(ticket, self._writing[HOST]) for ticket in stores]
+        self.engine.stored(max(stored, default=self.now()))
         for ticket in due:
             if ticket.kind != "delete":
                 self._transfer(ticket, self._writing[ticket.tier])
 
-    def _load(self, arrival: _Arrival, loads: Sequence[Ticket]) -> None:
-        clock = self._replay.clock
-        ready = clock.now
-        if loads:
-            ready = self._reading[HOST].send(ready, len(loads) * self._replay.chunk_bytes)
-        clock.at(ready, lambda: self._compute(arrival, loads))
-
-    def _transfer(self, ticket: Ticket, channel: _Channel) -> None:
-        done = channel.send(self._replay.clock.now, self._replay.chunk_bytes)
+    def _transfer(self, ticket: Ticket, channel: _Channel) -> float:
+        done = channel.send(self.now(), self._replay.chunk_bytes)
         self._replay.clock.at(done, lambda: self._done(ticket))
+        return done
 
     def _done(self, ticket: Ticket) -> None:
-        store, now = self._replay.stores.get(ticket.tier), self._replay.clock.now
+        store = self._replay.stores.get(ticket.tier)
         failure = None
         if store is not None:
             if ticket.kind == "write":
                 store.put(ticket.key)
             elif ticket.kind == "stage" and not store.get(ticket.key):
                 failure = ABSENT
-        self.directory.complete(ticket.operation, failure, now)
+        self.directory.complete(ticket.operation, failure, self.now())
         if ticket.kind == "stage":
-            for arrival in self._waiting.values():
-                arrival.missing.discard(ticket.key)
-        self._step_soon()
+            for index, (_, missing) in list(self._missing.items()):
+                missing.discard(ticket.key)
+                if not missing:
+                    self._ready(index)
+        self.step_soon()
 
 
 class _Replay:
@@ -265,8 +265,10 @@ class _Replay:
         self.clock = _Clock()
         self.counts: Counter[str] = Counter()
         self.ttft_s = np.zeros(trace.num_requests)
-        tiers = [HOST, *(["disk"] if self.disk_slots else []), *self.stores]
-        self.hit_tokens = {tier: np.zeros(trace.num_requests, dtype=np.int64) for tier in tiers}
+        self.cached = [HOST, *(["disk"] if self.disk_slots else []), *self.stores]  # the tiers of the cache
+        engine = fleet.engine
+        own = [DEVICE] if engine.kv_tokens is not None and engine.prefix_cache else []
+        self.hit_tokens = {tier: np.zeros(trace.num_requests, dtype=np.int64) for tier in (*own, *self.cached)}
         self._keys = [ChunkKey(number.to_bytes(32, "big")) for number in range(trace.num_unique)]
 
     def run(self) -> ReplayResult:
@@ -288,9 +290,11 @@ class _Replay:
         for instance in instances:
             counts = instance.directory.counts
             self.counts.update({f"evicted from {tier}": total for tier, total in counts.evicted.items()})
+            if instance.engine.preempted:
+                self.counts["preempted"] += instance.engine.preempted
             self.counts.update({"stores dropped": counts.stores_dropped, "writes dropped": counts.writes_dropped})
         trace = replace(trace, notes=(*trace.notes, *warn_small(trace, [self.host_slots])))
-        return ReplayResult(trace, self.hit_tokens, self.ttft_s, served, self.counts)
+        return ReplayResult(trace, self.hit_tokens, self.ttft_s, served, self.fleet.engine, self.counts)
 
     def channel(self, tier: str) -> _Channel:
         cost = self.fleet.cost
@@ -298,12 +302,6 @@ class _Replay:
             return _Channel()
         link = cost.tier(SHARED if tier in self.stores and tier not in cost.tiers else tier)
         return _Channel(link.bytes_per_s, link.latency_s)
-
-    def prefill_s(self, index: int, num_hit: int) -> float:
-        if self.fleet.cost is None:
-            return 0.0
-        hits = np.array([num_hit * self.trace.block_tokens], dtype=np.int64)
-        return float(self.fleet.cost.prefill.seconds(hits, self.trace.input_tokens[index : index + 1] - hits)[0])
 
 
 def _slots(capacity: int | str, chunk_bytes: int, key: str) -> int:

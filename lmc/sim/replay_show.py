@@ -86,7 +86,9 @@ def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
     ]
     note = f"100 % is {total:,} input tokens; {WINDOWS[window]}. Chunks of {result.trace.block_tokens:,} tokens."
     if timed:
-        note += " Prompts are computed one after the other; decoding is not simulated."
+        engine = result.engine
+        note += f" An engine computes {'one request' if engine.max_num_seqs == 1 else f'{engine.max_num_seqs} requests'} at a time"
+        note += "; decoding is not simulated." if engine.decode is None else "."
     json: dict[str, Any] = {  # Any: JSON
         "trace": trace_json(result.trace),
         "window": window,

@@ -135,7 +135,7 @@ def times(study: Study) -> Figure:
     axis.yaxis.set_minor_formatter("{x:g}" if high < 5 * low else NullFormatter())  # else the ticks overlap
     axis.set_xlabel(f"{_capacity_label(study)}; the leftmost point is no cache")
     axis.set_ylabel("time to first token (s)")
-    axis.legend(frameon=False, fontsize=8, loc="center left")
+    axis.legend(frameon=False, fontsize=8)
     return to_figure(
         picture, "Time to first token against capacity", f"By the cost model, without queueing; {WINDOW_TEXT[SHOWN]}."
     )

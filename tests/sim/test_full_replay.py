@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -14,6 +16,7 @@ from lmc.errors import ConfigError
 from lmc.sim import stack
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
+from lmc.sim.engine_model import EngineModel
 from lmc.sim.full_replay import Fleet, ReplayResult, replay_fleet
 from lmc.sim.policy_replay import replay_policy
 from lmc.sim.router import Router
@@ -108,15 +111,17 @@ COST = CostModel(
     },
 )
 
+BESIDE = replace(COST, engine=EngineModel(background_copies=True))
+
 
 def test_times_add_up() -> None:
     trace = requests((0.0, [1, 2]), (3.0, [7]), (100.0, [1, 2]), (101.0, [1, 5]))
-    result = replay_fleet(trace, config(100), CHUNK_BYTES, Fleet(cost=COST))
+    result = replay_fleet(trace, config(100), CHUNK_BYTES, Fleet(cost=BESIDE))
     assert result.ttft_s.tolist() == [
         9.0,  # nothing cached
         11.0,  # waits for the engine until 9, then 5 tokens
         2.0,  # loads two chunks in 1 s, computes 1 token
-        6.0,  # loads one chunk until 101.5, computes 5 tokens from 102 on
+        6.5,  # is taken in at 102, loads one chunk until 102.5, computes 5 tokens
     ]
     assert result.hits("all") == {"host": 12}
     assert result.hits("last-half") == {"host": 12}
@@ -125,8 +130,10 @@ def test_times_add_up() -> None:
 
 def test_a_chunk_is_no_hit_before_its_store_is_done() -> None:
     trace = requests((0.0, [1]), (5.2, [1]), (20.0, [1]))  # computed at 5, in host at 5.5
-    result = replay_fleet(trace, config(100), CHUNK_BYTES, Fleet(cost=COST))
+    result = replay_fleet(trace, config(100), CHUNK_BYTES, Fleet(cost=BESIDE))
     assert result.hit_tokens["host"].tolist() == [0, 0, 4]
+    result = replay_fleet(trace, config(100), CHUNK_BYTES, Fleet(cost=COST))  # an engine that waits for its stores
+    assert result.hit_tokens["host"].tolist() == [0, 4, 4]
 
 
 def test_disk_hits_wait_for_staging_and_count_for_the_disk() -> None:
