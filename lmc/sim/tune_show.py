@@ -11,7 +11,8 @@ from lmc.cache.settings import load_settings
 from lmc.report import Cell, Column, Table, write_file
 from lmc.sim.bootstrap import Interval
 from lmc.sim.shown import trace_json
-from lmc.sim.tune import Point, Tuned
+from lmc.sim.tune import Tuned
+from lmc.sim.tune_search import Point
 from lmc.units import format_percent, format_seconds, format_size
 
 
@@ -20,11 +21,15 @@ def settings_of(point: Point, disk_path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "chunk_tokens": point.chunk_tokens,
         "policy": point.policy,
-        "write": "through",
+        "write": point.write,
         "host": {"capacity": point.host_bytes},
     }
     if point.disk_bytes:
         settings["disk"] = {"path": str(disk_path), "capacity": point.disk_bytes}
+    if point.write == "around":
+        settings["write_touches"] = point.write_touches
+    if point.min_load_tokens > 1:
+        settings["min_load_tokens"] = point.min_load_tokens
     if point.ttl_s is not None:
         settings["ttl"] = point.ttl_s
     return settings
@@ -88,11 +93,14 @@ def front_table(tuned: Tuned) -> Table:
         *([] if tuned.chosen.ttft_s is None else [Column("TTFT p90", "s", 3)]),
         *([] if tuned.chosen.dollars_per_million is None else [Column("cost", "$/M tokens", 4)]),
     ]
+    write = f"{tuned.chosen.write}" + (
+        f" ({tuned.chosen.write_touches} touches)" if tuned.chosen.write == "around" else ""
+    )
     ttl = "none" if tuned.chosen.ttl_s is None else format_seconds(tuned.chosen.ttl_s)
     note = (
         f"Hit tokens / all input tokens. The second quarter of the requests chose, the second half judges. Chosen: "
         f"{_show(tuned.expected)} expected, {_show(tuned.over_lru, signed=True)} against LRU in the same sizes, "
-        f"{format_percent(tuned.ceiling)} unlimited; TTL {ttl}. {len(tuned.tried)} configurations tried."
+        f"{format_percent(tuned.ceiling)} unlimited; write {write}; TTL {ttl}. {len(tuned.tried)} configurations tried."
     )
     return Table(f"Points that no other beats, {tuned.trace.source}", columns, rows, note)
 
@@ -114,6 +122,9 @@ def _point_json(point: Point) -> dict[str, Any]:  # Any: JSON
         "host_bytes": point.host_bytes,
         "disk_bytes": point.disk_bytes,
         "ttl_s": point.ttl_s,
+        "write": point.write,
+        "write_touches": point.write_touches,
+        "min_load_tokens": point.min_load_tokens,
         "tuning_hit_rate": point.tuning_hit_rate,
         "tuning_host_hit_rate": point.tuning_host_rate,
         "hit_rate": point.hit_rate,

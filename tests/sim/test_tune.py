@@ -4,17 +4,22 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lmc.cache.config import CacheConfig
 from lmc.cache.settings import load_settings
+from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim import tune_show
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost, known_token_bytes
+from lmc.sim.full_replay import Fleet, replay_fleet
 from lmc.sim.trace import Trace, coarsen
-from lmc.sim.tune import ASSUMED_TOKEN_BYTES, Budget, make_budget, tune
+from lmc.sim.tune import ASSUMED_TOKEN_BYTES, Tuned, make_budget, tune
+from lmc.sim.tune_search import Budget
 from tests.sim.chained_traces import naive_lru, tokens_of
 
 TOKEN_BYTES = 100
@@ -49,7 +54,7 @@ def test_rates_are_those_of_a_naive_simulator(trace: Trace) -> None:
     found = tune(trace, TOKEN_BYTES, Budget(200 * CHUNK_BYTES, 400 * CHUNK_BYTES), ("lru",))
     quarter, half = trace.num_requests // 4, trace.num_requests // 2
     for point in found.tried:
-        if point.ttl_s is not None:
+        if point.ttl_s is not None or point.write != "through":
             continue
         chunked = coarsen(trace, point.chunk_tokens)
         size = point.chunk_tokens * TOKEN_BYTES
@@ -149,6 +154,66 @@ def test_an_unknown_token_size_is_assumed_and_said(trace: Trace) -> None:
     assert assumed.chosen == given.chosen
     assert any("--token-bytes" in note for note in assumed.notes)
     assert not any("--token-bytes" in note for note in given.notes)
+
+
+def replayed_rate(found: Tuned, settings: dict[str, Any]) -> float:
+    """Hits of the second half, by a replay of the settings that tune wrote."""
+    chunk = found.chosen.chunk_tokens
+    settings = json.loads(json.dumps(settings))
+    if "disk" in settings:
+        slots = settings["disk"]["capacity"] // (chunk * TOKEN_BYTES)
+        settings["disk"]["capacity"] = slots * stored_bytes(chunk * TOKEN_BYTES)
+    result = replay_fleet(
+        coarsen(found.trace, chunk), CacheConfig.model_validate(settings), chunk * TOKEN_BYTES, Fleet()
+    )
+    return sum(result.hits("last-half").values()) / result.total_tokens("last-half")
+
+
+def test_the_write_mode_that_hits_most_is_chosen_and_judged_by_replay(tmp_path: Path) -> None:
+    """As much host as disk, and together as much as is reused: write through keeps everything twice."""
+    many = chats(num_requests=1200, num_chats=40, seed=2)
+    found = tune(many, TOKEN_BYTES, Budget(500 * CHUNK_BYTES, 500 * CHUNK_BYTES), ("lru",))
+    assert found.chosen.write == "back"
+    through = [
+        point
+        for point in found.tried
+        if (point.host_bytes, point.disk_bytes, point.write)
+        == (found.chosen.host_bytes, found.chosen.disk_bytes, "through")
+    ]
+    assert found.chosen.hit_rate > through[0].hit_rate + 0.02
+    settings = tune_show.settings_of(found.chosen, tmp_path)
+    assert settings["write"] == "back"
+    assert found.expected.value == pytest.approx(replayed_rate(found, settings))
+    assert any("killed engine" in note for note in found.notes)
+
+
+def test_a_short_record_takes_the_whole_budget() -> None:
+    """Forty requests once chose 50 MB of host and no disk, ten points under what fits into the budget."""
+    short = chats(num_requests=41, num_chats=6, seed=4)
+    budget = Budget(1000 * CHUNK_BYTES, 3000 * CHUNK_BYTES)
+    found = tune(short, TOKEN_BYTES, budget, ("lru",))
+    size = found.chosen.chunk_tokens * TOKEN_BYTES
+    assert found.chosen.host_bytes == budget.host_bytes // size * size
+    assert found.chosen.disk_bytes == budget.disk_bytes // size * size
+    assert found.expected.value == pytest.approx(found.ceiling)
+    assert any("whole budget" in note for note in found.notes)
+
+
+def test_what_the_choices_gave_up_is_said(trace: Trace) -> None:
+    found = tune(trace, TOKEN_BYTES, Budget(10**12), ("lru",))
+    best = max(point.hit_rate for point in found.tried if point.chunk_tokens == found.chosen.chunk_tokens)
+    said = [note for note in found.notes if "gave up" in note]
+    assert bool(said) == (best > found.chosen.hit_rate + 0.0005)
+
+
+def test_short_loads_are_left_out_where_they_cost_more_than_they_save(trace: Trace) -> None:
+    def least(latency_s: float) -> int:
+        host = TierCost("host", 1e9, latency_s)
+        model = CostModel(Prefill(0, 1e-3, 0), TOKEN_BYTES, {"host": host, "disk": host})
+        return tune(trace, TOKEN_BYTES, Budget(100 * CHUNK_BYTES), ("lru",), model).chosen.min_load_tokens
+
+    assert least(0.0) == 1
+    assert 90 <= least(0.1) <= 110  # a load takes as long as the prefill of 100 tokens
 
 
 def test_settings_are_what_serve_reads(trace: Trace, tmp_path: Path) -> None:
