@@ -16,7 +16,7 @@ Steps 1 to 4 take lower tiers to see every touch (write: through). The choice is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,7 +90,7 @@ def tune(
         )
     notes += warn_small(trace, [chosen.host_bytes / (token_bytes * trace.block_tokens)])
     notes += search.notes
-    notes += _given_up(search.tried, chosen, sized, budget)
+    notes += _given_up(search, chosen, sized)
     missed = max(points, key=lambda point: point.hit_rate)
     if missed.hit_rate > sized.hit_rate + _REGRET and chosen.dollars_per_million is None:
         notes.append(
@@ -110,25 +110,34 @@ def tune(
     )
 
 
-def _given_up(tried: list[Point], chosen: Point, sized: Point, budget: Budget) -> list[str]:
-    """What the choices cost on the second half, which had no say: against the other chunk sizes, and against the whole budget."""
+def _given_up(search: Search, chosen: Point, sized: Point) -> list[str]:
+    """What the choices cost on the second half, which had no say: notes on chunk size, tier sizes and write mode."""
     notes = []
-    whole = [point for point in tried if point.host_bytes == budget.host_bytes and point.ttl_s is None]
-    by_chunk = {point.chunk_tokens: point for point in whole if point.policy == "lru" and point.write == "through"}
-    mine = by_chunk.get(chosen.chunk_tokens)
-    best = max(by_chunk.values(), key=lambda point: point.hit_rate, default=None)
-    if mine is not None and best is not None and best.hit_rate > mine.hit_rate + _GIVEN_UP:
-        notes.append(
-            f"chunks of {chosen.chunk_tokens} tokens gave up {100 * (best.hit_rate - mine.hit_rate):.2f} points on the second half against "
-            f"{best.chunk_tokens} tokens"
+
+    def compare(what: str, mine: Point, others: list[Point], name: Callable[[Point], str]) -> None:
+        best = max(others, key=lambda point: point.hit_rate, default=mine)
+        lost = best.hit_rate - mine.hit_rate
+        if lost > _GIVEN_UP:
+            notes.append(f"{what} gave up {100 * lost:.2f} points on the second half against {name(best)}")
+
+    by_chunk = search.by_chunk
+    compare(
+        f"chunks of {chosen.chunk_tokens} tokens",
+        by_chunk[chosen.chunk_tokens],
+        list(by_chunk.values()),
+        lambda point: f"{point.chunk_tokens} tokens",
+    )
+    same = [point for point in search.tried if (point.chunk_tokens, point.policy) == (sized.chunk_tokens, sized.policy)]
+    plain = [point for point in same if point.write == "through" and point.ttl_s is None]
+    if _sizes(chosen) == _sizes(sized):
+        compare(
+            "smaller tiers",
+            sized,
+            plain,
+            lambda point: f"{format_size(point.host_bytes)} of host and {format_size(point.disk_bytes)} of disk",
         )
-    same = [point for point in tried if (point.chunk_tokens, point.policy) == (sized.chunk_tokens, sized.policy)]
-    most = max((point for point in same if point.ttl_s is None), key=lambda point: point.hit_rate, default=sized)
-    if most.hit_rate > sized.hit_rate + _GIVEN_UP:
-        notes.append(
-            f"smaller tiers gave up {100 * (most.hit_rate - sized.hit_rate):.2f} points on the second half against "
-            f"{format_size(most.host_bytes)} of host and {format_size(most.disk_bytes)} of disk"
-        )
+    modes = [point for point in same if point.write != "through" and _sizes(point) == _sizes(chosen)]
+    compare(f"write: {chosen.write}", chosen, modes, lambda point: f"{point.write} after {point.write_touches} touches")
     return notes
 
 

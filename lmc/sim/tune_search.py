@@ -81,6 +81,7 @@ class Search:
         self.tuning, self.judging = slice(count // 4, count // 2), slice(count // 2, count)
         self.sessions, self.sessions_named = sessions_of(profile(trace))
         self.tried: list[Point] = []
+        self.by_chunk: dict[int, Point] = {}  # with LRU at the budget
         self.notes: list[str] = []
         self._replays: dict[Point, Int64] = {}
         self.stacks: dict[int, StackProfile] = {}
@@ -98,6 +99,7 @@ class Search:
                 f"({sizes[0] * self.token_bytes} bytes); raise --memory"
             )
         points = [self.point(size, "lru", self.budget.host_bytes, self.budget.disk_bytes) for size in self.stacks]
+        self.by_chunk = {point.chunk_tokens: point for point in points}
         return max(point.chunk_tokens for point in points if self._costs_little(point, points))
 
     def _costs_little(self, point: Point, points: list[Point]) -> bool:
