@@ -327,7 +327,7 @@ def report(
     check_policies(names)
     trace = source.load()
     command = f"lmc sim report {source.trace.name} --sizes {sizes}" + (f" --cost {cost.name}" if cost else "")
-    study = make_study(trace, names, sizes, read_cost(cost), parse_size(token_bytes))
+    study = make_study(trace, names, sizes, read_cost(cost), parse_size(token_bytes), modes=True)
     page = write_report(study, out, command, origin)
     typer.echo(to_json(report_json(study, page)).decode() if json else f"report: {page}", nl=not json)
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lmc.cache.config import CacheConfig
 from lmc.cache.policy import POLICIES
+from lmc.cache.tiers.format import stored_bytes
 from lmc.sim import projections
 from lmc.sim.cost import CostModel, known_token_bytes
+from lmc.sim.full_replay import Fleet, replay_fleet
 from lmc.sim.policies import BOUND, replay_named
 from lmc.sim.stack import HitCurve, StackProfile, hit_curve, profile
 from lmc.sim.sweep import Row
@@ -21,6 +24,19 @@ SHOWN: Window = "last-half"  # the window of all tables and pictures that show o
 _CHUNK_FACTORS = (1, 2, 4, 8)
 _TTLS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 86400.0, float("inf"))
 _GRID = 8  # sizes of each tier
+_MODE_HOST, _MODE_DISKS = 0.1, (0.1, 0.3)  # shares of the unique trace blocks
+_LONGEST_REPLAY = 400_000  # trace blocks of all requests; six replays of more take minutes
+
+
+@dataclass(frozen=True)
+class ModeHits:
+    """Hit tokens / input tokens of a write mode, by tier; sizes in trace blocks."""
+
+    write: str
+    host_blocks: int
+    disk_blocks: int
+    host_rate: float
+    disk_rate: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +50,8 @@ class Study:
     ttls_s: list[float]
     ttl_rates: Float64  # (ttls, sizes) token hit rate
     tier_sizes: list[int]
-    exclusive_rates: Float64  # (host sizes, disk sizes) token hit rate of both together
+    tier_rates: Float64  # (host sizes, disk sizes) token hit rate of both together with write: through
+    modes: list[ModeHits]  # hits by write mode at a few sizes; empty if it was not asked for, or the trace is too long
     priced: list[TierPoint]  # host only, one for each size; empty without a cost model
 
     def best(self, window: Window, size: int) -> Row:
@@ -49,9 +66,12 @@ def make_study(
     num_sizes: int = 20,
     cost: CostModel | None = None,
     token_bytes: int = 0,
+    modes: bool = False,
 ) -> Study:
-    """Compute the study. `policies` are replayed; none means all. With token_bytes, or if the trace or the cost model states them, sizes
-    are shown in bytes. Raises TraceError for a trace without trace blocks.
+    """Compute the study. `policies` are replayed; none means all. With `modes`, the write modes are replayed too.
+
+    With token_bytes, or if the trace or the cost model states them, sizes are shown in bytes. Raises TraceError for a trace without trace
+    blocks.
     """
     require_blocks(trace)
     if known := known_token_bytes(trace, token_bytes, cost):
@@ -71,7 +91,7 @@ def make_study(
     plane = projections.ttl_plane(stack, ttls_s, sizes, SHOWN)
     tier_sizes = _spread(trace.num_unique, _GRID)
     total = max(curves[SHOWN].total_tokens, 1)
-    both = [[curves[SHOWN].at(host + disk)[1] / total for disk in tier_sizes] for host in tier_sizes]
+    both = [[curves[SHOWN].at(max(host, disk))[1] / total for disk in tier_sizes] for host in tier_sizes]
     return Study(
         trace,
         stack,
@@ -83,8 +103,30 @@ def make_study(
         np.array([[tokens / total for _, tokens in row] for row in plane]),
         tier_sizes,
         np.array(both),
+        mode_hits(trace) if modes and trace.num_blocks <= _LONGEST_REPLAY else [],
         [] if cost is None else tier_grid(stack, {"host": [0, *sizes]}, SHOWN, cost=cost),
     )
+
+
+def mode_hits(trace: Trace) -> list[ModeHits]:
+    """Replays the live cache's own directory in each write mode, with a disk as large as the host and one that is larger."""
+    chunked = coarsen(trace, trace.block_tokens)  # the live cache keeps full chunks only
+    host, *disks = (max(1, int(share * trace.num_unique)) for share in (_MODE_HOST, *_MODE_DISKS))
+    found = []
+    for disk in disks:
+        for write in ("through", "around", "back"):
+            config = CacheConfig.model_validate(
+                {
+                    "write": write,
+                    "host": {"capacity": host},
+                    "disk": {"path": "replayed", "capacity": disk * stored_bytes(1)},
+                }
+            )
+            result = replay_fleet(chunked, config, 1, Fleet())
+            hits = result.hits(SHOWN)
+            total = max(result.total_tokens(SHOWN), 1)
+            found.append(ModeHits(write, host, disk, hits["host"] / total, hits["disk"] / total))
+    return found
 
 
 def _policy_rows(

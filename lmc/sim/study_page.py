@@ -46,7 +46,11 @@ def _page(study: Study, command: str, origin: str) -> Report:
         Section("Which policy", _policy_text(study), [study_pictures.policy_map(study)]),
         Section("Which chunk size", "", [study_pictures.chunk_sizes(study)]),
         Section("How long to keep chunks", "", [study_pictures.ttl_plane(study)]),
-        Section("How to split host and disk", "", [study_pictures.tier_map(study)]),
+        Section(
+            "How to split host and disk",
+            "",
+            [study_pictures.tier_map(study), *([_modes_table(study)] if study.modes else [])],
+        ),
     ]
     if study.priced:
         sections.append(
@@ -106,7 +110,7 @@ def _shares_table(study: Study) -> Table:
             [
                 size,
                 100 * size / trace.num_unique,
-                size * trace.block_bytes / 1024**3 if trace.block_bytes else size * trace.block_tokens,
+                _size(study, size),
                 100 * found["lru"].token_hit_rate,
                 best.policy,
                 100 * best.token_hit_rate,
@@ -125,6 +129,37 @@ def _shares_table(study: Study) -> Table:
     total = study.curves[SHOWN].total_tokens
     note = f"100 % is {total:,} input tokens; {WINDOWS[SHOWN]}."
     return Table("Hits by capacity", columns, rows, note)
+
+
+def _modes_table(study: Study) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            mode.write,
+            _size(study, mode.host_blocks),
+            _size(study, mode.disk_blocks),
+            100 * mode.host_rate,
+            100 * mode.disk_rate,
+            100 * (mode.host_rate + mode.disk_rate),
+        ]
+        for mode in study.modes
+    ]
+    unit = "GiB" if study.trace.block_bytes else "tokens"
+    columns = [
+        Column("write"),
+        Column("host", unit),
+        Column("disk", unit),
+        Column("host hits", "% of tokens"),
+        Column("disk hits", "% of tokens"),
+        Column("hits", "% of tokens"),
+    ]
+    note = f"LRU, replayed with the live cache's own directory; full chunks of one trace block; {WINDOWS[SHOWN]}."
+    return Table("Hits by write mode", columns, rows, note)
+
+
+def _size(study: Study, blocks: int) -> float:
+    """GiB if the trace says how many bytes a trace block has, else tokens."""
+    trace = study.trace
+    return blocks * trace.block_bytes / 1024**3 if trace.block_bytes else blocks * trace.block_tokens
 
 
 def _times_table(study: Study) -> Table:

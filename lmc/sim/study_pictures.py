@@ -112,10 +112,13 @@ def ttl_plane(study: Study) -> Figure:
 def tier_map(study: Study) -> Figure:
     labels = _sizes(study, study.tier_sizes)
     picture, (axis,) = new_axes(height=4.2)
-    _heat(axis, 100 * study.exclusive_rates, labels, labels)
+    _heat(axis, 100 * study.tier_rates, labels, labels)
     axis.set_ylabel(f"host {_capacity_label(study)}")
     axis.set_xlabel(f"disk {_capacity_label(study)}")
-    caption = f"LRU, a trace block in one tier only; hits of both together in % {_TOKENS}; {WINDOW_TEXT[SHOWN]}."
+    caption = (
+        "LRU with write: through, where the disk holds what the host holds too, so the larger of the two decides. Hits of both "
+        f"together in % {_TOKENS}; {WINDOW_TEXT[SHOWN]}."
+    )
     return to_figure(picture, "Hits of host and disk together", caption)
 
 

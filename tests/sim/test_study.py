@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmc.errors import TraceError
+from lmc.sim import study_pictures
 from lmc.sim.build import TraceBuilder
 from lmc.sim.cost import CostModel, Prefill, TierCost
 from lmc.sim.study import make_study
@@ -50,8 +51,8 @@ def test_numbers_of_the_study_are_those_of_a_naive_simulator() -> None:
     for row_index, ttl_s in enumerate(study.ttls_s):
         for column, size in enumerate(study.sizes):
             assert study.ttl_rates[row_index, column] == pytest.approx(rate(trace, size, ttl_s, 30))
-    both = study.tier_sizes[0] + study.tier_sizes[2]
-    assert study.exclusive_rates[0, 2] == pytest.approx(rate(trace, min(both, trace.num_unique), first=30))
+    assert study.tier_rates[0, 2] == pytest.approx(rate(trace, study.tier_sizes[2], first=30))
+    assert study.tier_rates[4, 2] == pytest.approx(rate(trace, study.tier_sizes[4], first=30))
     assert study.priced == []
 
 
@@ -83,6 +84,22 @@ def test_one_window_is_shown_and_each_capacity_once(tmp_path: Path) -> None:
     assert text.count("last half of the requests") >= 5 and "all requests" not in text
     table = text[text.index("Hits by capacity") :]
     assert table[: table.index("</table>")].count("<tr>") <= 1 + len(study.sizes)
+
+
+def test_write_modes_are_those_that_serve_has() -> None:
+    """The page once showed tiers that keep a chunk in one place only, which no setting gives."""
+    study = make_study(made(), ("fifo",), 3, modes=True)
+    assert [(mode.write, mode.disk_blocks >= mode.host_blocks) for mode in study.modes] == [
+        ("through", True), ("around", True), ("back", True),
+    ] * 2  # fmt: skip
+    through = study.modes[0]
+    chunked = coarsen(made(), 16)
+    hits = [min(found, (int(tokens) - 1) // 16) for found, tokens in zip(
+        naive_lru(chunked, through.disk_blocks), chunked.input_tokens, strict=True
+    )]  # fmt: skip
+    most = 16 * sum(hits[30:]) / int(chunked.input_tokens[30:].sum())
+    assert through.host_rate + through.disk_rate == pytest.approx(most, abs=0.02)
+    assert "write: through" in study_pictures.tier_map(study).caption
 
 
 def test_a_trace_of_lengths_has_no_study() -> None:
