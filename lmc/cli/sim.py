@@ -300,6 +300,33 @@ def tune(
 
 @app.command()
 @reads_trace
+def size(
+    source: TraceSource,
+    target: Annotated[
+        str,
+        typer.Option(help="Hit rates to reach, in shares of the input tokens, separated by commas, such as 40%,60%."),
+    ],
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Host memory above a disk or a remote tier, such as 64GiB. By default it is what half of the hits need."
+        ),
+    ] = None,
+    cost: CostFile = None,
+    token_bytes: TokenBytes = "0",
+    json: Json = False,
+    csv: Csv = None,
+) -> None:
+    """Find how large host, disk or remote tier must be for a hit rate. With --cost, also estimate times to first token and costs."""
+    from lmc.sim import size_show
+
+    model, known = read_cost(cost), parse_size(token_bytes)
+    shown = size_show.size_targets(source.load(), split_list(target), model, known, memory)
+    output(shown.table, shown.json, shown.table, shown.notes, json, csv)
+
+
+@app.command()
+@reads_trace
 def report(
     source: TraceSource,
     out: Annotated[

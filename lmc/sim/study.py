@@ -14,6 +14,7 @@ from lmc.sim import projections
 from lmc.sim.cost import CostModel, known_token_bytes
 from lmc.sim.full_replay import Fleet, replay_fleet
 from lmc.sim.policies import BOUND, replay_named
+from lmc.sim.size import Sizer, Sizing
 from lmc.sim.stack import HitCurve, StackProfile, hit_curve, profile
 from lmc.sim.sweep import Row
 from lmc.sim.tier_grid import TierPoint, tier_grid
@@ -24,6 +25,7 @@ SHOWN: Window = "last-half"  # the window of all tables and pictures that show o
 _CHUNK_FACTORS = (1, 2, 4, 8)
 _TTLS_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 86400.0, float("inf"))
 _GRID = 8  # sizes of each tier
+TARGETS = (0.5, 0.8, 0.95)
 _MODE_HOST, _MODE_DISKS = 0.1, (0.1, 0.3)  # shares of the unique trace blocks
 _LONGEST_REPLAY = 400_000  # trace blocks of all requests; six replays of more take minutes
 
@@ -51,6 +53,7 @@ class Study:
     ttl_rates: Float64  # (ttls, sizes) token hit rate
     tier_sizes: list[int]
     tier_rates: Float64  # (host sizes, disk sizes) token hit rate of both together with write: through
+    sizings: list[Sizing]  # for TARGETS of the hits of an unlimited cache; empty if it has none
     modes: list[ModeHits]  # hits by write mode at a few sizes; empty if it was not asked for, or the trace is too long
     priced: list[TierPoint]  # host only, one for each size; empty without a cost model
 
@@ -103,9 +106,15 @@ def make_study(
         np.array([[tokens / total for _, tokens in row] for row in plane]),
         tier_sizes,
         np.array(both),
+        _sizings(trace, cost),
         mode_hits(trace) if modes and trace.num_blocks <= _LONGEST_REPLAY else [],
         [] if cost is None else tier_grid(stack, {"host": [0, *sizes]}, SHOWN, cost=cost),
     )
+
+
+def _sizings(trace: Trace, cost: CostModel | None) -> list[Sizing]:
+    sizer = Sizer(trace)
+    return [sizer.size(share * sizer.ceiling, cost) for share in TARGETS] if sizer.ceiling > 0 else []
 
 
 def mode_hits(trace: Trace) -> list[ModeHits]:

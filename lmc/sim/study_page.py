@@ -12,9 +12,11 @@ from lmc.sim import study_pictures
 from lmc.sim.describe import describe, facts_table
 from lmc.sim.policies import BOUND
 from lmc.sim.shown import WINDOWS, trace_json
-from lmc.sim.study import SHOWN, Study
+from lmc.sim.size_show import size_table
+from lmc.sim.study import SHOWN, TARGETS, Study
 from lmc.sim.sweep_show import row_json
 from lmc.sim.tier_grid import PERCENTILES
+from lmc.sim.tune import ASSUMED_TOKEN_BYTES, assumed_note
 from lmc.units import format_count, format_percent, format_size
 
 _SHARES = (0.01, 0.03, 0.10, 0.30, 1.0)
@@ -38,6 +40,7 @@ def report_json(study: Study, page: Path) -> dict[str, Any]:
 def _page(study: Study, command: str, origin: str) -> Report:
     trace = study.trace
     sections = [
+        *_sizes_sections(study),
         Section(
             "How much memory for how many hits",
             _memory_text(study),
@@ -73,6 +76,19 @@ def _summary(study: Study) -> str:
         f"trace blocks of {trace.block_tokens:,} tokens. An unlimited cache would hit {format_percent(ceiling)} of the input tokens, "
         f"{format_percent(warm_ceiling)} in the last half of the requests."
     )
+
+
+def _sizes_sections(study: Study) -> list[Section]:
+    """What an operator asks first: the sizes of tiers for shares of the hits that an unlimited cache has."""
+    trace = study.trace
+    if not study.sizings:
+        return []
+    shares = ", ".join(f"{share:.0%}" for share in TARGETS)
+    text = f"Ways to reach {shares} of the hits of an unlimited cache: host memory alone, or less of it above a disk or a remote tier."
+    if not trace.block_bytes:
+        text += f" Note: {assumed_note()}."
+    block_bytes = trace.block_bytes or ASSUMED_TOKEN_BYTES * trace.block_tokens
+    return [Section("What to buy", text, [size_table(study.sizings, block_bytes, trace.source)])]
 
 
 def _memory_text(study: Study) -> str:

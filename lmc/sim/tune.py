@@ -80,10 +80,7 @@ def tune(
     unlimited = search.tokens(chunk, request_hits(search.stacks[chunk], np.inf))[judging]
     notes = list(trace.notes)
     if not known:
-        notes.append(
-            f"neither the trace nor an option says how many bytes the KV of a token has, so {format_size(token_bytes)} are assumed, as for "
-            "an 8B model with grouped-query attention in 16 bits; give --token-bytes for another model"
-        )
+        notes.append(assumed_note())
     if not search.sessions_named:
         notes.append(
             "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
@@ -107,6 +104,13 @@ def tune(
         _front([point for point in points if _sizes(point) != _sizes(chosen)], chosen),
         search.tried,
         tuple(notes),
+    )
+
+
+def assumed_note() -> str:
+    return (
+        f"neither the trace nor an option says how many bytes the KV of a token has, so {format_size(ASSUMED_TOKEN_BYTES)} are assumed, as "
+        "for an 8B model with grouped-query attention in 16 bits; give --token-bytes for another model"
     )
 
 
