@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from lmc.cache.policy.outside import absolute
 from lmc.cache.policy.registry import POLICIES, get_policy
 from lmc.errors import ConfigError
 from lmc.units import parse_seconds, parse_size
@@ -147,7 +148,7 @@ class CacheConfig(Section):
     chunk_tokens: int | None = Field(default=None, gt=0, le=1_000_000)
     """Tokens per chunk, a multiple of the engine's block size. By default it is the smallest multiple that is at least 128."""
     policy: str = Field(default="lru", json_schema_extra={"choices": list(POLICIES)})
-    """Eviction policy of the host and disk tiers."""
+    """Eviction policy of the host and disk tiers. FILE.py:SPEC, or the name of an installed package's policy, takes one of your own."""
     write: Literal["through", "back", "around"] = "through"
     """When a chunk is written to the tiers below the host: at once (through), when the host evicts it (back), or when it has been
     touched write_touches times (around)."""
@@ -220,7 +221,8 @@ class CacheConfig(Section):
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, name: str) -> str:
-        return get_policy(name).name
+        get_policy(name)
+        return absolute(name)
 
     @model_validator(mode="after")
     def _consistent(self) -> CacheConfig:

@@ -53,7 +53,8 @@ def run(
     policy: Annotated[
         str,
         typer.Option(
-            help=f"Eviction policies, separated by commas: {listed((*POLICIES, BOUND))}. belady knows the future and is the upper bound."
+            help=f"Eviction policies, separated by commas: {listed((*POLICIES, BOUND))}. belady knows the future and is the upper bound. "
+            "FILE.py:SPEC takes a policy of your own."
         ),
     ] = "lru",
     capacity_blocks: CapacityBlocks = None,
@@ -317,7 +318,7 @@ def size(
     json: Json = False,
     csv: Csv = None,
 ) -> None:
-    """Find how large host, disk or remote tier must be for a hit rate. With --cost, also estimate times to first token and costs."""
+    """Find the sizes of tiers for a hit rate. With --cost, also estimate times to first token and costs."""
     from lmc.sim import size_show
 
     model, known = read_cost(cost), parse_size(token_bytes)
@@ -357,6 +358,31 @@ def report(
     study = make_study(trace, names, sizes, read_cost(cost), parse_size(token_bytes), modes=True)
     page = write_report(study, out, command, origin)
     typer.echo(to_json(report_json(study, page)).decode() if json else f"report: {page}", nl=not json)
+
+
+@app.command("check-policy")
+def check_policy(
+    policy: Annotated[str, typer.Argument(help="FILE.py:SPEC, or the name of a policy.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Random runs of requests for each check.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random requests.")] = 0,
+    json: Json = False,
+) -> None:
+    """Check that an eviction policy keeps its contract. Exits with 1 if it does not."""
+    from lmc import report
+    from lmc.cache.policy import get_policy
+    from lmc.sim import policy_check
+
+    spec = get_policy(policy)
+    found = policy_check.check_policy(spec, rounds, seed)
+    if json:
+        checks = [{"what": one.what, "holds": one.ok, "fault": one.fault} for one in found]
+        typer.echo(
+            report.to_json({"policy": spec.name, "rounds": rounds, "seed": seed, "checks": checks}).decode(), nl=False
+        )
+    else:
+        report.print_table(policy_check.check_table(spec, found, rounds))
+    if not all(one.ok for one in found):
+        raise typer.Exit(1)
 
 
 def output(

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from lmc.errors import ConfigError
 from lmc.sim.belady import belady_hits
+from lmc.sim.policy_check import trace_of
 from lmc.sim.trace import Trace
 from tests.contracts.policy import Key, workloads
-from tests.sim.test_policy_replay import trace_of
 
 
 def naive_hits(requests: list[list[int]], capacity: int) -> list[int]:

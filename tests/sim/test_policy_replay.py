@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,23 +12,12 @@ from lmc.errors import ConfigError
 from lmc.sim import stack
 from lmc.sim.belady import belady_hits
 from lmc.sim.build import TraceBuilder
+from lmc.sim.policy_check import trace_of
 from lmc.sim.policy_replay import ReplayOptions, replay_policy
-from lmc.sim.trace import Trace
-from tests.contracts.policy import Key, Request, run_spec, workloads
+from tests.contracts.policy import run_spec, workloads
 
 names = pytest.mark.parametrize("name", sorted(POLICIES))
 LRU = POLICIES["lru"]
-
-
-def trace_of(requests: Sequence[Request], seconds: Sequence[float] | None = None) -> tuple[Trace, list[Key]]:
-    """A trace with blocks of one token, and the key of each block id."""
-    builder = TraceBuilder("random", "test", 1)
-    number: dict[Key, int] = {}
-    for index, labels in enumerate(requests):
-        chain = [tuple(labels[: depth + 1]) for depth in range(len(labels))]
-        hashes = [number.setdefault(key, len(number)) for key in chain]
-        builder.add(index + 1, hashes, seconds[index] if seconds else float(index), len(labels), 1)
-    return builder.finish(), list(number)
 
 
 @names

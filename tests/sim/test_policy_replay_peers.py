@@ -9,10 +9,10 @@ import pytest
 
 from lmc.cache.policy import POLICIES
 from lmc.sim.belady import belady_hits
+from lmc.sim.policy_check import trace_of
 from lmc.sim.policy_replay import replay_policy
 from tests.cache.policy.naive import NaiveArc
 from tests.contracts.policy import Key
-from tests.sim.test_policy_replay import trace_of
 
 libcachesim = pytest.importorskip("libcachesim")
 
