@@ -37,7 +37,8 @@ def common(a: list[int], b: list[int]) -> int:
 
 def record(path: Path, prompts: list[list[int]]) -> None:
     """As lmc serve --record writes it."""
-    recorder = TraceRecorder(path, chunk_tokens=CHUNK, chunk_bytes=1, namespace="n", now=0.0)
+    path.unlink(missing_ok=True)  # a record goes on with the file that is there
+    recorder = TraceRecorder(path, limit=1 << 30, chunk_tokens=CHUNK, chunk_bytes=1, namespace="n", now=0.0)
     for number, tokens in enumerate(prompts):
         keys = KeyChain(ChunkKey(bytes(32)), CHUNK).extend(tokens)
         recorder.lookup(number / 4, f"r{number}", len(tokens), keys, "", {})
