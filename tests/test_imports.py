@@ -86,6 +86,7 @@ ALLOWED = {
         "lmc.memory",
         "lmc.model",
         "lmc.errors",
+        "lmc.shipped",
         "lmc.units",
         "lmc.report",
     },

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lmc.bench.records import ArmResult, Comparison, OutputCheck, RequestRecord, Results
+from lmc.bench.workload import PackageSource, load_workload, shipped_workloads
 from lmc.report import Cell, Column, Table
 
 PARTS = ("queue", "lookup", "load", "rest")  # of TtftParts
@@ -311,6 +312,23 @@ def phases_table(results: Results) -> Table:
         [arm.name, phase.name, phase.seconds, phase.detail] for arm in results.arms for phase in arm.phases
     ]
     return Table("Phases of each arm", columns, rows)
+
+
+def shipped_table() -> Table:
+    columns = [Column("workload"), Column("needs"), Column("what it measures")]
+    rows: list[list[Cell]] = []
+    for name, file in shipped_workloads().items():
+        workload = load_workload(file)
+        needs = "a file in LMC_DATA_DIR" if "$LMC_DATA_DIR" in file.read_text() else None
+        packages = {part.source.package for part in workload.parts.values() if isinstance(part.source, PackageSource)}
+        rows.append(
+            [
+                name,
+                needs or ", ".join(f"package {package}" for package in sorted(packages)),
+                workload.about.split(". ")[0],
+            ]
+        )
+    return Table("Shipped workloads", columns, rows, "The licence line of each file says where its data come from.")
 
 
 def tier_names(arms: Sequence[ArmResult]) -> list[str]:

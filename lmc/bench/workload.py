@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lmc.errors import ConfigError, WorkloadError
+from lmc.shipped import shipped
 from lmc.units import parse_count, parse_seconds
 
 
@@ -341,6 +342,23 @@ class Workload(Strict):
             if bar.against is not None and bar.against not in parts:
                 raise ValueError(f"bars: against {bar.against!r} is no part; {nearest(bar.against, parts)}")
         return self
+
+
+def find_workload(path: Path) -> Path:
+    """The file itself, or the shipped workload of this name. Raises WorkloadError for a name that there is not."""
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    known = shipped_workloads()
+    if path.name not in known:
+        raise WorkloadError(
+            f"no file and no shipped workload is called {path.name!r}; {nearest(path.name, list(known))}"
+        )
+    return known[path.name]
+
+
+def shipped_workloads() -> dict[str, Path]:
+    """The workloads that come with lmc, by name."""
+    return {file.stem: file for file in sorted(shipped("workloads").glob("*.yaml"))}
 
 
 def load_workload(path: Path, quick: bool = False) -> Workload:

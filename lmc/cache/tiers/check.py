@@ -18,5 +18,5 @@ def check_tiers(config: CacheConfig) -> None:
         try:
             from lmc.cache.tiers.s3 import open_store
         except ModuleNotFoundError as error:
-            raise ConfigError(f"the s3 tier needs the package {error.name}; install lmc[s3]") from error
+            raise ConfigError(f"the s3 tier needs the package {error.name}; install lmc-kv[s3]") from error
         open_store(config.s3)

@@ -97,5 +97,5 @@ def _open_s3(config: CacheConfig, scope: TierScope) -> S3Tier:
     try:
         from lmc.cache.tiers.s3 import S3Tier
     except ModuleNotFoundError as error:
-        raise ConfigError(f"the s3 tier needs the package {error.name}; install lmc[s3]") from error
+        raise ConfigError(f"the s3 tier needs the package {error.name}; install lmc-kv[s3]") from error
     return S3Tier(config.s3, scope)

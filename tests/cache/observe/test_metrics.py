@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from lmc.cache.directory import Counts
@@ -112,12 +115,34 @@ def test_the_dashboard_asks_for_labels_that_its_metrics_have(metrics):
     ]
     assert len(targets) > 30
     for target in targets:
-        asked = {name for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for name in group.split(", ")} - {"le"}
+        asked = {name for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for name in group.split(", ")} - {
+            "le",
+            "instance",
+        }
         asked |= set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat") or ""))
         for name in re.findall(r"\blmc_\w+", target["expr"]):
             family = re.sub(r"_(bucket|sum|count|total)$", "", name)
             assert asked <= set(labels[family]) or family == "lmc_chunk_bytes", target  # it is joined on nothing
         assert set(re.findall(r'(\w+)=~?"', target["expr"])) == {"instance"}, target
+
+
+def test_the_rules_ask_for_metrics_and_labels_that_there_are(metrics):
+    labels = labels_of(metrics)
+    path = ROOT / "dashboards" / "rules.yaml"
+    rules = [rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+    assert {"alert", "record"} <= {kind for rule in rules for kind in rule}
+    for rule in rules:
+        asked = {name for group in re.findall(r"by \(([^)]*)\)", rule["expr"]) for name in group.split(", ")}
+        families = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in re.findall(r"\blmc_\w+", rule["expr"])}
+        assert families and families <= set(labels), rule
+        given = {label for family in families for label in labels[family]} | {"instance", "le"}
+        assert asked <= given, rule
+        if "alert" in rule:
+            shown = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+            assert shown <= asked, f"{rule['alert']} shows labels that its expression does not keep"
+            assert rule["annotations"]["summary"] and rule["annotations"]["description"].endswith(".")
+    if promtool := shutil.which("promtool"):  # of Debian's package prometheus
+        subprocess.run([promtool, "check", "rules", str(path)], check=True)
 
 
 def test_the_operations_page_names_every_metric_with_its_labels(metrics):
