@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -18,6 +18,8 @@ from lmc.cache.config import CacheConfig, Section
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_LEAST_CAPACITY = 1 << 20
 
 # Variables that start with LMC_ and are not settings of the cache.
 _OTHER_VARIABLES = {"LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}
@@ -85,6 +87,7 @@ def load_settings(
     if file is not None:
         for key, value in _flatten(_read_yaml(file), file):
             _require_known(key, known, f"{file}: ")
+            _require_unit(key, value, f"{file}: ")
             values[key] = (value, f"file {file}")
     by_variable = {setting.variable: setting.key for setting in known.values()}
     services = []
@@ -96,6 +99,7 @@ def load_settings(
             continue
         if variable not in by_variable:
             raise ConfigError(f"unknown setting {variable} in the environment{_nearest(variable, by_variable)}")
+        _require_unit(by_variable[variable], text, f"environment {variable}: ")
         values[by_variable[variable]] = (text or None, f"environment {variable}")
     if services:
         logger.warning(
@@ -199,12 +203,23 @@ def _is_of_a_service(variable: str, text: str, settings: Mapping[str, str]) -> b
 
 def _require_known(key: str, known: Mapping[str, object], where: str) -> None:
     if key not in known:
-        raise ConfigError(f"{where}unknown setting {key!r}{_nearest(key, known)}")
+        sections = {name.rpartition(".")[0] for name in known} - {""}
+        raise ConfigError(f"{where}unknown setting {key!r}{_nearest(key, [*known, *sections])}")
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "; `lmc config explain` lists all"
+def _require_unit(key: str, value: object, where: str) -> None:
+    """A capacity of so few bytes was meant in another unit."""
+    if key.endswith(".capacity") and str(value).isdigit() and 0 < int(str(value)) < _LEAST_CAPACITY:
+        raise ConfigError(
+            f"{where}{key}: {value} is {value} bytes, which hold no chunk; write a unit, as in {value}GiB"
+        )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """What all names begin with says nothing about what was meant."""
+    shown = {other.removeprefix("LMC_"): other for other in known}
+    close = difflib.get_close_matches(name.removeprefix("LMC_"), list(shown), n=1, cutoff=0.6)
+    return f"; did you mean {shown[close[0]]}?" if close else "; `lmc config explain` lists all"
 
 
 def _validate(values: Mapping[str, tuple[object, str]]) -> CacheConfig:

@@ -140,3 +140,30 @@ def test_chunks_are_whole_blocks():
     assert chunk_tokens_for(CacheConfig(chunk_tokens=64), 16) == 64
     with pytest.raises(ConfigError, match="use 64 or 80"):
         chunk_tokens_for(CacheConfig(chunk_tokens=70), 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("host: {capacity: 64}", "64 is 64 bytes, which hold no chunk; write a unit, as in 64GiB"),
+        (
+            "disk: {path: /kv, capacity: 100}",
+            "disk.capacity: 100 is 100 bytes, which hold no chunk; write a unit, as in 100GiB",
+        ),
+        ("hosst: {capacity: 64GiB}", "unknown setting 'hosst'; did you mean host?"),
+        ("host: {capacitty: 64GiB}", "unknown setting 'host.capacitty'; did you mean host.capacity?"),
+        ("zzz: 1", "unknown setting 'zzz'; `lmc config explain` lists all"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "lmc.yaml").write_text(text)
+    with pytest.raises(ConfigError) as told:
+        load_settings(tmp_path / "lmc.yaml")
+    assert said in str(told.value)
+
+
+def test_a_variable_that_resembles_none_suggests_none() -> None:
+    with pytest.raises(ConfigError, match="unknown setting LMC_FOO in the environment; `lmc config explain` lists all"):
+        load_settings(None, {"LMC_FOO": "1"})
+    with pytest.raises(ConfigError, match=r"LMC_HOST_CAPACTY in the environment; did you mean LMC_HOST_CAPACITY\?"):
+        load_settings(None, {"LMC_HOST_CAPACTY": "1"})
