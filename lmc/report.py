@@ -174,8 +174,12 @@ def write_pictures(folder: Path, report: Report) -> None:
 
 def report_html(report: Report) -> str:
     body = [f"<h1>{html.escape(report.title)}</h1>", *_paragraphs(report.summary, "lead")]
+    if len(report.sections) > 3:
+        links = [f'<a href="#{_anchor(section.title)}">{html.escape(section.title)}</a>' for section in report.sections]
+        body.append(f"<nav aria-label='Contents'>{' '.join(links)}</nav>")
     for section in report.sections:
-        body += [f"<section><h2>{html.escape(section.title)}</h2>", *_paragraphs(section.text)]
+        heading = f'<h2 id="{_anchor(section.title)}">{html.escape(section.title)}</h2>'
+        body += [f"<section>{heading}", *_paragraphs(section.text)]
         body += [_table_html(item) if isinstance(item, Table) else _figure_html(item) for item in section.items]
         body.append("</section>")
     if report.metadata:
@@ -234,6 +238,10 @@ def _is_numeric(table: Table, index: int) -> bool:
     return bool(cells) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
 
 
+def _anchor(title: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", title.lower()))
+
+
 def _paragraphs(text: str, css_class: str = "") -> list[str]:
     mark = f' class="{css_class}"' if css_class else ""
     return [f"<p{mark}>{html.escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip()]
@@ -242,7 +250,7 @@ def _paragraphs(text: str, css_class: str = "") -> list[str]:
 def _table_html(table: Table) -> str:
     classes = [' class="n"' if _is_numeric(table, index) else "" for index in range(len(table.columns))]
     head = "".join(
-        f"<th{mark}>{html.escape(column.name)}{f'<small>{html.escape(column.unit)}</small>' if column.unit else ''}</th>"
+        f'<th scope="col"{mark}>{html.escape(column.name)}{f"<small>{html.escape(column.unit)}</small>" if column.unit else ""}</th>'
         for column, mark in zip(table.columns, classes, strict=True)
     )
     rows = [
@@ -269,7 +277,7 @@ def _figure_html(figure: Figure) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light; }
+:root { color-scheme: light dark; }
 body { font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1d1d1f; background: #fff;
        max-width: 62rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .75rem; }
@@ -284,6 +292,17 @@ th { font-weight: 600; border-bottom-color: #999; } th small { display: block; f
 figure { margin: 1.4rem 0; } img { max-width: 100%; height: auto; } figcaption { font-size: .88rem; color: #444; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; font-size: .88rem; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+nav { font-size: .88rem; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; } a { color: #1f6fb2; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e8e8ea; background: #17181a; } a { color: #7db7ec; }
+  p.note, th small, figcaption, dt { color: #a9a9ad; } h2 { border-top-color: #3a3b3e; }
+  th, td { border-bottom-color: #313236; } th { border-bottom-color: #77787c; } img { background: #fff; border-radius: 4px; }
+}
+@media print {
+  :root { color-scheme: light; } body { color: #000; background: #fff; max-width: none; margin: 0; padding: 0; font-size: 11px; }
+  nav { display: none; } .table { overflow: visible; } table { font-size: 8.5px; width: 100%; } th, td { padding-right: .35rem; }
+  figure, table { break-inside: avoid; } img { max-height: 9cm; }
+}
 """
 
 _PAGE = """<!doctype html>

@@ -198,6 +198,7 @@ class Comparison:
     high: float
     verdict: str
     samples: int
+    over: str = "all"  # "all", "hits" (requests with a hit on a), or a part
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmc import report
 from lmc.bench import plots
-from lmc.bench.records import RequestRecord, Results
+from lmc.bench.records import ArmResult, RequestRecord, Results
 from lmc.bench.tables import (
     PARTS,
     arms_table,
@@ -57,19 +57,37 @@ def build_report(results: Results, records: Sequence[RequestRecord]) -> Report:
     return Report(f"lmc bench: {results.name}", summary(results), sections, _metadata(results))
 
 
+def gain(results: Results, arm: ArmResult) -> str | None:
+    """One sentence about what an arm gained on the requests with a hit, or over all if every request had one."""
+    mine = [c for c in results.comparisons if c.a == arm.name and c.metric == "ttft_p50" and c.over in ("hits", "all")]
+    found = next((c for c in mine if c.over == "hits"), next(iter(mine), None))
+    if found is None or not arm.hit_tokens:
+        return None
+    over = "Over the requests with a hit" if found.over == "hits" else "Over all requests"
+    verdict = {"better": "faster", "worse": "slower", "undecided": "undecided"}[found.verdict]
+    interval = f"95 % interval {found.low:.2f} to {found.high:.2f}, {found.samples} requests"
+    return (
+        f"{over}, the median TTFT of {found.a} is {found.ratio:.2f} of {found.b}'s ({verdict}; {interval}); "
+        f"{arm.hit_tokens / arm.prompt_tokens:.0%} of its prompt tokens hit."
+    )
+
+
 def summary(results: Results) -> str:
-    lines = [str(results.workload.get("about", "")).strip()]
+    gains = " ".join(filter(None, (gain(results, arm) for arm in results.arms[1:])))
+    lines = [gains, str(results.workload.get("about", "")).strip()]
     if results.valid:
-        lines.append("VALID: the hits are those that the simulator expects, the outputs agree, and the client kept up.")
+        believe = "VALID: the hits are those that the simulator expects, the outputs agree, and the client kept up."
     else:
-        lines.append("INVALID: " + "; ".join(results.problems))
+        believe = "INVALID: " + "; ".join(results.problems)
+    lines.insert(1, believe)
     return "\n\n".join(line for line in lines if line)
 
 
 COMPARISONS_TEXT = (
     "The ratio is a / b over the requests that both arms answered, with a 95 % interval from a bootstrap over sessions (the same resample "
     "for both arms). A verdict needs an interval that lies more than 3 % from 1 as a whole, and at least 6 sessions, of which most lean "
-    "one way by a sign test. A p90 needs 50 requests, a p99 needs 500."
+    "one way by a sign test. A p90 needs 50 requests, a p99 needs 500. Where hits and random prompts are in one load, the row over all "
+    "requests is a mixture: look at the rows over hits and over one part."
 )
 PREDICTION_TEXT = (
     "Hits are predicted by replaying the same prompts through a cache of the arm's size. Times are predicted by the simulator's cost "

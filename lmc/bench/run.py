@@ -26,7 +26,7 @@ from lmc.bench.prompts import Prompts, Request, build_prompts, in_words, random_
 from lmc.bench.records import SCHEMA_VERSION, ArmResult, Comparison, OutputCheck, RequestRecord, Results, to_record
 from lmc.bench.schedule import Plan, make_plan, split
 from lmc.bench.stages import ArmData, ArmRun, opened
-from lmc.bench.stats import compare, pairs
+from lmc.bench.stats import compare, compare_groups, pairs
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.verdict import judged
 from lmc.bench.workload import Workload, nearest
@@ -215,6 +215,7 @@ class _Runner:
         for name in names[1:]:
             matched = pairs(self.records[name], self.records[reference])
             comparisons += compare(name, reference, matched, self.workload.seed, self.plan.is_ordered)
+            comparisons += compare_groups(name, reference, matched, self.workload.seed)
         problems = problems + [f"arm {arm.name}: {problem}" for arm in arms for problem in arm.problems]
         return Results(
             schema_version=SCHEMA_VERSION,

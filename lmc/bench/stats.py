@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -59,6 +60,20 @@ def compare(name_a: str, name_b: str, matched: Sequence[Pair], seed: int, is_ord
         verdict = judge(low, high, False, draws.num_sessions) if draws.lean(busy_a, busy_b) else "undecided"
         found.append(Comparison(name_a, name_b, "throughput", point, low, high, verdict, len(matched)))
     return found
+
+
+def compare_groups(name_a: str, name_b: str, matched: Sequence[Pair], seed: int) -> list[Comparison]:
+    """The median TTFT over the requests with a hit on a, and over each part, where these are not all requests."""
+    groups = {"hits": [pair for pair in matched if pair[0].cached_tokens]}
+    for part in dict.fromkeys(first.part for first, _ in matched):
+        groups[part] = [pair for pair in matched if pair[0].part == part]
+    return [
+        replace(comparison, over=over)
+        for over, chosen in groups.items()
+        if 0 < len(chosen) < len(matched)
+        for comparison in compare(name_a, name_b, chosen, seed, is_ordered=False)
+        if comparison.metric == "ttft_p50"
+    ]
 
 
 class Draws:

@@ -115,13 +115,16 @@ def comparisons_table(comparisons: Sequence[Comparison], title: str = "Paired co
         Column("a"),
         Column("b"),
         Column("metric"),
+        Column("over"),
         Column("a / b", "", 3),
         Column("low", "", 3),
         Column("high", "", 3),
         Column("a is"),
         Column("requests"),
     ]
-    rows: list[list[Cell]] = [[c.a, c.b, c.metric, c.ratio, c.low, c.high, c.verdict, c.samples] for c in comparisons]
+    rows: list[list[Cell]] = [
+        [c.a, c.b, c.metric, c.over, c.ratio, c.low, c.high, c.verdict, c.samples] for c in comparisons
+    ]
     return Table(title, columns, rows)
 
 

@@ -264,6 +264,7 @@ def report(
 
 
 def _show(results: Results, folder: Path) -> None:
+    from lmc.bench.render import gain
     from lmc.bench.tables import bars_table, brief_table, hits_table, outputs_table, parts_table
     from lmc.report import print_table
 
@@ -274,6 +275,8 @@ def _show(results: Results, folder: Path) -> None:
         if table.rows:
             print_table(table)
     for arm in results.arms:
+        if said := gain(results, arm):
+            typer.echo(said)
         for note in arm.notes:
             typer.echo(f"{arm.name}: {note}", err=True)
     for problem in results.problems:

@@ -13,7 +13,7 @@ from lmc.bench.figures import goodput
 from lmc.bench.outputs import compare_outputs
 from lmc.bench.records import RequestRecord
 from lmc.bench.selfcheck import SelfCheck
-from lmc.bench.stats import compare, judge, pairs, weighted_percentile
+from lmc.bench.stats import compare, compare_groups, judge, pairs, weighted_percentile
 from lmc.bench.verdict import counter_problems, hit_problems
 from lmc.bench.workload import Bar, Slo
 
@@ -259,3 +259,17 @@ def test_a_bar_may_set_one_part_against_another() -> None:
     results = judge_bars(bars, {"a": a}, 1)
     assert [(bar.ratio, bar.met, bar.samples) for bar in results] == [(1.5, True, 6), (None, None, 0)]
     assert results[0].text == "ttft_p50 of a / a over part far against part near <= 2"
+
+
+def test_hits_and_parts_are_compared_by_themselves() -> None:
+    a = [record("a", f"p/{n}/0", session=f"p/{n}", cached_tokens=128, ttft_ms=10.0 + n / 10) for n in range(8)]
+    a += [record("a", f"r/{n}/0", part="r", session=f"r/{n}", ttft_ms=100.0 + n / 10) for n in range(9)]
+    b = [record("b", r.request_id, part=r.part, session=r.session, ttft_ms=100.0) for r in a]
+    found = compare_groups("a", "b", pairs(a, b), 1)
+    assert [(c.over, c.metric, c.samples, c.verdict) for c in found] == [
+        ("hits", "ttft_p50", 8, "better"),
+        ("p", "ttft_p50", 8, "better"),
+        ("r", "ttft_p50", 9, "undecided"),
+    ]
+    assert found[0].ratio == pytest.approx(0.1035)
+    assert compare_groups("a", "b", pairs(a[:8], b[:8]), 1) == [], "all of them are the hits and the part"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import signal
 import subprocess
 import time
@@ -68,6 +69,9 @@ def test_four_arms_hit_exactly_what_the_simulator_expects(run_small: RunSmall, t
     write_report(tmp_path / "out", results, records)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png") >= 4
+    assert "Over the requests with a hit, the median TTFT of lmc is" in page
+    links = set(re.findall(r'<a href="#([a-z0-9-]+)">', page))
+    assert links and links == set(re.findall(r'<h2 id="([a-z0-9-]+)">', page)), "the table of contents"
     assert page == report_html(build_report(read_results(tmp_path / "out"), read_records(tmp_path / "out")))
 
 
