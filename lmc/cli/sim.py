@@ -17,9 +17,24 @@ if TYPE_CHECKING:
     from lmc.report import Table
     from lmc.sim.cost import CostModel
 
+EXAMPLE = "--example"
+
+
+class ExampleGroup(DefaultCommandGroup):
+    """`lmc sim --example` replays the shipped trace, with the options of `run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: as in the class above
+        if args and args[0] == EXAMPLE:
+            from lmc.shipped import shipped
+
+            args = ["run", str(shipped("workloads") / "example-trace.jsonl"), "--no-cache", *args[1:]]
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
-    cls=DefaultCommandGroup,
-    help="Predict hits and choose settings from a trace, without an engine. `lmc sim TRACE` runs the command `run`.",
+    cls=ExampleGroup,
+    help="Predict hits and choose settings from a trace, without an engine. `lmc sim TRACE` runs the command `run`, and "
+    "`lmc sim --example` runs it on a shipped trace.",
     no_args_is_help=True,
 )
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.example_trace import lines
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,6 +67,16 @@ def test_dashboard_and_rules_are_printed(installed: Path) -> None:
     dashboard, rules = lmc(installed, "metrics", "dashboard"), lmc(installed, "metrics", "rules")
     assert json.loads(dashboard.stdout) == json.loads((ROOT / "dashboards" / "lmc.json").read_text())
     assert yaml.safe_load(rules.stdout) == yaml.safe_load((ROOT / "dashboards" / "rules.yaml").read_text())
+
+
+def test_the_example_trace_is_replayed(installed: Path) -> None:
+    done = lmc(installed, "sim", "--example", "--capacity-blocks", "10%,inf", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "example-trace" in done.stdout or json.loads(done.stdout)
+    made = "\n".join(lines()) + "\n"
+    assert (ROOT / "workloads" / "example-trace.jsonl").read_text() == made, (
+        "python -m benchmarks.example_trace writes it"
+    )
 
 
 def test_another_package_of_the_same_name_is_said(installed: Path, tmp_path: Path) -> None:
