@@ -8,6 +8,7 @@ read at once. A connection that waits costs nothing. It knows nothing of what is
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import re
 import socket
@@ -66,7 +67,7 @@ class HttpServer:
         handle: Callable[[Head, Body], Awaitable[Answer]],
         failure: Callable[[HTTPStatus, str], Answer],
     ) -> None:
-        """Listens until close(). Raises OSError when the port is in use."""
+        """Listens until close(). Raises OSError when the port is in use, or no thread can be started."""
         self._socket = _listen(host, port)
         self.port = int(self._socket.getsockname()[1])
         self._handle = handle
@@ -79,7 +80,12 @@ class HttpServer:
         self._stop = asyncio.Event()
         self._bodies = asyncio.Semaphore(_BODIES_AT_ONCE)
         self._thread = Thread(target=self._run, name="lmc-endpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError):
+            self._socket.close()
+            self._loop.close()
+            raise OSError(errno.EAGAIN, "cannot start a thread; raise the limit of processes") from None
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)

@@ -205,6 +205,24 @@ def test_an_address_of_ip_version_6() -> None:
         instance.close()
 
 
+def test_a_cache_without_a_thread_for_its_endpoint_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(http_server, "Thread", Refused)
+    instance = Instance(settings(metrics_enabled=True))
+    try:
+        assert instance.scheduler.metrics_url is None
+        assert "cannot start a thread; raise the limit of processes" in caplog.text
+        instance.serve(prompt(1, 50))
+        assert instance.serve(prompt(1, 50)).loaded == 48
+    finally:
+        instance.close()
+
+
 def test_the_second_on_a_port_says_that_it_has_none(instance: Instance, caplog: pytest.LogCaptureFixture) -> None:
     port = urlsplit(str(instance.scheduler.metrics_url)).port
     second = Instance(settings(metrics_enabled=True, metrics_port=port))
