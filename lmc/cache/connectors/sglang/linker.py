@@ -327,10 +327,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
     @guarded(_forget_copies)
     def close(self) -> None:
         self._settle()
-        if self._copies is not None:
-            self._copies.close()
-        if self._cache is not None:
-            cache, self._cache = self._cache, None
+        copies, self._copies = self._copies, None
+        if copies is not None:
+            copies.close()
+        cache, self._cache = self._cache, None
+        if cache is not None:
             cache.close()
 
     # Inside
