@@ -21,7 +21,7 @@ import psutil
 from blake3 import blake3
 
 from lmc.bench.machine import describe_hardware, describe_software
-from lmc.cache.directory import Directory, Ticket
+from lmc.cache.directory import Capacity, Directory, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
 from lmc.cache.policy.registry import get_policy
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
@@ -61,7 +61,7 @@ def speed(rounds: int) -> list[Outcome]:
     generator = random.Random(1)
     tokens = [generator.randrange(150_000) for _ in range(LONG)]
     short = [generator.randrange(150_000) for _ in range(SHORT)]
-    directory = Directory(100_000, {"disk": 200_000}, get_policy("lru"))
+    directory = Directory(100_000, {"disk": Capacity.of_chunks(200_000)}, get_policy("lru"))
     chain, small = KeyChain(START, CHUNK_TOKENS), KeyChain(START, CHUNK_TOKENS)
     for keys in (chain.extend(tokens), small.extend(short)):
         complete(directory, directory.store(keys, 0.0))
@@ -103,7 +103,7 @@ def memory(chunks: int, with_disk: bool, cycles: int) -> tuple[float, float]:
     gc.collect()
     before = process.memory_info().rss
     host = chunks // 4 if with_disk else chunks
-    directory = Directory(host, {"disk": chunks} if with_disk else {}, get_policy("lru"))
+    directory = Directory(host, {"disk": Capacity.of_chunks(chunks)} if with_disk else {}, get_policy("lru"))
     fill(directory, 0, chunks)
     held = directory.usage()["disk" if with_disk else "host"][0]
     gc.collect()

@@ -52,6 +52,9 @@ class HostConfig(Section):
     start, on the machine or in the container's cgroup, whichever is less."""
 
 
+Compress = Literal["none", "lossless", "lossless-max"]
+
+
 class DiskConfig(Section):
     path: Path | None = None
     """Folder of the chunk files. Without it, there is no disk tier."""
@@ -62,6 +65,9 @@ class DiskConfig(Section):
     """Share the folder with other instances: look there for chunks that this instance did not write."""
     fsync: bool = True
     """Sync each file to the disk before it becomes visible, so that a power failure damages no stored chunk."""
+    compress: Compress = "none"
+    """Lossless compression of the chunks that are written here: none, lossless (fast), or lossless-max (shorter and slower). Chunks that
+    were stored otherwise are read all the same. docs/compression.md says where it pays."""
 
 
 class RedisConfig(Section):
@@ -89,6 +95,8 @@ class RedisConfig(Section):
     connections: int = Field(default=2, ge=1, le=256)
     """Maximum concurrent reads, and maximum concurrent writes, per rank. One thread of Redis serves all connections, so a higher number
     helps only with a cluster or over a slow network."""
+    compress: Compress = "none"
+    """Lossless compression of the chunks that are written here, as disk.compress."""
 
 
 class S3Config(Section):
@@ -107,6 +115,8 @@ class S3Config(Section):
     """Secret key, by default from the same place as the access key."""
     timeout: Seconds = 5.0
     """Time limit of one request."""
+    compress: Compress = "none"
+    """Lossless compression of the chunks that are written here, as disk.compress."""
 
 
 class MetricsConfig(Section):

@@ -42,6 +42,7 @@ __all__ = [
     "UNAVAILABLE",
     "BlockCopy",
     "BreakerReading",
+    "CodecRun",
     "CopyReading",
     "Plan",
     "Report",
@@ -130,6 +131,16 @@ class BreakerReading(NamedTuple):
     openings: int
 
 
+class CodecRun(NamedTuple):
+    """What a tier's codec did in one copy, also where it found nothing to shorten."""
+
+    tier: str
+    kind: str  # "write" or "stage"
+    raw_bytes: int
+    stored_bytes: int  # with the footer
+    seconds: float
+
+
 class CopyReading(NamedTuple):
     """How one rank copies between blocks and slots, with totals since the start."""
 
@@ -152,6 +163,8 @@ class Report:
     faults: dict[int, int] = field(default_factory=dict)  # rank -> number of its last forward pass on unfilled blocks
     copying: dict[int, CopyReading] = field(default_factory=dict)  # by rank, where it has changed
     stuck: set[int] = field(default_factory=set)  # operations that hang in a tier on some rank and may never end
+    saved: Counter[int] = field(default_factory=Counter)  # write -> bytes less than the raw chunk takes, over the ranks
+    codecs: list[CodecRun] = field(default_factory=list)
 
     def merge(self, other: Report) -> Report:
         """Both reports as one; for reports of different ranks."""
@@ -164,6 +177,8 @@ class Report:
             {**other.faults, **self.faults},
             {**other.copying, **self.copying},
             self.stuck | other.stuck,
+            self.saved + other.saved,
+            self.codecs + other.codecs,
         )
 
     def __bool__(self) -> bool:
@@ -189,7 +204,9 @@ class WorkerReady:
     rank: int
     chunk_bytes: int
     host_slots: int
-    stored: dict[str, list[ChunkKey]]  # bounded tier -> what a scan found, oldest first
+    stored: dict[
+        str, dict[ChunkKey, int]
+    ]  # bounded tier -> what a scan found, oldest first, and its bytes with the footer
     copying: CopyReading
     remote: tuple[str, ...] = ()  # tiers with an eviction of their own
     warnings: tuple[str, ...] = ()

@@ -86,6 +86,9 @@ def _as_text(found: Inspection) -> str:
             lines.append(f"  continues {footer.parent.hex()}")
         lines.append(f"  layout {footer.layout}")
         lines.append(f"  payload {format_size(footer.payload_bytes)}  xxh3 {footer.checksum:016x}")
+        if footer.coding is not None:
+            coding, share = footer.coding, footer.payload_bytes / footer.raw_bytes
+            lines.append(f"  {coding.compress} of {coding.element}: {share:.3f} of {format_size(coding.raw_bytes)}")
     return "\n".join(lines)
 
 
@@ -120,6 +123,10 @@ def _as_json(found: Inspection) -> str:
             "parent": footer.parent.hex() if footer.parent else None,
             "layout": footer.layout,
             "payload_bytes": footer.payload_bytes,
+            "raw_bytes": footer.raw_bytes,
+            "ratio": footer.payload_bytes / footer.raw_bytes if footer.raw_bytes else 1.0,
+            "compress": footer.coding.compress if footer.coding else "none",
+            "element": footer.coding.element if footer.coding else None,
             "xxh3": f"{footer.checksum:016x}",
         }
     return orjson.dumps(record).decode()

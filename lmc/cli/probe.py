@@ -14,11 +14,6 @@ def add_to(parent: typer.Typer) -> None:
     parent.add_typer(app, name="probe")
 
 
-@app.callback()
-def _group() -> None:
-    """Without this, typer would make the only command the group itself."""
-
-
 @app.command()
 def transfer(
     device: Annotated[
@@ -65,3 +60,48 @@ def transfer(
         typer.echo(report.to_json(probe).decode(), nl=False)
     else:
         report.print_table(table)
+
+
+@app.command()
+def codec(
+    model: Annotated[
+        str,
+        typer.Option(help="Model whose KV is measured: a folder, a hub name, or smollm2-135m-instruct."),
+    ] = "smollm2-135m-instruct",
+    chunk: Annotated[
+        list[Path] | None,
+        typer.Option(help="Chunk file of a disk tier to measure instead of a model. May be repeated."),
+    ] = None,
+    element: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[bf16|fp16|fp32|fp8]",
+            help="What the KV consists of. By default bf16, or what the chunk files say.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text that the model reads, by default a part of Python's documentation.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=128, help="Tokens that it reads.")] = 1024,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each chunk. The median is reported.")] = 3,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how short and how fast lossless compression is, on a model's own KV or on stored chunks.
+
+    lmc sim replay and lmc sim tune take the ratio and the speed.
+    """
+    from lmc import report
+    from lmc.model import resolve_model
+    from lmc.probe.codec import codec_table, model_chunks, probe_codec, read_element, read_text, stored_chunks
+
+    if chunk:
+        found, chunks = stored_chunks(chunk)
+        probe = probe_codec(f"{len(chunk)} stored chunks", read_element(element, found), chunks, repetitions)
+    else:
+        kind = read_element(element, "bf16")
+        chunks = model_chunks(resolve_model(model), read_text(text), kind, tokens)
+        probe = probe_codec(model, kind, chunks, repetitions)
+    if json:
+        typer.echo(report.to_json(probe).decode(), nl=False)
+    else:
+        report.print_table(codec_table(probe))

@@ -54,6 +54,15 @@ CapacityBlocks = Annotated[
         help="Capacities in trace blocks, separated by commas: a number, a share of the unique blocks such as 1%, or inf."
     ),
 ]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Stored bytes / raw bytes of a chunk on a compressed disk, such as 0.71; lmc probe codec measures it."
+    ),
+]
+CodecSpeed = Annotated[
+    str | None, typer.Option(help="Raw bytes per second that one thread encodes or decodes, such as 4GB/s.")
+]
 CostFile = Annotated[Path | None, typer.Option(help="YAML cost model. It adds times and costs to the result.")]
 
 
@@ -255,6 +264,8 @@ def replay(
     ] = "0",
     cost: CostFile = None,
     token_bytes: TokenBytes = "0",
+    compress_ratio: Ratio = None,
+    codec_speed: CodecSpeed = None,
     window: Window = "all",
     json: Json = False,
     csv: Csv = None,
@@ -264,7 +275,9 @@ def replay(
     from lmc.sim.shown import parse_window
 
     size = parse_size(token_bytes)
-    result = replay_show.replay_settings(source.load(), config, instances, routing, shared, read_cost(cost), size)
+    result = replay_show.replay_settings(
+        source.load(), config, instances, routing, shared, read_cost(cost), size, compress_ratio, codec_speed
+    )
     shown = replay_show.show_replay(result, parse_window(window), timed=cost is not None)
     output(shown.table, shown.json, shown.table, shown.notes, json, csv)
 
@@ -286,6 +299,8 @@ def tune(
         typer.Option(help=f"Eviction policies to try, separated by commas, by default all: {listed(POLICIES)}."),
     ] = None,
     token_bytes: TokenBytes = "0",
+    compress_ratio: Ratio = None,
+    codec_speed: CodecSpeed = None,
     cost: CostFile = None,
     out: Annotated[
         Path | None,
@@ -297,6 +312,7 @@ def tune(
     """Choose chunk size, policy, tier sizes and TTL within a budget. The first half of the trace is used to choose, the second to judge."""
     from lmc.sim import tune as tuning
     from lmc.sim import tune_show
+    from lmc.sim.compression import NO_CODEC, make_codec
     from lmc.sim.cost import known_token_bytes
     from lmc.sim.policies import check_policies
 
@@ -305,7 +321,8 @@ def tune(
     names = split_list(policy)
     check_policies(names)
     budget = tuning.make_budget(memory, disk, dollars_per_hour, model)
-    tuned = tuning.tune(trace, known_token_bytes(trace, size, model), budget, names, model)
+    codec = NO_CODEC if compress_ratio is None and codec_speed is None else make_codec(compress_ratio, codec_speed)
+    tuned = tuning.tune(trace, known_token_bytes(trace, size, model), budget, names, model, codec)
     if out is not None:
         tune_show.write_settings(tuned, out, disk_path)
     table = tune_show.front_table(tuned)

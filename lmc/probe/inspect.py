@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, TierScope, checksum, decode, is_sealed
+from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, TierScope, decode, is_sealed
 from lmc.cache.tiers.namespaces import LEASE
+from lmc.cache.tiers.stored import unpack
 from lmc.errors import ConfigError, Corrupt
 
 
@@ -37,7 +37,10 @@ def find_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def inspect_file(path: Path, auth_key: bytes = b"") -> Inspection:
-    """Check the file's footer, length and checksum, and with an auth_key its seal. Raises ConfigError when the file cannot be read."""
+    """Check footer, length and checksums, that of the decoded chunk too, and with an auth_key the seal.
+
+    Raises ConfigError when the file cannot be read.
+    """
     footer = None
     unchecked = False
     problem: str | None = None
@@ -50,16 +53,18 @@ def inspect_file(path: Path, auth_key: bytes = b"") -> Inspection:
             footer = decode(page)
             if payload_bytes != footer.payload_bytes:
                 raise Corrupt(f"the payload has {payload_bytes} bytes instead of {footer.payload_bytes}")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-                if auth_key:
-                    scope = TierScope(footer.namespace, footer.rank, footer.layout, payload_bytes, auth_key)
-                    scope.verify(footer.key, page, scope.checksum(view[:payload_bytes]))
-                elif is_sealed(page):
-                    unchecked = True
-                elif checksum(view[:payload_bytes]) != footer.checksum:
-                    raise Corrupt("the payload does not match its checksum")
+            file.seek(0)
+            payload = memoryview(file.read(payload_bytes))
+            if is_sealed(page) and not auth_key:
+                unchecked = True
+            else:
+                scope = TierScope(footer.namespace, footer.rank, footer.layout, footer.raw_bytes, auth_key)
+                raw = memoryview(bytearray(footer.raw_bytes if footer.coding else 0))
+                unpack(scope, footer.key, payload, page, scope.checksum(payload), raw)
     except Corrupt as error:
         problem = str(error)
+    except (MemoryError, OverflowError):
+        problem = "its footer claims a raw chunk that is larger than memory"
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     return Inspection(path, size, footer, problem, unchecked)

@@ -15,13 +15,14 @@ from heapq import heappop, heappush
 import numpy as np
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Miss, Request, Ticket, build_directory
+from lmc.cache.directory import HOST, Capacity, Miss, Request, Ticket, build_directory, capacity_of
 from lmc.cache.directory.holds import ABSENT, LATE
 from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.capacity import warn_small
+from lmc.sim.compression import NO_CODEC, Codec
 from lmc.sim.cost import CostModel
 from lmc.sim.engine_model import DEVICE, WHOLE_PROMPTS, EngineModel
 from lmc.sim.engine_steps import Engine, Run
@@ -29,6 +30,7 @@ from lmc.sim.router import Router, Routing
 from lmc.sim.shared_store import SHARED, SharedStore
 from lmc.sim.trace import Float64, Int64, Trace, Window
 
+DISK = "disk"
 # At equal times copies end, schedulers step, prompts are computed, and then a request arrives.
 _DERIVED, _STEP, _COMPUTED, _ARRIVAL = range(4)
 
@@ -42,6 +44,7 @@ class Fleet:
     shared_chunks: int = 0  # capacity of each tier that all instances share; 0: there is none
     shared_names: tuple[str, ...] = (SHARED,)  # of these tiers, fastest first
     cost: CostModel | None = None
+    codec: Codec = NO_CODEC  # of the disk
 
     @property
     def engine(self) -> EngineModel:
@@ -114,7 +117,7 @@ class _Instance:
             replay.config,
             replay.host_slots,
             replay.chunk_bytes,
-            below={"disk": replay.disk_slots} if replay.disk_slots else {},
+            below={DISK: replay.disk} if replay.disk is not None else {},
             remote=tuple(replay.stores),
         )
         self._reading = {name: replay.channel(name) for name in replay.cached}
@@ -229,8 +232,10 @@ class _Instance:
                 self._transfer(ticket, self._writing[ticket.tier])
 
     def _transfer(self, ticket: Ticket, channel: _Channel) -> float:
-        done = channel.send(self.now(), self._replay.chunk_bytes)
-        self._replay.clock.at(done, lambda: self._done(ticket))
+        replay = self._replay
+        codec = replay.fleet.codec if ticket.tier == DISK else NO_CODEC
+        done = channel.send(self.now(), codec.stored(replay.chunk_bytes)) + replay.chunk_bytes / codec.bytes_per_s
+        replay.clock.at(done, lambda: self._done(ticket))
         return done
 
     def _done(self, ticket: Ticket) -> None:
@@ -241,7 +246,8 @@ class _Instance:
                 store.put(ticket.key)
             elif ticket.kind == "stage" and not store.get(ticket.key):
                 failure = ABSENT
-        self.directory.complete(ticket.operation, failure, self.now())
+        is_write = ticket.kind == "write" and ticket.tier == DISK
+        self.directory.complete(ticket.operation, failure, self.now(), self._replay.saved if is_write else 0)
         if ticket.kind == "stage":
             for index, (_, missing) in list(self._missing.items()):
                 missing.discard(ticket.key)
@@ -257,15 +263,18 @@ class _Replay:
         self.chunk_bytes = chunk_bytes
         self.fleet = fleet
         self.host_slots = _slots(config.host.capacity, chunk_bytes, "host.capacity")
-        self.disk_slots = (
-            _slots(config.disk.capacity, stored_bytes(chunk_bytes), "disk.capacity") if config.disk.path else 0
-        )
+        self.disk: Capacity | None = None
+        if config.disk.path:
+            file_bytes = stored_bytes(chunk_bytes)
+            _slots(config.disk.capacity, file_bytes, "disk.capacity")
+            self.disk = capacity_of(config.disk.capacity, file_bytes, config.disk.compress)
+        self.saved = chunk_bytes - fleet.codec.stored(chunk_bytes)
         names = fleet.shared_names if fleet.shared_chunks else ()
         self.stores = {name: SharedStore(fleet.shared_chunks) for name in names}
         self.clock = _Clock()
         self.counts: Counter[str] = Counter()
         self.ttft_s = np.zeros(trace.num_requests)
-        self.cached = [HOST, *(["disk"] if self.disk_slots else []), *self.stores]  # the tiers of the cache
+        self.cached = [HOST, *([DISK] if self.disk is not None else []), *self.stores]  # the tiers of the cache
         engine = fleet.engine
         own = [DEVICE] if engine.kv_tokens is not None and engine.prefix_cache else []
         self.hit_tokens = {tier: np.zeros(trace.num_requests, dtype=np.int64) for tier in (*own, *self.cached)}

@@ -12,6 +12,7 @@ from lmc.cache.config import CacheConfig, chunk_tokens_for
 from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
 from lmc.report import Cell, Column, Table
+from lmc.sim.compression import codec_of, where_it_pays
 from lmc.sim.cost import CostModel, known_token_bytes
 from lmc.sim.full_replay import Fleet, ReplayResult, replay_fleet
 from lmc.sim.router import Routing
@@ -32,6 +33,8 @@ def replay_settings(
     shared: str,
     cost: CostModel | None,
     token_bytes: int,
+    ratio: float | None = None,
+    codec_speed: str | None = None,
 ) -> ReplayResult:
     """Replay the trace. Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that does not fit."""
     require_blocks(trace)
@@ -41,7 +44,10 @@ def replay_settings(
     if chunk_bytes == 0:
         raise ConfigError(f"{trace.source} does not say how many bytes a token's KV takes; give --token-bytes")
     names, shared_chunks, notes = _shared_tiers(config, shared, chunk_bytes, instances)
-    fleet = Fleet(instances, cast(Routing, routing), shared_chunks, names, cost)
+    codec = codec_of(config, ratio, codec_speed)
+    if config.disk.compress != "none":
+        notes += [f"a chunk takes {codec.ratio:.3f} of its size on disk", *where_it_pays(cost, codec)]
+    fleet = Fleet(instances, cast(Routing, routing), shared_chunks, names, cost, codec)
     return replay_fleet(replace(chunked, notes=(*chunked.notes, *notes)), config, chunk_bytes, fleet)
 
 

@@ -25,6 +25,7 @@ from lmc.cache.policy import POLICIES
 from lmc.errors import ConfigError
 from lmc.sim.bootstrap import Interval, share_interval
 from lmc.sim.capacity import warn_small
+from lmc.sim.compression import NO_CODEC, Codec, where_it_pays
 from lmc.sim.cost import CostModel
 from lmc.sim.stack import request_hits
 from lmc.sim.trace import Trace, require_blocks
@@ -47,6 +48,7 @@ class Tuned:
     front: list[Point]
     tried: list[Point]
     notes: tuple[str, ...]
+    compress: str = "none"  # of the disk
 
 
 def make_budget(memory: str, disk: str, dollars_per_hour: float | None, cost: CostModel | None) -> Budget:
@@ -57,9 +59,14 @@ def make_budget(memory: str, disk: str, dollars_per_hour: float | None, cost: Co
 
 
 def tune(
-    trace: Trace, token_bytes: int, budget: Budget, policies: Sequence[str] = (), cost: CostModel | None = None
+    trace: Trace,
+    token_bytes: int,
+    budget: Budget,
+    policies: Sequence[str] = (),
+    cost: CostModel | None = None,
+    codec: Codec = NO_CODEC,
 ) -> Tuned:
-    """Run the search. If token_bytes is 0, they are not known: ASSUMED_TOKEN_BYTES are used and a note says so.
+    """Run the search. If token_bytes is 0, they are not known: ASSUMED_TOKEN_BYTES are used and a note says so. codec: of the disk.
 
     Raises ConfigError if the budget holds no chunk or the trace is too short to be divided.
     """
@@ -67,7 +74,7 @@ def tune(
     if trace.num_requests < 8:
         raise ConfigError(f"{trace.source}: {trace.num_requests} requests are too few to tune on; record more")
     token_bytes, known = token_bytes or ASSUMED_TOKEN_BYTES, token_bytes > 0
-    search = Search(trace, token_bytes, budget, list(policies or sorted(POLICIES)), cost)
+    search = Search(trace, token_bytes, budget, list(policies or sorted(POLICIES)), cost, codec)
     chunk = search.choose_chunk()
     points = search.ladder(chunk, search.choose_policy(chunk))
     sized = search.choose_size(points)
@@ -88,6 +95,8 @@ def tune(
     notes += warn_small(trace, [chosen.host_bytes / (token_bytes * trace.block_tokens)])
     notes += search.notes
     notes += _given_up(search, chosen, sized)
+    if codec != NO_CODEC:
+        notes += [f"a chunk takes {codec.ratio:.3f} of its size on disk", *where_it_pays(cost, codec)]
     missed = max(points, key=lambda point: point.hit_rate)
     if missed.hit_rate > sized.hit_rate + _REGRET and chosen.dollars_per_million is None:
         notes.append(
@@ -104,6 +113,7 @@ def tune(
         _front([point for point in points if _sizes(point) != _sizes(chosen)], chosen),
         search.tried,
         tuple(notes),
+        "none" if codec == NO_CODEC else "lossless",
     )
 
 

@@ -11,6 +11,7 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.bootstrap import share_interval
+from lmc.sim.compression import NO_CODEC, Codec, with_codec
 from lmc.sim.cost import CostModel
 from lmc.sim.full_replay import Fleet, replay_fleet
 from lmc.sim.policies import replay_named
@@ -70,13 +71,20 @@ class Search:
     """Runs configurations and remembers their hits."""
 
     def __init__(
-        self, trace: Trace, token_bytes: int, budget: Budget, policies: list[str], cost: CostModel | None
+        self,
+        trace: Trace,
+        token_bytes: int,
+        budget: Budget,
+        policies: list[str],
+        cost: CostModel | None,
+        codec: Codec,
     ) -> None:
         self.trace = trace
         self.token_bytes = token_bytes
         self.budget = budget
         self.policies = policies
-        self.cost = cost
+        self.cost = None if cost is None else with_codec(cost, codec)
+        self.codec = codec  # of the disk
         count = trace.num_requests
         self.tuning, self.judging = slice(count // 4, count // 2), slice(count // 2, count)
         self.sessions, self.sessions_named = sessions_of(profile(trace))
@@ -261,7 +269,9 @@ class Search:
             }
             if slots := point.disk_bytes // size:
                 settings["disk"] = {"path": "replayed", "capacity": slots * stored_bytes(size)}
-            result = replay_fleet(trace, CacheConfig.model_validate(settings), size, Fleet())
+                if self.codec != NO_CODEC:
+                    settings["disk"]["compress"] = "lossless"
+            result = replay_fleet(trace, CacheConfig.model_validate(settings), size, Fleet(codec=self.codec))
             self._replays[bare] = np.sum(list(result.hit_tokens.values()), axis=0)
         return self._replays[bare]
 
@@ -309,7 +319,8 @@ class Search:
         host = self._run(point.chunk_tokens, point.policy, point.host_bytes // size, point.ttl_s)
         both = host
         if point.disk_bytes >= size:
-            both = np.maximum(host, self._run(point.chunk_tokens, point.policy, point.disk_bytes // size, point.ttl_s))
+            fit = point.disk_bytes // self.codec.stored(size)
+            both = np.maximum(host, self._run(point.chunk_tokens, point.policy, fit, point.ttl_s))
         return self.tokens(point.chunk_tokens, host), self.tokens(point.chunk_tokens, both)
 
     def _worth(self, point: Point, part: slice) -> Worth:

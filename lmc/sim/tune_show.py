@@ -16,7 +16,7 @@ from lmc.sim.tune_search import Point
 from lmc.units import format_percent, format_seconds, format_size
 
 
-def settings_of(point: Point, disk_path: Path) -> dict[str, Any]:
+def settings_of(point: Point, disk_path: Path, compress: str = "none") -> dict[str, Any]:
     """The settings (lmc.cache.config) of a point. Any: YAML."""
     settings: dict[str, Any] = {
         "chunk_tokens": point.chunk_tokens,
@@ -26,6 +26,8 @@ def settings_of(point: Point, disk_path: Path) -> dict[str, Any]:
     }
     if point.disk_bytes:
         settings["disk"] = {"path": str(disk_path), "capacity": point.disk_bytes}
+        if compress != "none":
+            settings["disk"]["compress"] = compress
     if point.write == "around":
         settings["write_touches"] = point.write_touches
     if point.min_load_tokens > 1:
@@ -44,7 +46,7 @@ def write_settings(tuned: Tuned, path: Path, disk_path: Path) -> None:
         f"(95 % interval {format_percent(expected.low)} to {format_percent(expected.high)});",
         f"# an unlimited cache would hit {format_percent(tuned.ceiling)}. Measured on the second half of the trace.",
     ]
-    body = yaml.safe_dump(settings_of(tuned.chosen, disk_path), sort_keys=False)
+    body = yaml.safe_dump(settings_of(tuned.chosen, disk_path, tuned.compress), sort_keys=False)
     write_file(path, "\n".join([*head, body]))
     load_settings(path)
 
@@ -54,7 +56,7 @@ def tune_json(tuned: Tuned, disk_path: Path) -> dict[str, Any]:
     return {
         "trace": trace_json(tuned.trace),
         "token_bytes": tuned.token_bytes,
-        "config": settings_of(tuned.chosen, disk_path),
+        "config": settings_of(tuned.chosen, disk_path, tuned.compress),
         "expected_hit_rate": tuned.expected.value,
         "interval": [tuned.expected.low, tuned.expected.high],
         "hit_rate_over_lru": tuned.over_lru.value,

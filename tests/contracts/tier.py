@@ -9,7 +9,9 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import BoundedTier, Tier
-from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.format import TierScope, stored_bytes
 from lmc.errors import ConfigError, Corrupt
 
 CHUNK_BYTES = 40_000  # not a whole number of pages
@@ -28,6 +30,8 @@ OTHER_SCOPES = [
     TierScope(SCOPE.namespace, 1, SCOPE.layout, CHUNK_BYTES),
 ]
 OTHER_SCOPE_NAMES = ["namespace", "rank"]
+CODED = replace(SCOPE, element="bf16", compress="lossless")
+CODED_MAX = replace(CODED, compress="lossless-max")
 NUM_KEYS = 64  # the tests below use key(0) to key(63)
 NUM_MODEL_KEYS = 6
 
@@ -40,6 +44,12 @@ def key(number: int) -> ChunkKey:
 
 def payload(number: int, size: int = CHUNK_BYTES) -> memoryview:
     return memoryview(random.Random(-number - 1).randbytes(size))
+
+
+def kv_payload(number: int, size: int = CHUNK_BYTES) -> memoryview:
+    """Numbers of bf16 as they come in KV, which a code shortens."""
+    values = np.random.default_rng(number).standard_normal(size // 2).astype(np.float32)
+    return memoryview((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
 def load(tier: Tier, number: int, size: int = CHUNK_BYTES) -> bytes | None:
@@ -81,6 +91,42 @@ class TierContract:
         tier = open_tier(TierScope(SCOPE.namespace, 0, SCOPE.layout, size))
         tier.put(key(1), payload(1, size))
         assert load(tier, 1, size) == payload(1, size)
+
+    @pytest.mark.parametrize("scope", [CODED, CODED_MAX], ids=["lossless", "lossless-max"])
+    @pytest.mark.parametrize("auth_key", [b"", bytes(range(32))], ids=["checked", "sealed"])
+    def test_a_compressed_chunk_comes_back_in_less_room(
+        self, open_tier: OpenTier, scope: TierScope, auth_key: bytes
+    ) -> None:
+        tier = open_tier(replace(scope, auth_key=auth_key))
+        for number in range(4):
+            put = tier.put(key(number), kv_payload(number), key(9))
+            assert put.stored_bytes < 0.9 * CHUNK_BYTES and put.codec_seconds > 0
+            out = bytearray(b"\xa5" * (CHUNK_BYTES + 100))
+            got = tier.get(key(number), memoryview(out)[50 : 50 + CHUNK_BYTES])
+            assert out == b"\xa5" * 50 + kv_payload(number) + b"\xa5" * 50
+            assert got.stored_bytes == put.stored_bytes and got.codec_seconds > 0
+
+    def test_what_does_not_shrink_is_stored_as_it_is(self, open_tier: OpenTier) -> None:
+        tier = open_tier(CODED)
+        assert tier.put(key(1), payload(1)).stored_bytes == stored_bytes(CHUNK_BYTES)
+        assert load(tier, 1) == payload(1)
+
+    def test_each_object_reads_what_others_have_stored_in_another_way(self, open_tier: OpenTier) -> None:
+        tiers = [open_tier(scope) for scope in (SCOPE, CODED, CODED_MAX)]
+        for number, tier in enumerate(tiers):
+            tier.put(key(number), kv_payload(number))
+        for tier in tiers:
+            assert [load(tier, number) for number in range(3)] == [kv_payload(number) for number in range(3)]
+            assert tier.contains([key(number) for number in range(3)]) == [True] * 3
+
+    def test_a_compressed_chunk_of_another_shape_is_refused(self, open_tier: OpenTier) -> None:
+        open_tier(CODED).put(key(1), kv_payload(1))
+        for change in (-2, 2):
+            other = replace(SCOPE, chunk_bytes=CHUNK_BYTES + change)
+            with pytest.raises(Corrupt, match="another size"):
+                load(open_tier(other), 1, other.chunk_bytes)
+        with pytest.raises(Corrupt, match="another layout"):
+            load(open_tier(replace(SCOPE, layout="another layout")), 1)
 
     def test_put_replaces(self, tier: Tier) -> None:
         tier.put(key(1), payload(1))
@@ -193,12 +239,19 @@ class BoundedTierContract(TierContract):
         assert isinstance(tier, BoundedTier)
         return tier
 
-    def test_scan_lists_keys_and_payload_sizes(self, bounded: BoundedTier) -> None:
+    def test_scan_lists_keys_and_sizes(self, bounded: BoundedTier) -> None:
         for number in range(5):
             bounded.put(key(number), payload(number))
         bounded.put(key(1), payload(7))
         bounded.delete(key(3))
-        assert sorted(bounded.scan()) == sorted((key(number), CHUNK_BYTES) for number in (0, 1, 2, 4))
+        assert sorted(bounded.scan()) == sorted((key(number), stored_bytes(CHUNK_BYTES)) for number in (0, 1, 2, 4))
+
+    def test_scan_tells_the_room_that_a_compressed_chunk_takes(self, open_tier: OpenTier) -> None:
+        tier = open_tier(CODED)
+        assert isinstance(tier, BoundedTier)
+        sizes = {key(number): tier.put(key(number), kv_payload(number), key(9)).stored_bytes for number in range(4)}
+        assert dict(tier.scan()) == sizes and max(sizes.values()) < CHUNK_BYTES
+        assert tier.parents(list(sizes)) == dict.fromkeys(sizes, key(9))
 
     @pytest.mark.parametrize("other", OTHER_SCOPES, ids=OTHER_SCOPE_NAMES)
     def test_scan_lists_chunks_of_its_own_scope(
@@ -245,7 +298,7 @@ class TierMachine(RuleBasedStateMachine):
     def list_all(self, which: int) -> None:
         tier = self.tiers[which]
         if isinstance(tier, BoundedTier):
-            assert sorted(tier.scan()) == sorted((key(number), CHUNK_BYTES) for number in self.model)
+            assert sorted(tier.scan()) == sorted((key(number), stored_bytes(CHUNK_BYTES)) for number in self.model)
 
     @rule(which=st.integers(0, 1))
     def reopen(self, which: int) -> None:

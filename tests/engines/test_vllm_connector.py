@@ -208,7 +208,7 @@ def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
 )
 @settings(deadline=None, max_examples=50)
 def test_events_replayed_give_what_the_tiers_hold(steps: list[tuple[int, int, str]]) -> None:
-    driven = side(slots=6, announces=True, stored={"disk": []}, **{"disk.capacity": 9 * stored_bytes(4096)})
+    driven = side(slots=6, announces=True, stored={"disk": {}}, **{"disk.capacity": 9 * stored_bytes(4096)})
     held: dict[str, dict[bytes, BlockStored]] = {"CPU": {}, "STORAGE": {}}
     for number, chunks, what in steps:
         if what == "reset":

@@ -224,7 +224,7 @@ def test_a_value_of_a_wrong_size_is_corrupt_and_can_be_replaced(
     with server.client() as client:
         value = client.get(tier._name(key(1)))
         client.set(tier._name(key(1)), (value + bytes(60_000))[:size])
-    with pytest.raises(Corrupt, match=f"the value has {size} bytes instead of 44096"):
+    with pytest.raises(Corrupt, match=f"has {size} bytes instead of 44096"):
         load(tier, 1)
     tier.put(key(1), payload(2))
     assert load(tier, 1) == payload(2)

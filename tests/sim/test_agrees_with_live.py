@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import pytest
@@ -24,11 +24,12 @@ from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.format import stored_bytes
 from lmc.sim import full_replay
 from lmc.sim.build import TraceBuilder
+from lmc.sim.compression import Codec
 from lmc.sim.full_replay import Fleet
 from lmc.sim.shared_store import SHARED, SharedStore
 
 CHUNK_TOKENS = 4
-CHUNK_BYTES = 10
+CHUNK_BYTES = 10_000
 SHARED_LIVE = "redis"  # the simulator's shared tier has this name in the live cache
 
 
@@ -45,6 +46,7 @@ class Tiers:
     host: int  # chunks
     disk: int = 0
     shared: int = 0
+    saved: int = 0  # bytes of each chunk on disk, by compression
 
 
 @st.composite
@@ -71,6 +73,8 @@ def prompts(draw: st.DrawFn) -> list[Prompt]:
 def configurations(draw: st.DrawFn) -> tuple[Tiers, dict[str, object]]:
     """Settings of the cache. A full write queue is left out: what it drops depends on the time that writes take."""
     tiers = Tiers(draw(st.integers(1, 9)), draw(st.integers(0, 12)), draw(st.sampled_from([0, 0, 3, 20])))
+    if draw(st.booleans()):
+        tiers = replace(tiers, saved=draw(st.integers(0, CHUNK_BYTES)))
     return tiers, {
         "policy": draw(st.sampled_from(sorted(POLICIES))),
         "write": draw(st.sampled_from(["through", "back", "around"])),
@@ -85,6 +89,8 @@ def configurations(draw: st.DrawFn) -> tuple[Tiers, dict[str, object]]:
 
 def configured(tiers: Tiers, more: dict[str, object]) -> CacheConfig:
     disk = {"disk": {"path": "/nowhere", "capacity": tiers.disk * stored_bytes(CHUNK_BYTES)}} if tiers.disk else {}
+    if tiers.disk and tiers.saved:
+        disk["disk"]["compress"] = "lossless"
     common = {"host": {"capacity": tiers.host * CHUNK_BYTES}, "metrics": {"enabled": False}}
     return CacheConfig.model_validate({**common, **disk, "lookup_deadline": 60.0, **more})
 
@@ -120,7 +126,7 @@ class Live:
             rank=0,
             chunk_bytes=CHUNK_BYTES,
             host_slots=self.tiers.host,
-            stored={"disk": []} if self.tiers.disk else {},
+            stored={"disk": {}} if self.tiers.disk else {},
             copying=CopyReading({}, {}, 1, 0, ""),
             remote=tuple(shared),
         )
@@ -150,8 +156,11 @@ class Live:
     def _step(self) -> None:
         plan = self.scheduler.take_plan()
         report = Report()
+        written = {copy.ticket.operation for copy in plan.tier_copies if copy.ticket[1:4:2] == ("write", "disk")}
         for operation, failure in self._carry_out(plan):
             report.finished[operation] = 1
+            if operation in written:
+                report.saved[operation] = self.tiers.saved
             if failure is not None:
                 report.failed[operation] = failure
         self.scheduler.apply(report)
@@ -194,7 +203,10 @@ def simulated(made: Sequence[Prompt], config: CacheConfig, tiers: Tiers) -> tupl
     for number, prompt in enumerate(made):
         length = len(prompt.chunks) * CHUNK_TOKENS + prompt.rest
         builder.add(number + 1, prompt.chunks, prompt.at, length, 0, tenant=f"tenant {prompt.tenant}")
-    result = full_replay.replay_fleet(builder.finish(), config, CHUNK_BYTES, Fleet(shared_chunks=tiers.shared))
+    codec = Codec(1 - tiers.saved / CHUNK_BYTES)
+    result = full_replay.replay_fleet(
+        builder.finish(), config, CHUNK_BYTES, Fleet(shared_chunks=tiers.shared, codec=codec)
+    )
     names = {SHARED: SHARED_LIVE}
     hits = [
         {names.get(tier, tier): int(tokens[number]) for tier, tokens in result.hit_tokens.items() if tokens[number]}

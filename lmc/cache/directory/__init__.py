@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from lmc.cache.directory.below import Counts
-from lmc.cache.directory.build import build_directory
+from lmc.cache.directory.build import build_directory, capacity_of
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss, evicted_from
+from lmc.cache.directory.nodes import Capacity
 from lmc.cache.directory.places import HOST
 from lmc.cache.directory.request import Request
 
-__all__ = ["HOST", "Counts", "Directory", "Found", "Miss", "Request", "Ticket", "build_directory", "evicted_from"]
+__all__ = [
+    "HOST",
+    "Capacity",
+    "Counts",
+    "Directory",
+    "Found",
+    "Miss",
+    "Request",
+    "Ticket",
+    "build_directory",
+    "capacity_of",
+    "evicted_from",
+]

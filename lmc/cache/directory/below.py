@@ -164,7 +164,7 @@ class Below:
         self._relieving.discard(done.ticket.operation)
         self._places.forget_unused(done.node)
 
-    def complete_write(self, done: Operation, failure: str | None) -> None:
+    def complete_write(self, done: Operation, failure: str | None, saved: int) -> None:
         places, node, stored = self._places, done.node, failure is None
         residents = places.set_of(done.ticket.tier)
         if residents is None:
@@ -178,6 +178,7 @@ class Below:
                 self._evicting.discard(gone)
                 places.forget_unused(gone)
             if stored:
+                residents.shrink(node, saved)
                 places.arrive(residents, node)
             else:
                 places.leave(residents, node)
@@ -232,24 +233,37 @@ class Below:
         if self._writing.get(residents.name, 0) >= self._queue_depth:
             self._counts.writes_dropped += 1
             return False
-        gone: tuple[int, ...] = ()
-        keys: tuple[ChunkKey, ...] = ()
-        if residents.num_free == 0:
-            victim = residents.victim()
-            if victim < 0:
-                self._counts.writes_dropped += 1
-                return False
-            gone, keys = (victim,), (places.nodes.key(victim),)
-            self._count(residents.name, victim, "room")
-            places.hold(gone, 1)
-            self._evicting.add(victim)
-            places.leave(residents, victim)
-            residents.vacate(victim)
+        gone = self._make_way(residents)
+        if gone is None:
+            self._counts.writes_dropped += 1
+            return False
+        keys = tuple(places.nodes.key(victim) for victim in gone)
         places.enter(residents, node)
         residents.insert(node, places.access)
         self._writing[residents.name] = self._writing.get(residents.name, 0) + 1
         self._issue("write", node, places.nodes.key(node), residents.name, gone, keys, demotes)
         return True
+
+    def _make_way(self, residents: ResidentSet) -> tuple[int, ...] | None:
+        """Evict what must go before one more chunk, whatever its size will be, fits; None when not enough of it can go."""
+        places = self._places
+        gone: list[int] = []
+        while not residents.fits(residents.chunk_bytes, gone):
+            victim = residents.victim()
+            if victim < 0:
+                for node in gone:  # the place that they leave is for the next write
+                    self._issue("delete", node, places.nodes.key(node), residents.name)
+                    self._evicting.discard(node)
+                places.hold(gone, -1)
+                return None
+            gone.append(victim)
+            self._count(residents.name, victim, "room")
+            places.hold_one(victim, 1)
+            self._evicting.add(victim)
+            places.leave(residents, victim)
+        for victim in gone:
+            residents.vacate(victim)
+        return tuple(gone)
 
     def _write_remote(self, remote: RemoteKeys, node: int, key: ChunkKey, demotes: bool) -> bool:
         if remote.num_writing >= self._queue_depth:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from lmc.cache.directory.below import WriteMode
 from lmc.cache.directory.directory import Directory
 from lmc.cache.directory.marks import TtlMode
+from lmc.cache.directory.nodes import Capacity
 from lmc.cache.policy.registry import get_policy
 from lmc.errors import ConfigError
 
@@ -31,15 +32,25 @@ class DirectorySettings(Protocol):
     def queue_depth(self) -> int: ...
 
 
+# The share of its size to which a chunk is shortened at most, as far as places are concerned: a few more bytes than the exponents' entropy.
+# So a tier has places for so many chunks more, and one whose chunks are shorter still stays a little below its capacity in bytes.
+_SHORTEST = {"none": 1.0, "lossless": 0.7, "lossless-max": 0.65}
+
+
+def capacity_of(num_bytes: int, chunk_bytes: int, compress: str) -> Capacity:
+    """Of a bounded tier below the host. chunk_bytes: that a chunk takes there, over all ranks, when it is not compressed."""
+    return Capacity(num_bytes, chunk_bytes, int(num_bytes // chunk_bytes / _SHORTEST[compress]))
+
+
 def build_directory(
     settings: DirectorySettings,
     host_slots: int,
     chunk_bytes: int,
     *,
-    below: dict[str, int],
+    below: Mapping[str, Capacity],
     remote: Sequence[str],
 ) -> Directory:
-    """below: bounded tiers, fastest first, with their capacity in chunks. remote: tiers that others write to. chunk_bytes: over all ranks.
+    """below: bounded tiers, fastest first. remote: tiers that others write to. chunk_bytes: over all ranks.
 
     Raises ConfigError when tenant_quota is less than one chunk.
     """

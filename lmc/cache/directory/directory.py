@@ -22,7 +22,7 @@ from lmc.cache.directory.holds import Operations, Pins, Ticket
 from lmc.cache.directory.host_slots import HostSlots
 from lmc.cache.directory.marks import TtlMode
 from lmc.cache.directory.misses import Miss
-from lmc.cache.directory.nodes import ABSENT, INCOMING, RESIDENT
+from lmc.cache.directory.nodes import ABSENT, INCOMING, RESIDENT, Capacity
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.removal import Removal
@@ -46,7 +46,7 @@ class Found:
 
 
 class Directory:
-    """host_slots fixed slots in host memory and, below it, bounded tiers in order of speed (name to capacity in chunks).
+    """host_slots fixed slots in host memory and, below it, bounded tiers in order of speed.
 
     remote: tiers that other instances write to. learn() records what they hold. A name that is also in `below` is a shared tier: it holds
     this instance's chunks, which count against the capacity, and those of others. tenant_quota: host slots that one tenant may take.
@@ -55,7 +55,7 @@ class Directory:
     def __init__(
         self,
         host_slots: int,
-        below: dict[str, int],
+        below: Mapping[str, Capacity],
         spec: PolicySpec,
         *,
         remote: Sequence[str] = (),
@@ -242,15 +242,18 @@ class Directory:
             raise KeyError("a chunk to load is not in host memory")
         return [self._host_slots.load(node) for node in nodes]
 
-    def complete(self, operation: int, failure: str | None, now: float) -> Ticket | None:
-        """An operation ended on all ranks; failure is its cause. Returns its ticket, or None if the operation is not open."""
+    def complete(self, operation: int, failure: str | None, now: float, saved: int = 0) -> Ticket | None:
+        """An operation ended on all ranks; failure is its cause. saved: bytes by which compression made a written chunk shorter.
+
+        Returns its ticket, or None if the operation is not open.
+        """
         self._advance(now)
         done = self._operations.close(operation)
         if done is None:
             return None
         self._places.hold_one(done.node, -1)
         if done.ticket.kind == "write":
-            self._below.complete_write(done, failure)
+            self._below.complete_write(done, failure, saved)
         elif done.ticket.kind == "delete":
             self._below.complete_delete(done)
         else:
@@ -279,16 +282,22 @@ class Directory:
     # What the tiers say themselves
 
     def restore(
-        self, tier: str, keys: Iterable[ChunkKey], now: float, parents: Mapping[ChunkKey, ChunkKey] | None = None
+        self,
+        tier: str,
+        keys: Iterable[ChunkKey],
+        now: float,
+        parents: Mapping[ChunkKey, ChunkKey] | None = None,
+        sizes: Mapping[ChunkKey, int] | None = None,
     ) -> list[ChunkKey]:
-        """Add keys (oldest first) that a scan found in a bounded tier. parents: the chunk before each, as far as known.
+        """Add keys (oldest first) that a scan found in a bounded tier. parents: the chunk before each, as far as known. sizes: the bytes of
+        those that take less than a chunk that is not compressed.
 
         A chunk counts as young as the youngest one that continues it. Returns the oldest chunks beyond the tier's capacity, which are not
         added. No chunk that was added continues one of them.
         """
         residents = self._places.set_of(tier)
         assert residents is not None
-        return restore(self._places, residents, keys, parents or {}, self._advance(now))
+        return restore(self._places, residents, keys, parents or {}, sizes or {}, self._advance(now))
 
     def learn(self, tier: str, keys: Sequence[ChunkKey], present: Sequence[bool]) -> None:
         """Record the answer of a remote or shared tier that was asked for keys."""
@@ -378,6 +387,10 @@ class Directory:
     def usage(self) -> dict[str, tuple[int, int]]:
         """Bounded tier to (chunks, capacity in chunks)."""
         return {residents.name: (residents.count, residents.capacity) for residents in self._places.sets}
+
+    def room(self) -> dict[str, tuple[int, int]]:
+        """Bounded tier below the host to (bytes taken, capacity in bytes)."""
+        return {residents.name: (residents.bytes_taken, residents.num_bytes) for residents in self._places.below}
 
     def known_remote(self) -> dict[str, int]:
         """Remote or shared tier to the number of chunks of others that are known to be there."""

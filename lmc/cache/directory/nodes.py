@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -80,8 +81,22 @@ class Nodes:
         self._count -= 1
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """What fits into a tier: num_bytes, of which a chunk that was not compressed takes chunk_bytes, and never more than so many chunks."""
+
+    num_bytes: int
+    chunk_bytes: int
+    chunks: int
+
+    @classmethod
+    def of_chunks(cls, chunks: int) -> Capacity:
+        """Of a tier whose chunks are all of one size."""
+        return cls(chunks, 1, chunks)
+
+
 class ResidentSet:
-    """Nodes in [0, num_nodes) and their state in one tier of `capacity` chunks.
+    """Nodes in [0, num_nodes) and their state in one tier.
 
     INCOMING   holds its place but is not readable yet
     LEAVING    is gone for the policy but holds its place until vacate()
@@ -90,20 +105,25 @@ class ResidentSet:
     Each hold on a node (by a pin, a transfer or a child) is removed by the code that added it.
     """
 
-    def __init__(self, name: str, capacity: int, num_nodes: int, spec: PolicySpec, parents: Parents) -> None:
+    def __init__(self, name: str, capacity: Capacity, num_nodes: int, spec: PolicySpec, parents: Parents) -> None:
         self.name = name
-        self.capacity = capacity
+        self.capacity = capacity.chunks
+        self.num_bytes = capacity.num_bytes
+        self.chunk_bytes = capacity.chunk_bytes
+        self.sizes = array("q", bytes(8 * num_nodes))  # bytes that each node's place takes
+        self.bytes_taken = 0
         self.state = bytearray(num_nodes)
         self.holds = array("i", bytes(4 * num_nodes))  # scalar access is twice as quick as NumPy's
         self.count = 0  # places taken, in every state but ABSENT
         self._holds_view: Holds = np.frombuffer(self.holds, dtype=np.int32)  # the policy's view of it
         self._spec = spec
-        self._policy = spec.make_state(num_nodes, capacity, parents)
+        self._policy = spec.make_state(num_nodes, capacity.chunks, parents)
         self._ghost = bytearray(num_nodes)
 
-    @property
-    def num_free(self) -> int:
-        return self.capacity - self.count
+    def fits(self, size: int, leaving: Sequence[int] = ()) -> bool:
+        """Whether a chunk of that size finds a place once these nodes are gone."""
+        freed = sum(self.sizes[node] for node in leaving)
+        return self.count - len(leaving) < self.capacity and self.bytes_taken - freed + size <= self.num_bytes
 
     def readable(self, node: int) -> bool:
         return self.state[node] == RESIDENT
@@ -112,11 +132,18 @@ class ResidentSet:
         """Whether the node is readable, or about to be."""
         return self.state[node] in (INCOMING, RESIDENT)
 
-    def reserve(self, node: int) -> None:
-        """Reserve a place for an absent node. A free place must exist."""
-        assert self.state[node] == ABSENT and self.count < self.capacity
+    def reserve(self, node: int, size: int) -> None:
+        """Reserve a place for an absent node. It must fit."""
+        assert self.state[node] == ABSENT and self.count < self.capacity and self.bytes_taken + size <= self.num_bytes
         self.state[node] = INCOMING
         self.count += 1
+        self.sizes[node] = size
+        self.bytes_taken += size
+
+    def shrink(self, node: int, saved: int) -> None:
+        """The node's chunk takes so many bytes less than were reserved."""
+        self.sizes[node] -= saved
+        self.bytes_taken -= saved
 
     def insert(self, node: int, now: int) -> None:
         """Tell the policy of a reserved node. The order of these calls is the policy's order."""
@@ -142,6 +169,8 @@ class ResidentSet:
         assert self.state[node] == LEAVING
         self.state[node] = ABSENT
         self.count -= 1
+        self.bytes_taken -= self.sizes[node]
+        self.sizes[node] = 0
 
     def forgettable(self) -> list[int]:
         """Take the ghosts (remembered nodes that were evicted) that the policy no longer needs."""

@@ -6,14 +6,14 @@ It does not know requests or write modes. A chunk in a tier holds its parent the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lmc.cache.directory.changes import Changes
 from lmc.cache.directory.marks import Ages, Tenants, TtlMode
 from lmc.cache.directory.misses import MissLog
-from lmc.cache.directory.nodes import ABSENT, RESIDENT, SPOILED, Nodes, ResidentSet
+from lmc.cache.directory.nodes import ABSENT, RESIDENT, SPOILED, Capacity, Nodes, ResidentSet
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
 
@@ -25,18 +25,18 @@ class Places:
     def __init__(
         self,
         host_slots: int,
-        below: dict[str, int],
+        below: Mapping[str, Capacity],
         spec: PolicySpec,
         *,
         ttl: float | None,
         ttl_mode: TtlMode,
         tenant_quota: int | None,
     ) -> None:
-        places = host_slots + sum(below.values())
+        places = host_slots + sum(capacity.chunks for capacity in below.values())
         num_nodes = int(places * (1 + spec.ghosts)) + places // 16 + _SPARE_NODES
         self.parents = array("i", [-1]) * num_nodes
         view = np.frombuffer(self.parents, dtype=np.int32)
-        self.host = ResidentSet(HOST, host_slots, num_nodes, spec, view)
+        self.host = ResidentSet(HOST, Capacity.of_chunks(host_slots), num_nodes, spec, view)
         self.below = [ResidentSet(name, capacity, num_nodes, spec, view) for name, capacity in below.items()]
         self.sets = [self.host, *self.below]
         self.nodes = Nodes(num_nodes)
@@ -148,8 +148,9 @@ class Places:
 
     # Places
 
-    def enter(self, residents: ResidentSet, node: int) -> None:
-        residents.reserve(node)
+    def enter(self, residents: ResidentSet, node: int, size: int | None = None) -> None:
+        """Reserve a place of that size, or of that of a chunk that is not compressed."""
+        residents.reserve(node, residents.chunk_bytes if size is None else size)
         self._hold_parent(node, residents, 1)
 
     def arrive(self, residents: ResidentSet, node: int) -> None:
@@ -221,6 +222,8 @@ class Places:
         for index, residents in enumerate(self.sets):
             taken = [node for node in self.nodes if residents.state[node] != ABSENT]
             assert residents.count == len(taken) <= residents.capacity
+            assert residents.bytes_taken == sum(residents.sizes[node] for node in taken) <= residents.num_bytes
+            assert residents.bytes_taken == sum(residents.sizes) and all(residents.sizes[node] > 0 for node in taken)
             children = array("i", bytes(4 * len(self.parents)))
             for node, above in self._held_down_to(index):
                 parent = self.parents[node]

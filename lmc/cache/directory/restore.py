@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 from lmc.cache.directory.nodes import ABSENT, ResidentSet
 from lmc.cache.directory.places import Places
@@ -14,11 +15,15 @@ def restore(
     residents: ResidentSet,
     keys: Iterable[ChunkKey],
     parents: Mapping[ChunkKey, ChunkKey],
+    sizes: Mapping[ChunkKey, int],
     now: float,
 ) -> list[ChunkKey]:
-    """Carry out Carry out Carry out Directory.restore() for one tier."""
+    """Carry out Directory.restore() for one tier."""
     listed = youngest_first(keys, parents)
-    kept = listed[: residents.num_free]
+    free = residents.num_bytes - residents.bytes_taken
+    ends = accumulate(sizes.get(key, residents.chunk_bytes) for key in listed)
+    num_kept = min(sum(end <= free for end in ends), residents.capacity - residents.count)
+    kept = listed[:num_kept]
     nodes: dict[int, None] = {}
     for key in kept:
         node = places.nodes.find(key)
@@ -30,7 +35,7 @@ def restore(
         nodes[node] = None
     for node in reversed(nodes):
         if residents.state[node] == ABSENT:
-            places.enter(residents, node)
+            places.enter(residents, node, sizes.get(places.nodes.key(node)))
             places.arrive(residents, node)
             places.access += 1
             places.insert(residents, [node])

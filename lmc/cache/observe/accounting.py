@@ -116,6 +116,8 @@ class Accounting:
         for transfer, num_bytes, seconds in report.transfers:
             self.metrics.transferred_bytes.labels(transfer).inc(num_bytes)
             self.metrics.transfer_seconds.labels(transfer).observe(seconds)
+        for run in report.codecs:
+            self.metrics.note_codec(run)
         self.spans.loaded({request_name(request): load for request, load in report.loads.items()})
         for (rank, tier, direction), reading in report.breakers.items():
             self.metrics.note_breaker(rank, tier, direction, reading)
@@ -141,6 +143,12 @@ def _open_metrics(directory: Directory) -> CacheMetrics:
     metrics.follow("pins", lambda: directory.num_pins)
     metrics.follow_tiers("slots_used", lambda: {tier: used for tier, (used, _) in directory.usage().items()}, bounded)
     metrics.follow_tiers("slots", lambda: {tier: fit for tier, (_, fit) in directory.usage().items()}, bounded)
+    metrics.follow_tiers(
+        "tier_bytes", lambda: {tier: used for tier, (used, _) in directory.room().items()}, bounded[1:]
+    )
+    metrics.follow_tiers(
+        "tier_capacity_bytes", lambda: {tier: most for tier, (_, most) in directory.room().items()}, bounded[1:]
+    )
     metrics.follow_tiers("known_chunks", directory.known_remote, others)
     metrics.follow_tiers("write_queue", lambda: directory.num_writing, metrics.below)
     return metrics

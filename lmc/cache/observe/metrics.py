@@ -8,7 +8,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lmc.cache.directory import Counts
-from lmc.cache.plan import BreakerReading, CopyReading
+from lmc.cache.plan import BreakerReading, CodecRun, CopyReading
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _AGES = (1.0, 10.0, 60.0, 300.0, 1800.0, 3600.0, 4 * 3600.0, 24 * 3600.0, 7 * 24 * 3600.0)
@@ -76,6 +76,12 @@ class CacheMetrics:
         self.copy_threads = gauge("copy_threads", "CPU threads that share a large batch of copies out", "rank")
         self.pinned_slots = gauge("pinned_slots", "Host slots that are registered with the device's driver", "rank")
         self.host_problem = gauge("host_problem", "1 while host memory is slower than it should be", "rank", "problem")
+        self.codec_raw_bytes = counter("codec_raw_bytes", "Bytes of the chunks that a codec saw", "tier", "transfer")
+        self.codec_stored_bytes = counter("codec_stored_bytes", "Bytes that these take in the tier", "tier", "transfer")
+        self.codec_seconds = counter("codec_seconds", "Time that the codec took, over all threads", "tier", "transfer")
+        self.codec_ratio = gauge("codec_ratio", "Stored bytes / raw bytes of what was written since the start", "tier")
+        self.tier_bytes = gauge("tier_bytes", "Bytes that a tier's chunks take, as they are stored", "tier")
+        self.tier_capacity_bytes = gauge("tier_capacity_bytes", "Bytes that they may take", "tier")
         self.pending = gauge("pending_operations", "Copies handed out and not reported back")
         self.write_queue = gauge("write_queue", "Writes to a tier below the host that are under way", "tier")
         self.pins = gauge("pins", "Owners of pins, which keep chunks from eviction: requests and administrators")
@@ -97,6 +103,7 @@ class CacheMetrics:
             self.failures.labels(operation)
         for what in ("store", "write"):
             self.dropped_chunks.labels(what)
+        self._written: dict[str, tuple[int, int]] = {}  # tier -> (raw bytes, stored bytes) of what its codec wrote
         self._counts = Counts()  # as of the last settle()
         self._breakers: dict[tuple[int, str, str], BreakerReading] = {}
         self._copying: dict[int, CopyReading] = {}
@@ -137,6 +144,15 @@ class CacheMetrics:
             self.breaker_events.labels(tier, direction, event).inc(growth)
         is_open = any(known.is_open for (_, *way), known in self._breakers.items() if way == [tier, direction])
         self.breaker_open.labels(tier, direction).set(is_open)
+
+    def note_codec(self, run: CodecRun) -> None:
+        self.codec_raw_bytes.labels(run.tier, run.kind).inc(run.raw_bytes)
+        self.codec_stored_bytes.labels(run.tier, run.kind).inc(run.stored_bytes)
+        self.codec_seconds.labels(run.tier, run.kind).inc(run.seconds)
+        if run.kind == "write":
+            raw, stored = self._written.get(run.tier, (0, 0))
+            self._written[run.tier] = raw + run.raw_bytes, stored + run.stored_bytes
+            self.codec_ratio.labels(run.tier).set((stored + run.stored_bytes) / (raw + run.raw_bytes))
 
     def note_copying(self, rank: int, reading: CopyReading) -> None:
         before = self._copying.get(rank, CopyReading({}, {}, 0, 0, ""))

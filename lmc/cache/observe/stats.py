@@ -26,13 +26,14 @@ def collect_stats(
                 totals[name] = sample.value
             else:
                 by_label.setdefault(name, {})["/".join(sample.labels.values())] = sample.value
+    taken = directory.room()
     return {
         "namespace": namespace.label(),
         "model": namespace.model,
         "chunk_tokens": namespace.chunk_tokens,
         "chunk_bytes": chunk_bytes,
         "tiers": {
-            tier: {"chunks": used, "capacity": slots, "bytes": used * chunk_bytes}
+            tier: {"chunks": used, "capacity": slots, "bytes": taken.get(tier, (used * chunk_bytes,))[0]}
             for tier, (used, slots) in directory.usage().items()
         },
         "known_chunks": directory.known_remote(),

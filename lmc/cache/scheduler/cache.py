@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ class CacheScheduler:
         self._loading: dict[int, Request] = {}  # operation -> the request that waits for it
         self._ended: dict[int, int] = {}  # operation -> ranks that reported it
         self._causes: dict[int, str] = {}
+        self._saved: Counter[int] = (
+            Counter()
+        )  # write under way -> bytes that compression saved, over the ranks that ended it
         self._known_faults: dict[int, int] = {}  # rank -> Report.faults
         self._plan = Plan()
         self.directory, superfluous = open_directory(config, ready, clock(), part)
@@ -235,6 +239,7 @@ class CacheScheduler:
         """Update the directory and the requests with what the ranks report."""
         now = self._clock()
         self._causes.update(report.failed)
+        self._saved.update(report.saved)
         self._known_faults.update(report.faults)
         for operation, ranks in report.finished.items():
             ended = self._ended.pop(operation, 0) + ranks
@@ -335,7 +340,7 @@ class CacheScheduler:
         return BlockCopy(ticket.operation, ticket.key, ticket.slot, chosen)
 
     def _complete(self, operation: int, cause: str | None, now: float) -> None:
-        ticket = self.directory.complete(operation, cause, now)
+        ticket = self.directory.complete(operation, cause, now, self._saved.pop(operation, 0))
         if ticket is None:
             return
         self._accounting.ended(ticket, cause)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from lmc.cache.config import REMOTE_TIERS, CacheConfig
-from lmc.cache.directory import Directory, build_directory
+from lmc.cache.directory import Capacity, Directory, build_directory, capacity_of
 from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.accounting import Accounting
 from lmc.cache.plan import WorkerReady
@@ -38,15 +38,15 @@ def open_directory(
     ready = [worker for worker in ready if worker.part is not None]  # the others store nothing of their own
     chunk_bytes = ready[0].chunk_bytes * len(ready)
     file_bytes = stored_bytes(ready[0].chunk_bytes) * len(ready)
-    below = {}
+    below: dict[str, Capacity] = {}
     for name in ready[0].stored:
         if all(name in worker.stored for worker in ready):
-            below[name] = config.disk.capacity // file_bytes
-            if below[name] == 0:
+            below[name] = capacity_of(config.disk.capacity, file_bytes, config.disk.compress)
+            if below[name].chunks == 0:
                 raise ConfigError(f"{name}.capacity is smaller than one chunk of {file_bytes} bytes")
-            if below[name] > _MOST_CHUNKS:
+            if below[name].chunks > _MOST_CHUNKS:
                 raise ConfigError(
-                    f"{name}.capacity is {format_count(below[name])} chunks of {file_bytes} bytes; at most "
+                    f"{name}.capacity is {format_count(below[name].chunks)} chunks of {file_bytes} bytes; at most "
                     f"{format_count(_MOST_CHUNKS)} can be kept track of; raise chunk_tokens or lower the capacity"
                 )
     remote = [name for name in REMOTE_TIERS if all(name in worker.remote for worker in ready)]
@@ -57,7 +57,8 @@ def open_directory(
         by_rank = [set(worker.stored[name]) for worker in ready]
         everywhere = set.intersection(*by_rank)
         stored = [key for key in ready[0].stored[name] if key in everywhere and key[-1] % part[1] == part[0]]
-        surplus = directory.restore(name, stored, now, ready[0].parents)
+        sizes = {key: sum(worker.stored[name][key] for worker in ready) for key in stored}
+        surplus = directory.restore(name, stored, now, ready[0].parents, sizes)
         if name not in shared:  # in a shared tier they may be another instance's, or about to become whole
             superfluous[name] = [*surplus, *sorted(set.union(*by_rank) - everywhere)]
         elif part[1] > 1:  # the capacity is the folder's, so what no engine takes over must go

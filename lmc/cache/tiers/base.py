@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from lmc.cache.keys import ChunkKey
+from lmc.cache.tiers.stored import Moved
 
 
 class Tier(Protocol):
@@ -17,13 +18,13 @@ class Tier(Protocol):
 
     name: str
 
-    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
         """Store a chunk, or replace the one of the same key. parent is the chunk before it, or None for the first of a prefix.
 
         Raises TierFull when there is no room.
         """
 
-    def get(self, key: ChunkKey, out: memoryview) -> None:
+    def get(self, key: ChunkKey, out: memoryview) -> Moved:
         """Fill out, of a chunk's size. Raises KeyError if it is absent, Corrupt if the stored bytes fail the checksum or length check."""
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
@@ -49,7 +50,7 @@ class BoundedTier(Tier, Protocol):
         """False: the medium hung when it was opened, and has not answered since."""
 
     def scan(self) -> Iterator[tuple[ChunkKey, int]]:
-        """Each stored key and the bytes of its payload, oldest first."""
+        """Each stored key and the bytes that it takes with its footer, oldest first."""
 
     def parents(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkKey]:
         """The chunk before each of keys, as far as the tier can read it within seconds. keys are those of scan(), in its order."""

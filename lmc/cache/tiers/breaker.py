@@ -22,6 +22,7 @@ from typing import Literal
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import BoundedTier, Tier
+from lmc.cache.tiers.stored import Moved
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
 
 _log = logging.getLogger(__name__)
@@ -213,13 +214,13 @@ class Breaker:
         """Seconds after which a call that moves so many bytes is taken for one that never ends."""
         return self._patience + num_bytes / SLOWEST
 
-    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
         with self._write(len(data)):
-            self._tier.put(key, data, parent)
+            return self._tier.put(key, data, parent)
 
-    def get(self, key: ChunkKey, out: memoryview) -> None:
+    def get(self, key: ChunkKey, out: memoryview) -> Moved:
         with self._read(len(out)):
-            self._tier.get(key, out)
+            return self._tier.get(key, out)
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         with self._read():

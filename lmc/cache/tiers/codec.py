@@ -13,26 +13,36 @@ from __future__ import annotations
 
 import struct
 import threading
-from functools import cache
+from collections.abc import Collection
+from functools import cache, cached_property
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
-from lmc.errors import Corrupt
+from lmc.cache.config import Compress
+from lmc.errors import Corrupt, TierError
 
-Compress = Literal["none", "lossless", "lossless-max"]
 Element = Literal["opaque", "bf16", "fp16", "fp32", "fp8"]
 COMPRESS: tuple[Compress, ...] = get_args(Compress)  # what stands in a footer is an index into these
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 
 _SIZES: dict[Element, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # of elements whose top byte is coded apart
+_DTYPES: dict[str, Element] = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float8_e4m3fn": "fp8",
+    "float8_e5m2": "fp8",
+}
+# Engines' names for KV that they keep as bytes without anything between the numbers.
+_FP8_IN_BYTES = ("fp8", "fp8_e4m3", "fp8_e5m2", "float8_e4m3fn", "float8_e5m2")
 _WORD = 8
 _LENGTHS = struct.Struct("<II")  # words of body and bytes of escapes
-# Bytes without order have no repetitions worth a search: blocks of 16 KiB get codes of their own instead.
-_SEARCH = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, window_log=14, hash_log=6)
+_PAGE = 4096  # so that the encoded form can be written past the page cache
+# Exponents without order have no repetitions worth a search: blocks of 16 KiB get codes of their own instead.
+_SEARCH = {"min_match": 7, "window_log": 14, "hash_log": 6}
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
@@ -43,17 +53,42 @@ class _Room(threading.local):
 
     def __init__(self) -> None:
         self._kept: dict[str, Words] = {}
-        self.compressor = zstandard.ZstdCompressor(compression_params=_SEARCH)
-        self.decompressor = zstandard.ZstdDecompressor()
 
     def words(self, name: str, count: int) -> Words:
         room = self._kept.get(name)
         if room is None or room.size < count:
-            room = self._kept[name] = np.empty(count, np.uint64)
+            fresh = np.empty(count + _PAGE // _WORD, np.uint64)
+            start = -fresh.ctypes.data % _PAGE // _WORD
+            room = self._kept[name] = fresh[start : start + count]
         return room[:count]
+
+    @cached_property
+    def compressor(self) -> Any:  # of a library without types
+        zstandard = _zstandard()
+        return zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters.from_level(1, **_SEARCH))
+
+    @cached_property
+    def decompressor(self) -> Any:
+        return _zstandard().ZstdDecompressor()
 
 
 _room = _Room()
+
+
+def prepare(compress: Compress) -> None:
+    """Import and compile what the code needs, which takes seconds when it was never compiled. Raises TierError where it cannot be had."""
+    if compress != "none":
+        codec_loop()
+    if compress == "lossless-max":
+        _zstandard()
+
+
+def _zstandard() -> ModuleType:
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise TierError("lossless-max needs the package zstandard; install it, or use lossless") from error
+    return zstandard
 
 
 @cache
@@ -69,9 +104,24 @@ def room_for(raw_bytes: int) -> memoryview:
     return _room.words("stored", -(-raw_bytes // _WORD)).view(np.uint8).data[:raw_bytes]
 
 
+def element_of(dtypes: Collection[str], kv_dtype: str) -> Element:
+    """What the KV consists of. dtypes: torch's names of the tensors' types; kv_dtype: as Namespace has it, the KV's own type last."""
+    found = {_DTYPES.get(dtype, "opaque") for dtype in dtypes}
+    if set(dtypes) == {"uint8"} and kv_dtype.rpartition("/")[2].removeprefix("torch.") in _FP8_IN_BYTES:
+        return "fp8"
+    return found.pop() if len(found) == 1 else "opaque"
+
+
+def codes_for(element: Element) -> tuple[Compress, ...]:
+    """The codes that can shorten such elements."""
+    if element == "opaque":
+        return ()
+    return ("lossless", "lossless-max") if element in _SIZES else ("lossless-max",)
+
+
 def encode(compress: Compress, element: Element, raw: memoryview) -> memoryview | None:
     """The encoded form, valid until this thread encodes again, or None when it would not be shorter."""
-    if compress == "none" or element == "opaque":
+    if compress not in codes_for(element):
         return None
     encoded = _encode_fast(element, raw) if compress == "lossless" else _encode_max(element, raw)
     return encoded if encoded is not None and len(encoded) < len(raw) else None
@@ -79,7 +129,7 @@ def encode(compress: Compress, element: Element, raw: memoryview) -> memoryview 
 
 def decode(compress: Compress, element: Element, encoded: memoryview, out: memoryview) -> None:
     """Fill out, of the raw chunk's size. Raises Corrupt for what encode() cannot have written; a checksum must judge the rest."""
-    if compress == "none" or element == "opaque" or (compress == "lossless" and element not in _SIZES):
+    if compress not in codes_for(element):
         raise Corrupt(f"the footer names a code that does not exist: {compress} for {element}")
     good = (_decode_fast if compress == "lossless" else _decode_max)(element, encoded, out)
     if not good:
@@ -87,10 +137,10 @@ def decode(compress: Compress, element: Element, encoded: memoryview, out: memor
 
 
 def _encode_fast(element: Element, raw: memoryview) -> memoryview | None:
-    size = _SIZES.get(element)
+    size = _SIZES[element]
     loop = codec_loop()
     blocks = len(raw) // (loop.WORDS * _WORD)
-    if size is None or blocks == 0:
+    if blocks == 0:
         return None
     words, tail = _blocks(raw, blocks)
     table_words = -(-blocks * loop.TABLE_ENTRY // _WORD)
@@ -189,10 +239,11 @@ def _decode_max(element: Element, encoded: memoryview, out: memoryview) -> bool:
 
 def _unframed(frame: memoryview, num_bytes: int) -> bytes | None:
     """What a frame of Zstandard holds if that are num_bytes, else None. The size is asked first: a forged one may be anything."""
+    zstandard = _zstandard()
     try:
         if zstandard.frame_content_size(frame) != num_bytes:
             return None
-        whole = _room.decompressor.decompress(frame, allow_extra_data=False)
+        whole: bytes = _room.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError:
         return None
     return whole if len(whole) == num_bytes else None

@@ -1,8 +1,8 @@
 """The disk tier: one file per chunk, shared by any number of processes.
 
-    PATH/v3/<namespace>/r<rank>/<first byte of the key>/<key>     the payload, then the footer
-    PATH/v3/<namespace>/r<rank>/tmp/                              chunks being written
-    PATH/v3/<namespace>/lease                                     locked while the namespace is in use
+    PATH/v4/<namespace>/r<rank>/<first byte of the key>/<key>     the payload, then the footer
+    PATH/v4/<namespace>/r<rank>/tmp/                              chunks being written
+    PATH/v4/<namespace>/lease                                     locked while the namespace is in use
 
 A put writes a temporary file, syncs it and renames it, so a name always stands for a whole chunk (without fsync, after a power cut, for
 one that does not match its checksum). The writer holds a lock (flock) on its temporary file: one that can be locked has no writer any more,
@@ -29,8 +29,9 @@ from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.cache.tiers.file_read import read_chunk, read_footer, read_loop
 from lmc.cache.tiers.file_write import write_chunk
 from lmc.cache.tiers.files import FILE_MODE, is_file, make_folders, move_over, remove, replace_by_folder
-from lmc.cache.tiers.format import FORMAT, TierScope, decode, stored_bytes
+from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, decode, stored_bytes
 from lmc.cache.tiers.namespaces import TEMPORARY, FolderShare, take_lease
+from lmc.cache.tiers.stored import Moved, pack, unpack
 from lmc.errors import Corrupt, TierError, TierFull
 
 _log = logging.getLogger(__name__)
@@ -78,16 +79,17 @@ class DiskTier:
                     "lmc: disk tier: another version of lmc has stored chunks in %s; delete it if none runs", other
                 )
 
-    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
         self._scope.check_size(data)
-        footer = self._scope.seal(key, self._scope.checksum(data), parent)
-        size = stored_bytes(len(data))
+        payload, coding, seconds = pack(self._scope, data)
+        footer = self._scope.seal(key, self._scope.checksum(payload), parent, len(payload), coding)
+        size = stored_bytes(len(payload))
         kept = False
         try:
             if self._share is not None:
                 self._share.begin(key.hex(), size)
             try:
-                self._write(key, data, footer)
+                self._write(key, payload, footer)
                 kept = True
             finally:
                 if self._share is not None:
@@ -97,13 +99,14 @@ class DiskTier:
         except OSError as error:
             kind = TierFull if error.errno in _NO_ROOM else TierError
             raise kind(f"disk tier: cannot store {self._file_name(key)}: {error.strerror}") from error
+        return Moved(size, seconds)
 
-    def get(self, key: ChunkKey, out: memoryview) -> None:
+    def get(self, key: ChunkKey, out: memoryview) -> Moved:
         """A file that this user may not read counts as absent: it is another user's, and no harm is done to it."""
         folder, name = self._place(key)
         try:
-            footer, found = read_chunk(folder, name, out, self._scope)
-            self._scope.verify(key, footer, found)
+            payload, footer, found = read_chunk(folder, name, out, self._scope)
+            return Moved(stored_bytes(len(payload)), unpack(self._scope, key, payload, footer, found, out))
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             raise KeyError(key) from None
         except Corrupt as error:
@@ -138,8 +141,8 @@ class DiskTier:
             found = sorted(self._files())
         except OSError as error:
             raise TierError(f"disk tier: cannot read {self._folder}: {error.strerror}") from error
-        for _, name in found:
-            yield ChunkKey(bytes.fromhex(name)), self._scope.chunk_bytes
+        for _, name, size in found:
+            yield ChunkKey(bytes.fromhex(name)), size
 
     def parents(self, keys: Sequence[ChunkKey], seconds: float = _PARENTS_SECONDS) -> dict[ChunkKey, ChunkKey]:
         """The chunk before each of keys, as their footers state it.
@@ -155,7 +158,7 @@ class DiskTier:
                 _log.warning(text, number, len(keys), self._folder, seconds)
                 break
             try:
-                footer = decode(read_footer(*self._place(key), self._scope.chunk_bytes))
+                footer = decode(read_footer(*self._place(key)))
             except (OSError, Corrupt):
                 continue  # a load will say what is wrong with it
             if footer.key == key and footer.parent is not None:
@@ -234,8 +237,8 @@ class DiskTier:
         finally:
             os.close(fd)
 
-    def _files(self) -> Iterator[tuple[int, str]]:
-        """(time of the last change in ns, name) of each file that has a chunk's name and size."""
+    def _files(self) -> Iterator[tuple[int, str, int]]:
+        """(time of the last change in ns, name, bytes) of each file that has a chunk's name and a size that one may have."""
         left_out: list[OSError] = []
         with os.scandir(self._folder) as folders:
             for folder in folders:
@@ -250,7 +253,9 @@ class DiskTier:
             text = "lmc: disk tier: %d entries of %s cannot be looked at and are left out; the first: %s"
             _log.warning(text, len(left_out), self._folder, left_out[0])
 
-    def _chunks_among(self, entries: Iterator[os.DirEntry[str]], left_out: list[OSError]) -> Iterator[tuple[int, str]]:
+    def _chunks_among(
+        self, entries: Iterator[os.DirEntry[str]], left_out: list[OSError]
+    ) -> Iterator[tuple[int, str, int]]:
         for entry in entries:
             self.progress += 1
             if not _FILE_NAME.fullmatch(entry.name):
@@ -262,8 +267,8 @@ class DiskTier:
             except OSError as error:
                 left_out.append(error)
                 continue
-            if stat.S_ISREG(status.st_mode) and status.st_size == stored_bytes(self._scope.chunk_bytes):
-                yield status.st_mtime_ns, entry.name
+            if stat.S_ISREG(status.st_mode) and FOOTER_BYTES < status.st_size <= stored_bytes(self._scope.chunk_bytes):
+                yield status.st_mtime_ns, entry.name, status.st_size
 
     def _remove_leftovers(self) -> None:
         """What cannot be opened, locked or removed stays: it is no temporary file of lmc's, another user's, or its writer is alive."""

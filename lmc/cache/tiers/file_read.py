@@ -20,6 +20,7 @@ from types import ModuleType
 
 import numpy as np
 
+from lmc.cache.tiers.codec import room_for
 from lmc.cache.tiers.files import open_to_read
 from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
 from lmc.errors import Corrupt
@@ -64,29 +65,32 @@ def read_loop() -> ModuleType:
     return read_loop
 
 
-def read_chunk(folder: str, name: str, out: memoryview, scope: TierScope) -> tuple[memoryview, int]:
-    """Fill out with the payload; returns the footer, valid until this thread reads again, and the payload's checksum in scope.
+def read_chunk(folder: str, name: str, out: memoryview, scope: TierScope) -> tuple[memoryview, memoryview, int]:
+    """Read a file of at most a raw chunk's size: (payload, footer, the payload's checksum in scope), valid until this thread reads again.
 
-    Raises OSError, and Corrupt for another size or for something else than a regular file.
+    A payload of a raw chunk's size is read into out, a shorter one elsewhere. Raises OSError, and Corrupt for another size or for something
+    else than a regular file.
     """
     fd = open_to_read(folder, name)
     try:
         read = _read_and_authenticate if scope.auth_key else _read_and_hash
-        size, digest = read(fd, out, scope)
-        if size != len(out) + FOOTER_BYTES:
-            found = size if size < len(out) + FOOTER_BYTES else os.fstat(fd).st_size
-            raise Corrupt(f"the file has {found} bytes instead of {len(out) + FOOTER_BYTES}")
-        return scratch.footer, digest
+        expected = os.fstat(fd).st_size - FOOTER_BYTES
+        payload = room_for(expected) if 0 < expected < len(out) else out
+        size, digest = read(fd, payload, scope)
+        if size != len(payload) + FOOTER_BYTES:
+            found = size if size < len(payload) + FOOTER_BYTES else os.fstat(fd).st_size
+            raise Corrupt(f"the file has {found} bytes instead of {len(payload) + FOOTER_BYTES}")
+        return payload, scratch.footer, digest
     finally:
         os.close(fd)
 
 
-def read_footer(folder: str, name: str, payload_bytes: int) -> bytes:
-    """The page behind a payload of that size, and no more of the file. Raises OSError, and Corrupt when it is no regular file."""
+def read_footer(folder: str, name: str) -> bytes:
+    """The last page, and no more of the file. Raises OSError, and Corrupt when it is no regular file."""
     fd = open_to_read(folder, name)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else the kernel reads ahead
-        return os.pread(fd, FOOTER_BYTES, payload_bytes)
+        return os.pread(fd, FOOTER_BYTES, max(os.fstat(fd).st_size - FOOTER_BYTES, 0))
     finally:
         os.close(fd)
 

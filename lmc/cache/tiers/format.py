@@ -1,14 +1,16 @@
-"""The persisted form of a chunk: the payload as it was in the host slot, then one page of footer.
+"""The persisted form of a chunk: the payload, as it was in the host slot or encoded, then one page of footer.
 
 The same bytes lie on disk, in Redis and in S3. The footer says what the payload is (namespace, rank, key, layout), which chunk comes before
-it, how long it is and what it hashes to, and carries a checksum of itself that covers the padding too. It comes last, so that a payload can
+it, how long it is and what it hashes to, and carries a checksum of itself that covers the padding too. If the payload is encoded, it says
+how, and how long the raw chunk is and what that hashes to, so that a fault of the code is found, too. It comes last, so that a payload can
 be hashed while it is being sent, piece by piece, and is FOOTER_BYTES long, so that direct output ends on a page. All numbers are
 little-endian. Names of stored chunks contain FORMAT, so one version of lmc never meets the chunks of another one.
 
 A checksum finds accidents; who can write to the medium can make one, too. With an auth_key the payload's hash and a seal of the footer are
 keyed BLAKE3, at the footer's end; without that key nobody can make them, and a chunk that lacks them is refused as forged.
 
-Version 2 added the parent, so that a restart knows which chunk continues which; version 3 put the header of before behind the payload.
+Version 2 added the parent, so that a restart knows which chunk continues which; version 3 put the header of before behind the payload;
+version 4 added the code.
 """
 
 from __future__ import annotations
@@ -17,23 +19,26 @@ import hmac
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import xxhash
 from blake3 import blake3
 
+from lmc.cache.config import Compress
 from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, Element
 from lmc.errors import ConfigError, Corrupt, Forged
 
 FOOTER_BYTES = 4096
-VERSION = 3
+VERSION = 4
 FORMAT = f"v{VERSION}"  # the part of a file's or a remote key's name that changes with the version
 
 _MAGIC = b"LMCCHUNK"
 _NO_KEY = ChunkKey(bytes(KEY_BYTES))  # stands for the parent of the first chunk of a prefix
 
-# magic, version, footer bytes, footer checksum, payload bytes, payload checksum, rank, key, parent, namespace length, layout length
-_FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}s{KEY_BYTES}sHH")
+# magic, version, footer bytes, footer checksum, payload bytes, payload checksum, rank, key, parent, code, element, raw bytes, raw checksum,
+# namespace length, layout length
+_FIXED = struct.Struct(f"<8sHHQQQI{KEY_BYTES}s{KEY_BYTES}sBBQQHH")
 _START = struct.Struct("<8sHH")
 _CHECKSUM = struct.Struct("<Q")
 _FIELD = (1 << 64) - 1
@@ -42,7 +47,9 @@ _CHECKSUM_AT = _START.size
 _PAYLOAD_AT = _CHECKSUM_AT + _CHECKSUM.size
 _KEY_AT = _PAYLOAD_AT + _PAYLOAD.size
 _PARENT_AT = _KEY_AT + KEY_BYTES
-_LENGTHS_AT = _PARENT_AT + KEY_BYTES
+_CODING = struct.Struct("<BBQQ")  # zeros when the payload is as it was in the slot
+_CODING_AT = _PARENT_AT + KEY_BYTES
+_LENGTHS_AT = _CODING_AT + _CODING.size
 _HASH_BYTES = 32
 _SEAL_AT = FOOTER_BYTES - _HASH_BYTES
 _HASH_AT = _SEAL_AT - _HASH_BYTES  # of the payload; both are zeros without an auth_key
@@ -79,6 +86,15 @@ def stored_bytes(chunk_bytes: int) -> int:
     return chunk_bytes + FOOTER_BYTES
 
 
+class Coding(NamedTuple):
+    """How a payload is encoded, and what it is when it is decoded."""
+
+    compress: Compress
+    element: Element
+    raw_bytes: int
+    raw_checksum: int  # xxh3-64
+
+
 @dataclass(frozen=True)
 class ChunkFooter:
     namespace: str
@@ -88,6 +104,11 @@ class ChunkFooter:
     payload_bytes: int
     checksum: int  # xxh3-64 of the payload; with an auth_key, the first 8 bytes of its keyed hash
     parent: ChunkKey | None = None  # None: the chunk is the first of its prefix
+    coding: Coding | None = None  # None: the payload is the raw chunk
+
+    @property
+    def raw_bytes(self) -> int:
+        return self.payload_bytes if self.coding is None else self.coding.raw_bytes
 
 
 @dataclass(frozen=True)
@@ -101,6 +122,8 @@ class TierScope:
     auth_key: bytes = field(
         default=b"", repr=False
     )  # of derive_auth_key(); empty: chunks are checked, not authenticated
+    element: Element = "opaque"  # what the KV consists of
+    compress: Compress = "none"  # how chunks are stored; those that were stored otherwise are read all the same
 
     def __post_init__(self) -> None:
         if self.chunk_bytes <= 0 or self.rank < 0:
@@ -127,30 +150,53 @@ class TierScope:
         hasher.update(data)
         return hasher.intdigest()
 
-    def seal(self, key: ChunkKey, payload_checksum: int, parent: ChunkKey | None = None) -> bytes:
-        """The footer to store behind a payload of that checksum."""
+    def seal(
+        self,
+        key: ChunkKey,
+        payload_checksum: int,
+        parent: ChunkKey | None = None,
+        payload_bytes: int | None = None,
+        coding: Coding | None = None,
+    ) -> bytes:
+        """The footer to store behind a payload of that checksum. payload_bytes: as stored; None: those of a raw chunk."""
         page = bytearray(self._blank)
-        page[_PAYLOAD_AT:_LENGTHS_AT] = self._payload(key, payload_checksum) + (parent or _NO_KEY)
+        payload = self._payload(key, payload_checksum, self.chunk_bytes if payload_bytes is None else payload_bytes)
+        page[_PAYLOAD_AT:_LENGTHS_AT] = payload + (parent or _NO_KEY) + _coding_field(coding)
         if self.auth_key:
             page[_HASH_AT:_SEAL_AT] = payload_checksum.to_bytes(_HASH_BYTES, "little")
             page[_SEAL_AT:] = self._authentication(page)
         return _seal_page(page)
 
-    def verify(self, key: ChunkKey, page: memoryview, payload_checksum: int) -> None:
-        """Raises Corrupt unless page is the footer of this key in this scope with a payload of that checksum, and Forged when it is the
-        footer of some chunk, but not sealed with the auth_key."""
+    def verify(
+        self, key: ChunkKey, page: memoryview, payload_checksum: int, payload_bytes: int | None = None
+    ) -> Coding | None:
+        """How the payload is encoded.
+
+        Raises Corrupt unless page is the footer of this key in this scope with a payload of that checksum and length, and Forged when it is
+        the footer of some chunk, but not sealed with the auth_key.
+        """
+        size = self.chunk_bytes if payload_bytes is None else payload_bytes
         if (
-            page[_PAYLOAD_AT:_PARENT_AT] == self._payload(key, payload_checksum)
+            page[_PAYLOAD_AT:_PARENT_AT] == self._payload(key, payload_checksum, size)
             and page[_LENGTHS_AT : _LENGTHS_AT + len(self._texts)] == self._texts
             and page[:_CHECKSUM_AT] == _THIS_VERSION
             and page[_CHECKSUM_AT:_PAYLOAD_AT] == _page_checksum(page)
             and self._is_authentic(page, payload_checksum)
         ):
-            return  # any parent: the page's checksum covers it
-        footer = decode(page)
+            coding = _read_coding(page)
+            if self.chunk_bytes == (size if coding is None else coding.raw_bytes):
+                return coding  # of any parent: the page's checksum covers it
+        try:
+            footer = decode(page)
+        except Corrupt:
+            if size == self.chunk_bytes:
+                raise
+            raise Corrupt(
+                f"it has {stored_bytes(size)} bytes instead of {stored_bytes(self.chunk_bytes)}, and no footer of an encoded chunk"
+            ) from None
         if self.auth_key and not hmac.compare_digest(page[_SEAL_AT:], self._authentication(page)):
             raise Forged("it is not sealed with this cache's auth_key")
-        found = (footer.namespace, footer.rank, footer.layout, footer.key, footer.payload_bytes)
+        found = (footer.namespace, footer.rank, footer.layout, footer.key, footer.raw_bytes)
         wanted = (self.namespace, self.rank, self.layout, key, self.chunk_bytes)
         names = ("namespace", "rank", "layout", "key", "size")
         wrong = [name for name, have, want in zip(names, found, wanted, strict=True) if have != want]
@@ -175,8 +221,8 @@ class TierScope:
         hasher.update(page[_PAYLOAD_AT:_SEAL_AT])
         return hasher.digest()
 
-    def _payload(self, key: ChunkKey, payload_checksum: int) -> bytes:
-        return _PAYLOAD.pack(self.chunk_bytes, payload_checksum & _FIELD, self.rank) + key
+    def _payload(self, key: ChunkKey, payload_checksum: int, payload_bytes: int) -> bytes:
+        return _PAYLOAD.pack(payload_bytes, payload_checksum & _FIELD, self.rank) + key
 
     @cached_property
     def _blank(self) -> bytes:
@@ -207,9 +253,33 @@ def _unsealed(footer: ChunkFooter) -> bytearray:
     namespace, layout = footer.namespace.encode(), footer.layout.encode()
     numbers = [VERSION, FOOTER_BYTES, 0, footer.payload_bytes, footer.checksum, footer.rank]
     page = bytearray(FOOTER_BYTES)
-    _FIXED.pack_into(page, 0, _MAGIC, *numbers, footer.key, footer.parent or _NO_KEY, len(namespace), len(layout))
+    lengths = (len(namespace), len(layout))
+    _FIXED.pack_into(
+        page, 0, _MAGIC, *numbers, footer.key, footer.parent or _NO_KEY, *_coding_numbers(footer.coding), *lengths
+    )
     page[_FIXED.size : _FIXED.size + len(namespace) + len(layout)] = namespace + layout
     return page
+
+
+def _coding_numbers(coding: Coding | None) -> tuple[int, int, int, int]:
+    if coding is None:
+        return 0, 0, 0, 0
+    code, element = COMPRESS.index(coding.compress), ELEMENTS.index(coding.element)
+    return code, element, coding.raw_bytes, coding.raw_checksum
+
+
+def _coding_field(coding: Coding | None) -> bytes:
+    return _CODING.pack(*_coding_numbers(coding))
+
+
+def _read_coding(page: bytes | bytearray | memoryview) -> Coding | None:
+    """Raises Corrupt for a code of another lmc's."""
+    code, element, raw_bytes, raw_checksum = _CODING.unpack_from(page, _CODING_AT)
+    if code == 0:
+        return None
+    if code >= len(COMPRESS) or element >= len(ELEMENTS):
+        raise Corrupt(f"it is encoded in a way that this lmc does not know (code {code}, element {element})")
+    return Coding(COMPRESS[code], ELEMENTS[element], raw_bytes, raw_checksum)
 
 
 def _seal_page(page: bytearray) -> bytes:
@@ -230,7 +300,8 @@ def decode(raw: bytes | bytearray | memoryview) -> ChunkFooter:
     page = bytearray(raw)
     if len(page) != FOOTER_BYTES:
         raise Corrupt(f"the footer has {len(page)} bytes instead of {FOOTER_BYTES}")
-    magic, version, _, _, payload_bytes, digest, rank, key, parent, *lengths = _FIXED.unpack_from(page)
+    magic, version, _, _, payload_bytes, digest, rank, key, parent, *rest = _FIXED.unpack_from(page)
+    lengths = rest[-2:]
     if magic != _MAGIC:
         raise Corrupt("this is not a chunk of lmc, or not all of one")
     if version != VERSION:
@@ -247,4 +318,5 @@ def decode(raw: bytes | bytearray | memoryview) -> ChunkFooter:
         payload_bytes,
         digest,
         ChunkKey(parent) if parent != _NO_KEY else None,
+        _read_coding(page),
     )

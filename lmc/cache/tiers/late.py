@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import BoundedTier
+from lmc.cache.tiers.stored import Moved
 from lmc.errors import TierError
 
 Result = TypeVar("Result")
@@ -95,11 +96,11 @@ class LateTier:
         """Changes while scan() gets on."""
         return self._tier.progress if self._tier is not None else 0
 
-    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
-        self.open().put(key, data, parent)
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
+        return self.open().put(key, data, parent)
 
-    def get(self, key: ChunkKey, out: memoryview) -> None:
-        self.open().get(key, out)
+    def get(self, key: ChunkKey, out: memoryview) -> Moved:
+        return self.open().get(key, out)
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         return self.open().contains(keys)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lmc.cache.config import CacheConfig
+from lmc.cache.config import CacheConfig, Compress
 from lmc.cache.keys import KEY_BYTES, ChunkKey
 from lmc.cache.tiers.breaker import BoundedBreaker, Breaker
+from lmc.cache.tiers.codec import codes_for, prepare
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import TierScope, derive_auth_key
 from lmc.cache.tiers.late import LateTier, TierHangs, wait_for
@@ -50,11 +51,16 @@ def open_tiers(
         warnings.append(f"{error}; {consequence}")
         _log.warning("lmc: %s", warnings[-1])
 
+    def coded(tier: str, compress: Compress) -> TierScope:
+        """The scope of a tier that compresses, or none when this caller writes nothing. Raises TierError."""
+        return scope if num_ranks is None else _coded(scope, tier, compress)
+
     if config.disk.path is not None:
         try:
             capacity = None if num_ranks is None else config.disk.capacity
+            own = coded("disk", config.disk.compress)
             open_disk = partial(
-                DiskTier, config.disk.path, scope, fsync=config.disk.fsync, capacity=capacity, num_ranks=num_ranks or 1
+                DiskTier, config.disk.path, own, fsync=config.disk.fsync, capacity=capacity, num_ranks=num_ranks or 1
             )
             disk = LateTier("disk", open_disk)
             tiers["disk"] = BoundedBreaker(disk, patience=patience, slow=slow)
@@ -62,12 +68,20 @@ def open_tiers(
         except TierHangs as error:
             warn(error, "running without it until it answers; what it holds is found at the next start")
         except TierError as error:
-            del tiers["disk"]
+            tiers.pop("disk", None)
             warn(error, "running without it")
     if config.redis.url is not None:
-        tiers["redis"] = Breaker(RedisTier(config.redis, scope), patience=patience, slow=slow)
+        try:
+            redis = RedisTier(config.redis, coded("redis", config.redis.compress))
+            tiers["redis"] = Breaker(redis, patience=patience, slow=slow)
+        except TierError as error:
+            warn(error, "running without it")
     if config.s3.bucket is not None:
-        tiers["s3"] = Breaker(_open_s3(config, scope), patience=patience, slow=slow)
+        try:
+            s3 = _open_s3(config, coded("s3", config.s3.compress))
+            tiers["s3"] = Breaker(s3, patience=patience, slow=slow)
+        except TierError as error:
+            warn(error, "running without it")
     for name, tier in tiers.items():
         if name == "disk":
             continue
@@ -76,6 +90,25 @@ def open_tiers(
         except TierError as error:
             warn(error, "running without it until it answers")
     return tiers, warnings
+
+
+def _coded(scope: TierScope, tier: str, compress: Compress) -> TierScope:
+    """Raises TierError when the KV or this machine cannot be served."""
+    if compress == "none":
+        return scope
+    if scope.element == "opaque":
+        raise TierError(
+            f"{tier}.compress is {compress}, but the KV of this engine does not consist of one known kind of number; set it to none"
+        )
+    try:
+        prepare(compress)
+    except TierError as error:
+        raise TierError(f"{tier}.compress: {error}") from error
+    if compress not in codes_for(scope.element):
+        _log.warning(
+            "lmc: %s.compress: %s has no code for %s; chunks are stored as they are", tier, compress, scope.element
+        )
+    return replace(scope, compress=compress)
 
 
 def read_auth_key(config: CacheConfig) -> bytes:

@@ -1,4 +1,4 @@
-"""The Redis (or Valkey) tier: one value per chunk, payload and footer, under lmc:v3:<namespace>:<rank>:<key>.
+"""The Redis (or Valkey) tier: one value per chunk, payload and footer, under lmc:v4:<namespace>:<rank>:<key>.
 
 redis-py connects, authenticates, encrypts and follows the topology, and does the small commands; values go over its sockets directly
 (redis_wire.py). Nothing is connected before the first call, so an unreachable server costs a TierError per call and not the start.
@@ -20,10 +20,12 @@ from redis.exceptions import RedisClusterException
 
 from lmc.cache.config import RedisConfig
 from lmc.cache.keys import ChunkKey
-from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope
+from lmc.cache.tiers.codec import room_for
+from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, stored_bytes
 from lmc.cache.tiers.redis_address import parse_address
 from lmc.cache.tiers.redis_connect import node_pool, open_client
 from lmc.cache.tiers.redis_wire import ErrorReply, Wire
+from lmc.cache.tiers.stored import Moved, pack, unpack
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
 
 _FAILURES = (RedisError, RedisClusterException, OSError)
@@ -49,16 +51,17 @@ class RedisTier:
         self._idle: dict[ConnectionPool, list[_Line]] = {}
         self._opening = threading.Lock()
 
-    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
         name = self._name(key)
         self._scope.check_size(data)
         expiry = [] if self._ttl_ms is None else [b"PX", b"%d" % self._ttl_ms]
+        payload, coding, seconds = pack(self._scope, data)
 
         def footer(payload_checksum: int) -> bytes:
-            return self._scope.seal(key, payload_checksum, parent)
+            return self._scope.seal(key, payload_checksum, parent, len(payload), coding)
 
         def store(wire: Wire) -> None:
-            wire.set(name, data, footer, self._scope.hasher(), expiry)
+            wire.set(name, payload, footer, self._scope.hasher(), expiry)
             wire.line()
 
         with self._named_errors("store", key) as client:
@@ -67,32 +70,31 @@ class RedisTier:
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
-                client.set(name, bytes(data) + footer(self._scope.checksum(data)), px=self._ttl_ms)
+                client.set(name, bytes(payload) + footer(self._scope.checksum(payload)), px=self._ttl_ms)
+        return Moved(stored_bytes(len(payload)), seconds)
 
-    def get(self, key: ChunkKey, out: memoryview) -> None:
+    def get(self, key: ChunkKey, out: memoryview) -> Moved:
         name = self._name(key)
         footer = memoryview(bytearray(FOOTER_BYTES))
 
-        def verified(found: int | None) -> int | None:
-            if found is not None:
-                self._scope.verify(key, footer, found)
-            return found
-
-        def load(wire: Wire) -> int | None:
+        def load(wire: Wire) -> Moved | None:
             wire.command(b"GET", name)
-            return verified(
-                wire.bulk(out, footer, self._scope.hasher())
-            )  # here: a connection that brings garbage is not used again
+            found = wire.bulk(out, footer, self._scope.hasher(), room_for)
+            if found is None:
+                return None
+            payload, digest = found  # verified here: a connection that brings garbage is not used again
+            return Moved(stored_bytes(len(payload)), unpack(self._scope, key, payload, footer, digest, out))
 
         with self._named_errors("load", key) as client:
             try:
-                found = self._talk(client, name, load)
+                moved = self._talk(client, name, load)
             except ErrorReply as reply:
                 if not str(reply).startswith(_MOVED):
                     raise
-                found = verified(self._get_moved(client, name, out, footer))
-            if found is None:
+                moved = self._get_moved(client, key, out)
+            if moved is None:
                 raise KeyError(key)
+            return moved
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         if not keys:
@@ -151,16 +153,18 @@ class RedisTier:
                 line.discard()
         return answer
 
-    def _get_moved(self, client: Redis | RedisCluster, name: bytes, out: memoryview, footer: memoryview) -> int | None:
+    def _get_moved(self, client: Redis | RedisCluster, key: ChunkKey, out: memoryview) -> Moved | None:
         """GET while the cluster moves the key's slot: redis-py follows the redirections, at the price of copies."""
-        value = client.get(name)
+        value = client.get(self._name(key))
         if value is None:
             return None
-        if len(value) != len(out) + len(footer):
-            raise Corrupt(f"the value has {len(value)} bytes instead of {len(out) + len(footer)}")
-        out[:] = memoryview(value)[: len(out)]
-        footer[:] = value[len(out) :]
-        return self._scope.checksum(out)
+        if not FOOTER_BYTES < len(value) <= stored_bytes(len(out)):
+            raise Corrupt(f"the value has {len(value)} bytes instead of {stored_bytes(len(out))}")
+        payload, footer = memoryview(value)[:-FOOTER_BYTES], memoryview(value)[-FOOTER_BYTES:]
+        if len(payload) == len(out):
+            out[:] = payload
+        digest = self._scope.checksum(payload)
+        return Moved(len(value), unpack(self._scope, key, payload, footer, digest, out))
 
     @contextmanager
     def _named_errors(self, action: str, key: ChunkKey) -> Iterator[Redis | RedisCluster]:

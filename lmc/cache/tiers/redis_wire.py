@@ -75,9 +75,11 @@ class Wire:
             raise Corrupt(f"the reply {line[:40]!r} is followed by {rest[:40]!r}")
         return line
 
-    def bulk(self, body: memoryview, footer: memoryview, hasher: Hasher) -> int | None:
-        """Receive a value that must be exactly as long as body and footer; returns what hasher says of body; None: there
-        is no value.
+    def bulk(
+        self, body: memoryview, footer: memoryview, hasher: Hasher, room: Callable[[int], memoryview]
+    ) -> tuple[memoryview, int] | None:
+        """Receive a value that may be as long as body and footer, or shorter; returns what lies before the footer, and what hasher says of
+        it; None: there is no value. A value of full length is received into body, a shorter one into room(bytes).
 
         Raises ErrorReply, and Corrupt for anything else, after which the connection is out of step.
         """
@@ -90,10 +92,33 @@ class Wire:
             _advance(left, count)
             received += count
             if start != wanted and (received >= len(start) or b"\r\n" in start):
-                begun = bytes(start + body[:_LONGEST_LINE] + footer)[: min(received, _LONGEST_LINE + 1)]
-                self._no_value(begun, len(body) + len(footer))
-                return None
-        position = min(received - len(start), len(body))
+                begun = bytes(start) + bytes(body[: max(received - len(start), 0)]) + bytes(footer) + bytes(end)
+                return self._shorter(begun[:received], len(body), footer, hasher, room)
+        self._rest(body, received - len(start), footer, end, hasher)
+        return body, hasher.intdigest()
+
+    def _shorter(
+        self, begun: bytes, most: int, footer: memoryview, hasher: Hasher, room: Callable[[int], memoryview]
+    ) -> tuple[memoryview, int] | None:
+        """The same for a reply that does not start as a value of full length does, of which begun is here."""
+        size = self._length(begun, len(footer), most + len(footer))
+        if size is None:
+            return None
+        if b"\r\n" not in begun:
+            raise Corrupt(f"the reply starts with {begun[:40]!r}")
+        body, end = room(size - len(footer)), bytearray(2)
+        here = memoryview(begun)[begun.index(b"\r\n") + 2 :]
+        if len(here) > size + len(end):
+            raise Corrupt(f"the value is followed by {bytes(here[size:][:40])!r}")
+        body[: len(here)] = here[: len(body)]
+        footer[: max(len(here) - len(body), 0)] = here[len(body) : size]
+        end[: max(len(here) - size, 0)] = here[size:]
+        self._rest(body, len(here), footer, end, hasher)
+        return body, hasher.intdigest()
+
+    def _rest(self, body: memoryview, received: int, footer: memoryview, end: bytearray, hasher: Hasher) -> None:
+        """Receive what is missing of body, footer and end, of which so many bytes are here."""
+        position = min(received, len(body))
         hasher.update(body[:position])
         while position < len(body):
             piece = body[position : position + _PIECE]
@@ -101,21 +126,23 @@ class Wire:
             hasher.update(piece[:count])
             position += count
         left = [footer, memoryview(end)]
-        _advance(left, max(received - len(start) - len(body), 0))
+        _advance(left, max(received - len(body), 0))
         while left:
             _advance(left, self._receive(left, whole=True))
         if end != b"\r\n":
             raise Corrupt(f"the value is followed by {bytes(end)!r}")
-        return hasher.intdigest()
 
-    def _no_value(self, start: bytes, wanted: int) -> None:
-        """Judge a reply that does not start as a value of the wanted length does; returns when it says that there is none."""
-        line, rest = self._line(start)
+    def _length(self, start: bytes, least: int, most: int) -> int | None:
+        """The length of a value that is not as long as the longest, from the first line of its reply; None: there is none."""
+        line, rest = self._line(start[: _LONGEST_LINE + 1])
         if line == b"$-1" and not rest:
-            return
-        if line[1:].isdigit():
-            raise Corrupt(f"the value has {line[1:].decode()} bytes instead of {wanted}")
-        raise Corrupt(f"the reply starts with {line[:40]!r}")
+            return None
+        if not line.startswith(b"$") or not line[1:].isdigit():
+            raise Corrupt(f"the reply starts with {line[:40]!r}")
+        size = int(line[1:])
+        if not least < size < most:
+            raise Corrupt(f"the value has {size} bytes instead of {most}")
+        return size
 
     def _line(self, start: bytes) -> tuple[bytes, bytes]:
         """The first line of a reply that begins with start, and what came behind it. Raises ErrorReply."""

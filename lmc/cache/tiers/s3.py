@@ -1,4 +1,4 @@
-"""The S3 tier: one object per chunk, payload and footer, in any S3-compatible store, under PREFIX/v3/<namespace>/r<rank>/<key>.
+"""The S3 tier: one object per chunk, payload and footer, in any S3-compatible store, under PREFIX/v4/<namespace>/r<rank>/<key>.
 
 obstore signs and sends the requests, and repeats one that failed in passing (a 5xx, a dropped connection) within the time-out. Objects are
 written by a single request, so they appear whole. The store's own rules decide how long they stay.
@@ -21,7 +21,8 @@ from obstore.store import S3Store
 from lmc.cache.config import S3Config
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.aws import aws_settings
-from lmc.cache.tiers.format import FORMAT, Hasher, TierScope, stored_bytes
+from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, Hasher, TierScope, stored_bytes
+from lmc.cache.tiers.stored import Moved, pack, unpack
 from lmc.errors import ConfigError, Corrupt, TierError
 
 _RETRIES = 2
@@ -43,16 +44,18 @@ class S3Tier:
         self._store = open_store(config)
         self._where = f"s3 tier in {_settings(config).get('endpoint', 'AWS')}, bucket {config.bucket}"
 
-    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
         self._scope.check_size(data)
-        footer = self._scope.seal(key, self._scope.checksum(data), parent)
+        payload, coding, seconds = pack(self._scope, data)
+        footer = self._scope.seal(key, self._scope.checksum(payload), parent, len(payload), coding)
         with self._named_errors("store", key):
             try:
-                obstore.put(self._store, self._name(key), [data, footer], use_multipart=False)
+                obstore.put(self._store, self._name(key), [payload, footer], use_multipart=False)
             except FileNotFoundError as error:
                 raise OSError(_first_line(error)) from error
+        return Moved(stored_bytes(len(payload)), seconds)
 
-    def get(self, key: ChunkKey, out: memoryview) -> None:
+    def get(self, key: ChunkKey, out: memoryview) -> Moved:
         with self._named_errors("load", key):
             try:
                 answer = obstore.get(self._store, self._name(key))
@@ -61,10 +64,13 @@ class S3Tier:
                     raise OSError("there is no such bucket") from error
                 raise KeyError(key) from None
             size = answer.meta["size"]
-            if size != stored_bytes(len(out)):
+            if not FOOTER_BYTES < size <= stored_bytes(len(out)):
                 raise Corrupt(f"the object has {size} bytes instead of {stored_bytes(len(out))}")
             value = memoryview(answer.bytes())
-            self._scope.verify(key, value[len(out) :], _copy(value[: len(out)], out, self._scope.hasher()))
+            payload, footer = value[:-FOOTER_BYTES], value[-FOOTER_BYTES:]
+            raw = len(payload) == len(out)
+            digest = _copy(payload, out, self._scope.hasher()) if raw else self._scope.checksum(payload)
+            return Moved(size, unpack(self._scope, key, payload, footer, digest, out))
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """Send one HEAD request per key, many at once. All of them together end within the time-out."""

@@ -64,6 +64,7 @@ class KVLayout:
     regions: tuple[Region, ...]
     layers: tuple[Layer, ...]
     description: str  # canonical JSON of all that decides the bytes of a chunk, equal on every rank and machine
+    dtypes: frozenset[str] = frozenset()  # torch's names of the tensors' types
 
     @cached_property
     def block_bytes(self) -> int:
@@ -231,7 +232,8 @@ class KVLayout:
             },
             separators=(",", ":"),
         )
-        return cls(engine, devices.pop(), block_tokens, num_blocks, tuple(regions), tuple(layers), description)
+        dtypes = frozenset(view.dtype for view in views)
+        return cls(engine, devices.pop(), block_tokens, num_blocks, tuple(regions), tuple(layers), description, dtypes)
 
 
 def _column(values: Iterable[int]) -> npt.NDArray[np.uint64]:

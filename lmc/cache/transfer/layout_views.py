@@ -54,6 +54,7 @@ class View:
     runs: tuple[int, ...]  # byte offset of each contiguous run of a block
     run_bytes: int
     form: str  # shape, dtype and order inside a block
+    dtype: str  # torch's name
 
 
 def vllm_view(name: str, tensor: torch.Tensor, num_blocks: int) -> View:
@@ -113,6 +114,7 @@ def _view(
         runs=tuple(offsets),
         run_bytes=run,
         form=f"{axes}={','.join(map(str, shape))} {dtype} {order}",
+        dtype=dtype,
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
 from lmc.cache.tiers.breaker import Breaker
+from lmc.cache.tiers.codec import element_of
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.open import open_tiers
 from lmc.cache.transfer.backends import Backend, choose_backend
@@ -48,7 +49,8 @@ def open_worker(
         tiers: dict[str, Breaker] = {}
         warnings: list[str] = []
         if stores:
-            scope = TierScope(namespace.label(), part, layout.fingerprint, chunk_bytes)
+            element = element_of(layout.dtypes, namespace.kv_dtype)
+            scope = TierScope(namespace.label(), part, layout.fingerprint, chunk_bytes, element=element)
             tiers, warnings = open_tiers(config, scope, num_ranks)
         for tier in tiers.values():
             opened.callback(tier.close)

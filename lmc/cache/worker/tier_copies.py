@@ -18,6 +18,7 @@ from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.plan import ABSENT, CORRUPT, CRASH, ERROR, FORGED, FULL, LATE, UNAVAILABLE, TierCopy
 from lmc.cache.tiers.breaker import BoundedBreaker, Breaker, Direction, TierOpen
+from lmc.cache.tiers.stored import NOTHING, Moved
 from lmc.cache.tiers.threads import IoThreads
 from lmc.cache.transfer.pinned import Slab
 from lmc.errors import Corrupt, Forged, TierError, TierFull
@@ -36,7 +37,10 @@ class _Job(NamedTuple):
 
 
 class TierCopier:
-    """finish(operations, cause) and measure(what, bytes, seconds) are called from any thread. io_threads: by tier, each way."""
+    """finish(operations, cause), measure(what, bytes, seconds) and moved(copy, raw bytes, Moved) are called from any thread.
+
+    io_threads: by tier, each way.
+    """
 
     def __init__(
         self,
@@ -47,12 +51,14 @@ class TierCopier:
         io_threads: Mapping[str, int],
         finish: Callable[[Sequence[int], str | None], None],
         measure: Callable[[str, int, float], None],
+        moved: Callable[[TierCopy, int, Moved], None],
     ) -> None:
         self._tiers = dict(tiers)
         self._slab = slab
         self._rank = rank
         self._finish = finish
         self._measure = measure
+        self._moved = moved
         self._sparingly = Sparingly()
         # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
         self._threads: dict[tuple[str, Direction], IoThreads[_Job]] = {}
@@ -145,14 +151,16 @@ class TierCopier:
         view = self._slab.view(copy.ticket.slot) if copy.ticket.kind != "delete" else memoryview(b"")
         started = time.perf_counter()
         if copy.ticket.kind == "stage":
-            tier.get(copy.ticket.key, view)
+            moved = tier.get(copy.ticket.key, view)
         else:
             for key in (*self._take_owed(copy), *copy.ticket.evict):
                 self._delete(tier, key)
             if copy.ticket.kind == "write":
-                tier.put(copy.ticket.key, view, copy.ticket.parent)
+                moved = tier.put(copy.ticket.key, view, copy.ticket.parent)
             else:
                 tier.delete(copy.ticket.key)
+                moved = NOTHING
+        self._moved(copy, len(view), moved)
         self._end(copy, None)
         self._measure(f"{copy.ticket.tier} {copy.ticket.kind}", len(view), time.perf_counter() - started)
 

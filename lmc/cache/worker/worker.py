@@ -18,13 +18,17 @@ from lmc.cache.plan import (
     COPY,
     CRASH,
     BreakerReading,
+    CodecRun,
     CopyReading,
     Plan,
     Report,
+    TierCopy,
     WorkerReady,
 )
 from lmc.cache.tiers.breaker import DIRECTIONS, BoundedBreaker, Breaker
+from lmc.cache.tiers.format import stored_bytes
 from lmc.cache.tiers.late import TierHangs, wait_for
+from lmc.cache.tiers.stored import Moved
 from lmc.cache.transfer.backends.auto import AutoBackend
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.transfer.planner import Direction
@@ -69,7 +73,7 @@ class CacheWorker:
         self._warnings = tuple(warnings)
         self._close_timeout = close_timeout
         self._tier_copies = TierCopier(
-            tiers, slab, rank, io_threads=io_threads, finish=self._finish, measure=self._measure
+            tiers, slab, rank, io_threads=io_threads, finish=self._finish, measure=self._measure, moved=self._note_moved
         )
         self._lock = threading.Lock()  # guards the report, which other threads write to
         self._report = Report()
@@ -80,12 +84,12 @@ class CacheWorker:
     def ready(self) -> WorkerReady:
         """Message of what this rank holds. It scans the bounded tiers."""
         warnings = list(self._warnings)
-        stored: dict[str, list[ChunkKey]] = {}
+        stored: dict[str, dict[ChunkKey, int]] = {}
         parents: dict[ChunkKey, ChunkKey] = {}
         for name, tier in self._tiers.items():
             if not isinstance(tier, BoundedBreaker):
                 continue
-            stored[name] = []
+            stored[name] = {}
             if not tier.is_open:
                 continue  # it hangs, and has said so
             try:
@@ -237,14 +241,23 @@ class CacheWorker:
                 cause = failure if failure in CAUSES else COPY
                 self._report.failed.update(dict.fromkeys(operations, cause))
 
+    def _note_moved(self, copy: TierCopy, raw_bytes: int, moved: Moved) -> None:
+        saved = stored_bytes(raw_bytes) - moved.stored_bytes
+        kind, tier = copy.ticket.kind, copy.ticket.tier
+        with self._lock:
+            if kind == "write" and saved:
+                self._report.saved[copy.ticket.operation] += saved
+            if moved.codec_seconds:
+                self._report.codecs.append(CodecRun(tier, kind, raw_bytes, moved.stored_bytes, moved.codec_seconds))
+
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
             self._report.transfers.append((what, num_bytes, seconds))
 
 
-def _look_into(tier: BoundedBreaker) -> tuple[list[ChunkKey], dict[ChunkKey, ChunkKey]]:
-    found = [key for key, _ in tier.scan()]
-    return found, tier.parents(found)
+def _look_into(tier: BoundedBreaker) -> tuple[dict[ChunkKey, int], dict[ChunkKey, ChunkKey]]:
+    found = dict(tier.scan())
+    return found, tier.parents(list(found))
 
 
 def _progress(tier: BoundedBreaker) -> int:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from blake3 import blake3
 
-from lmc.cache.directory import HOST, Directory, Miss, evicted_from
+from lmc.cache.directory import HOST, Capacity, Directory, Miss, Ticket, evicted_from
 from lmc.cache.directory.nodes import Nodes
 from lmc.cache.directory.remote import BELIEVED_SECONDS, RemoteKeys
 from lmc.cache.keys import ChunkKey
@@ -21,7 +21,12 @@ def keys(name: str, count: int) -> list[ChunkKey]:
 
 
 def make(host_slots: int = 4, disk: int = 0, **options) -> Directory:
-    return Directory(host_slots, {"disk": disk} if disk else {}, get_policy(options.pop("policy", "lru")), **options)
+    return Directory(
+        host_slots,
+        {"disk": Capacity.of_chunks(disk)} if disk else {},
+        get_policy(options.pop("policy", "lru")),
+        **options,
+    )
 
 
 def settle(directory: Directory, tickets=(), failure: str | None = None) -> list:
@@ -215,6 +220,50 @@ def test_a_chunk_whose_write_failed_is_not_there_and_is_written_at_its_next_touc
     again = put(directory, keys("a", 1))
     assert [(write.kind, write.tier) for write in again] == [("write", lost)]
     assert len(directory.tiers_of(keys("a", 1)[0])) == 3
+
+
+def written(directory: Directory, chain: list[ChunkKey], saved: int) -> list[Ticket]:
+    """Store a chain whose chunks save so many bytes each below the host; returns the write tickets."""
+    for ticket in directory.store(chain, 0.0):
+        directory.complete(ticket.operation, None, 0.0)
+    writes = directory.take_tickets()
+    for ticket in writes:
+        directory.complete(ticket.operation, None, 0.0, saved)
+    directory.check()
+    return writes
+
+
+def test_a_tier_of_ten_chunks_holds_thirteen_that_are_compressed_and_room_for_one_that_may_not_be():
+    directory = Directory(40, {"disk": Capacity(1000, 100, 20)}, get_policy("lru"))
+    for number in range(30):
+        written(directory, keys(f"{number}", 1), saved=30)
+    assert directory.usage()["disk"] == (13, 20) and directory.room()["disk"] == (910, 1000)
+
+
+def test_a_chunk_that_is_not_shortened_takes_the_place_of_several():
+    directory = Directory(40, {"disk": Capacity(100, 10, 40)}, get_policy("lru"))
+    for number in range(20):
+        written(directory, keys(f"{number}", 1), saved=7)
+    assert directory.room()["disk"] == (20 * 3, 100)
+    for number in range(20, 26):
+        (write,) = written(directory, keys(f"{number}", 1), saved=0)
+        taken, room = directory.room()["disk"]
+        assert taken <= room and len(write.evict) <= 4
+    assert directory.usage()["disk"][0] < 20
+
+
+def test_what_was_evicted_for_a_write_that_finds_no_room_all_the_same_is_deleted():
+    directory = Directory(40, {"disk": Capacity(20, 10, 40)}, get_policy("lru"))
+    written(directory, keys("a", 2), saved=5)
+    written(directory, keys("b", 1), saved=1)
+    directory.pin(keys("b", 1), "user", 100.0)
+    directory.pin(keys("a", 1), "user", 100.0)
+    assert directory.room()["disk"] == (19, 20)
+    assert [(ticket.kind, ticket.key) for ticket in written(directory, keys("c", 1), 0)] == [
+        ("delete", keys("a", 2)[1])
+    ]
+    assert directory.room()["disk"] == (14, 20)
+    assert directory.counts.writes_dropped == 1
 
 
 def test_restoring_keeps_the_youngest_and_names_the_rest():

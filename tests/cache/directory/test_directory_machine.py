@@ -8,16 +8,26 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
-from lmc.cache.directory import HOST, Directory, Miss, Ticket
+from lmc.cache.directory import HOST, Capacity, Directory, Miss, Ticket
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.registry import POLICIES
 
 DISK, REDIS = "disk", "redis"
+CHUNK = 10
 Path = tuple[int, ...]  # a chunk is named by the tokens of its prefix, the first of which stands for the tenant
 
 
 def name(path: Path) -> ChunkKey:
     return ChunkKey(bytes(path).rjust(32, b"\xff"))
+
+
+def size_of(key: ChunkKey) -> int:
+    """Bytes that a chunk takes below the host: some of them can be compressed."""
+    return CHUNK - sum(key) % CHUNK if sum(key) % 3 else CHUNK
+
+
+def saved(ticket: Ticket) -> int:
+    return CHUNK - size_of(ticket.key) if ticket.kind == "write" else 0
 
 
 def prefix(path: Path) -> list[ChunkKey]:
@@ -30,6 +40,9 @@ class World:
 
     slots: dict[int, ChunkKey] = field(default_factory=dict)
     tiers: dict[str, set[ChunkKey]] = field(default_factory=lambda: {DISK: set(), REDIS: set()})
+
+    def room(self, tier: str) -> int:
+        return sum(size_of(key) for key in self.tiers[tier])
 
     def do(self, ticket: Ticket) -> bool:
         """Whether it could be done."""
@@ -79,7 +92,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     )
     def start(self, policy, host_slots, disk_slots, remote, write, ttl, ttl_mode, tenant_quota, queue_depth, calm):
         self.calm = calm  # nothing fails and nothing is removed, so every chunk has its parent
-        self.below = {DISK: disk_slots} if disk_slots else {}
+        self.below = {DISK: Capacity(disk_slots * CHUNK, CHUNK, disk_slots * 2)} if disk_slots else {}
         self.remote = tuple(tier for tier in remote if tier != DISK or disk_slots)
         self.directory = Directory(
             host_slots,
@@ -188,7 +201,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.disturbed = self.disturbed or fails is not None
         if opened is not None and fails is None and ticket.kind == "store":
             self.stored.add(ticket.key)
-        assert self.directory.complete(ticket.operation, fails, self.now) == opened
+        assert self.directory.complete(ticket.operation, fails, self.now, saved(ticket)) == opened
         return self.take([])
 
     @rule(target=tickets, served=st.lists(paths, min_size=2, max_size=5), seconds=st.floats(0, 12))
@@ -312,7 +325,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         assert set(usage) == {HOST, *self.below}
         assert all(taken <= capacity for taken, capacity in usage.values())
         if DISK in self.below and DISK not in self.remote:
-            assert len(self.world.tiers[DISK]) <= self.below[DISK]
+            assert self.world.room(DISK) <= self.below[DISK].num_bytes
         own_slots = [ticket.slot for ticket in self.open.values() if ticket.kind in ("store", "stage")]
         assert len(own_slots) == len(set(own_slots))
         in_tiers = [(t.tier, t.key) for t in self.open.values() if t.kind in ("write", "delete")]
@@ -332,7 +345,9 @@ class DirectoryMachine(RuleBasedStateMachine):
             self.directory.unpin(owner)
         while self.open:
             _, ticket = self.open.popitem()
-            self.directory.complete(ticket.operation, None if self.world.do(ticket) else "absent", self.now)
+            self.directory.complete(
+                ticket.operation, None if self.world.do(ticket) else "absent", self.now, saved(ticket)
+            )
             self.take([])
         self.directory.check()
         self.directory.clear()
@@ -340,7 +355,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         while self.open:
             _, ticket = self.open.popitem()
             self.world.do(ticket)
-            self.directory.complete(ticket.operation, None, self.now)
+            self.directory.complete(ticket.operation, None, self.now, saved(ticket))
             self.take([])
         self.directory.check()
         assert self.directory.num_open == 0

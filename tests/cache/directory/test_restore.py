@@ -11,7 +11,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.cache.directory import Directory
+from lmc.cache.directory import Capacity, Directory
 from lmc.cache.directory.restore import youngest_first
 from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.registry import get_policy
@@ -42,7 +42,7 @@ def forests(draw: st.DrawFn) -> tuple[list[ChunkKey], dict[ChunkKey, ChunkKey]]:
 )
 def test_what_is_kept_and_what_evictions_leave_is_prefix_closed(forest, capacity, policy):
     keys, parents = forest
-    directory = Directory(2, {"disk": capacity}, get_policy(policy))
+    directory = Directory(2, {"disk": Capacity.of_chunks(capacity)}, get_policy(policy))
     surplus = directory.restore("disk", keys, 0.0, parents)
     assert len(surplus) == max(0, len(keys) - capacity)
     on_disk = set(keys) - set(surplus)
@@ -60,12 +60,25 @@ def test_what_is_kept_and_what_evictions_leave_is_prefix_closed(forest, capacity
         directory.check()
 
 
+@given(forests(), st.data())
+def test_what_is_kept_is_as_much_as_fits_by_its_real_sizes(forest, data):
+    keys, parents = forest
+    sizes = {key: data.draw(st.integers(1, 10)) for key in keys if data.draw(st.booleans())}
+    capacity = Capacity(data.draw(st.integers(10, 100)), 10, data.draw(st.integers(1, 20)))
+    directory = Directory(2, {"disk": capacity}, get_policy("lru"))
+    surplus = directory.restore("disk", keys, 0.0, parents, sizes)
+    kept = [sizes.get(key, 10) for key in keys if key not in set(surplus)]
+    assert directory.room()["disk"] == (sum(kept), capacity.num_bytes)
+    assert not surplus or len(kept) == capacity.chunks or sum(kept) + sizes.get(surplus[-1], 10) > capacity.num_bytes
+    directory.check()
+
+
 @given(st.lists(st.integers(0, 9)), st.dictionaries(st.integers(0, 9), st.integers(0, 9)))
 def test_any_nonsense_in_footers_leaves_every_key_once(order, above):
     keys = [name(number) for number in order]
     parents = {name(child): name(parent) for child, parent in above.items()}
     assert sorted(youngest_first(keys, parents)) == sorted(set(keys))
-    directory = Directory(2, {"disk": 10}, get_policy("lru"))
+    directory = Directory(2, {"disk": Capacity.of_chunks(10)}, get_policy("lru"))
     assert directory.restore("disk", keys, 0.0, parents) == []
     directory.check()
     assert directory.clear() == 0

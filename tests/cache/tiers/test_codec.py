@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, Compress, Element, decode, encode
+from lmc.cache.config import Compress
+from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, Element, decode, encode
 from lmc.errors import Corrupt
 
 CODES: tuple[Compress, ...] = ("lossless", "lossless-max")

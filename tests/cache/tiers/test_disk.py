@@ -242,7 +242,7 @@ def test_a_footer_of_another_version_is_said_to_be_one_and_replaced(
         patch.setattr(chunk_format, "VERSION", 0)
         DiskTier(tmp_path, replace(SCOPE)).put(key(1), payload(1))  # a new scope: a used one remembers its footer
     tier = DiskTier(tmp_path, SCOPE)
-    with pytest.raises(Corrupt, match="footer is of version 0; this lmc reads version 3"):
+    with pytest.raises(Corrupt, match="footer is of version 0; this lmc reads version 4"):
         load(tier, 1)
     tier.put(key(1), payload(2))
     assert load(tier, 1) == payload(2)
@@ -250,5 +250,5 @@ def test_a_footer_of_another_version_is_said_to_be_one_and_replaced(
 
 def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TierError, match=r"^disk tier: cannot write in .*/file/v3/.*: Not a directory$"):
+    with pytest.raises(TierError, match=r"^disk tier: cannot write in .*/file/v4/.*: Not a directory$"):
         DiskTier(tmp_path / "file", SCOPE)

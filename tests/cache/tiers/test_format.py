@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers import format as chunk_format
-from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, TierScope, decode, encode
+from lmc.cache.tiers.codec import COMPRESS, ELEMENTS
+from lmc.cache.tiers.format import FOOTER_BYTES, ChunkFooter, Coding, TierScope, decode, encode
 from lmc.errors import ConfigError, Corrupt
 from tests.contracts.tier import SCOPE, key, payload
 
-FOOTER = ChunkFooter("0123456789abcdef", 3, "vllm-16t-18432b", key(1), 40_000, 0x1122334455667788, key(2))
+CODING = Coding("lossless", "bf16", 60_000, 0x99AABBCCDDEEFF00)
+FOOTER = ChunkFooter("0123456789abcdef", 3, "vllm-16t-18432b", key(1), 40_000, 0x1122334455667788, key(2), CODING)
 
 footers = st.builds(
     ChunkFooter,
@@ -23,6 +25,14 @@ footers = st.builds(
     payload_bytes=st.integers(0, 2**64 - 1),
     checksum=st.integers(0, 2**64 - 1),
     parent=st.none() | st.binary(min_size=32, max_size=32).filter(any).map(ChunkKey),
+    coding=st.none()
+    | st.builds(
+        Coding,
+        st.sampled_from(COMPRESS[1:]),
+        st.sampled_from(ELEMENTS),
+        st.integers(0, 2**64 - 1),
+        st.integers(0, 2**64 - 1),
+    ),
 )
 
 
@@ -33,11 +43,11 @@ def test_decode_reverses_encode(footer: ChunkFooter) -> None:
     assert decode(page) == footer
 
 
-def test_the_format_is_the_one_of_version_3() -> None:
+def test_the_format_is_the_one_of_version_4() -> None:
     """Chunks on disks and in stores out there end with these bytes; another form needs another version."""
     digest = hashlib.sha256(encode(FOOTER)).hexdigest()
-    assert digest == "afced1ac2e679b68b5e0b071c0dc2d1f2f22d372270f19cdcbfb61195842f0ac"
-    assert encode(FOOTER)[:10] == b"LMCCHUNK\x03\x00"
+    assert digest == "9f1a0008bacf8609c938956ec733d552590cc2ec8e57518f53804d5bd0902b21"
+    assert encode(FOOTER)[:10] == b"LMCCHUNK\x04\x00"
 
 
 def test_a_flipped_bit_anywhere_in_the_footer_is_found() -> None:
@@ -49,6 +59,14 @@ def test_a_flipped_bit_anywhere_in_the_footer_is_found() -> None:
             decode(page)
         page[position] ^= bit
     assert decode(page) == FOOTER
+
+
+def test_a_code_of_a_later_lmc_is_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(chunk_format, "COMPRESS", ("none", "a", "b", "lossless"))
+        page = encode(FOOTER)
+    with pytest.raises(Corrupt, match=r"does not know \(code 3, element 1\)"):
+        decode(page)
 
 
 @given(st.binary(max_size=FOOTER_BYTES + 10))
@@ -67,7 +85,7 @@ def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(chunk_format, "VERSION", 1)
         page = encode(FOOTER)
-    with pytest.raises(Corrupt, match="version 1; this lmc reads version 3"):
+    with pytest.raises(Corrupt, match="version 1; this lmc reads version 4"):
         decode(page)
 
 

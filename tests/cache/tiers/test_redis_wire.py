@@ -44,6 +44,10 @@ def peer(sends: list[bytes], seconds: float = 60.0) -> Iterator[tuple[Wire, sock
             sender.join()  # before the sockets are closed under it; the pieces fit into their buffers
 
 
+def room(size: int) -> memoryview:
+    return memoryview(bytearray(size))
+
+
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     bounds = [0, *sorted({place % (len(data) + 1) for place in places}), len(data)]
     return [data[start:end] for start, end in itertools.pairwise(bounds) if start < end]
@@ -53,8 +57,8 @@ def receive(reply: bytes, places: list[int], piece: int = 1 << 20) -> tuple[int 
     body, footer = bytearray(BODY), bytearray(FOOTER)
     with pytest.MonkeyPatch.context() as patch, peer(cut(reply, places), seconds=60.0) as (wire, _):
         patch.setattr(redis_wire, "_PIECE", piece)
-        digest = wire.bulk(memoryview(body), memoryview(footer), xxhash.xxh3_64())
-    return digest, bytes(body), bytes(footer)
+        found = wire.bulk(memoryview(body), memoryview(footer), xxhash.xxh3_64(), room)
+    return (None, b"", b"") if found is None else (found[1], bytes(found[0]), bytes(footer))
 
 
 places = st.lists(st.integers(0, 4_000), max_size=12)
@@ -66,6 +70,21 @@ def test_a_value_arrives_however_it_is_cut(places: list[int], piece: int) -> Non
     digest, body, footer = receive(REPLY, places, piece)
     assert body + footer == VALUE
     assert digest == xxhash.xxh3_64_intdigest(body)
+
+
+@settings(deadline=None)
+@given(places, st.sampled_from([1 << 20, 100, 7]), st.integers(1, BODY - 1))
+def test_a_shorter_value_arrives_however_it_is_cut(places: list[int], piece: int, size: int) -> None:
+    value = VALUE[: size + FOOTER]
+    digest, body, footer = receive(b"$%d\r\n%s\r\n" % (len(value), value), places, piece)
+    assert body + footer == value
+    assert digest == xxhash.xxh3_64_intdigest(body)
+
+
+@pytest.mark.parametrize("size", [0, 1, FOOTER, BODY + FOOTER + 1, 99_999])
+def test_a_value_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(Corrupt, match=f"has {size} bytes instead of {BODY + FOOTER}"):
+        receive(b"$%d\r\n%s\r\n" % (size, bytes(min(size, 5_000))), [])
 
 
 @settings(deadline=None)
@@ -105,7 +124,7 @@ def test_a_reply_without_an_end_is_given_up() -> None:
 @pytest.mark.parametrize("size", [4_097, 9_000])
 def test_garbage_as_long_as_a_value_is_judged_without_waiting_for_more(size: int) -> None:
     with pytest.raises(Corrupt, match="starts with"), peer([b"x" * size]) as (wire, _):
-        wire.bulk(memoryview(bytearray(9_000)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64())
+        wire.bulk(memoryview(bytearray(9_000)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64(), room)
 
 
 def test_a_closed_connection_is_an_error() -> None:
@@ -117,7 +136,7 @@ def test_a_closed_connection_is_an_error() -> None:
 
 def test_the_deadline_holds_for_the_whole_reply() -> None:
     with pytest.raises(TimeoutError), peer([REPLY[:-10]], seconds=0.1) as (wire, _):
-        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64())
+        wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64(), room)
     over = threading.Event()
 
     def trickle(there: socket.socket) -> None:
@@ -131,7 +150,7 @@ def test_the_deadline_holds_for_the_whole_reply() -> None:
         sender.start()
         try:
             with pytest.raises(TimeoutError):  # if each byte gave it new time, the whole reply would arrive
-                wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64())
+                wire.bulk(memoryview(bytearray(BODY)), memoryview(bytearray(FOOTER)), xxhash.xxh3_64(), room)
         finally:
             over.set()
             sender.join()
