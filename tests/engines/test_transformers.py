@@ -98,3 +98,23 @@ def test_a_prompt_without_room_is_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="does not fit"):
         generator.generate([5] * 2048, **GREEDY)
     generator.close()
+
+
+@pytest.mark.parametrize("compress", ["lossless", "lossless-max"])
+def test_a_chunk_that_was_compressed_on_disk_changes_nothing(
+    model: Any, computed: list[int], tmp_path: Path, compress: str
+) -> None:
+    tokens = prompt(41, 700)
+    reference = plain(model, tokens)
+    disk = {"disk.path": tmp_path, "disk.compress": compress}
+    first = opened(model, **disk)
+    assert first.generate(tokens, **GREEDY).tokens == reference
+    assert first.cache.settle()
+    raw, held = 10 * first.cache.scheduler.chunk_bytes, sum(path.stat().st_size for path in tmp_path.rglob("*"))
+    first.close()
+    assert held < 0.95 * raw
+    second = opened(model, **disk)
+    computed.clear()
+    warm = second.generate(tokens, **GREEDY)
+    second.close()
+    assert warm.tokens == reference and warm.num_loaded == 640

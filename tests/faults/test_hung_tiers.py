@@ -15,6 +15,7 @@ from lmc.cache.tiers import open as open_module
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.late import TierHangs, wait_for
 from lmc.cache.tiers.redis import RedisTier
+from lmc.cache.tiers.stored import Moved
 from tests import services
 from tests.cache.instance import CHUNK_BYTES, Instance, prompt, settings
 from tests.services import Last, Proxy
@@ -247,9 +248,10 @@ def test_a_tier_that_is_only_slow_is_left_alone(tmp_path: Path, monkeypatch: pyt
             circuit._now = lambda: time.monotonic() + late[0]
         plain = RedisTier.get
 
-        def slow(tier: RedisTier, *arguments: object) -> None:
-            plain(tier, *arguments)  # type: ignore[arg-type]
+        def slow(tier: RedisTier, *arguments: object) -> Moved:
+            moved = plain(tier, *arguments)  # type: ignore[arg-type]
             late[0] += 1
+            return moved
 
         monkeypatch.setattr(RedisTier, "get", slow)
         instance.serve(PROMPTS[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
 
 from lmc.cache.directory.nodes import ABSENT, ResidentSet
 from lmc.cache.directory.places import Places
@@ -21,9 +20,12 @@ def restore(
     """Carry out Directory.restore() for one tier."""
     listed = youngest_first(keys, parents)
     free = residents.num_bytes - residents.bytes_taken
-    ends = accumulate(sizes.get(key, residents.chunk_bytes) for key in listed)
-    num_kept = min(sum(end <= free for end in ends), residents.capacity - residents.count)
-    kept = listed[:num_kept]
+    kept: list[ChunkKey] = []
+    for key in listed[: residents.capacity - residents.count]:
+        free -= sizes.get(key, residents.chunk_bytes)
+        if free < 0:
+            break
+        kept.append(key)
     nodes: dict[int, None] = {}
     for key in kept:
         node = places.nodes.find(key)

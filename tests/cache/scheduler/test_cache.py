@@ -123,7 +123,7 @@ def test_chunks_that_a_request_failed_to_load_are_not_offered_to_it_again(instan
     [
         ("flip", "payload does not match its checksum"),
         ("truncate", "the file has 904 bytes instead of 4480"),
-        ("older", "the footer is of version 1; this lmc reads version 3"),
+        ("older", "the footer is of version 1; this lmc reads version 4"),
         ("delete", ""),  # another instance may do so
     ],
 )

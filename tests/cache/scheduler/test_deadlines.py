@@ -24,7 +24,7 @@ def test_a_request_waits_for_the_disk_no_longer_than_the_deadline(instances, tmp
 
     def slow_get(self, key, out):
         assert gate.wait(20)
-        get(self, key, out)
+        return get(self, key, out)
 
     monkeypatch.setattr(DiskTier, "get", slow_get)
     try:
@@ -56,7 +56,7 @@ def test_stages_that_nobody_waits_for_are_not_begun(instances, tmp_path, monkeyp
     def slow_get(self, key, out):
         begun.append(key)
         time.sleep(0.1)
-        get(self, key, out)
+        return get(self, key, out)
 
     monkeypatch.setattr(DiskTier, "get", slow_get)
     assert instance.serve(tokens).miss == "load deadline"

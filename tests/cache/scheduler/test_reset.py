@@ -72,7 +72,7 @@ def test_what_is_in_use_is_dropped_when_it_comes_free(instances, tmp_path, monke
 
     def slow_put(self, *arguments):
         assert gate.wait(20)
-        put(self, *arguments)
+        return put(self, *arguments)
 
     monkeypatch.setattr(DiskTier, "put", slow_put)
     instance = start(instances, disk_path=tmp_path)

@@ -85,7 +85,7 @@ def test_close_lets_writes_end(tmp_path, monkeypatch):
 
     def slow_put(self, *args):
         time.sleep(0.02)
-        put(self, *args)
+        return put(self, *args)
 
     monkeypatch.setattr(DiskTier, "put", slow_put)
     instance.serve(prompt(1, 50), settle=False)

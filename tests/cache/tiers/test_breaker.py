@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.breaker import SLOWEST, Breaker, TierOpen
 from lmc.cache.tiers.disk import DiskTier
+from lmc.cache.tiers.stored import Moved
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
 from tests.contracts.tier import OpenTier, TierContract, key, payload
 
@@ -38,11 +39,13 @@ class ScriptedTier:
         self.calls = 0
         self.closed = False
 
-    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> None:
+    def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
         self._reply()
+        return Moved(len(data))
 
-    def get(self, key: ChunkKey, out: memoryview) -> None:
+    def get(self, key: ChunkKey, out: memoryview) -> Moved:
         self._reply()
+        return Moved(len(out))
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         self._reply()
