@@ -7,17 +7,18 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lmc.cache.config import RedisConfig
+from lmc.cache.config import Compress, RedisConfig
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
 from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import Corrupt, TierError, TierFull
 from tests import services
-from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
+from tests.contracts.tier import CHUNK_BYTES, CODED, SCOPE, key, kv_payload, load, payload
 from tests.services import Proxy, RedisServer
 
 pytestmark = [pytest.mark.fault, pytest.mark.service]
@@ -214,6 +215,24 @@ def test_a_flipped_bit_is_never_served(server: RedisServer, tier: RedisTier, pos
                 tier.get(key(1), memoryview(bytearray(CHUNK_BYTES)))
         client.setrange(name, position, byte)
     assert load(tier, 1) == payload(1)
+
+
+@pytest.mark.parametrize("compress", ["lossless", "lossless-max"])
+def test_a_damaged_compressed_value_is_never_served(server: RedisServer, compress: Compress) -> None:
+    tier = open_tier(server.port, replace(CODED, compress=compress), timeout=PATIENCE)
+    tier.put(key(1), kv_payload(1))
+    out, rng = memoryview(bytearray(CHUNK_BYTES)), random.Random(1)
+    with server.client() as client:
+        good = client.get(tier._name(key(1)))
+        for number in range(1000):
+            place = rng.randrange(len(good))
+            flipped = good[:place] + bytes([good[place] ^ 1 << number % 8]) + good[place + 1 :]
+            client.set(tier._name(key(1)), good[:place] if number % 3 == 0 else flipped)
+            with pytest.raises(Corrupt):
+                tier.get(key(1), out)
+        client.set(tier._name(key(1)), good)
+    assert load(tier, 1) == kv_payload(1)
+    tier.close()
 
 
 @pytest.mark.parametrize("size", [0, 1, FOOTER_BYTES - 1, FOOTER_BYTES, FOOTER_BYTES + CHUNK_BYTES - 1, 60_000])

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import obstore
 import pytest
 
-from lmc.cache.config import S3Config
+from lmc.cache.config import Compress, S3Config
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.tiers.format import FOOTER_BYTES
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.errors import Corrupt, TierError
 from tests import services
-from tests.contracts.tier import CHUNK_BYTES, SCOPE, key, load, payload
+from tests.contracts.tier import CHUNK_BYTES, CODED, SCOPE, key, kv_payload, load, payload
 from tests.services import Proxy
 
 pytestmark = [pytest.mark.fault, pytest.mark.service]
@@ -180,6 +182,25 @@ def test_an_object_of_a_wrong_size_is_corrupt_and_can_be_replaced(tier: S3Tier, 
         load(tier, 1)
     tier.put(key(1), payload(2))
     assert load(tier, 1) == payload(2)
+
+
+@pytest.mark.parametrize("compress", ["lossless", "lossless-max"])
+def test_a_damaged_compressed_object_is_never_served(endpoint: str, compress: Compress) -> None:
+    config = S3Config(
+        bucket="chunks", endpoint=endpoint, prefix=compress, access_key_id="a", secret_access_key="b", timeout=20.0
+    )
+    tier = S3Tier(config, replace(CODED, compress=compress))
+    tier.put(key(1), kv_payload(1))
+    out, rng = memoryview(bytearray(CHUNK_BYTES)), random.Random(1)
+    good = bytes(obstore.get(tier._store, tier._name(key(1))).bytes())
+    for number in range(100):
+        place = rng.randrange(len(good))
+        flipped = good[:place] + bytes([good[place] ^ 1 << number % 8]) + good[place + 1 :]
+        obstore.put(tier._store, tier._name(key(1)), good[:place] if number % 3 == 0 else flipped)
+        with pytest.raises(Corrupt):
+            tier.get(key(1), out)
+    obstore.put(tier._store, tier._name(key(1)), good)
+    assert load(tier, 1) == kv_payload(1)
 
 
 IN_FOOTER = [0, 8, 9, 12, 40, 80, 3000, FOOTER_BYTES - 1]
