@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lmc.cache.config import Compress
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import derive_auth_key
 from lmc.cache.tiers.namespaces import LEASE
 from lmc.cli.cache import app
-from tests.contracts.tier import SCOPE, key, payload
+from tests.contracts.tier import CODED, SCOPE, key, kv_payload, payload
 
 
 @pytest.fixture
@@ -40,6 +41,24 @@ def test_a_folder_as_json(chunk: Path, tmp_path: Path) -> None:
     assert code == 0
     assert record["problem"] is None
     assert (record["key"], record["payload_bytes"]) == (key(1).hex(), len(payload(1)))
+
+
+@pytest.mark.parametrize("compress", ["lossless", "lossless-max"])
+def test_a_compressed_chunk_shows_its_ratio(tmp_path: Path, compress: Compress) -> None:
+    DiskTier(tmp_path, replace(CODED, compress=compress)).put(key(1), kv_payload(1))
+    code, text = inspect("--json", tmp_path)
+    record = json.loads(text.splitlines()[0])
+    assert (code, record["problem"], record["checked"]) == (0, None, True)
+    assert (record["compress"], record["element"], record["raw_bytes"]) == (compress, "bf16", len(kv_payload(1)))
+    assert record["ratio"] == record["payload_bytes"] / record["raw_bytes"] < 0.9
+    code, text = inspect(tmp_path)
+    assert code == 0 and f"{compress} of bf16: {record['ratio']:.3f} of 39.1 KiB" in text
+    path = Path(record["file"])
+    damaged = bytearray(path.read_bytes())
+    damaged[100] ^= 1
+    path.write_bytes(damaged)
+    code, text = inspect(tmp_path)
+    assert code == 1 and "payload does not match its checksum" in text
 
 
 @pytest.mark.parametrize(

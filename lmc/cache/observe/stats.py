@@ -26,15 +26,16 @@ def collect_stats(
                 totals[name] = sample.value
             else:
                 by_label.setdefault(name, {})["/".join(sample.labels.values())] = sample.value
-    taken = directory.room()
+    room = directory.room()
     return {
         "namespace": namespace.label(),
         "model": namespace.model,
         "chunk_tokens": namespace.chunk_tokens,
         "chunk_bytes": chunk_bytes,
         "tiers": {
-            tier: {"chunks": used, "capacity": slots, "bytes": taken.get(tier, (used * chunk_bytes,))[0]}
+            tier: {"chunks": used, "capacity": slots, "bytes": held, "capacity_bytes": most}
             for tier, (used, slots) in directory.usage().items()
+            for held, most in [room.get(tier, (used * chunk_bytes, slots * chunk_bytes))]
         },
         "known_chunks": directory.known_remote(),
         "write_queue": directory.num_writing,
@@ -56,6 +57,6 @@ def collect_stats(
 def describe_tiers(stats: Mapping[str, Any]) -> str:  # Any: what collect_stats() returns, or the same read from JSON
     """The capacities of the tiers over all ranks: "host 1.5 GiB (256 chunks), disk 100.0 GiB (17,000 chunks)"."""
     return ", ".join(
-        f"{tier} {format_size(held['capacity'] * stats['chunk_bytes'])} ({format_count(held['capacity'])} chunks)"
+        f"{tier} {format_size(held['capacity_bytes'])} ({format_count(held['capacity'])} chunks)"
         for tier, held in stats["tiers"].items()
     )

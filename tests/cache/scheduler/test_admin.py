@@ -217,7 +217,8 @@ def test_stats_and_metrics_tell_the_same(instance):
     instance.serve(tokens)
     status, stats = call(instance, "/stats")
     assert status == 200
-    assert stats["tiers"] == {"host": {"chunks": 6, "capacity": 12, "bytes": 6 * CHUNK_BYTES}}
+    bytes_held = {"bytes": 6 * CHUNK_BYTES, "capacity_bytes": 12 * CHUNK_BYTES}
+    assert stats["tiers"] == {"host": {"chunks": 6, "capacity": 12, **bytes_held}}
     assert stats["totals"]["requests"] == 2 and stats["by_label"]["hit_tokens"] == {"host": 48}
     with urllib.request.urlopen(instance.scheduler.metrics_url, timeout=60) as answer:
         families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
