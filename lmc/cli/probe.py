@@ -86,9 +86,9 @@ def codec(
     repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each chunk. The median is reported.")] = 3,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure how short and how fast lossless compression is, on a model's own KV or on stored chunks.
+    """Measure the ratio and the speed of lossless compression.
 
-    lmc sim replay and lmc sim tune take the ratio and the speed.
+    The KV is a model's own, or that of stored chunks. lmc sim replay and lmc sim tune take the ratio and the speed.
     """
     from lmc import report
     from lmc.model import resolve_model
