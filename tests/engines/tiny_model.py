@@ -70,6 +70,15 @@ def make_tiny_falcon(folder: Path, *, seed: int = 0) -> Path:
     return _save(FalconH1ForCausalLM, config, folder, seed)
 
 
+def make_tiny_bert(folder: Path, *, seed: int = 0) -> Path:
+    """An encoder: it reads a prompt both ways at once, and keeps no KV."""
+    from transformers import BertConfig, BertModel
+
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**shape, intermediate_size=128, max_position_embeddings=512, initializer_range=0.12)
+    return _save(BertModel, config, folder, seed)
+
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -94,6 +103,25 @@ def _save(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
     return folder
 
 
+def add_tokenizer(folder: Path) -> Path:
+    """vLLM's pooling models don't start without one, whatever prompts are."""
+    _tokenizer([]).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(special: list[str]) -> Any:
+    """One word for each token id; the last ids are the special ones."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*(f"w{number}" for number in range(VOCABULARY - len(special))), *special]
+    words = {name: number for number, name in enumerate(names)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")), additional_special_tokens=special
+    )
+
+
 IMAGE_TOKEN = VOCABULARY - 1
 IMAGE_TOKENS = 64  # that an image takes in a prompt, between two that enclose it and behind one that says it is whole
 IMAGE_SIDE = 64  # pixels
@@ -101,15 +129,12 @@ IMAGE_SIDE = 64  # pixels
 
 def make_tiny_idefics(folder: Path, *, seed: int = 0) -> Path:
     """The same Llama behind a random vision tower. IMAGE_TOKEN stands for an image and becomes IMAGE_TOKENS of them, and three others."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
     from transformers import (
         Idefics3Config,
         Idefics3ForConditionalGeneration,
         Idefics3ImageProcessorPil,
         Idefics3Processor,
         LlamaConfig,
-        PreTrainedTokenizerFast,
     )
 
     vision = {
@@ -136,11 +161,7 @@ def make_tiny_idefics(folder: Path, *, seed: int = 0) -> Path:
         "<fake_token_around_image>",
         "<image>",
     ]  # the last of them is IMAGE_TOKEN
-    words = {f"w{number}": number for number in range(VOCABULARY - len(special))}
-    words |= {name: VOCABULARY - len(special) + index for index, name in enumerate(special)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")), additional_special_tokens=special
-    )
+    tokenizer = _tokenizer(special)
     edge = {"longest_edge": IMAGE_SIDE}
     images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
     Idefics3Processor(images, tokenizer, image_seq_len=IMAGE_TOKENS).save_pretrained(folder)

@@ -202,6 +202,11 @@ class _Engine(InsideVllm):
         )
         return outcome(self.llm.generate({"prompt_embeds": embeddings}, sampling, use_tqdm=False)[0])
 
+    def embed(self, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        """Of a pooling model: vector, and cached (tokens not computed)."""
+        outputs = self.llm.embed([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
+        return [{"vector": one.outputs.embedding, "cached": one.num_cached_tokens} for one in outputs]
+
     def first_token(self, prompt: list[int], extra_args: dict[str, Any]) -> tuple[float, dict[str, int]]:
         """Seconds to the first token, and where the prompt's KV came from; extra_args ask lmc to explain."""
         from vllm import SamplingParams

@@ -32,7 +32,7 @@ from lmc.cache.observe.logs import use_format
 from lmc.cache.plan import Report
 from lmc.cache.settings import load_settings
 from lmc.cache.share import of_directory, of_engine, part_of
-from lmc.errors import ConfigError, LmcError
+from lmc.errors import ConfigError, LayoutError, LmcError
 
 if TYPE_CHECKING:
     import torch
@@ -105,12 +105,12 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         return found, background
 
     def _keep_promise(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._scheduler.promises.keep(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler.promises.keep(request.request_id, _first_group(blocks), num_external_tokens)
 
     @guarded(_keep_promise)
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._keep_promise(request, blocks, num_external_tokens)
-        self._scheduler.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler.admit(request, _first_group(blocks), num_external_tokens)
 
     @guarded(lambda self, request, num_external_tokens: {})
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
@@ -270,12 +270,30 @@ def _open_side(
     use_format(config.log_format)
     if role is KVConnectorRole.WORKER:
         return WorkerSide(config, vllm_config, kv_cache_config)
+    if not kv_cache_config.kv_cache_groups:
+        return _without_kv(config)
     block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     chunk_tokens_for(config, block_tokens)
     events = vllm_config.kv_events_config
     announces = events is not None and events.enable_kv_cache_events
     config = _recoverable(of_directory(config, share), vllm_config)
     return SchedulerSide(config, block_tokens, announces, part=part_of(asked, share))
+
+
+def _without_kv(config: CacheConfig) -> SchedulerSide:
+    """Raises LayoutError with strict settings."""
+    if config.strict:
+        raise LayoutError("the model keeps no KV, so there is nothing to cache; run it with --no-cache")
+    logging.getLogger(__name__).warning("lmc: running WITHOUT the cache: the model keeps no KV")
+    side = SchedulerSide(config, 1)
+    side.give_up()
+    return side
+
+
+def _first_group(blocks: KVCacheBlocks) -> list[int]:
+    """Empty for a model that keeps no KV."""
+    groups = blocks.get_block_ids()
+    return groups[0] if groups else []
 
 
 def _settings(vllm_config: VllmConfig) -> CacheConfig:
