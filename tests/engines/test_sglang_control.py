@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
@@ -129,3 +130,32 @@ def test_whatever_clients_send_the_cache_goes_on(start: Start) -> None:
     assert engine.arrive(tokens, rid="plain").hits == [1, 2, 3]
     engine.leave()
     assert engine.cache.scheduler.directory.num_pins <= 100
+
+
+def test_prompts_share_a_name_exactly_if_the_model_gets_the_same(start: Start) -> None:
+    """What else the model may get (images, embeddings, overridden positions) keeps a request out of the cache."""
+    from lmc.cache.connectors.edge import Wishes
+    from lmc.cache.connectors.sglang.prompts import Prompt
+    from lmc.cache.keys import Namespace
+
+    text = st.sampled_from([None, "", "a", "b", '["a", "b"]'])
+    inputs = st.tuples(st.lists(st.integers(0, 1), min_size=4, max_size=9), text, text, st.sampled_from(["", "t", "u"]))
+    namespace = Namespace("sglang", "model", "", "bf16", "layout", 4)
+
+    @settings(max_examples=200, deadline=None)
+    @given(inputs, inputs, st.integers(0, 3))
+    def compare(one: tuple[Any, ...], other: tuple[Any, ...], field: int) -> None:
+        for first, second in ((one, other), (one, (*one[:field], other[field], *one[field + 1 :]))):
+            prompts = [
+                Prompt(
+                    Request("r", array("q", tokens), None, extra_key=key, cache_salt=salt), Wishes(), namespace, tenant
+                )
+                for tokens, key, salt, tenant in (first, second)
+            ]
+            beside = [(key or "", salt or "", tenant) for _, key, salt, tenant in (first, second)]
+            for index, (name, same_place) in enumerate(zip(prompts[0].keys, prompts[1].keys, strict=False)):
+                end = (index + 1) * 4
+                equal_input = beside[0] == beside[1] and first[0][:end] == second[0][:end]
+                assert (name == same_place) == equal_input
+
+    compare()
