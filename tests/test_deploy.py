@@ -119,3 +119,17 @@ def test_the_manifests_fit_together(tmp_path: Path) -> None:
     assert pod["spec"]["enableServiceLinks"] is False
     [policy] = by_kind("NetworkPolicy").values()
     assert policy["spec"]["podSelector"]["matchLabels"] == deployments["lmc-redis"]["spec"]["selector"]["matchLabels"]
+
+
+def test_the_workflow_calls_commands_that_there_are() -> None:
+    workflow = yaml.safe_load((ROOT / "examples" / "ci" / "bench.yaml").read_text())
+    words = [
+        line.split() for step in workflow["jobs"]["bench"]["steps"] for line in str(step.get("run", "")).splitlines()
+    ]
+    called = [line[1:] for line in words if line and line[0].endswith("/lmc")]
+    assert [line[1] for line in called] == ["quickstart", "quickstart", "compare"]
+    group: Any = get_command(app)
+    for line in called:
+        name = "compare" if line[1] == "compare" else "run"
+        known = {option for parameter in group.commands["bench"].commands[name].params for option in parameter.opts}
+        assert {word for word in line if word.startswith("--")} <= known

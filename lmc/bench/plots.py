@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lmc.bench.records import RequestRecord
+from lmc.bench.records import Comparison, RequestRecord
 from lmc.report import COLORS, Figure, new_axes, to_figure
 
 ByArm = Mapping[str, Sequence[RequestRecord]]
@@ -103,6 +103,31 @@ def ttft_parts(groups: Sequence[tuple[str, Sequence[RequestRecord]]], parts: Seq
     axis.set_xlabel("time to first token, mean (ms)")
     axis.legend(frameon=False, fontsize=9)
     return to_figure(picture, "TTFT in parts", "Means over the requests with hits and over those without.")
+
+
+def trend(series: Sequence[Sequence[Comparison]]) -> Figure:
+    """The median TTFT of every arm in every run, as a ratio to the first run, with its interval."""
+    picture, (axis,) = new_axes()
+    arms = dict.fromkeys(c.a.split(" in ")[0] for found in series for c in found)
+    for index, arm in enumerate(arms):
+        points = [
+            (number, c)
+            for number, found in enumerate(series, start=1)
+            for c in found
+            if c.metric == "ttft_p50" and c.over == "all" and c.a.split(" in ")[0] == arm
+        ]
+        ratios = np.array([c.ratio for _, c in points])
+        spread = np.abs(np.array([[c.low for _, c in points], [c.high for _, c in points]]) - ratios)
+        color = COLORS[index % len(COLORS)]
+        axis.errorbar(
+            [number for number, _ in points], ratios, spread, label=arm, color=color, marker="o", ms=4, capsize=3
+        )
+    axis.axhline(1.0, color="#555555", lw=1, ls=":")
+    axis.set_xticks(range(1, len(series) + 1))
+    axis.set_xlabel("run, in the given order")
+    axis.set_ylabel("median TTFT / that of the first run")
+    axis.legend(frameon=False, fontsize=9)
+    return to_figure(picture, "Trend", "Bars are 95 % intervals; below 1 is faster than the first run.")
 
 
 RatePoints = Sequence[tuple[float, float, float | None, float | None, float | None]]

@@ -226,28 +226,35 @@ def check(
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="Report folder of the run to compare with.")],
-    b: Annotated[Path, typer.Argument(help="Report folder of the run to judge.")],
+    runs: Annotated[list[Path], typer.Argument(help="Report folder of the run to judge, or of several, oldest first.")],
     arm: Annotated[
         list[str] | None, typer.Option(help="Compare only this arm. Repeat the option for several arms.")
     ] = None,
     fail_on_worse: Annotated[
-        bool, typer.Option("--fail-on-worse", help="Exit with 1 if any comparison is worse.")
+        bool, typer.Option("--fail-on-worse", help="Exit with 1 if any comparison of the last run is worse.")
     ] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the ratios of all runs into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as one JSON object.")] = False,
 ) -> None:
-    """Judge whether run B is better than run A. Compares request by request. Exits with 1 if outputs differ."""
+    """Judge whether the last run is better than run A. Compares request by request. Exits with 1 if outputs differ."""
     from lmc.bench.compare import compare_runs
+    from lmc.bench.plots import trend
     from lmc.bench.tables import comparisons_table, outputs_table
-    from lmc.report import print_table, to_json
+    from lmc.report import print_table, to_json, write_file
 
-    comparisons, outputs = compare_runs(a, b, arm or [])
-    differ = [difference for output in outputs for difference in output.differences]
+    series = {run: compare_runs(a, run, arm or []) for run in runs}
+    comparisons = [comparison for found, _ in series.values() for comparison in found]
+    outputs = [output for _, found in series.values() for output in found]
+    if png is not None:
+        write_file(png, trend([found for found, _ in series.values()]).png)
     if as_json:
         typer.echo(to_json({"comparisons": comparisons, "outputs": outputs}).decode())
     else:
-        print_table(comparisons_table(comparisons, "B against A"))
+        print_table(comparisons_table(comparisons, "Each run against A"))
         print_table(outputs_table(outputs))
-    if differ or (fail_on_worse and any(comparison.verdict == "worse" for comparison in comparisons)):
+    last, _ = series[runs[-1]]
+    differ = any(output.differences for output in outputs)
+    if differ or (fail_on_worse and any(comparison.verdict == "worse" for comparison in last)):
         raise typer.Exit(1)
 
 

@@ -102,3 +102,19 @@ def test_the_cost_model_predicts_what_it_was_not_shown() -> None:
     alone = predict({"lmc": Arm(cache={})}, {"lmc": lmc})[0]
     assert alone.predicted_ttft_p50_ms is None
     assert alone.expected_hit_tokens == 5 * 384
+
+
+def test_a_series_is_judged_by_its_last_run(small: tuple[Results, list[RequestRecord]], tmp_path: Path) -> None:
+    results, records = small
+    for name, factor in (("a", 1.0), ("slow", 3.0), ("fine", 1.0)):
+        write_results(tmp_path / name, results, _slower(records, factor))
+    first, slow, fine = (str(tmp_path / name) for name in ("a", "slow", "fine"))
+    command = ["bench", "compare", first, "--fail-on-worse", "--png", str(tmp_path / "trend.png")]
+    recovered = CliRunner().invoke(app, [*command, slow, fine, "--json"])
+    assert recovered.exit_code == 0, recovered.output
+    judged = {
+        (c["a"].rpartition("/")[2], c["metric"]): c["verdict"] for c in orjson.loads(recovered.stdout)["comparisons"]
+    }
+    assert judged["slow", "ttft_p50"] == "worse" and judged["fine", "ttft_p50"] == "undecided"
+    assert (tmp_path / "trend.png").read_bytes().startswith(b"\x89PNG")
+    assert CliRunner().invoke(app, [*command, fine, slow]).exit_code == 1
