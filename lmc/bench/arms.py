@@ -148,7 +148,9 @@ class Launcher:
         return shlex.join(typed).replace(str(self.scratch), "SCRATCH")
 
     def environment(self, arm: Arm) -> dict[str, str]:
-        return {**os.environ, **self.engine.env, **arm.env}
+        """The key of servers that run already is none of an engine's business."""
+        own = {name: text for name, text in os.environ.items() if name != KEY_VARIABLE}
+        return {**own, **self.engine.env, **arm.env}
 
     def disk_folder(self, name: str, arm: Arm) -> Path:
         return self.scratch / (arm.restart_of or name) / "disk"

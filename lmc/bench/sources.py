@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from lmc.bench.data import FILES, data_folder
 from lmc.bench.workload import FileSource, HubSource, PackageSource
 from lmc.errors import WorkloadError
 
@@ -59,11 +60,15 @@ def locate(source: FileSource | PackageSource, base: Path, scratch: Path) -> Pat
 
 def find_file(text: str, base: Path) -> Path:
     """The file that a workload names by this text: variables are expanded, and the path starts at `base`. Raises WorkloadError."""
-    expanded = os.path.expandvars(text)
+    expanded = os.path.expandvars(text.replace("$LMC_DATA_DIR", str(data_folder())))
     if "$" in expanded:
         name = expanded[expanded.index("$") :].split("/")[0]
         raise WorkloadError(f"{text}: the environment variable {name} is not set; set it to the folder with the data")
-    return _existing(base / Path(expanded).expanduser())
+    path = base / Path(expanded).expanduser()
+    known = next((data.name for data in FILES.values() if data.file == path.name), None)
+    if known is not None and not path.is_file():
+        raise WorkloadError(f"{path}: no such data file; `lmc data fetch {known}` gets it, or says where it comes from")
+    return _existing(path)
 
 
 def _existing(path: Path) -> Path:

@@ -322,7 +322,7 @@ def shipped_table() -> Table:
     rows: list[list[Cell]] = []
     for name, file in shipped_workloads().items():
         workload = load_workload(file)
-        needs = "a file in LMC_DATA_DIR" if "$LMC_DATA_DIR" in file.read_text() else None
+        needs = "a data file (lmc data list)" if "$LMC_DATA_DIR" in file.read_text() else None
         packages = {part.source.package for part in workload.parts.values() if isinstance(part.source, PackageSource)}
         rows.append(
             [

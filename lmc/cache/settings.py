@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _LEAST_CAPACITY = 1 << 20
 
 # Variables that start with LMC_ and are not settings of the cache.
-_OTHER_VARIABLES = {"LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}
+_OTHER_VARIABLES = {"LMC_BENCH_API_KEY", "LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}
 
 # What Kubernetes sets in every container beside a service named lmc or lmc-redis: LMC_REDIS_SERVICE_HOST, LMC_REDIS_PORT=tcp://10.0.0.7:6379,
 # LMC_REDIS_PORT_6379_TCP_ADDR and so on. Some are named like settings.

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import lmc
-from lmc.cli import bench, cache, config, doctor, metrics, probe, serve, sim
+from lmc.cli import bench, cache, config, data, doctor, metrics, probe, serve, sim
 from lmc.errors import LmcError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ probe.add_to(app)
 cache.add_to(app)
 config.add_to(app)
 metrics.add_to(app)
+data.add_to(app)
 doctor.add_to(app)
 
 

@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from lmc.bench.arms import Launcher
 from lmc.bench.client import Outcome, _read_stream
 from lmc.bench.dialect import Dialect
 from lmc.bench.machine import command_line
 from lmc.bench.prompts import Request
 from lmc.bench.records import ArmResult, read_records, read_results
+from lmc.bench.workload import Arm, Engine
 from lmc.cli import app
 from tests.bench.strict_server import Strict, serving
 from tests.services import make_certificate
@@ -223,3 +225,11 @@ def test_a_stream_that_breaks_off_is_no_answer() -> None:
     first = b"data: " + json.dumps(EVENTS[0]).encode() + b"\n\n"
     asyncio.run(_read_stream(Pieces([first]), outcome, Dialect()))  # type: ignore[arg-type]
     assert (outcome.status, outcome.cause) == ("disconnected", "the stream ended before [DONE]")
+
+
+def test_the_key_does_not_reach_engines_that_bench_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMC_BENCH_API_KEY", SECRET)
+    launcher = Launcher("m", Engine(env={"A": "1"}), tmp_path)
+    environment = launcher.environment(Arm(env={"B": "2"}))
+    assert (environment["A"], environment["B"]) == ("1", "2")
+    assert SECRET not in environment.values()

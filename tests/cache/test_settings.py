@@ -58,7 +58,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
 def test_an_unknown_variable_is_refused_and_other_programs_variables_are_not():
     with pytest.raises(ConfigError, match="LMC_DISK_PTH in the environment; did you mean LMC_DISK_PATH"):
         load_settings(None, {"LMC_DISK_PTH": "x"})
-    load_settings(None, {"LMCACHE_X": "x", "LMC_DATA_DIR": "x", "HOME": "x"})
+    load_settings(None, {"LMCACHE_X": "x", "LMC_DATA_DIR": "x", "LMC_BENCH_API_KEY": "x", "HOME": "x"})
 
 
 SERVICE = {

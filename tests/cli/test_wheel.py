@@ -55,7 +55,7 @@ def test_shipped_workloads_are_listed_and_found_by_name(installed: Path) -> None
     assert listed.returncode == 0, listed.stderr
     for file in (ROOT / "workloads").glob("*.yaml"):
         assert file.stem in listed.stdout
-    assert "a file in LMC_DATA_DIR" in listed.stdout and "package bfcl_eval" in listed.stdout
+    assert "a data file (lmc data list)" in listed.stdout and "package bfcl_eval" in listed.stdout
     checked = lmc(installed, "bench", "check", "quickstart")
     assert checked.returncode == 0 and "tools" in checked.stdout, checked.stderr
     unknown = lmc(installed, "bench", "quickstrat")
