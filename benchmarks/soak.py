@@ -34,6 +34,7 @@ from lmc.bench.outputs import TIE_LOGPROB
 from lmc.bench.prompts import Conversation, Request, build_prompts, random_tokens
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Arm, Engine, load_workload
+from lmc.cache.settings import load_settings
 from lmc.model import EMBEDDED, resolve_model
 from lmc.sim.formats import read_trace
 from lmc.sim.replay_show import replay_settings
@@ -254,7 +255,7 @@ async def soak(minutes: float, think_s: float, model: str, seed: int, scratch: P
     if not cached:
         return result
     trace = read_trace(record)
-    predicted = replay_settings(trace, scratch / "soak" / "cache.yaml", 1, "round-robin", "0", None, 0)
+    predicted = replay_settings(trace, load_settings(scratch / "soak" / "cache.yaml").config)
     return replace(
         result,
         prompt_tokens=int(trace.input_tokens.sum()),

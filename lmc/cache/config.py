@@ -6,6 +6,7 @@ Unknown keys and bad values are errors. lmc.cache.settings finds, merges and exp
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -231,7 +232,8 @@ class CacheConfig(Section):
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, name: str) -> str:
-        get_policy(name)
+        if math.isinf(get_policy(name).ghosts):
+            raise ConfigError(f"policy {name} remembers chunks without a limit; write {name.partition('@')[0]}@4")
         return absolute(name)
 
     @model_validator(mode="after")

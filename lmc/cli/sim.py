@@ -271,12 +271,14 @@ def replay(
     csv: Csv = None,
 ) -> None:
     """Replay a trace under the settings of the live cache. Runs the live cache's own directory on a virtual clock."""
+    from lmc.cache.settings import load_settings
     from lmc.sim import replay_show
     from lmc.sim.shown import parse_window
 
     size = parse_size(token_bytes)
+    settings = load_settings(config).config
     result = replay_show.replay_settings(
-        source.load(), config, instances, routing, shared, read_cost(cost), size, compress_ratio, codec_speed
+        source.load(), settings, instances, routing, shared, read_cost(cost), size, compress_ratio, codec_speed
     )
     shown = replay_show.show_replay(result, parse_window(window), timed=cost is not None)
     output(shown.table, shown.json, shown.table, shown.notes, json, csv)

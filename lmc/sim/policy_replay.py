@@ -152,7 +152,7 @@ def compiled_kernel(spec: PolicySpec) -> Kernel:
         digest.update(Path(inspect.getfile(module)).read_bytes())
         if not module.__name__.startswith("lmc."):
             digest.update(module.__name__.encode())  # Numba's file names the module of a policy from outside
-    source.__qualname__ = f"kernel_{spec.name}_{digest.hexdigest()}"
+    source.__qualname__ = f"kernel_{spec.name.partition('@')[0]}_{digest.hexdigest()}"
     # No reference counting of arrays: they all belong to the caller, and counting costs more than the policies.
     kernel: Kernel = njit(cache=True, nogil=True, _nrt=False)(source)
     return kernel

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from lmc.cache.config import CacheConfig, chunk_tokens_for
-from lmc.cache.settings import load_settings
 from lmc.errors import ConfigError
 from lmc.report import Cell, Column, Table
 from lmc.sim.compression import codec_of, where_it_pays
@@ -27,18 +25,17 @@ _UNLIMITED = 1 << 60  # chunks
 
 def replay_settings(
     trace: Trace,
-    settings: Path,
-    instances: int,
-    routing: str,
-    shared: str,
-    cost: CostModel | None,
-    token_bytes: int,
+    config: CacheConfig,
+    instances: int = 1,
+    routing: str = "round-robin",
+    shared: str = "0",
+    cost: CostModel | None = None,
+    token_bytes: int = 0,
     ratio: float | None = None,
     codec_speed: str | None = None,
 ) -> ReplayResult:
     """Replay the trace. Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that does not fit."""
     require_blocks(trace)
-    config = load_settings(settings).config
     chunked = coarsen(trace, chunk_tokens_for(config, trace.block_tokens))
     chunk_bytes = known_token_bytes(trace, token_bytes, cost) * chunked.block_tokens
     if chunk_bytes == 0:

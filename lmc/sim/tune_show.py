@@ -63,8 +63,8 @@ def tune_json(tuned: Tuned, disk_path: Path) -> dict[str, Any]:
         "interval_over_lru": [tuned.over_lru.low, tuned.over_lru.high],
         "unlimited_hit_rate": tuned.ceiling,
         "denominator": "input tokens of the last half of the requests",
-        "front": [_point_json(point) for point in tuned.front],
-        "tried": [_point_json(point) for point in tuned.tried],
+        "front": [point_json(point) for point in tuned.front],
+        "tried": [point_json(point) for point in tuned.tried],
         "notes": list(tuned.notes),
     }
 
@@ -117,7 +117,8 @@ def _same_sizes(point: Point, chosen: Point) -> bool:
     return all(getattr(point, name) == getattr(chosen, name) for name in names)
 
 
-def _point_json(point: Point) -> dict[str, Any]:  # Any: JSON
+def point_json(point: Point) -> dict[str, Any]:  # Any: JSON
+    """The configuration and its rates."""
     return {
         "chunk_tokens": point.chunk_tokens,
         "policy": point.policy,

@@ -38,6 +38,7 @@ class State(NamedTuple):
     where: Marks  # (num_nodes,)
     size: Int32  # (5,) nodes by place, those aside too
     capacity: Int32  # (1,)
+    limit: Int32  # (2,) nodes of ONCE with its ghosts, and all nodes with all ghosts
     target: npt.NDArray[np.float64]  # (1,) wanted size of ONCE, p in the paper
 
 
@@ -48,6 +49,7 @@ def make_state(num_nodes: int, capacity: int, parents: Parents) -> State:
         where=np.zeros(num_nodes, dtype=np.uint8),
         size=np.zeros(5, dtype=np.int32),
         capacity=np.full(1, capacity, dtype=np.int32),
+        limit=np.array([capacity, 2 * capacity], dtype=np.int32),
         target=np.zeros(1, dtype=np.float64),
     )
 
@@ -96,10 +98,9 @@ def on_evict(state: State, node: int) -> None:
 
 def release(state: State) -> int:
     size = state.size
-    capacity = state.capacity[0]
-    if size[ONCE_GHOST] > 0 and size[ONCE] + size[ONCE_GHOST] > capacity:
+    if size[ONCE_GHOST] > 0 and size[ONCE] + size[ONCE_GHOST] > state.limit[0]:
         place = ONCE_GHOST
-    elif size[AGAIN_GHOST] > 0 and size[ONCE] + size[AGAIN] + size[ONCE_GHOST] + size[AGAIN_GHOST] > 2 * capacity:
+    elif size[AGAIN_GHOST] > 0 and size[ONCE] + size[AGAIN] + size[ONCE_GHOST] + size[AGAIN_GHOST] > state.limit[1]:
         place = AGAIN_GHOST
     else:
         return -1
@@ -108,6 +109,11 @@ def release(state: State) -> int:
     size[place] -= 1
     state.where[node] = NOWHERE
     return int(node)
+
+
+def set_ghosts(state: State, most: int) -> None:
+    state.limit[0] = most
+    state.limit[1] = state.capacity[0] + most
 
 
 SPEC = PolicySpec(
@@ -120,4 +126,5 @@ SPEC = PolicySpec(
     on_evict,
     release,
     ghosts=1.0,
+    set_ghosts=set_ghosts,
 )

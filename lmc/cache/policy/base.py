@@ -50,3 +50,4 @@ class PolicySpec:
     on_evict: Callable[[Any, int], None]
     release: Callable[[Any], int]
     ghosts: float = 0.0  # remembered nodes per resident one; num_nodes must allow for them
+    set_ghosts: Callable[[Any, int], None] | None = None  # change the number of remembered nodes of a fresh state

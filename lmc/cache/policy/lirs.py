@@ -184,6 +184,10 @@ def release(state: State) -> int:
     return int(node)
 
 
+def set_ghosts(state: State, most: int) -> None:
+    state.limit[GHOST] = most
+
+
 SPEC = PolicySpec(
     "lirs",
     "keeps chunks whose reuse distance is low",
@@ -194,4 +198,5 @@ SPEC = PolicySpec(
     on_evict,
     release,
     ghosts=2.0,
+    set_ghosts=set_ghosts,
 )

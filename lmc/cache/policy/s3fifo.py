@@ -136,6 +136,10 @@ def release(state: State) -> int:
     return int(node)
 
 
+def set_ghosts(state: State, most: int) -> None:
+    state.limit[GHOST] = most
+
+
 SPEC = PolicySpec(
     "s3fifo",
     "small queue, main queue and ghosts, all FIFO",
@@ -146,4 +150,5 @@ SPEC = PolicySpec(
     on_evict,
     release,
     ghosts=1.0,
+    set_ghosts=set_ghosts,
 )

@@ -95,6 +95,10 @@ def release(state: State) -> int:
     return int(node)
 
 
+def set_ghosts(state: State, most: int) -> None:
+    state.limit[GHOST] = most
+
+
 SPEC = PolicySpec(
     "2q",
     "FIFO for new chunks, LRU for proven ones",
@@ -105,4 +109,5 @@ SPEC = PolicySpec(
     on_evict,
     release,
     ghosts=0.5,
+    set_ghosts=set_ghosts,
 )
