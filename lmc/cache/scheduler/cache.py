@@ -106,7 +106,7 @@ class CacheScheduler:
         self._salts = Salts(self.chunk_tokens)
         self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, num_parts, clock)
         self.metrics = self._accounting.metrics
-        self.client_pins = ClientPins(self.directory, config.clients, self.chunk_bytes * self.num_ranks, self.metrics)
+        self.client_pins = ClientPins(self.directory, config.clients, self._bytes_of_all, self.metrics)
         for worker in ready:
             self.metrics.note_copying(worker.rank, worker.copying)
         self._mailbox = Mailbox()
