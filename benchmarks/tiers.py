@@ -28,8 +28,9 @@ from pathlib import Path
 import obstore
 
 from lmc.bench.machine import describe_hardware, describe_software
-from lmc.cache.config import CacheConfig, RedisConfig, S3Config
+from lmc.cache.config import CacheConfig
 from lmc.cache.keys import ChunkKey
+from lmc.cache.sections import RedisConfig, S3Config
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import FOOTER_BYTES, TierScope, derive_auth_key

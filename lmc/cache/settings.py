@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from lmc.cache.config import CacheConfig, Section
+from lmc.cache.config import CacheConfig
+from lmc.cache.sections import Section
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmc.cache.config import Compress
+from lmc.cache.sections import Compress
 from lmc.cache.tiers.codec import ELEMENTS, Element, codes_for, decode, encode, prepare
 from lmc.cache.tiers.format import FOOTER_BYTES
 from lmc.errors import ConfigError, RunError

@@ -25,8 +25,8 @@ from lmc.bench.s3_server import BUCKET, started_s3
 from lmc.bench.schedule import Plan
 from lmc.bench.stages import ArmRun
 from lmc.bench.workload import Arm, Limits
-from lmc.cache.config import S3Config
 from lmc.cache.keys import ChunkKey
+from lmc.cache.sections import S3Config
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.cli import app

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lmc.cache.config import Compress
+from lmc.cache.sections import Compress
 from lmc.cache.tiers import file_read, read_loop, stored
 from lmc.cache.tiers.codec import Element, encode
 from lmc.cache.tiers.disk import DiskTier

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lmc.cache.config import Compress, RedisConfig
+from lmc.cache.sections import Compress, RedisConfig
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.tiers.format import FOOTER_BYTES, TierScope
 from lmc.cache.tiers.redis import RedisTier

@@ -13,7 +13,7 @@ from dataclasses import replace
 import obstore
 import pytest
 
-from lmc.cache.config import Compress, S3Config
+from lmc.cache.sections import Compress, S3Config
 from lmc.cache.tiers.breaker import Breaker, TierOpen
 from lmc.cache.tiers.format import FOOTER_BYTES
 from lmc.cache.tiers.s3 import S3Tier

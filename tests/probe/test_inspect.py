@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lmc.cache.config import Compress
+from lmc.cache.sections import Compress
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import derive_auth_key
 from lmc.cache.tiers.namespaces import LEASE

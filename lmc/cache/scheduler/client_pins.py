@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmc.cache.config import ClientsConfig
 from lmc.cache.directory import HOST, Directory
 from lmc.cache.directory.build import slots_of
 from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.metrics import CacheMetrics
+from lmc.cache.sections import ClientsConfig
 
 _OWNER = "asked "  # what these pins' owners begin with
 

@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import ValidationError
 
-from lmc.cache.config import AdminConfig, MetricsConfig
 from lmc.cache.observe.accounting import KEEP
 from lmc.cache.scheduler.admin import Admin, Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.scheduler.http_server import Answer, Body, Head, HttpServer
+from lmc.cache.sections import AdminConfig, MetricsConfig
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.config import Compress
+from lmc.cache.sections import Compress
 from lmc.errors import Corrupt, TierError
 
 Element = Literal["opaque", "bf16", "fp16", "fp32", "fp8"]

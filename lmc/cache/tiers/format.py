@@ -24,8 +24,8 @@ from typing import NamedTuple, Protocol
 import xxhash
 from blake3 import blake3
 
-from lmc.cache.config import Compress
 from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.sections import Compress
 from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, Element
 from lmc.errors import ConfigError, Corrupt, Forged
 

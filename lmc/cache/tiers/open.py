@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lmc.cache.config import CacheConfig, Compress
+from lmc.cache.config import CacheConfig
 from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.sections import Compress
 from lmc.cache.tiers.breaker import BoundedBreaker, Breaker
 from lmc.cache.tiers.codec import codes_for, prepare
 from lmc.cache.tiers.disk import DiskTier

@@ -18,8 +18,8 @@ from redis.cluster import RedisCluster
 from redis.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import RedisClusterException
 
-from lmc.cache.config import RedisConfig
 from lmc.cache.keys import ChunkKey
+from lmc.cache.sections import RedisConfig
 from lmc.cache.tiers.codec import room_for
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, stored_bytes
 from lmc.cache.tiers.redis_address import parse_address

@@ -11,7 +11,7 @@ from redis.connection import ConnectionPool
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from lmc.cache.config import RedisConfig
+from lmc.cache.sections import RedisConfig
 from lmc.cache.tiers.redis_address import Address
 
 

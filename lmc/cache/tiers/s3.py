@@ -18,8 +18,8 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from lmc.cache.config import S3Config
 from lmc.cache.keys import ChunkKey
+from lmc.cache.sections import S3Config
 from lmc.cache.tiers.aws import aws_settings
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, Hasher, TierScope, stored_bytes
 from lmc.cache.tiers.stored import Moved, pack, unpack

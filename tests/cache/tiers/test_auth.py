@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lmc.cache.config import CacheConfig, RedisConfig, S3Config
+from lmc.cache.config import CacheConfig
+from lmc.cache.sections import RedisConfig, S3Config
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import FOOTER_BYTES, TierScope, derive_auth_key

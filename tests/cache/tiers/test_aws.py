@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmc.cache.config import S3Config
+from lmc.cache.sections import S3Config
 from lmc.cache.tiers.aws import aws_settings
 from lmc.cache.tiers.s3 import S3Tier, open_store
 from lmc.errors import ConfigError

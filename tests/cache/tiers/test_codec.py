@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.cache.config import Compress
+from lmc.cache.sections import Compress
 from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, Element, decode, encode
 from lmc.errors import Corrupt
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmc.cache.config import RedisConfig
+from lmc.cache.sections import RedisConfig
 from lmc.cache.tiers.redis import RedisTier
 from lmc.cache.tiers.redis_address import parse_address
 from lmc.cache.tiers.redis_connect import open_client

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmc.cache.config import S3Config
+from lmc.cache.sections import S3Config
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.errors import ConfigError, TierError
 from tests import services
