@@ -108,7 +108,7 @@ def model_chunks(folder: Path, text: str, element: Element, tokens: int) -> list
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"running a model needs the package {error.name}; install lmc[model], or give chunk files"
+            f"running a model needs the package {error.name}; install lmc-kv[model], or give chunk files"
         ) from error
     if element not in DTYPES:
         raise ConfigError(f"a model's KV cannot be of {element}; choose one of {', '.join(DTYPES)}")
