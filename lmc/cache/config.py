@@ -6,14 +6,12 @@ Unknown keys and bad values are errors. The sections for tiers and endpoints are
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lmc.cache.policy.outside import absolute
-from lmc.cache.policy.registry import POLICIES, get_policy
+from lmc.cache.policy.registry import POLICIES, live_policy
 from lmc.cache.sections import (
     SECRET,
     AdminConfig,
@@ -108,9 +106,7 @@ class CacheConfig(Section):
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, name: str) -> str:
-        if math.isinf(get_policy(name).ghosts):
-            raise ConfigError(f"policy {name} remembers chunks without a limit; write {name.partition('@')[0]}@4")
-        return absolute(name)
+        return live_policy(name)
 
     @model_validator(mode="after")
     def _consistent(self) -> CacheConfig:

@@ -53,6 +53,13 @@ def get_policy(name: str, others: Sequence[str] = ()) -> PolicySpec:
     raise ConfigError(f"unknown eviction policy {name!r}; there are {known}, or FILE.py:SPEC for a policy of your own")
 
 
+def live_policy(name: str) -> str:
+    """The name under which the live cache finds this policy from every folder. Raises ConfigError if it has none that it can run."""
+    if isinf(get_policy(name).ghosts):
+        raise ConfigError(f"policy {name} remembers chunks without a limit; write {name.partition('@')[0]}@4")
+    return outside.absolute(name)
+
+
 def _with_own_name(spec: PolicySpec) -> PolicySpec:
     if spec.name in POLICIES:
         raise ConfigError(f"a policy from outside is called {spec.name!r}, as one of lmc's; give it another name")
