@@ -1,7 +1,8 @@
-"""What the connector costs vLLM's scheduler thread: python -m benchmarks.scheduler [--out reports/scheduler].
+"""What the connector costs vLLM's scheduler thread: python -m benchmarks.scheduler [--node] [--out reports/scheduler].
 
 The connector's scheduler half with vLLM's own Request and SchedulerOutput objects, without an engine: the calls that vLLM makes for a
 request from its first lookup to its end, in vLLM's order, with the reports that a worker would send. Times are CPU time of the thread.
+With --node the connector is attached to an `lmc node` in another process, and times are those that the thread takes, waiting included.
 Exit code 1 when a bar is missed.
 """
 
@@ -9,18 +10,24 @@ from __future__ import annotations
 
 import argparse
 import random
+import secrets
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
+import lmc.cache.node.wire as wire
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.connectors.vllm.messages import StepReport
+from lmc.cache.node.channel import Channel, connect
 from lmc.report import Column, Section, Table, print_table, report_markdown, to_json, write_file
 from lmc.report import Report as Page
 from tests.engines.scheduler_side import DrivenSide
@@ -28,6 +35,7 @@ from tests.engines.scheduler_side import DrivenSide
 PROMPT = 2_000
 SLOTS = 20_000  # of the host; half of them are taken before the measurement
 REQUEST_BAR_US, IDLE_BAR_US = 200.0, 5.0
+NODE_REQUEST_BAR_US, NODE_IDLE_BAR_US = 300.0, 10.0
 STEPS = 200  # that are timed as one, since one is shorter than the clock can tell
 
 
@@ -52,40 +60,74 @@ def idle(driven: DrivenSide, output: SchedulerOutput) -> None:
     _ = driven.side.busy
 
 
-def timed(work: Callable[[], object], rounds: int, repeated: int = 1) -> list[float]:
-    """Microseconds of CPU time per call."""
+def timed(work: Callable[[], object], rounds: int, clock: Callable[[], float], repeated: int = 1) -> list[float]:
+    """Microseconds per call."""
     seconds = []
     for _ in range(rounds):
-        started = time.thread_time()
+        started = clock()
         for _ in range(repeated):
             work()
-        seconds.append((time.thread_time() - started) / repeated)
+        seconds.append((clock() - started) / repeated)
     return [value * 1e6 for value in seconds]
 
 
-def whole_life(driven: DrivenSide, request: Request) -> float:
+@contextmanager
+def node_process() -> Iterator[Path]:
+    """The socket of a node with as many slots as the embedded cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, file = Path(folder) / "node.sock", Path(folder) / "node.yaml"
+        file.write_text(f"host:\n  capacity: {SLOTS * 4096}\nmetrics:\n  enabled: false\n")
+        command = [sys.executable, "-m", "lmc", "node", "--config", str(file), "--socket", str(path)]
+        node = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            assert node.stdout is not None and node.stdout.readline()
+            yield path
+        finally:
+            node.terminate()
+            node.communicate()
+
+
+def map_memory(node: Path) -> bytes:
+    """Stands for a worker that has mapped the node's memory. Returns its number."""
+    number = secrets.token_bytes(wire.ID_BYTES)
+    channel = connect(str(node), 10.0, takes_descriptor=True)
+    channel.ask(wire.TakeMemory(number, 0), 10.0)
+    channel.put(wire.Taken())
+    _workers.append(channel)
+    return number
+
+
+_workers: list[Channel] = []  # which stay connected
+
+
+def whole_life(driven: DrivenSide, request: Request, clock: Callable[[], float]) -> float:
     """Microseconds of all calls for a request; what vLLM and the worker do between them is not counted."""
     side = driven.side
-    started = time.thread_time()
+    started = clock()
     found, _ = side.lookup(request, 0)
     assert found is not None
     side.admit(request, driven.blocks, found)
     side.sources(request, found)
-    seconds = time.thread_time() - started
+    seconds = clock() - started
     request.num_computed_tokens = found
     output = driven.output({request.request_id: PROMPT - found})
-    started = time.thread_time()
+    started = clock()
     plan = side.step(output).plan
-    seconds += time.thread_time() - started
+    seconds += clock() - started
     report = driven.report_of(plan)
-    started = time.thread_time()
+    started = clock()
     side.learn(StepReport(report))
     side.finish(request)
-    return (seconds + time.thread_time() - started) * 1e6
+    return (seconds + clock() - started) * 1e6
 
 
-def measure(block_tokens: int, rounds: int) -> list[Outcome]:
-    bench = DrivenSide(block_tokens, slots=SLOTS)
+def measure(block_tokens: int, rounds: int, node: Path | None = None) -> list[Outcome]:
+    clock, request_bar, idle_bar = time.thread_time, REQUEST_BAR_US, IDLE_BAR_US
+    settings: dict[str, object] = {}
+    if node is not None:
+        clock, request_bar, idle_bar = time.perf_counter, NODE_REQUEST_BAR_US, NODE_IDLE_BAR_US
+        settings = {"node": str(node), "node_deadline": 10.0, "mapping": map_memory(node).hex()}
+    bench = DrivenSide(block_tokens, slots=SLOTS, **settings)
     generator = random.Random(1)
     tokens = [generator.randrange(150_000) for _ in range(PROMPT)]
     for number in range(SLOTS // 2 * bench.namespace.chunk_tokens // PROMPT):
@@ -99,23 +141,25 @@ def measure(block_tokens: int, rounds: int) -> list[Outcome]:
     known: list[float] = []
     for number in range(rounds):
         for values in (fresh, known):  # the second request finds what the first has stored
-            values.append(whole_life(bench, bench.request([1_000_000 + number, *tokens[1:]])))
+            values.append(whole_life(bench, bench.request([1_000_000 + number, *tokens[1:]]), clock))
     waiting = bench.request([1_000_000, *tokens[1:]])
-    again = timed(lambda: bench.side.lookup(waiting, 0), rounds)
+    again = timed(lambda: bench.side.lookup(waiting, 0), rounds, clock)
     bench.side.finish(waiting)
     empty = bench.output({})
-    resting = timed(lambda: idle(bench, empty), rounds, STEPS)
+    resting = timed(lambda: idle(bench, empty), rounds, clock, STEPS)
     running = [bench.request([2_000_000 + number, *tokens[1:]]) for number in range(32)]
     for request in running:
         bench.admit(request)
     decode = bench.output({request.request_id: 1 for request in running})
-    decoding = timed(lambda: idle(bench, decode), rounds, STEPS)
-    bench.scheduler.directory.check()
+    decoding = timed(lambda: idle(bench, decode), rounds, clock, STEPS)
+    if node is None:
+        bench.scheduler.directory.check()
+    bench.side.close()
     return [
-        outcome(f"new request of {PROMPT:,} tokens, nothing stored: all calls to its end", fresh, REQUEST_BAR_US),
-        outcome(f"new request of {PROMPT:,} tokens, all stored: all calls to its end", known, REQUEST_BAR_US),
+        outcome(f"new request of {PROMPT:,} tokens, nothing stored: all calls to its end", fresh, request_bar),
+        outcome(f"new request of {PROMPT:,} tokens, all stored: all calls to its end", known, request_bar),
         outcome("a request that waits is asked again", again, None),
-        outcome("idle step", resting, IDLE_BAR_US),
+        outcome("idle step", resting, idle_bar),
         outcome("step of 32 requests that decode", decoding, None),
     ]
 
@@ -127,7 +171,7 @@ def as_page(outcomes: list[Outcome], rounds: int) -> Page:
         "Scheduler thread",
         columns,
         [[one.name, one.block_tokens, one.median_us, one.p99_us, one.bar_us, one.reached] for one in outcomes],
-        f"{rounds} rounds; CPU time of one thread. The host tier holds 10,000 chunks.",
+        f"{rounds} rounds; time of one thread, with --node waiting included, else its CPU time. The host tier holds 10,000 chunks.",
     )
     command = "python -m benchmarks.scheduler " + " ".join(sys.argv[1:])
     missed = [one.name for one in outcomes if not one.reached]
@@ -143,9 +187,14 @@ def as_page(outcomes: list[Outcome], rounds: int) -> Page:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--node", action="store_true", help="attach to an lmc node in another process")
     parser.add_argument("--out", type=Path, help="write report.md and results.json here")
     options = parser.parse_args()
-    outcomes = [one for block_tokens in (16, 128) for one in measure(block_tokens, options.rounds)]
+    if options.node:
+        with node_process() as node:
+            outcomes = [one for block_tokens in (16, 128) for one in measure(block_tokens, options.rounds, node)]
+    else:
+        outcomes = [one for block_tokens in (16, 128) for one in measure(block_tokens, options.rounds)]
     page = as_page(outcomes, options.rounds)
     print_table(page.sections[0].items[0])
     if options.out is not None:

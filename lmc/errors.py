@@ -8,6 +8,8 @@ LmcError
  ├─ LayoutError      an engine's KV layout is not supported       exit 2
  ├─ EngineError      an engine is missing, or failed              exit 1
  ├─ RunError         a benchmark or a replay failed               exit 1
+ ├─ NodeError        the node process or its wire failed          becomes a miss
+ │   └─ NodeAbsent   nobody serves the socket                     tried again
  ├─ TierError        a tier failed to put, get or delete          becomes a miss
  │   ├─ TierFull     no room left
  │   └─ Corrupt      stored bytes do not match their footer
@@ -53,6 +55,14 @@ class EngineError(LmcError):
 
 class RunError(LmcError):
     exit_code = 1
+
+
+class NodeError(LmcError):
+    """The node, or the connection to it, failed; the engine goes on without a cache."""
+
+
+class NodeAbsent(NodeError):
+    """Nobody serves the socket; that may change."""
 
 
 class TierError(LmcError):

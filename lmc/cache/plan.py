@@ -110,6 +110,7 @@ class Plan:
     known_faults: dict[int, int] = field(
         default_factory=dict
     )  # rank -> the Report.faults that this plan takes into account
+    memory: str = ""  # the node in whose memory the slots are; none: the worker's own memory
 
     def __bool__(self) -> bool:
         return bool(
@@ -213,3 +214,4 @@ class WorkerReady:
     parents: dict[ChunkKey, ChunkKey] = field(default_factory=dict)  # of stored chunks, as far as they are known
     # Which part of each chunk it holds, as names have it; None: its slots are another rank's, who stores these bytes for it
     part: int | None = 0
+    mapping: str = ""  # the number by which a node knows the worker; none: the memory is the worker's own

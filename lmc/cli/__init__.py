@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import lmc
-from lmc.cli import bench, cache, config, data, doctor, metrics, probe, serve, sim
+from lmc.cli import bench, cache, config, data, doctor, metrics, node, probe, serve, sim
 from lmc.errors import LmcError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 serve.add_to(app)
+node.add_to(app)
 bench.add_to(app)
 sim.add_to(app)
 probe.add_to(app)

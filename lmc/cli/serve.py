@@ -37,6 +37,12 @@ def serve(
     redis_url: Annotated[
         str | None, typer.Option(help="Address of the Redis tier. Without it, there is no Redis tier.")
     ] = None,
+    node: Annotated[
+        Path | None,
+        typer.Option(
+            help="Socket of an lmc node, whose cache the engine then uses. Without it, the engine has its own."
+        ),
+    ] = None,
     write: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +83,7 @@ def serve(
             "disk.path": disk_path,
             "disk.capacity": disk_capacity,
             "redis.url": redis_url,
+            "node": node,
             "write": write,
             "record": record,
             "metrics.port": metrics_port,

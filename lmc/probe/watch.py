@@ -37,7 +37,7 @@ def read_stats(url: str, token: str | None = None) -> Stats:
         raise RunError(f"no cache answers at {address}: {error}; lmc serve prints the address") from None
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise RunError(f"no cache answers at {address}: {error}; lmc serve prints the address") from None
-    if not isinstance(stats, dict) or "tiers" not in stats:
+    if not isinstance(stats, dict) or ("tiers" not in stats and "namespaces" not in stats):
         raise RunError(f"{address} is not the endpoint of a cache; lmc serve prints the address")
     return stats
 
@@ -60,7 +60,22 @@ def watch(url: str, interval: float, once: bool, console: Console | None = None,
 
 def render(now: Stats, before: Stats | None, seconds: float) -> RenderableType:
     """Render the totals, and the rates since `before`, which was read `seconds` earlier."""
+    if "namespaces" in now:
+        return _node(now, before, seconds)
     return Group(_overview(now, before), _tiers(now), _transfers(now, before, seconds), _copies(now), _misses(now))
+
+
+def _node(now: Stats, before: Stats | None, seconds: float) -> RenderableType:
+    """The engines of a node, and the cache of each of its namespaces."""
+    table = Table(title=f"node, {format_size(now['memory']['free_bytes'])} of memory not taken", title_justify="left")
+    for column in ("engine", "namespace", "attached", "requests", "loaded chunks", "open copies"):
+        table.add_column(column, justify="left" if column in ("engine", "namespace") else "right")
+    for one in now["engines"]:
+        attached = "yes" if one["attached"] else "no"
+        numbers = map(format_count, (one["requests"], one["loaded_chunks"], one["open_copies"]))
+        table.add_row(one["engine"], one["namespace"], attached, *numbers)
+    earlier = {one["namespace"]: one for one in before["namespaces"]} if before is not None else {}
+    return Group(table, *(render(one, earlier.get(one["namespace"]), seconds) for one in now["namespaces"]))
 
 
 def _overview(now: Stats, before: Stats | None) -> Table:

@@ -46,7 +46,7 @@ def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]
         claim_port(host, port, "the engine", stack)
         hold_port(host, port, "the engine").close()
         cached = config if options.cache else None
-        if cached is not None:
+        if cached is not None and cached.node is None:  # else these are the node's
             _check_memory(cached)
             check_tiers(cached)
         check_engine(options.engine, cached, options.engine_arguments)
@@ -97,7 +97,7 @@ def _with_metrics_port(config: CacheConfig, engines: range, stack: ExitStack) ->
 
 
 def _check_folders(config: CacheConfig, engines: range) -> None:
-    if config.disk.path is not None:
+    if config.disk.path is not None and config.node is None:
         try:
             config.disk.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=config.disk.path):

@@ -33,13 +33,16 @@ class DrivenSide:
         slots: int,
         announces: bool = False,
         stored: dict[str, list[bytes]] | None = None,
+        mapping: str = "",
         **settings: Any,
     ) -> None:
+        """mapping: the number under which a node knows the worker, where the setting node is given."""
         config = load_settings(flags={"metrics.enabled": False, **settings}).config
         self.namespace = Namespace("vllm", "model", "", "bf16", "layout", chunk_tokens_for(config, block_tokens))
         self.side = SchedulerSide(config, block_tokens, announces)
         copying = CopyReading({}, {}, threads=1, pinned_slots=0, problem="")
-        self.side.meet([Introduction(WorkerReady(self.namespace, 0, 4096, slots, stored or {}, copying))])
+        ready = WorkerReady(self.namespace, 0, 4096, slots, stored or {}, copying, mapping=mapping)
+        self.side.meet([Introduction(ready)])
         assert self.side.scheduler is not None
         self.scheduler = self.side.scheduler
         self.blocks = list(range(1, NUM_BLOCKS))

@@ -18,6 +18,7 @@ from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.cache.share import ALONE, Share, of_directory
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.open import open_worker
+from lmc.errors import ConfigError
 
 NOBODY = Identity()
 _POLL_SECONDS = 0.001
@@ -38,6 +39,10 @@ class LocalCache:
         part: tuple[int, int] = (0, 1),
     ) -> None:
         """share, part: see lmc.cache.share. Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
+        if config.node is not None:
+            raise ConfigError(
+                "node: only vLLM can attach to a node; leave the setting out, and the engine has a cache of its own"
+            )
         self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
         try:
             own = _of_rank(of_directory(config, share), rank, num_ranks)

@@ -66,7 +66,7 @@ class Below:
             queue_depth if write == "back" else min(queue_depth, share)
         )  # back: writes are what frees slots
         self.exists = bool(places.below or self._unbounded)
-        self._reserve = max(1, places.host.capacity // 8) if write == "back" and self.exists else 0
+        self._keeps_reserve = write == "back" and self.exists
         self._writing: dict[str, int] = {}  # bounded tier -> writes under way
         self._evicting: set[int] = set()  # nodes that an open write deletes from its tier first
         self._relieving: set[int] = set()  # deletions that make room in a medium that is fuller than its capacity says
@@ -95,20 +95,21 @@ class Below:
     def make_room(self) -> bool:
         """Make sure that a host slot is free."""
         places = self._places
-        if places.num_free_slots:
-            return True
-        node = places.host.victim()
-        if node < 0:
-            return False
-        if self._write == "back" and self.exists and not self.has_copy(node):
-            self._counts.writes_dropped += 1
-        self.evict_from_host(node, "room")
+        while not places.num_free_slots:  # once, unless the slot that comes free was recalled
+            node = places.host.victim()
+            if node < 0:
+                return False
+            if self._write == "back" and self.exists and not self.has_copy(node):
+                self._counts.writes_dropped += 1
+            self.evict_from_host(node, "room")
         return True
 
     def demote_ahead(self) -> None:
         """In write mode back, keep some slots free, so that a store does not wait for a lower tier."""
+        if not self._keeps_reserve:
+            return
         places = self._places
-        missing = self._reserve - places.num_free_slots - len(self._demoting)
+        missing = max(1, places.num_slots // 8) - places.num_free_slots - len(self._demoting)
         for _ in range(missing):
             node = places.host.victim()
             if node < 0:

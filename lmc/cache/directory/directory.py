@@ -9,6 +9,7 @@ It does no I/O, holds no bytes, takes no lock and reads no clock; it lives on th
     below.py        what is written to the tiers below the host
     removal.py      what is taken out of all tiers
     restore.py      what a tier held before the start
+    lending.py      host slots that come and go
     the others      one table each
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from lmc.cache.directory.below import Below, Counts, WriteMode
 from lmc.cache.directory.holds import Operations, Pins, Ticket
 from lmc.cache.directory.host_slots import HostSlots
+from lmc.cache.directory.lending import Lending
 from lmc.cache.directory.marks import TtlMode
 from lmc.cache.directory.misses import Miss
 from lmc.cache.directory.nodes import ABSENT, INCOMING, RESIDENT, Capacity
@@ -83,6 +85,7 @@ class Directory:
         self._pins = Pins(self._places)
         self._host_slots = HostSlots(self._places, self._below, self._operations, self._remotes, self.counts)
         self.changes = self._places.changes
+        self.lending = Lending(self._places, self._below)
         self._doomed: set[ChunkKey] = set()  # what a reset could not forget, because operations held it
         self._now = float("-inf")
 
@@ -145,7 +148,7 @@ class Directory:
         if missing:
             places.hold(chain, 1)
             # A prompt longer than the host: its own chunks never make room for it, so the policy is not asked for a victim.
-            room = places.host.capacity - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
+            room = places.num_slots - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
             for index in missing:
                 ticket = self._host_slots.store(keys[index], chain, index, tenant, now) if len(new) < room else None
                 if ticket is None:
@@ -386,7 +389,10 @@ class Directory:
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Bounded tier to (chunks, capacity in chunks)."""
-        return {residents.name: (residents.count, residents.capacity) for residents in self._places.sets}
+        places = self._places
+        return {HOST: (places.host.count, places.num_slots)} | {
+            residents.name: (residents.count, residents.capacity) for residents in places.below
+        }
 
     def room(self) -> dict[str, tuple[int, int]]:
         """Bounded tier below the host to (bytes taken, capacity in bytes)."""

@@ -26,6 +26,8 @@ class Miss(StrEnum):
     LOAD_DEADLINE = "load deadline"
     REMOTE_DEADLINE = "remote deadline"
     REMOTE_FAILED = "remote failed"
+    NODE_AWAY = "node away"  # the engine is not attached to its node
+    NODE_DEADLINE = "node deadline"  # the node did not answer in time
 
 
 def evicted_from(tier: str) -> str:

@@ -50,9 +50,16 @@ class Places:
         self.touches = array("H", bytes(2 * num_nodes))
         self._free_slots: list[int] = []
         self._fresh_slot = 0  # slots from here on were never taken
-        self._num_stranded = 0
+        self._stranded: set[int] = set()
+        self._num_withheld = 0  # slots that are not there for now
+        self._recalled: set[int] = set()  # slots in use that will not be there when they are free
 
     # Asking
+
+    @property
+    def num_slots(self) -> int:
+        """Host slots that are there now."""
+        return self.host.capacity - self._num_withheld
 
     @property
     def num_free_slots(self) -> int:
@@ -185,12 +192,40 @@ class Places:
         self.host.vacate(node)
         self.tenants.left_host(node)
         slot, self.slots[node] = self.slots[node], -1
-        self._num_stranded += 1
+        self._stranded.add(slot)
         return slot
 
     def free_stranded(self, slot: int) -> None:
-        self._num_stranded -= 1
-        self._free_slots.append(slot)
+        self._stranded.remove(slot)
+        if slot in self._recalled:
+            self._recalled.remove(slot)
+            self._num_withheld += 1
+        else:
+            self._free_slots.append(slot)
+
+    def withhold_all(self) -> None:
+        assert self._fresh_slot == 0
+        self._fresh_slot = self._num_withheld = self.host.capacity
+
+    def give_slots(self, slots: range) -> None:
+        self._num_withheld -= len(slots)
+        self._free_slots.extend(reversed(slots))
+
+    def recall_slots(self, slots: range) -> None:
+        free = [slot for slot in self._free_slots if slot not in slots]
+        self._num_withheld += len(self._free_slots) - len(free)
+        self._free_slots = free
+        self._recalled.update(self.slots[node] for node in self.nodes_in(slots))
+        self._recalled.update(slot for slot in self._stranded if slot in slots)
+
+    def nodes_in(self, slots: range) -> list[int]:
+        """The chunks in these host slots, readable or not."""
+        view = np.frombuffer(self.slots, dtype=np.int32)
+        return [int(node) for node in np.flatnonzero((view >= slots.start) & (view < slots.stop))]
+
+    def num_recalled(self, slots: range) -> int:
+        """How many of these slots are still in use."""
+        return sum(slot in self._recalled for slot in slots)
 
     def insert(self, residents: ResidentSet, nodes: Sequence[int]) -> None:
         """Tell the policy of new chunks, from the last to the first, as touches do."""
@@ -217,7 +252,7 @@ class Places:
         """Assert the invariants. idle: no operation is open and no pin is held, so all holds come from children."""
         slots = [self.slots[node] for node in self.nodes if self.slots[node] >= 0]
         assert len(slots) == len(set(slots)) and not set(slots) & set(self._free_slots)
-        assert len(slots) + self.num_free_slots + self._num_stranded == self.host.capacity
+        assert len(slots) + self.num_free_slots + len(self._stranded) + self._num_withheld == self.host.capacity
         assert all(slot < self._fresh_slot for slot in slots)
         for index, residents in enumerate(self.sets):
             taken = [node for node in self.nodes if residents.state[node] != ABSENT]

@@ -214,6 +214,15 @@ class Request:
         """Loads under way, by operation."""
         return tuple(self._loading)
 
+    @property
+    def num_stored(self) -> int:
+        """Leading chunks that need no store any more."""
+        return self._stored
+
+    def sources_of(self, gain: int) -> dict[str, int]:
+        """Tokens of the last lookup's answer, by the tier that held them when the request came."""
+        return self._sources(self.first_chunk, (self.computed + gain) // self._chunk_tokens)
+
     def wants_store(self, num_valid: int, num_prompt: int) -> bool:
         """Whether store() would have something to do; cheap enough to ask in every step."""
         end = num_valid if self._store_decode or num_valid < num_prompt else num_prompt

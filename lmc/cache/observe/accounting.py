@@ -7,13 +7,13 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import xxhash
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Directory, Miss, Request, Ticket
-from lmc.cache.keys import Namespace
+from lmc.cache.directory import Counts, Miss, Ticket
+from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.observe.metrics import CacheMetrics
 from lmc.cache.observe.record import TraceRecorder
@@ -24,6 +24,43 @@ logger = logging.getLogger(__name__)
 DEVICE = "device"
 
 
+class Known(Protocol):
+    """What is asked of a directory: the engine's own, or what it last heard of a node's."""
+
+    @property
+    def counts(self) -> Counts: ...
+    @property
+    def num_open(self) -> int: ...
+    @property
+    def num_pins(self) -> int: ...
+    @property
+    def num_writing(self) -> dict[str, int]: ...
+    def usage(self) -> dict[str, tuple[int, int]]: ...
+    def room(self) -> dict[str, tuple[int, int]]: ...
+    def known_remote(self) -> dict[str, int]: ...
+    def idle(self, key: ChunkKey, now: float) -> float | None: ...
+
+
+class Admitted(Protocol):
+    """What is asked of a request; see Request."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def arrived(self) -> float: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def computed(self) -> int: ...
+    @property
+    def sources(self) -> dict[str, int]: ...
+    @property
+    def keys(self) -> Sequence[ChunkKey]: ...
+    def miss(self) -> str | None: ...
+
+
 class Accounting:
     """Receives the events. A chunk has num_parts parts of chunk_bytes, on as many ranks. Raises ConfigError when the trace cannot be
     written."""
@@ -32,7 +69,7 @@ class Accounting:
         self,
         config: CacheConfig,
         namespace: Namespace,
-        directory: Directory,
+        directory: Known,
         chunk_bytes: int,
         num_parts: int,
         clock: Callable[[], float],
@@ -59,7 +96,7 @@ class Accounting:
         if self._recorder is not None:
             self._recorder.close()
 
-    def admitted(self, request: Request, answered: float | None, now: float) -> None:
+    def admitted(self, request: Admitted, answered: float | None, now: float) -> None:
         """The engine took a request in for the first time. answered: time of the answer to its first lookup."""
         metrics = self.metrics
         metrics.requests.inc()
@@ -126,7 +163,7 @@ class Accounting:
         self.metrics.settle(self._directory.counts)
 
 
-def explained(request: Request) -> dict[str, object]:
+def explained(request: Admitted) -> dict[str, object]:
     """Where a request's tokens came from, and why its hit ended where it did."""
     miss = request.miss()
     return {
@@ -136,7 +173,7 @@ def explained(request: Request) -> dict[str, object]:
     }
 
 
-def _open_metrics(directory: Directory) -> CacheMetrics:
+def _open_metrics(directory: Known) -> CacheMetrics:
     bounded, others = list(directory.usage()), list(directory.known_remote())
     metrics = CacheMetrics(bounded, [name for name in others if name not in bounded])
     metrics.follow("pending", lambda: directory.num_open)

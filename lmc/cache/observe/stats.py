@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmc.cache.directory import Directory
 from lmc.cache.keys import Namespace
+from lmc.cache.observe.accounting import Known
 from lmc.cache.observe.metrics import CacheMetrics
 from lmc.units import format_count, format_size
 
 
-def collect_stats(
-    namespace: Namespace, directory: Directory, metrics: CacheMetrics, chunk_bytes: int
-) -> dict[str, object]:
+def collect_stats(namespace: Namespace, directory: Known, metrics: CacheMetrics, chunk_bytes: int) -> dict[str, object]:
     """`chunk_bytes` is the size of one chunk over all ranks. What is read here is one number or one copied table, so no lock is needed."""
     totals: dict[str, float] = {}
     by_label: dict[str, dict[str, float]] = {}

@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -90,7 +90,11 @@ class Mailbox:
             return None
         future: Future[Result] = Future()
         self.waiting.append((work, num_tokens, future))
+        self.delivered()
         return future
+
+    def delivered(self) -> None:
+        """Called after each put(), on the thread that puts. The engine's scheduler looks by itself, so it needs no call."""
 
     def run(self) -> None:
         while self.waiting:
@@ -99,6 +103,12 @@ class Mailbox:
                 future.set_result(work())
             except ConfigError as error:
                 future.set_exception(error)
+
+
+class Commands(Protocol):
+    """Who carries commands out, on the scheduler's thread. Raises ConfigError for one that means nothing."""
+
+    def run(self, command: Pin | Unpin | Prefetch | Clear) -> Result: ...
 
 
 class Admin:

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from pydantic import ValidationError
 
 from lmc.cache.observe.accounting import KEEP
-from lmc.cache.scheduler.admin import Admin, Clear, Mailbox, Pin, Prefetch, Result, Unpin
+from lmc.cache.scheduler.admin import Clear, Commands, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.scheduler.http_server import Answer, Body, Head, HttpServer
 from lmc.cache.sections import AdminConfig, MetricsConfig
 from lmc.errors import ConfigError
@@ -57,7 +57,7 @@ class Endpoint:
         registry: CollectorRegistry,
         stats: Callable[[], Result],
         spans: Callable[[int], Result],
-        commands: Admin,
+        commands: Commands,
         mailbox: Mailbox,
     ) -> None:
         """Raises OSError when the port is in use."""

@@ -212,18 +212,24 @@ def open_slab(device: str, num_slots: int, slot_bytes: int, common: int | None =
     """
     if not device.startswith("cuda"):
         return Slab(num_slots, slot_bytes, common=common)
-    from lmc.cache.transfer.cuda import DeviceRegistrar, load_driver
-
-    index = int(device.partition(":")[2] or 0)
     try:
-        driver = load_driver()
-        registrar = DeviceRegistrar(driver, index)
-        node = gpu_numa_node(driver.pci_bus_id(index))
+        registrar, node = open_registrar(device)
     except TransferError as error:
         slab = Slab(num_slots, slot_bytes, common=common)
         slab.degrade(f"all {num_slots} slots stay pageable: {error}")
         return slab
     return Slab(num_slots, slot_bytes, registrar=registrar, numa_node=node, common=common)
+
+
+def open_registrar(device: str) -> tuple[Registrar | None, int | None]:
+    """What pins memory for a device, and the memory node next to it; nothing for a CPU. Raises TransferError without a usable driver."""
+    if not device.startswith("cuda"):
+        return None, None
+    from lmc.cache.transfer.cuda import DeviceRegistrar, load_driver
+
+    index = int(device.partition(":")[2] or 0)
+    driver = load_driver()
+    return DeviceRegistrar(driver, index), gpu_numa_node(driver.pci_bus_id(index))
 
 
 def gpu_numa_node(pci_bus_id: str, sysfs: Path = Path("/sys/bus/pci/devices")) -> int | None:

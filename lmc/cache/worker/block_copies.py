@@ -206,9 +206,13 @@ class BlockCopier:
 
     def detach(self) -> None:
         """The engine's KV memory goes away: wait for the copies under way. Until attach() every other one fails at once."""
+        self.finish_copies()
+        self._detached = True
+
+    def finish_copies(self) -> None:
+        """Wait for every copy under way, those in the background too."""
         self._loader.submit(int).result()
         self.drain()
-        self._detached = True
 
     def attach(self) -> None:
         """The memory is back, at the same addresses."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.logs import Sparingly
@@ -20,7 +20,6 @@ from lmc.cache.plan import ABSENT, CORRUPT, CRASH, ERROR, FORGED, FULL, LATE, UN
 from lmc.cache.tiers.breaker import BoundedBreaker, Breaker, Direction, TierOpen
 from lmc.cache.tiers.stored import NOTHING, Moved
 from lmc.cache.tiers.threads import IoThreads
-from lmc.cache.transfer.pinned import Slab
 from lmc.errors import Corrupt, Forged, TierError, TierFull
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,16 @@ WRITE_NICENESS = 10  # a tenth of the weight of an ordinary thread: enough to ge
 _OWED_AT_ONCE = 8  # deletions made up for with each write
 
 _told = Sparingly()
+
+
+class Slots(Protocol):
+    """Where the chunks are that are written and staged: a Slab, or this rank's part of a node's memory."""
+
+    @property
+    def slot_bytes(self) -> int: ...
+
+    def view(self, slot: int) -> memoryview:
+        """A slot's bytes, writable in place; from any thread."""
 
 
 class _Job(NamedTuple):
@@ -45,7 +54,7 @@ class TierCopier:
     def __init__(
         self,
         tiers: Mapping[str, Breaker],
-        slab: Slab,
+        slab: Slots,
         rank: int,
         *,
         io_threads: Mapping[str, int],
@@ -55,7 +64,7 @@ class TierCopier:
     ) -> None:
         self._tiers = dict(tiers)
         self._slab = slab
-        self._rank = rank
+        self.rank = rank
         self._finish = finish
         self._measure = measure
         self._moved = moved
@@ -205,7 +214,7 @@ class TierCopier:
             "tier": copy.ticket.tier,
             "cause": cause,
             "key": key,
-            "rank": self._rank,
+            "rank": self.rank,
         }
         self._sparingly.warn(logger, (copy.ticket.tier, copy.ticket.kind, cause), text, **about)
 

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 
 from lmc.cache.keys import ChunkKey, Namespace
@@ -83,36 +84,17 @@ class CacheWorker:
 
     def ready(self) -> WorkerReady:
         """Message of what this rank holds. It scans the bounded tiers."""
-        warnings = list(self._warnings)
-        stored: dict[str, dict[ChunkKey, int]] = {}
-        parents: dict[ChunkKey, ChunkKey] = {}
-        for name, tier in self._tiers.items():
-            if not isinstance(tier, BoundedBreaker):
-                continue
-            stored[name] = {}
-            if not tier.is_open:
-                continue  # it hangs, and has said so
-            try:
-                look, progress = partial(_look_into, tier), partial(_progress, tier)
-                stored[name], known = wait_for(look, tier.patience(0), f"{name} tier: a scan", progress)
-                parents.update(known)
-            except TierHangs as error:
-                text = f"{error}; what it holds is found at the next start"
-                logger.warning("lmc: %s", text)
-                warnings.append(text)
-            except TierError as error:
-                del stored[name]
-                warnings.append(str(error))
+        scan = scan_tiers(self._tiers)
         return WorkerReady(
             self._namespace,
             self._rank,
             self._slab.slot_bytes,
             self._slab.num_slots,
-            stored,
+            scan.stored,
             self._copying,
             tuple(name for name, tier in self._tiers.items() if not isinstance(tier, BoundedBreaker)),
-            tuple(warnings),
-            parents,
+            (*self._warnings, *scan.warnings),
+            scan.parents,
             self._part,
         )
 
@@ -242,13 +224,8 @@ class CacheWorker:
                 self._report.failed.update(dict.fromkeys(operations, cause))
 
     def _note_moved(self, copy: TierCopy, raw_bytes: int, moved: Moved) -> None:
-        saved = stored_bytes(raw_bytes) - moved.stored_bytes
-        kind, tier = copy.ticket.kind, copy.ticket.tier
         with self._lock:
-            if kind == "write" and saved:
-                self._report.saved[copy.ticket.operation] += saved
-            if moved.codec_seconds:
-                self._report.codecs.append(CodecRun(tier, kind, raw_bytes, moved.stored_bytes, moved.codec_seconds))
+            note_moved(self._report, copy, raw_bytes, moved)
 
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
@@ -262,6 +239,47 @@ def _look_into(tier: BoundedBreaker) -> tuple[dict[ChunkKey, int], dict[ChunkKey
 
 def _progress(tier: BoundedBreaker) -> int:
     return tier.progress
+
+
+def note_moved(report: Report, copy: TierCopy, raw_bytes: int, moved: Moved) -> None:
+    """Add to the report what a tier's codec has done in a copy."""
+    saved = stored_bytes(raw_bytes) - moved.stored_bytes
+    kind, tier = copy.ticket.kind, copy.ticket.tier
+    if kind == "write" and saved:
+        report.saved[copy.ticket.operation] += saved
+    if moved.codec_seconds:
+        report.codecs.append(CodecRun(tier, kind, raw_bytes, moved.stored_bytes, moved.codec_seconds))
+
+
+@dataclass
+class Scan:
+    """What bounded tiers hold, oldest first, with its bytes, which chunk continues which, and what is wrong with them."""
+
+    stored: dict[str, dict[ChunkKey, int]] = field(default_factory=dict)
+    parents: dict[ChunkKey, ChunkKey] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def scan_tiers(tiers: Mapping[str, Breaker]) -> Scan:
+    scan = Scan()
+    for name, tier in tiers.items():
+        if not isinstance(tier, BoundedBreaker):
+            continue
+        scan.stored[name] = {}
+        if not tier.is_open:
+            continue  # it hangs, and has said so
+        try:
+            look, progress = partial(_look_into, tier), partial(_progress, tier)
+            scan.stored[name], known = wait_for(look, tier.patience(0), f"{name} tier: a scan", progress)
+            scan.parents.update(known)
+        except TierHangs as error:
+            text = f"{error}; what it holds is found at the next start"
+            logger.warning("lmc: %s", text)
+            scan.warnings.append(text)
+        except TierError as error:
+            del scan.stored[name]
+            scan.warnings.append(str(error))
+    return scan
 
 
 def read_copying(backend: AutoBackend, slab: Slab) -> CopyReading:

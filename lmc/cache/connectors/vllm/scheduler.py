@@ -19,6 +19,7 @@ from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.directory import HOST
 from lmc.cache.keys import hashed_name
+from lmc.cache.node.open import AnyScheduler, open_scheduler
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.plan import Plan, Report, WorkerReady
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
@@ -71,7 +72,7 @@ class SchedulerSide:
     announces: bool = False  # vLLM publishes KV events
     refused: bool = False  # there is no cache: it could not be opened, or has ended
     part: tuple[int, int] = (0, 1)  # of a disk folder that data-parallel engines have in common
-    scheduler: CacheScheduler | None = None
+    scheduler: AnyScheduler | None = None
     events: TierEvents | None = None
     tracked: dict[str, _Tracked] = field(default_factory=dict)
     growth: CounterGrowth | None = None
@@ -107,7 +108,7 @@ class SchedulerSide:
             logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
             return
         try:
-            self.scheduler = CacheScheduler(self.config, ready, self.block_tokens, part=self.part)
+            self.scheduler = open_scheduler(self.config, ready, self.block_tokens, part=self.part)
         except LmcError as error:
             if self.config.strict:
                 raise
@@ -115,8 +116,10 @@ class SchedulerSide:
             return
         self.adapters = AdapterNames(len(introductions))
         self.refused = False
-        if self.announces:
+        if self.announces and isinstance(self.scheduler, CacheScheduler):
             self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
+        elif self.announces:
+            logger.warning("lmc: an engine that is attached to a node publishes no KV events for the node's tiers")
         self.growth = CounterGrowth(self.scheduler.metrics.registry)
         logger.info(
             "lmc: cache on, %d tokens per chunk, %s, metrics at %s",

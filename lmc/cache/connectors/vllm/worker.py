@@ -29,10 +29,10 @@ from lmc.cache.connectors.vllm.promises import Owed
 from lmc.cache.connectors.vllm.stats import LmcStats
 from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_models, name_weights, share_readings
 from lmc.cache.keys import Namespace
+from lmc.cache.node.open import open_worker
 from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.common import share_slots
-from lmc.cache.worker.open import open_worker
 from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import LmcError, ModelError
 
@@ -79,7 +79,7 @@ class WorkerSide:
     def _open_worker(self, describe: Callable[[], tuple[Namespace, KVLayout]]) -> CacheWorker:
         parallel = self.vllm_config.parallel_config
         here = int(getattr(parallel, "local_world_size", parallel.world_size))
-        alike = math.gcd(self.alike, here)
+        alike = math.gcd(self.alike, here) if self.config.node is None else 1  # a node's slots hold every rank's part
         (namespace, layout), common = share_slots(
             self.config, describe, rank=parallel.rank, alike=alike, num_ranks=here, gather=self._of_all_ranks
         )

@@ -1,0 +1,42 @@
+"""Opens an engine's two halves: with a cache of its own, or attached to the node that the setting `node` names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmc.cache.config import CacheConfig
+from lmc.cache.keys import Namespace
+from lmc.cache.node.scheduler import NodeScheduler
+from lmc.cache.node.worker import open_node_worker
+from lmc.cache.plan import WorkerReady
+from lmc.cache.scheduler.cache import CacheScheduler
+from lmc.cache.transfer.common_slots import CommonSlots
+from lmc.cache.transfer.layout import KVLayout
+from lmc.cache.worker import open as embedded
+from lmc.cache.worker.worker import CacheWorker
+
+AnyScheduler = CacheScheduler | NodeScheduler
+
+
+def open_scheduler(
+    config: CacheConfig, ready: Sequence[WorkerReady], block_tokens: int, *, part: tuple[int, int] = (0, 1)
+) -> AnyScheduler:
+    """part: of a common disk folder, for an engine with a cache of its own. Raises ConfigError when the workers don't fit together."""
+    if config.node is not None:
+        return NodeScheduler(config, ready, block_tokens)
+    return CacheScheduler(config, ready, block_tokens, part=part)
+
+
+def open_worker(
+    config: CacheConfig,
+    namespace: Namespace,
+    layout: KVLayout,
+    *,
+    rank: int,
+    num_ranks: int,
+    common: CommonSlots | None = None,
+) -> CacheWorker:
+    """num_ranks: of one engine, on this machine. common: as the embedded worker takes it. Raises what the embedded worker raises."""
+    if config.node is not None:
+        return open_node_worker(config, namespace, layout, rank=rank, ranks=range(num_ranks))
+    return embedded.open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks, common=common)

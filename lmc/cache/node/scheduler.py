@@ -1,0 +1,524 @@
+"""The scheduler's half of an engine that is attached to a node: the calls of CacheScheduler, answered by the node.
+
+It hashes prompts, keeps what the node has said of each request, and turns the node's slots into plans. Whatever the node does not answer in
+time is a miss. Operations in plans have numbers of its own, since those of a node that was started again would repeat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import lmc.cache.node.wire as wire
+from lmc.cache.config import CacheConfig
+from lmc.cache.directory import HOST, Miss, Ticket
+from lmc.cache.keys import ChunkKey, KeyChain, root
+from lmc.cache.node.link import Link
+from lmc.cache.node.mirror import Mirror
+from lmc.cache.observe.accounting import Accounting, Salts, explained
+from lmc.cache.observe.stats import collect_stats
+from lmc.cache.plan import COPY, SKIP, BlockCopy, Plan, Report, RequestCopies, WorkerReady, request_name
+from lmc.cache.scheduler.admin import Clear, Mailbox, Pin, Prefetch, Result, Unpin
+from lmc.cache.scheduler.cache import Identity
+from lmc.cache.scheduler.endpoint import Endpoint
+from lmc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FIRST_SECONDS = 10.0  # that a start waits for the node
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request between its first lookup and its end. Accounting reads it like a Request."""
+
+    number: int
+    id: str  # the engine's
+    name: str
+    chain: KeyChain
+    tenant: str
+    salt_differs: bool
+    arrived: float
+    answered: float | None = None
+    num_tokens: int = 0
+    computed: int = 0
+    sources: dict[str, int] = field(default_factory=dict)  # of the last lookup's answer, then of the first admit()
+    why: str | None = None
+    admitted: bool = False
+    stored: int = 0  # leading chunks that need no store any more
+    retired: bool = False
+    finished: bool = False
+    session: int = 0  # that knows the request
+    sent: int = 0  # keys that this session has
+    loading: set[int] = field(default_factory=set)
+
+    @property
+    def keys(self) -> Sequence[ChunkKey]:
+        return self.chain.keys
+
+    def miss(self) -> str | None:
+        return self.why
+
+
+class _Copying(NamedTuple):
+    """A copy that a plan has ordered, under its number in plans."""
+
+    session: int
+    operation: int  # the session's own
+    key: ChunkKey
+    chunk: int
+    load: _Tracked | None  # the request that it fills blocks for
+
+
+class _Earlier(NamedTuple):
+    """A session that is over. While workers may be making copies of it, its node must not give their slots away."""
+
+    node: str
+    number: int
+    num_open: int
+
+
+class _Wish(NamedTuple):
+    """What the next plan shall do for a request."""
+
+    tracked: _Tracked
+    blocks: tuple[int, ...]
+    event: wire.Admit | wire.Store
+
+
+class NodeScheduler:
+    """Raises ConfigError when the workers don't fit together."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        ready: Sequence[WorkerReady],
+        block_tokens: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        engine: str = "",
+    ) -> None:
+        """engine: its name in the node's metrics."""
+        assert config.node is not None
+        first = ready[0]
+        if any(worker.namespace != first.namespace for worker in ready):
+            raise ConfigError("the ranks disagree on the namespace; start them with the same model and settings")
+        if not all(worker.mapping for worker in ready):
+            raise ConfigError("node is set for some ranks only; give all ranks the same settings")
+        self.config = config
+        self.namespace = first.namespace
+        self.chunk_tokens = first.namespace.chunk_tokens
+        self.chunk_bytes = first.chunk_bytes
+        self.num_ranks = len(ready)
+        self._block_tokens = block_tokens
+        self._blocks_per_chunk = self.chunk_tokens // block_tokens
+        self._clock = clock
+        self._requests: dict[str, _Tracked] = {}
+        self._last_request = 0
+        self._last_operation = 0
+        self._copying: dict[int, _Copying] = {}
+        self._ended: dict[int, int] = {}
+        self._causes: dict[int, str] = {}
+        self._known_faults: dict[int, int] = {}
+        self._wishes: list[_Wish] = []
+        self._sessions: dict[int, _Earlier] = {}
+        self._salts = Salts(self.chunk_tokens)
+        attach = wire.Attach(
+            engine or f"{first.namespace.engine}-{os.getpid()}",
+            first.namespace,
+            first.chunk_bytes,
+            [worker.rank for worker in ready],
+            [bytes.fromhex(worker.mapping) for worker in ready],
+            config.min_load_tokens,
+            config.lookup_deadline,
+            config.load_deadline,
+            config.store_decode,
+        )
+        self._link = Link(config.node, attach, config.node_deadline, self._refuse)
+        self._session = _Earlier("", 0, 0)  # the one in use, as it will be remembered
+        self._current = 0
+        self._link.wait(FIRST_SECONDS)
+        self.directory = Mirror(self._link)
+        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock)
+        self.metrics = self._accounting.metrics
+        for worker in ready:
+            self.metrics.note_copying(worker.rank, worker.copying)
+        self._mailbox = Mailbox()
+        self._endpoint = self._open_endpoint()
+
+    @property
+    def metrics_url(self) -> str | None:
+        return self._endpoint.url if self._endpoint else None
+
+    @property
+    def busy(self) -> bool:
+        """True while workers make copies, so that the engine must fetch reports."""
+        return bool(self._copying) or bool(self._wishes) or bool(self._mailbox.waiting)
+
+    # A request's life
+
+    def lookup(self, request_id: str, tokens: Sequence[int], computed: int, identity: Identity) -> int | None:
+        """As CacheScheduler.lookup(). What is found is kept for a moment."""
+        started = time.perf_counter()
+        try:
+            now = self._clock()
+            tracked = self._requests.get(request_id)
+            if tracked is None:
+                tracked = self._requests[request_id] = self._track(request_id, tokens, identity, now)
+            found = self._lookup(tracked, tokens, computed)
+            if found is not None and tracked.answered is None:
+                tracked.answered = now
+            return found
+        finally:
+            self.metrics.lookup_seconds.observe(time.perf_counter() - started)
+
+    def promise(self, request_id: str, num_tokens: int, seconds: float) -> None:
+        tracked = self._requests[request_id]
+        if self._known(tracked):
+            self._link.tell([wire.Promise(tracked.number, num_tokens, seconds)])
+
+    def loads_in_background(self, num_load: int) -> bool:
+        return num_load >= self.config.background_load_tokens
+
+    def admit(self, request_id: str, num_load: int, blocks: Sequence[int]) -> None:
+        """The next plan loads; if the node does not say from where, its blocks fail there."""
+        tracked = self._requests[request_id]
+        first_time, tracked.admitted = not tracked.admitted, True
+        if num_load:
+            self._wishes.append(_Wish(tracked, tuple(blocks), wire.Admit(tracked.number, num_load)))
+        elif self._known(tracked):
+            self._link.tell([wire.Admit(tracked.number, 0)])
+        if first_time:
+            if not num_load:
+                tracked.sources = {}
+            self._accounting.admitted(tracked, tracked.answered, self._clock())
+
+    def loaded_from(self, request_id: str) -> Mapping[str, int]:
+        return self._requests[request_id].sources
+
+    def wants_store(self, request_id: str, num_valid: int, num_prompt: int) -> bool:
+        tracked = self._requests.get(request_id)
+        return tracked is not None and self._wants_store(tracked, num_valid, num_prompt)
+
+    def store(
+        self, request_id: str, tokens: Sequence[int], num_valid: int, num_prompt: int, blocks: Sequence[int]
+    ) -> None:
+        tracked = self._requests.get(request_id)
+        if tracked is None or not self._wants_store(tracked, num_valid, num_prompt):
+            return
+        tracked.chain.extend(tokens)
+        event = wire.Store(tracked.number, 0, b"", num_valid, num_prompt)  # the keys follow when it is sent
+        self._wishes.append(_Wish(tracked, tuple(blocks), event))
+
+    def touch(self, keys: Sequence[ChunkKey], tenant: str) -> None:
+        self._link.tell([wire.Touch(wire.join(list(keys)), tenant)])
+
+    def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
+        tracked = self._requests.get(request_id)
+        return tracked.chain.keys if tracked is not None else ()
+
+    def explain(self, request_id: str) -> dict[str, object]:
+        tracked = self._requests.get(request_id)
+        return explained(tracked) if tracked is not None else {}
+
+    def finish(self, request_id: str, pin_seconds: float = 0.0) -> None:
+        tracked = self._requests.pop(request_id, None)
+        if tracked is None:
+            return
+        tracked.retired = tracked.finished = True  # a wish of its must not begin it again
+        if self._known(tracked):
+            self._link.tell([wire.End(tracked.number, max(pin_seconds, 0.0))])
+            tracked.session = 0
+
+    # Plans and reports
+
+    def take_plan(self) -> Plan:
+        if self._mailbox.waiting:
+            self._mailbox.run()
+        plan = Plan(known_faults=dict(self._known_faults))
+        if self._wishes:
+            wishes, self._wishes = self._wishes, []
+            self._plan(plan, wishes)
+        else:
+            self._link.look()
+        self._note_session()
+        return plan
+
+    def apply(self, report: Report) -> None:
+        self._note_session()
+        self._causes.update(report.failed)
+        self._known_faults.update(report.faults)
+        ended: list[wire.Event] = []
+        for number, ranks in report.finished.items():
+            total = self._ended.pop(number, 0) + ranks
+            if total < self.num_ranks:
+                self._ended[number] = total
+            else:
+                ended += self._complete(number, self._causes.pop(number, None))
+        if ended:
+            self._link.tell(ended)
+        self._accounting.reported(report)
+
+    def reset(self) -> None:
+        """From now on this engine uses no chunk of before, and no other engine's: its chunks get new names."""
+        self._retire()
+        self.namespace = dataclasses.replace(
+            self.namespace, revision=f"{self.namespace.revision} reset {secrets.token_hex(8)}"
+        )
+        self._salts = Salts(self.chunk_tokens)
+        logger.warning("lmc: reset: from now on this engine shares no chunks with others")
+
+    def rename(self, model: str) -> None:
+        """As CacheScheduler.rename()."""
+        self._retire()
+        self.namespace = dataclasses.replace(self.namespace, model=model)
+        self._salts = Salts(self.chunk_tokens)
+        logger.warning("lmc: the weights have changed: chunks of before are not used any more")
+
+    def stats(self) -> dict[str, object]:
+        """The state of the node's namespace as this engine last heard of it, and its own counters. From any thread."""
+        own = collect_stats(self.namespace, self.directory, self.metrics, self.chunk_bytes * self.num_ranks)
+        return own | {"attached": self._link.connected, "node_metrics": self._link.metrics}
+
+    def close(self, timeout: float | None = None) -> None:
+        """It waits for nobody, so it takes no time."""
+        with ExitStack() as parts:
+            parts.callback(self._link.close)
+            if self._endpoint is not None:
+                parts.callback(self._endpoint.close)
+            parts.callback(self._accounting.close)
+
+    # Inside
+
+    def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> _Tracked:
+        start = root(self.namespace, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
+        differs = len(tokens) > self.chunk_tokens and self._salts.seen_elsewhere(tokens, start)
+        self._last_request += 1
+        chain = KeyChain(start, self.chunk_tokens, identity.extra)
+        return _Tracked(self._last_request, request_id, request_name(request_id), chain, identity.tenant, differs, now)
+
+    def _lookup(self, tracked: _Tracked, tokens: Sequence[int], computed: int) -> int | None:
+        keys = tracked.chain.extend(tokens)
+        tracked.num_tokens, tracked.computed = len(tokens), computed
+        if not tracked.admitted:
+            tracked.sources = {}
+        if tracked.retired:
+            tracked.why = Miss.CLEARED
+            return 0
+        if not self._link.ready:
+            tracked.why = self._unanswered()
+            return 0
+        if not keys:
+            tracked.why = None
+            return 0
+        events = self._introduction(tracked)
+        events.append(wire.Lookup(tracked.number, len(tokens), computed, *self._unsent(tracked)))
+        answers = self._exchange(events)
+        if answers is None:
+            tracked.why = self._unanswered()
+            return 0
+        found = answers[0]
+        assert isinstance(found, wire.Found)
+        if found.gain == wire.ASK_AGAIN:
+            return None
+        tracked.why = found.miss or None
+        if not tracked.admitted:
+            tracked.sources = found.sources
+        return found.gain
+
+    def _unanswered(self) -> Miss:
+        return Miss.NODE_DEADLINE if self._link.connected else Miss.NODE_AWAY
+
+    def _plan(self, plan: Plan, wishes: Sequence[_Wish]) -> None:
+        """Ask the node for slots, and order the copies. Loads that it does not answer fail in this plan."""
+        answers: Sequence[wire.Reply] | None = None
+        if self._link.ready:
+            events: list[wire.Event] = []
+            asked = []
+            for wish in wishes:
+                tracked = wish.tracked
+                if isinstance(wish.event, wire.Store):
+                    if tracked.retired:
+                        continue
+                    events += self._introduction(tracked)
+                    known, keys = self._unsent(tracked)
+                    event = wish.event
+                    events.append(wire.Store(event.request, known, keys, event.num_valid, event.num_prompt))
+                elif self._known(tracked):
+                    events.append(wish.event)
+                else:
+                    if not tracked.finished:
+                        self._fail(plan, wish)  # it was promised by a session that is over, or before a reset
+                    continue
+                asked.append(wish)
+            wishes = asked
+            answers = self._exchange(events) if events else ()
+        if answers is None:
+            for wish in wishes:
+                if isinstance(wish.event, wire.Admit) and not wish.tracked.finished:
+                    self._fail(plan, wish)
+            return
+        plan.memory = self._link.node
+        for wish, slots in zip(wishes, answers, strict=True):
+            if isinstance(wish.event, wire.Store):
+                assert isinstance(slots, wire.Stores)
+                self._plan_store(plan, wish, slots)
+                continue
+            assert isinstance(slots, wire.Loads)
+            if slots.operations:
+                self._plan_load(plan, wish, wish.event.num_load, slots)
+            else:
+                self._fail(plan, wish)  # it is not there any more
+
+    def _plan_load(self, plan: Plan, wish: _Wish, num_load: int, slots: wire.Loads) -> None:
+        tracked = wish.tracked
+        held = tracked.computed // self._block_tokens  # blocks that the engine has, which others may be reading
+        copies = self._copies(wish, slots, tracked, held)
+        tracked.loading.update(copy.operation for copy in copies)
+        background = self.loads_in_background(num_load)
+        (plan.background_loads if background else plan.loads).append(RequestCopies(tracked.id, copies))
+
+    def _plan_store(self, plan: Plan, wish: _Wish, slots: wire.Stores) -> None:
+        wish.tracked.stored = slots.settled
+        if slots.operations:
+            plan.stores.append(RequestCopies(wish.tracked.id, self._copies(wish, slots, None, 0)))
+
+    def _copies(
+        self, wish: _Wish, slots: wire.Loads | wire.Stores, load: _Tracked | None, held: int
+    ) -> tuple[BlockCopy, ...]:
+        keys, per_chunk, copies = wish.tracked.chain.keys, self._blocks_per_chunk, []
+        for operation, chunk, slot in zip(slots.operations, slots.chunks, slots.slots, strict=True):
+            start = chunk * per_chunk
+            blocks = wish.blocks[start : start + per_chunk]
+            if held > start:
+                blocks = (SKIP,) * min(held - start, len(blocks)) + blocks[held - start :]
+            self._last_operation += 1
+            self._copying[self._last_operation] = _Copying(self._current, operation, keys[chunk], chunk, load)
+            copies.append(BlockCopy(self._last_operation, keys[chunk], slot, blocks))
+        return tuple(copies)
+
+    def _fail(self, plan: Plan, wish: _Wish) -> None:
+        """The engine computes what it was promised."""
+        assert isinstance(wish.event, wire.Admit)
+        first = wish.tracked.computed // self._block_tokens
+        end = (wish.tracked.computed + wish.event.num_load) // self._block_tokens
+        plan.failed_blocks += wish.blocks[first:end]
+        if self.loads_in_background(wish.event.num_load):
+            plan.failed_requests.append(wish.tracked.id)
+
+    def _complete(self, number: int, cause: str | None) -> list[wire.Event]:
+        """A copy ended on all ranks. Returns what the node must hear of it."""
+        copying = self._copying.pop(number, None)
+        if copying is None:
+            return []
+        kind: Literal["load", "store"] = "store" if copying.load is None else "load"
+        self._accounting.ended(Ticket(number, kind, copying.key, HOST, -1), cause)
+        if copying.load is not None:
+            copying.load.loading.discard(number)
+            if cause is not None and not copying.load.retired:
+                copying.load.stored = min(copying.load.stored, copying.chunk)
+        if copying.session == self._link.session:
+            return [wire.Done(copying.operation, cause or "")]
+        earlier = self._sessions[copying.session]
+        self._sessions[copying.session] = earlier._replace(num_open=earlier.num_open - 1)
+        return self._quiet(copying.session)
+
+    def _refuse(self, session: int, answers: Sequence[wire.Reply]) -> None:
+        """Answers that came too late: none of their copies is made."""
+        ended: list[wire.Event] = []
+        for answer in answers:
+            if isinstance(answer, wire.Stores):
+                ended += [wire.Done(operation, COPY) for operation in answer.operations]
+            elif isinstance(answer, wire.Loads):  # there is nothing wrong with the chunks
+                ended += [wire.Done(operation, "") for operation in answer.operations]
+        if ended:
+            self._link.tell(ended)
+
+    def _exchange(self, events: list[wire.Event]) -> Sequence[wire.Reply] | None:
+        self._note_session()
+        return self._link.exchange(events)
+
+    def _note_session(self) -> None:
+        """After a change of the connection: copies of the earlier session still run, and the node must hear when they have ended."""
+        link = self._link
+        if link.session == self._current:
+            return
+        if self._current:
+            num_open = sum(copying.session == self._current for copying in self._copying.values())
+            self._sessions[self._current] = self._session._replace(num_open=num_open)
+        self._current, self._session = link.session, _Earlier(link.node, link.number, 0)
+        if link.session:
+            for earlier in list(self._sessions):
+                link.tell(self._quiet(earlier))
+
+    def _quiet(self, session: int) -> list[wire.Event]:
+        """What the node must hear if no worker touches a slot of this earlier session any more."""
+        earlier = self._sessions[session]
+        if earlier.num_open or not self._link.session:
+            return []
+        del self._sessions[session]
+        return [wire.Quiet(earlier.number)] if earlier.node == self._link.node else []
+
+    def _introduction(self, tracked: _Tracked) -> list[wire.Event]:
+        if self._known(tracked):
+            return []
+        tracked.session, tracked.sent = self._link.session, 0
+        return [wire.Begin(tracked.number, tracked.name, tracked.tenant, tracked.salt_differs)]
+
+    def _unsent(self, tracked: _Tracked) -> tuple[int, bytes]:
+        """(number of keys that the session has, those that it gets now)."""
+        known = tracked.sent if self._known(tracked) else 0
+        keys = tracked.chain.keys
+        tracked.sent = len(keys)
+        return known, wire.join(keys[known:])
+
+    def _known(self, tracked: _Tracked) -> bool:
+        """Whether the session in use has heard of the request."""
+        return bool(tracked.session) and tracked.session == self._link.session
+
+    def _wants_store(self, tracked: _Tracked, num_valid: int, num_prompt: int) -> bool:
+        if tracked.retired or not self._link.connected:
+            return False
+        end = num_valid if self.config.store_decode or num_valid < num_prompt else num_prompt
+        return end // self.chunk_tokens > tracked.stored
+
+    def _retire(self) -> None:
+        for tracked in self._requests.values():
+            tracked.retired = True
+            if self._known(tracked):
+                self._link.tell([wire.End(tracked.number, 0.0)])
+                tracked.session = 0
+
+    def _open_endpoint(self) -> Endpoint | None:
+        config = self.config
+        if not config.metrics.enabled:
+            return None
+        try:
+            return Endpoint(
+                config.metrics,
+                config.admin,
+                self.metrics.registry,
+                self.stats,
+                self._accounting.spans.read,
+                _NoCommands(self._link),
+                self._mailbox,
+            )
+        except OSError as error:
+            where = f"{config.metrics.host}:{config.metrics.port}"
+            logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
+            return None
+
+
+class _NoCommands:
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def run(self, command: Pin | Unpin | Prefetch | Clear) -> Result:
+        raise ConfigError(f"this engine uses a node's cache: send commands to {self._link.metrics or 'the node'}")
