@@ -126,6 +126,9 @@ class Channel:
 
     def close(self) -> None:
         self.socket.close()
+        self.close_descriptor()
+
+    def close_descriptor(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

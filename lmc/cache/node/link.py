@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 ANSWER_SECONDS = 30.0  # a node that opens the tiers of a new namespace
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 _PATIENT_TIMES = 5
+_JOIN_SECONDS = 1.0
 
 
 class Complaints:
@@ -137,7 +138,7 @@ class Link:
     def close(self) -> None:
         self._closing.set()
         self._lost.set()
-        self._thread.join()
+        self._thread.join(_JOIN_SECONDS)  # it may wait for an answer, and ends with the process
         for channel in (self._channel, self._fresh[0] if self._fresh is not None else None):
             if channel is not None:
                 channel.close()

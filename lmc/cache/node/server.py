@@ -47,6 +47,7 @@ class _Connection:
     waits: wire.Attach | None = None  # for its namespace to be opened
     told: float = float("-inf")  # when it was last told figures
     writing: bool = False  # the poll looks for room to write, too
+    watch: int = -1  # descriptor that tells of the scheduler's end
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Node:
         self._group = group
         self._clock = clock
         self._connections: dict[int, _Connection] = {}
-        self._watched: dict[int, Mapping] = {}  # by the descriptor that tells of the process's end
+        self._watched: dict[int, Mapping | _Connection] = {}  # by the descriptor that tells of the process's end
         self._mappings: dict[bytes, Mapping] = {}
         self._left: set[bytes] = set()  # workers that have let go; plans of before must find them without the memory
         self._opening: dict[DomainName, _Opening] = {}
@@ -165,7 +166,8 @@ class Node:
                 channel.flush()
             except NodeError as error:
                 logger.warning("lmc: node: process %d was refused: %s", peer.pid, _text(error))
-                _refuse(channel, _text(error))
+                _tell_refusal(channel, _text(error))
+                channel.close()
                 continue
             number = channel.fileno()
             self._connections[number] = _Connection(number, channel, peer, self._clock() + _GREETING_SECONDS)
@@ -192,7 +194,7 @@ class Node:
         except LmcError as error:
             if connection.session is None and connection.mapping is None:
                 logger.warning("lmc: node: process %d was refused: %s", connection.peer.pid, _text(error))
-                _refuse(channel, _text(error))
+                _tell_refusal(channel, _text(error))
             elif "connection has ended" not in str(error):
                 logger.warning("lmc: node: process %d is let go: %s", connection.peer.pid, _text(error))
             self._drop(connection)
@@ -215,7 +217,10 @@ class Node:
     def _drop(self, connection: _Connection) -> None:
         if self._connections.pop(connection.number, None) is None:
             return
-        connection.channel.close()  # which takes it out of the poll
+        self._poll.unregister(connection.number)
+        connection.channel.close()
+        if connection.watch >= 0:
+            self._unwatch(connection.watch)
         connection.waits = None
         if connection.session is not None:
             self._leave(connection.session)
@@ -226,7 +231,7 @@ class Node:
         if message.worker in self._mappings or message.worker in self._left:
             raise NodeError("a worker of this number has, or had, the memory of this node")
         watch = connection.peer.watch()
-        mapping = Mapping(message.worker, message.rank, connection.peer.uid, watch)
+        mapping = Mapping(message.worker, message.rank, watch)
         self._watched[watch] = self._mappings[message.worker] = connection.mapping = mapping
         self._poll.register(watch, select.EPOLLIN)  # before it has the memory, so that its end is not missed
         connection.channel.put_descriptor(wire.Memory(self.number, self._memory.size, UNIT), self._memory.descriptor)
@@ -238,20 +243,27 @@ class Node:
             self._let_go(mapping)
 
     def _process_ended(self, watch: int) -> None:
-        self._let_go(self._watched[watch])
+        gone = self._watched[watch]
+        if isinstance(gone, Mapping):
+            self._let_go(gone)
+        else:
+            self._drop(gone)  # a child of it may keep the connection open
 
     def _let_go(self, mapping: Mapping) -> None:
         """The worker cannot touch the memory any more."""
         if mapping.gone:
             return
         mapping.gone = True
-        self._poll.unregister(mapping.watch)
-        del self._watched[mapping.watch]
-        os.close(mapping.watch)
+        self._unwatch(mapping.watch)
         del self._mappings[mapping.worker]
         self._left.add(mapping.worker)
         for session in list(self.sessions.values()):
             self._settle_session(session)
+
+    def _unwatch(self, watch: int) -> None:
+        self._poll.unregister(watch)
+        del self._watched[watch]
+        os.close(watch)
 
     # Schedulers
 
@@ -318,11 +330,14 @@ class Node:
                 self._welcome(connection, message, domain)
             except LmcError as failure:
                 logger.warning("lmc: node: engine %s was refused: %s", message.engine, _text(failure))
-                _refuse(connection.channel, _text(failure))
+                _tell_refusal(connection.channel, _text(failure))
                 self._drop(connection)
 
     def _welcome(self, connection: _Connection, message: wire.Attach, domain: Domain) -> None:
         mappings = [self._mappings[worker] for worker in message.workers]
+        connection.watch = connection.peer.watch()
+        self._watched[connection.watch] = connection
+        self._poll.register(connection.watch, select.EPOLLIN)
         self._last_session += 1
         terms = RequestTerms(
             message.min_load_tokens, message.lookup_deadline, message.load_deadline, message.store_decode
@@ -392,10 +407,9 @@ class Node:
                 self._drop(connection)
 
 
-def _refuse(channel: Channel, reason: str) -> None:
+def _tell_refusal(channel: Channel, reason: str) -> None:
     with suppress(NodeError):
         channel.put(wire.Refused(reason[:4000]))
-    channel.close()
 
 
 def _text(error: BaseException) -> str:

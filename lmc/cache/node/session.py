@@ -40,7 +40,6 @@ class Mapping:
 
     worker: bytes
     rank: int
-    user: int
     watch: int  # descriptor that tells of its end
     taken: bool = False
     gone: bool = False  # it has unmapped the memory, or died

@@ -177,6 +177,7 @@ class NodeWorker(CacheWorker):
                 channel.descriptor, answer.size, answer.unit, self._position * stride, self._num_parts * stride
             )
             self._memory = answer.node.hex()
+        channel.close_descriptor()
         channel.put(wire.Taken())
         logger.info("lmc: rank %d has mapped the memory of the node", self._rank)
 
