@@ -138,6 +138,9 @@ class Node:
     def close(self, timeout: float) -> None:
         """Send every engine on its way, and let the writes under way end within timeout seconds."""
         until = time.monotonic() + timeout
+        for number, events in self._poll.poll(0):
+            if number in self._connections:  # what was stored is told of there, and is still written
+                self._serve(self._connections[number], events)
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._openers.shutdown(wait=False, cancel_futures=True)
