@@ -93,7 +93,7 @@ def served(record: Path) -> Iterator[Served]:
 
 def test_the_ready_line_says_where_and_how_large(served: Served) -> None:
     assert served.url.startswith("http://127.0.0.1:")
-    assert re.search(r'tiers="host 5\d\d\.\d MiB \(\d+ chunks\), disk 99\.9 GiB \([\d,]+ chunks\)"', served.ready)
+    assert re.search(r'tiers="host 5\d\d\.\d MiB \(\d+ chunks\), disk 100\.0 GiB \([\d,]+ chunks\)"', served.ready)
 
 
 def test_a_repeated_prompt_comes_from_the_cache(served: Served) -> None:
