@@ -74,7 +74,8 @@ def asked(path):
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts the tests in the background has it ignored
 from tests.cache.instance import Instance, prompt, settings
 if os.fork():
     os.wait()  # the parent of the group, which is killed with it
