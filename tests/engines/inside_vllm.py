@@ -82,8 +82,19 @@ class InsideVllm:
         connector.restore_kv_caches()
         connector.restore_kv_caches()
 
-    def threads(self) -> list[str]:
-        return [thread.name for thread in threading.enumerate()]
+    def watch_loads(self) -> None:
+        """From now on copying_threads() tells which threads copied between blocks and slots."""
+        copier, self.copied_by = self.worker.copier, set()
+        copy = copier._copy
+
+        def noted(*args: Any) -> Any:
+            self.copied_by.add(threading.current_thread().name)
+            return copy(*args)
+
+        copier._copy = noted
+
+    def copying_threads(self) -> list[str]:
+        return sorted(self.copied_by)
 
     def namespace(self) -> dict[str, Any]:
         return asdict(self.cache.namespace)

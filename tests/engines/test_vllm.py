@@ -231,11 +231,12 @@ def test_chunked_prefill_prefix_caching_and_preemption_together(tiny_llama: Path
     texts = [common + prompt(31 + index, 60 + 40 * index) for index in range(8)]
     reference = plain.generate(texts, max_tokens=60)
     with driver(tiny_llama, options=options) as engine:
+        engine.call("watch_loads")
         for _ in range(2):
             assert_same(engine.generate(texts, max_tokens=60), reference)
         assert engine.call("engine_metric", name="num_preemptions") > 0
         assert engine.call("by_label", name="lmc_hit_tokens_total", label="tier")["host"] > 0
-        assert not [name for name in engine.call("threads") if name.startswith("lmc-load")]  # each was over at once
+        assert engine.call("copying_threads") == ["MainThread"]  # each load was over at once
         state = engine.call("state")
         assert (state["open"], state["pins"], state["requests"], state["tracked"]) == (0, 0, 0, 0)
         assert state["free_blocks"] == 59
