@@ -67,5 +67,5 @@ def test_a_redis_that_answers_gives_no_warning(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lmc.cache.tiers.s3", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(ConfigError, match=r"obstore; install lmc\[s3\]"):
+    with pytest.raises(ConfigError, match=r"obstore; install lmc-kv\[s3\]"):
         open_tiers(CacheConfig.model_validate({"s3": {"bucket": "chunks"}}), SCOPE)
