@@ -46,7 +46,8 @@ def test_one_copy_is_stored_in_every_tier_and_all_ranks_load_it(
 ) -> None:
     parts = ranks // alike
     with services.redis_server(tmp_path) as server:
-        below = {"disk_path": str(tmp_path / "disk"), "redis_url": server.url, "host_capacity": 8 * parts * CHUNK_BYTES}
+        redis = {"redis_url": server.url, "lookup_deadline": 60}
+        below = {"disk_path": str(tmp_path / "disk"), "host_capacity": 8 * parts * CHUNK_BYTES, **redis}
         one = Instance(settings(**below), ranks, alike=alike)
         instances.append(one)
         first, second = prompt(1, 50), prompt(2, 50)
@@ -62,7 +63,7 @@ def test_one_copy_is_stored_in_every_tier_and_all_ranks_load_it(
         again = Instance(settings(**below), ranks, alike=alike)
         instances.append(again)
         assert again.serve(second).sources == {"disk": 48}
-        other = Instance(settings(redis_url=server.url), ranks, alike=alike)
+        other = Instance(settings(**redis), ranks, alike=alike)
         instances.append(other)
         assert other.serve(first).sources == {"redis": 48}
 
