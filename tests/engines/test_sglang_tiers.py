@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lmc.cache.connectors.edge import Wishes
 from lmc.cache.keys import KeyChain, root
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.redis import RedisTier
@@ -41,7 +42,7 @@ def test_a_damaged_file_is_never_promised(start: Start, disk: Path) -> None:
     first.settle()
     from lmc.cache.connectors.sglang.prompts import Prompt
 
-    key = Prompt(request, first.cache.scheduler.namespace, "").keys[1]
+    key = Prompt(request, Wishes(), first.cache.scheduler.namespace, "").keys[1]
     (file,) = [file for file in disk.rglob("*") if file.name == key.hex()]
     file.write_bytes(file.read_bytes()[:-1])
     second = start(disk__path=str(disk))
@@ -59,7 +60,7 @@ def test_damaged_files_are_replaced_as_they_are_found(start: Start, disk: Path) 
     first.settle()
     from lmc.cache.connectors.sglang.prompts import Prompt
 
-    keys = Prompt(request, first.cache.scheduler.namespace, "").keys
+    keys = Prompt(request, Wishes(), first.cache.scheduler.namespace, "").keys
     files = {file.name: file for file in disk.rglob("*")}
     damage([files[key.hex()] for key in keys[2:]])
     second = start(disk__path=str(disk))
