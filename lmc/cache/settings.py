@@ -20,7 +20,7 @@ from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_LEAST_CAPACITY = 1 << 20
+_LEAST_CAPACITY = 1 << 16
 
 # Variables that start with LMC_ and are not settings of the cache.
 _OTHER_VARIABLES = {"LMC_BENCH_API_KEY", "LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}

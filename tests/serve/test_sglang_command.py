@@ -111,7 +111,7 @@ def test_a_chunk_of_one_token_is_refused(installed: None, tokens: int | None, ex
 
 def test_a_missing_sglang_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"lmc\[sglang\]"):
+    with pytest.raises(EngineError, match=r"lmc-kv\[sglang\]"):
         engines.check_engine("sglang", config(), [])
 
 

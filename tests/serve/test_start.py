@@ -14,8 +14,10 @@ def test_the_ready_line_tells_the_tiers_over_all_ranks(tmp_path, num_ranks):
     try:
         url = instance.scheduler.metrics_url
         host, disk = (slots for _, slots in instance.scheduler.directory.usage().values())
-        sizes = [format_size(slots * CHUNK_BYTES * num_ranks) for slots in (host, disk)]
-        expected = f"host {sizes[0]} ({host:,} chunks), disk {sizes[1]} ({disk:,} chunks)"
+        size = format_size(host * CHUNK_BYTES * num_ranks)
+        expected = (
+            f"host {size} ({host:,} chunks), disk 1.0 MiB ({disk:,} chunks)"  # the disk is counted in bytes of files
+        )
         config = settings(metrics_enabled=True, metrics_port=int(url.split(":")[2].removesuffix("/metrics")))
         assert _describe_cache(config, range(1)) == f'metrics={url} tiers="{expected}"'
     finally:
