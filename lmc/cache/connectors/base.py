@@ -44,12 +44,11 @@ class LocalCache:
                 "node: only vLLM can attach to a node; leave the setting out, and the engine has a cache of its own"
             )
         self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
-        try:
+        with ExitStack() as opened:
+            opened.callback(self.worker.close)
             own = _of_rank(of_directory(config, share), rank, num_ranks)
             self.scheduler = CacheScheduler(own, [self.worker.ready()], layout.block_tokens, part=part)
-        except BaseException:
-            self.worker.close()
-            raise
+            opened.pop_all()
 
     def lookup(self, request_id: str, tokens: Sequence[int], computed: int = 0, identity: Identity = NOBODY) -> int:
         """How many tokens beyond `computed`, which the engine has in its blocks, can be loaded now.

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import lmc.cache.node.wire as wire
@@ -212,13 +213,12 @@ class Link:
 
     def _connect(self) -> tuple[Channel, wire.Attached]:
         channel = connect(str(self._path), ANSWER_SECONDS)
-        try:
+        with ExitStack() as opened:
+            opened.callback(channel.close)
             answer = wire.read(wire.welcomes, channel.ask(self._attach, ANSWER_SECONDS))
             if isinstance(answer, wire.Refused):
                 raise NodeError(f"node: {answer.reason}")
             if not isinstance(answer, wire.Attached):
                 raise NodeError("node: the node answered with something else than a session")
-        except BaseException:
-            channel.close()
-            raise
+            opened.pop_all()
         return channel, answer

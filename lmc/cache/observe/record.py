@@ -17,7 +17,7 @@ import secrets
 import stat
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,9 @@ class TraceRecorder:
 
     def _open(self, now: float) -> None:
         """Go on with the file if its chunks are the same, else begin another one. Raises OSError, and ConfigError for a foreign file."""
-        fd = _open_for_the_owner(self._path)
-        try:
+        with ExitStack() as opened:
+            fd = _open_for_the_owner(self._path)
+            opened.callback(os.close, fd)
             status = os.fstat(fd)
             clock = time.time()
             rotates = stat.S_ISREG(status.st_mode)  # and is not a pipe or a terminal
@@ -111,13 +112,10 @@ class TraceRecorder:
                 if not same or not isinstance(started, int | float) or started > clock or status.st_size >= self._limit:
                     _rename_full(self._path, fd)
                     self._open(now)
-                    os.close(fd)
                     return
                 start = now - (clock - started)
                 _drop_half_line(fd, self._path)
-        except BaseException:
-            os.close(fd)
-            raise
+            opened.pop_all()
         self._fd, self._start, self._rotates = fd, start, rotates
 
     def _begin_another(self, now: float) -> None:

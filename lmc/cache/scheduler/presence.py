@@ -103,7 +103,7 @@ class Presence:
         except TierError as error:
             failure = ERROR
             self._sparingly.warn(logger, name, str(error), operation="ask", tier=name, cause=ERROR)
-        except BaseException as error:
+        except (Exception, SystemExit) as error:  # a fault in lmc, or a library that ends its thread
             logger.error("lmc: asking the %s tier for chunks crashed", name, exc_info=error)
         self._answer(name, question, failure, keys, present, time.perf_counter() - started)
 

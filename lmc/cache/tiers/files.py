@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lmc.errors import Corrupt
@@ -40,12 +40,11 @@ def open_to_read(parent: str, name: str) -> int:
             if error.errno in _NO_FILE:
                 raise Corrupt(_NOT_A_FILE) from None
             raise
-    try:
+    with ExitStack() as opened:
+        opened.callback(os.close, fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Corrupt(_NOT_A_FILE)
-    except BaseException:
-        os.close(fd)
-        raise
+        opened.pop_all()
     return fd
 
 

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +43,13 @@ def take_lease(namespace: str) -> int:
     """Hold the folder of a namespace against its removal; returns the descriptor to close. Raises OSError."""
     while True:
         fd = os.open(f"{namespace}/{LEASE}", _LEASE_FLAGS | os.O_CREAT, FILE_MODE)
-        try:
+        with ExitStack() as opened:
+            opened.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_SH)  # who has it alone removes some files, and then gives it back
-            if os.fstat(fd).st_nlink:
+            if os.fstat(fd).st_nlink:  # else the namespace was removed meanwhile
                 os.utime(fd)
+                opened.pop_all()
                 return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # the namespace was removed meanwhile
 
 
 def list_namespaces(folder: Path) -> list[NamespaceUse]:

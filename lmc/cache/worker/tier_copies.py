@@ -150,8 +150,8 @@ class TierCopier:
         except TierError as error:
             self._complain(copy, _cause(error), str(error))
             self._end(copy, _cause(error))
-        except BaseException as error:
-            # A fault in lmc itself: say so, and let the operation end, so that its slot is free again.
+        except (Exception, SystemExit) as error:
+            # A fault in lmc, or a library that ends its thread: say so, and let the operation end, so that its slot is free again.
             logger.error("lmc: %s of chunk %s crashed", copy.ticket.kind, copy.ticket.key.hex()[:16], exc_info=error)
             self._end(copy, CRASH)
 
@@ -170,8 +170,8 @@ class TierCopier:
                 tier.delete(copy.ticket.key)
                 moved = NOTHING
         self._moved(copy, len(view), moved)
-        self._end(copy, None)
         self._measure(f"{copy.ticket.tier} {copy.ticket.kind}", len(view), time.perf_counter() - started)
+        self._end(copy, None)  # last: whoever fails before it ends the operation once, as crashed
 
     def _delete(self, tier: Breaker, key: ChunkKey) -> None:
         """One that cannot be deleted is made up for later; what was to be written instead may still fit."""
