@@ -1,7 +1,7 @@
 """The scheduler's half of an engine that is attached to a node: the calls of CacheScheduler, answered by the node.
 
 It hashes prompts, keeps what the node has said of each request, and turns the node's slots into plans. Whatever the node does not answer in
-time is a miss. Operations in plans have numbers of its own, since those of a node that was started again would repeat.
+time is a miss.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import lmc.cache.node.wire as wire
 from lmc.cache.config import CacheConfig
@@ -22,75 +21,19 @@ from lmc.cache.directory import HOST, Miss, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, root
 from lmc.cache.node.link import Link
 from lmc.cache.node.mirror import Mirror
+from lmc.cache.node.ordered import OrderedCopies
+from lmc.cache.node.tracked import Tracked, Wish
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
 from lmc.cache.plan import COPY, SKIP, BlockCopy, Plan, Report, RequestCopies, WorkerReady, request_name
 from lmc.cache.scheduler.admin import Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.scheduler.cache import Identity
-from lmc.cache.scheduler.endpoint import Endpoint
+from lmc.cache.scheduler.open import common_namespace, open_endpoint
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 FIRST_SECONDS = 10.0  # that a start waits for the node
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """A request between its first lookup and its end. Accounting reads it like a Request."""
-
-    number: int
-    id: str  # the engine's
-    name: str
-    chain: KeyChain
-    tenant: str
-    salt_differs: bool
-    arrived: float
-    answered: float | None = None
-    num_tokens: int = 0
-    computed: int = 0
-    sources: dict[str, int] = field(default_factory=dict)  # of the last lookup's answer, then of the first admit()
-    why: str | None = None
-    admitted: bool = False
-    stored: int = 0  # leading chunks that need no store any more
-    retired: bool = False
-    finished: bool = False
-    session: int = 0  # that knows the request
-    sent: int = 0  # keys that this session has
-    loading: set[int] = field(default_factory=set)
-
-    @property
-    def keys(self) -> Sequence[ChunkKey]:
-        return self.chain.keys
-
-    def miss(self) -> str | None:
-        return self.why
-
-
-class _Copying(NamedTuple):
-    """A copy that a plan has ordered, under its number in plans."""
-
-    session: int
-    operation: int  # the session's own
-    key: ChunkKey
-    chunk: int
-    load: _Tracked | None  # the request that it fills blocks for
-
-
-class _Earlier(NamedTuple):
-    """A session that is over. While workers may be making copies of it, its node must not give their slots away."""
-
-    node: str
-    number: int
-    num_open: int
-
-
-class _Wish(NamedTuple):
-    """What the next plan shall do for a request."""
-
-    tracked: _Tracked
-    blocks: tuple[int, ...]
-    event: wire.Admit | wire.Store
 
 
 class NodeScheduler:
@@ -108,27 +51,22 @@ class NodeScheduler:
         """engine: its name in the node's metrics."""
         assert config.node is not None
         first = ready[0]
-        if any(worker.namespace != first.namespace for worker in ready):
-            raise ConfigError("the ranks disagree on the namespace; start them with the same model and settings")
         if not all(worker.mapping for worker in ready):
             raise ConfigError("node is set for some ranks only; give all ranks the same settings")
         self.config = config
-        self.namespace = first.namespace
+        self.namespace = common_namespace(ready)
         self.chunk_tokens = first.namespace.chunk_tokens
         self.chunk_bytes = first.chunk_bytes
         self.num_ranks = len(ready)
         self._block_tokens = block_tokens
         self._blocks_per_chunk = self.chunk_tokens // block_tokens
         self._clock = clock
-        self._requests: dict[str, _Tracked] = {}
+        self._requests: dict[str, Tracked] = {}
         self._last_request = 0
-        self._last_operation = 0
-        self._copying: dict[int, _Copying] = {}
         self._ended: dict[int, int] = {}
         self._causes: dict[int, str] = {}
         self._known_faults: dict[int, int] = {}
-        self._wishes: list[_Wish] = []
-        self._sessions: dict[int, _Earlier] = {}
+        self._wishes: list[Wish] = []
         self._salts = Salts(self.chunk_tokens)
         attach = wire.Attach(
             engine or f"{first.namespace.engine}-{os.getpid()}",
@@ -142,8 +80,7 @@ class NodeScheduler:
             config.store_decode,
         )
         self._link = Link(config.node, attach, config.node_deadline, self._refuse)
-        self._session = _Earlier("", 0, 0)  # the one in use, as it will be remembered
-        self._current = 0
+        self._ordered = OrderedCopies(self._link)
         self._link.wait(FIRST_SECONDS)
         self.directory = Mirror(self._link)
         self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock)
@@ -151,7 +88,8 @@ class NodeScheduler:
         for worker in ready:
             self.metrics.note_copying(worker.rank, worker.copying)
         self._mailbox = Mailbox()
-        self._endpoint = self._open_endpoint()
+        commands = _NoCommands(self._link)
+        self._endpoint = open_endpoint(config, commands, self._mailbox, self._accounting, self.stats)
 
     @property
     def metrics_url(self) -> str | None:
@@ -160,7 +98,7 @@ class NodeScheduler:
     @property
     def busy(self) -> bool:
         """True while workers make copies, so that the engine must fetch reports."""
-        return bool(self._copying) or bool(self._wishes) or bool(self._mailbox.waiting)
+        return bool(self._ordered) or bool(self._wishes) or bool(self._mailbox.waiting)
 
     # A request's life
 
@@ -192,7 +130,7 @@ class NodeScheduler:
         tracked = self._requests[request_id]
         first_time, tracked.admitted = not tracked.admitted, True
         if num_load:
-            self._wishes.append(_Wish(tracked, tuple(blocks), wire.Admit(tracked.number, num_load)))
+            self._wishes.append(Wish(tracked, tuple(blocks), wire.Admit(tracked.number, num_load)))
         elif self._known(tracked):
             self._link.tell([wire.Admit(tracked.number, 0)])
         if first_time:
@@ -215,7 +153,7 @@ class NodeScheduler:
             return
         tracked.chain.extend(tokens)
         event = wire.Store(tracked.number, 0, b"", num_valid, num_prompt)  # the keys follow when it is sent
-        self._wishes.append(_Wish(tracked, tuple(blocks), event))
+        self._wishes.append(Wish(tracked, tuple(blocks), event))
 
     def touch(self, keys: Sequence[ChunkKey], tenant: str) -> None:
         self._link.tell([wire.Touch(wire.join(list(keys)), tenant)])
@@ -248,11 +186,11 @@ class NodeScheduler:
             self._plan(plan, wishes)
         else:
             self._link.look()
-        self._note_session()
+        self._ordered.note_session()
         return plan
 
     def apply(self, report: Report) -> None:
-        self._note_session()
+        self._ordered.note_session()
         self._causes.update(report.failed)
         self._known_faults.update(report.faults)
         ended: list[wire.Event] = []
@@ -297,14 +235,14 @@ class NodeScheduler:
 
     # Inside
 
-    def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> _Tracked:
+    def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> Tracked:
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
         differs = len(tokens) > self.chunk_tokens and self._salts.seen_elsewhere(tokens, start)
         self._last_request += 1
         chain = KeyChain(start, self.chunk_tokens, identity.extra)
-        return _Tracked(self._last_request, request_id, request_name(request_id), chain, identity.tenant, differs, now)
+        return Tracked(self._last_request, request_id, request_name(request_id), chain, identity.tenant, differs, now)
 
-    def _lookup(self, tracked: _Tracked, tokens: Sequence[int], computed: int) -> int | None:
+    def _lookup(self, tracked: Tracked, tokens: Sequence[int], computed: int) -> int | None:
         keys = tracked.chain.extend(tokens)
         tracked.num_tokens, tracked.computed = len(tokens), computed
         if not tracked.admitted:
@@ -336,7 +274,7 @@ class NodeScheduler:
     def _unanswered(self) -> Miss:
         return Miss.NODE_DEADLINE if self._link.connected else Miss.NODE_AWAY
 
-    def _plan(self, plan: Plan, wishes: Sequence[_Wish]) -> None:
+    def _plan(self, plan: Plan, wishes: Sequence[Wish]) -> None:
         """Ask the node for slots, and order the copies. Loads that it does not answer fail in this plan."""
         answers: Sequence[wire.Reply] | None = None
         if self._link.ready:
@@ -377,7 +315,7 @@ class NodeScheduler:
             else:
                 self._fail(plan, wish)  # it is not there any more
 
-    def _plan_load(self, plan: Plan, wish: _Wish, num_load: int, slots: wire.Loads) -> None:
+    def _plan_load(self, plan: Plan, wish: Wish, num_load: int, slots: wire.Loads) -> None:
         tracked = wish.tracked
         held = tracked.computed // self._block_tokens  # blocks that the engine has, which others may be reading
         copies = self._copies(wish, slots, tracked, held)
@@ -385,13 +323,13 @@ class NodeScheduler:
         background = self.loads_in_background(num_load)
         (plan.background_loads if background else plan.loads).append(RequestCopies(tracked.id, copies))
 
-    def _plan_store(self, plan: Plan, wish: _Wish, slots: wire.Stores) -> None:
+    def _plan_store(self, plan: Plan, wish: Wish, slots: wire.Stores) -> None:
         wish.tracked.stored = slots.settled
         if slots.operations:
             plan.stores.append(RequestCopies(wish.tracked.id, self._copies(wish, slots, None, 0)))
 
     def _copies(
-        self, wish: _Wish, slots: wire.Loads | wire.Stores, load: _Tracked | None, held: int
+        self, wish: Wish, slots: wire.Loads | wire.Stores, load: Tracked | None, held: int
     ) -> tuple[BlockCopy, ...]:
         keys, per_chunk, copies = wish.tracked.chain.keys, self._blocks_per_chunk, []
         for operation, chunk, slot in zip(slots.operations, slots.chunks, slots.slots, strict=True):
@@ -399,12 +337,10 @@ class NodeScheduler:
             blocks = wish.blocks[start : start + per_chunk]
             if held > start:
                 blocks = (SKIP,) * min(held - start, len(blocks)) + blocks[held - start :]
-            self._last_operation += 1
-            self._copying[self._last_operation] = _Copying(self._current, operation, keys[chunk], chunk, load)
-            copies.append(BlockCopy(self._last_operation, keys[chunk], slot, blocks))
+            copies.append(BlockCopy(self._ordered.add(operation, keys[chunk], chunk, load), keys[chunk], slot, blocks))
         return tuple(copies)
 
-    def _fail(self, plan: Plan, wish: _Wish) -> None:
+    def _fail(self, plan: Plan, wish: Wish) -> None:
         """The engine computes what it was promised."""
         assert isinstance(wish.event, wire.Admit)
         first = wish.tracked.computed // self._block_tokens
@@ -415,7 +351,7 @@ class NodeScheduler:
 
     def _complete(self, number: int, cause: str | None) -> list[wire.Event]:
         """A copy ended on all ranks. Returns what the node must hear of it."""
-        copying = self._copying.pop(number, None)
+        copying = self._ordered.pop(number)
         if copying is None:
             return []
         kind: Literal["load", "store"] = "store" if copying.load is None else "load"
@@ -424,11 +360,7 @@ class NodeScheduler:
             copying.load.loading.discard(number)
             if cause is not None and not copying.load.retired:
                 copying.load.stored = min(copying.load.stored, copying.chunk)
-        if copying.session == self._link.session:
-            return [wire.Done(copying.operation, cause or "")]
-        earlier = self._sessions[copying.session]
-        self._sessions[copying.session] = earlier._replace(num_open=earlier.num_open - 1)
-        return self._quiet(copying.session)
+        return self._ordered.ended(copying, cause)
 
     def _refuse(self, session: int, answers: Sequence[wire.Reply]) -> None:
         """Answers that came too late: none of their copies is made."""
@@ -442,48 +374,27 @@ class NodeScheduler:
             self._link.tell(ended)
 
     def _exchange(self, events: list[wire.Event]) -> Sequence[wire.Reply] | None:
-        self._note_session()
+        self._ordered.note_session()
         return self._link.exchange(events)
 
-    def _note_session(self) -> None:
-        """After a change of the connection: copies of the earlier session still run, and the node must hear when they have ended."""
-        link = self._link
-        if link.session == self._current:
-            return
-        if self._current:
-            num_open = sum(copying.session == self._current for copying in self._copying.values())
-            self._sessions[self._current] = self._session._replace(num_open=num_open)
-        self._current, self._session = link.session, _Earlier(link.node, link.number, 0)
-        if link.session:
-            for earlier in list(self._sessions):
-                link.tell(self._quiet(earlier))
-
-    def _quiet(self, session: int) -> list[wire.Event]:
-        """What the node must hear if no worker touches a slot of this earlier session any more."""
-        earlier = self._sessions[session]
-        if earlier.num_open or not self._link.session:
-            return []
-        del self._sessions[session]
-        return [wire.Quiet(earlier.number)] if earlier.node == self._link.node else []
-
-    def _introduction(self, tracked: _Tracked) -> list[wire.Event]:
+    def _introduction(self, tracked: Tracked) -> list[wire.Event]:
         if self._known(tracked):
             return []
         tracked.session, tracked.sent = self._link.session, 0
         return [wire.Begin(tracked.number, tracked.name, tracked.tenant, tracked.salt_differs)]
 
-    def _unsent(self, tracked: _Tracked) -> tuple[int, bytes]:
+    def _unsent(self, tracked: Tracked) -> tuple[int, bytes]:
         """(number of keys that the session has, those that it gets now)."""
         known = tracked.sent if self._known(tracked) else 0
         keys = tracked.chain.keys
         tracked.sent = len(keys)
         return known, wire.join(keys[known:])
 
-    def _known(self, tracked: _Tracked) -> bool:
+    def _known(self, tracked: Tracked) -> bool:
         """Whether the session in use has heard of the request."""
         return bool(tracked.session) and tracked.session == self._link.session
 
-    def _wants_store(self, tracked: _Tracked, num_valid: int, num_prompt: int) -> bool:
+    def _wants_store(self, tracked: Tracked, num_valid: int, num_prompt: int) -> bool:
         if tracked.retired or not self._link.connected:
             return False
         end = num_valid if self.config.store_decode or num_valid < num_prompt else num_prompt
@@ -495,25 +406,6 @@ class NodeScheduler:
             if self._known(tracked):
                 self._link.tell([wire.End(tracked.number, 0.0)])
                 tracked.session = 0
-
-    def _open_endpoint(self) -> Endpoint | None:
-        config = self.config
-        if not config.metrics.enabled:
-            return None
-        try:
-            return Endpoint(
-                config.metrics,
-                config.admin,
-                self.metrics.registry,
-                self.stats,
-                self._accounting.spans.read,
-                _NoCommands(self._link),
-                self._mailbox,
-            )
-        except OSError as error:
-            where = f"{config.metrics.host}:{config.metrics.port}"
-            logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
-            return None
 
 
 class _NoCommands:

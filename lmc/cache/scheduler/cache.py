@@ -33,10 +33,9 @@ from lmc.cache.plan import (
 )
 from lmc.cache.scheduler.admin import Admin, Mailbox
 from lmc.cache.scheduler.client_pins import ClientPins
-from lmc.cache.scheduler.open import open_directory, open_endpoint, open_presence
+from lmc.cache.scheduler.open import common_namespace, open_directory, open_endpoint, open_presence
 from lmc.cache.scheduler.prefetch import Prefetcher
 from lmc.cache.scheduler.presence import Question
-from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +73,8 @@ class CacheScheduler:
         part: tuple[int, int] = (0, 1),
     ) -> None:
         first = ready[0]
-        if any(worker.namespace != first.namespace for worker in ready):
-            raise ConfigError("the ranks disagree on the namespace; start them with the same model and settings")
         self.config = config
-        self.namespace = first.namespace
+        self.namespace = common_namespace(ready)
         self.chunk_tokens = first.namespace.chunk_tokens
         self.chunk_bytes = first.chunk_bytes
         self._block_tokens = block_tokens

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from lmc.cache.config import REMOTE_TIERS, CacheConfig
 from lmc.cache.directory import Capacity, Directory, build_directory, capacity_of
-from lmc.cache.keys import ChunkKey
+from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.observe.accounting import Accounting
 from lmc.cache.plan import WorkerReady
-from lmc.cache.scheduler.admin import Admin, Mailbox, Result
+from lmc.cache.scheduler.admin import Commands, Mailbox, Result
 from lmc.cache.scheduler.endpoint import Endpoint
 from lmc.cache.scheduler.presence import Presence
 from lmc.cache.tiers.breaker import Breaker
@@ -24,6 +24,14 @@ logger = logging.getLogger(__name__)
 
 DISK = "disk"
 _MOST_CHUNKS = 16_000_000  # the directory would take 2 GB
+
+
+def common_namespace(ready: Sequence[WorkerReady]) -> Namespace:
+    """That of all ranks. Raises ConfigError when they disagree on it."""
+    namespace = ready[0].namespace
+    if any(worker.namespace != namespace for worker in ready):
+        raise ConfigError("the ranks disagree on the namespace; start them with the same model and settings")
+    return namespace
 
 
 def open_directory(
@@ -86,7 +94,7 @@ def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: 
 
 
 def open_endpoint(
-    config: CacheConfig, admin: Admin, mailbox: Mailbox, accounting: Accounting, stats: Callable[[], Result]
+    config: CacheConfig, commands: Commands, mailbox: Mailbox, accounting: Accounting, stats: Callable[[], Result]
 ) -> Endpoint | None:
     """None when the settings want none, or when its port is taken."""
     metrics = config.metrics
@@ -94,7 +102,7 @@ def open_endpoint(
         return None
     registry, spans = accounting.metrics.registry, accounting.spans.read
     try:
-        return Endpoint(metrics, config.admin, registry, stats, spans, admin, mailbox)
+        return Endpoint(metrics, config.admin, registry, stats, spans, commands, mailbox)
     except OSError as error:
         where = f"{metrics.host}:{metrics.port}"
         logger.warning("lmc: no metrics endpoint: cannot listen on %s: %s", where, error.strerror)
