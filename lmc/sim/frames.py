@@ -30,6 +30,7 @@ from lmc.sim.policies import check_policies, hits_at
 from lmc.sim.stack import hit_curve as lru_curve
 from lmc.sim.stack import profile
 from lmc.sim.trace import Trace, Window, coarsen, require_blocks
+from lmc.sim.tune_search import settings_of
 
 _COLUMNS = ("arrival_s", "input_tokens", "output_tokens", "tenant", "session", "blocks")
 _POINTS = 200  # of an LRU curve
@@ -175,7 +176,7 @@ def tune(
     frame = pd.DataFrame([tune_show.point_json(point) for point in points])
     frame.insert(0, "chosen", [True] + [False] * (len(points) - 1))
     frame.attrs = {
-        "settings": tune_show.settings_of(found.chosen, Path(disk_path)),
+        "settings": settings_of(found.chosen, Path(disk_path)),
         "expected_hit_rate": found.expected.value,
         "interval": (found.expected.low, found.expected.high),
         "unlimited_hit_rate": found.ceiling,

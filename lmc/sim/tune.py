@@ -78,7 +78,8 @@ def tune(
     chunk = search.choose_chunk()
     points = search.ladder(chunk, search.choose_policy(chunk))
     sized = search.choose_size(points)
-    chosen = search.with_min_load(search.with_write_mode(search.with_ttl(sized)))
+    written = search.with_write_mode(search.with_ttl(sized))
+    chosen = search.with_min_load(written)
     judging = search.judging
     inputs, sessions = trace.input_tokens[judging], search.sessions[judging]
     hits = search.replayed(chosen)[judging]
@@ -94,7 +95,7 @@ def tune(
         )
     notes += warn_small(trace, [chosen.host_bytes / (token_bytes * trace.block_tokens)])
     notes += search.notes
-    notes += _given_up(search, chosen, sized)
+    notes += _given_up(search, written, sized)
     if codec != NO_CODEC:
         notes += [f"a chunk takes {codec.ratio:.3f} of its size on disk", *where_it_pays(cost, codec)]
     missed = max(points, key=lambda point: point.hit_rate)
@@ -113,7 +114,7 @@ def tune(
         _front([point for point in points if _sizes(point) != _sizes(chosen)], chosen),
         search.tried,
         tuple(notes),
-        "none" if codec == NO_CODEC else "lossless",
+        search.compress,
     )
 
 
@@ -124,8 +125,11 @@ def assumed_note() -> str:
     )
 
 
-def _given_up(search: Search, chosen: Point, sized: Point) -> list[str]:
-    """What the choices cost on the second half, which had no say: notes on chunk size, tier sizes and write mode."""
+def _given_up(search: Search, written: Point, sized: Point) -> list[str]:
+    """What the choices cost on the second half, which had no say: notes on chunk size, tier sizes and write mode.
+
+    written: the chosen point before step 6, as the others are. sized: that of step 3.
+    """
     notes = []
 
     def compare(what: str, mine: Point, others: list[Point], name: Callable[[Point], str]) -> None:
@@ -136,22 +140,24 @@ def _given_up(search: Search, chosen: Point, sized: Point) -> list[str]:
 
     by_chunk = search.by_chunk
     compare(
-        f"chunks of {chosen.chunk_tokens} tokens",
-        by_chunk[chosen.chunk_tokens],
+        f"chunks of {written.chunk_tokens} tokens",
+        by_chunk[written.chunk_tokens],
         list(by_chunk.values()),
         lambda point: f"{point.chunk_tokens} tokens",
     )
     same = [point for point in search.tried if (point.chunk_tokens, point.policy) == (sized.chunk_tokens, sized.policy)]
     plain = [point for point in same if point.write == "through" and point.ttl_s is None]
-    if _sizes(chosen) == _sizes(sized):
+    if _sizes(written) == _sizes(sized):
         compare(
             "smaller tiers",
             sized,
             plain,
             lambda point: f"{format_size(point.host_bytes)} of host and {format_size(point.disk_bytes)} of disk",
         )
-    modes = [point for point in same if point.write != "through" and _sizes(point) == _sizes(chosen)]
-    compare(f"write: {chosen.write}", chosen, modes, lambda point: f"{point.write} after {point.write_touches} touches")
+    modes = [point for point in same if point.write != "through" and _sizes(point) == _sizes(written)]
+    compare(
+        f"write: {written.write}", written, modes, lambda point: f"{point.write} after {point.write_touches} touches"
+    )
     return notes
 
 

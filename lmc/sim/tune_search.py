@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -49,22 +50,43 @@ class Budget:
 
 @dataclass(frozen=True)
 class Point:
-    """A configuration and its hit rates (hit tokens / all input tokens)."""
+    """A configuration and its hit rates (hit tokens / all input tokens). Points are equal where their configurations are."""
 
     chunk_tokens: int
     policy: str
     host_bytes: int
-    disk_bytes: int
+    disk_bytes: int  # of whole files, as Search.file_bytes has them
     ttl_s: float | None
     write: WriteMode = "through"
     write_touches: int = 2
     min_load_tokens: int = 1
-    tuning_hit_rate: float = 0.0  # second quarter, which chose
-    tuning_host_rate: float = 0.0  # the part of it that the host serves
-    hit_rate: float = 0.0  # second half, which judges
-    tuning_dollars: float | None = None  # per million input tokens, second quarter; None without prices
-    dollars_per_million: float | None = None  # the same, second half
-    ttft_s: dict[int, float] | None = None  # by percentile, second half
+    tuning_hit_rate: float = field(default=0.0, compare=False)  # second quarter, which chose
+    tuning_host_rate: float = field(default=0.0, compare=False)  # the part of it that the host serves
+    hit_rate: float = field(default=0.0, compare=False)  # second half, which judges
+    tuning_dollars: float | None = field(default=None, compare=False)  # per million input tokens, second quarter
+    dollars_per_million: float | None = field(default=None, compare=False)  # the same, second half; None without prices
+    ttft_s: dict[int, float] | None = field(default=None, compare=False)  # by percentile, second half
+
+
+def settings_of(point: Point, disk_path: Path, compress: str = "none") -> dict[str, Any]:
+    """The settings (lmc.cache.config) of a point, which are replayed and written. Any: YAML."""
+    settings: dict[str, Any] = {
+        "chunk_tokens": point.chunk_tokens,
+        "policy": point.policy,
+        "write": point.write,
+        "host": {"capacity": point.host_bytes},
+    }
+    if point.disk_bytes:
+        settings["disk"] = {"path": str(disk_path), "capacity": point.disk_bytes}
+        if compress != "none":
+            settings["disk"]["compress"] = compress
+    if point.write == "around":
+        settings["write_touches"] = point.write_touches
+    if point.min_load_tokens > 1:
+        settings["min_load_tokens"] = point.min_load_tokens
+    if point.ttl_s is not None:
+        settings["ttl"] = point.ttl_s
+    return settings
 
 
 class Search:
@@ -85,6 +107,7 @@ class Search:
         self.policies = policies
         self.cost = None if cost is None else with_codec(cost, codec)
         self.codec = codec  # of the disk
+        self.compress = "none" if codec == NO_CODEC else "lossless"
         count = trace.num_requests
         self.tuning, self.judging = slice(count // 4, count // 2), slice(count // 2, count)
         self.sessions, self.sessions_named = sessions_of(profile(trace))
@@ -106,7 +129,7 @@ class Search:
                 f"{self.budget.host_bytes} bytes of memory hold no chunk of {sizes[0]} tokens "
                 f"({sizes[0] * self.token_bytes} bytes); raise --memory"
             )
-        points = [self.point(size, "lru", self.budget.host_bytes, self.budget.disk_bytes) for size in self.stacks]
+        points = [self.point(size, "lru", *self._most(size)) for size in self.stacks]
         self.by_chunk = {point.chunk_tokens: point for point in points}
         return max(point.chunk_tokens for point in points if self._costs_little(point, points))
 
@@ -124,7 +147,7 @@ class Search:
 
     def choose_policy(self, chunk: int) -> str:
         """The best policy that beats LRU in both quarters of the first half and by more than chance, else "lru"."""
-        host, disk = self.budget.host_bytes, self.budget.disk_bytes
+        host, disk = self._most(chunk)
         plain = self.hits(Point(chunk, "lru", host, disk, None))
         points = [self.point(chunk, name, host, disk) for name in self.policies]
         inputs, tuning = self.trace.input_tokens, self.tuning
@@ -155,16 +178,15 @@ class Search:
 
     def _whole_budget(self, point: Point) -> Point:
         """The point with tiers of the budget, which are no larger than the trace fills on the ladder."""
-        size = point.chunk_tokens * self.token_bytes
-        host, disk = (most // size * size for most in (self.budget.host_bytes, self.budget.disk_bytes))
+        host, disk = self._most(point.chunk_tokens)
         limit = self.budget.dollars_per_hour
         if limit is not None and self._rent(host, disk) > limit:
             return point
         return self.point(point.chunk_tokens, point.policy, host, disk)
 
     def ladder(self, chunk: int, policy: str) -> list[Point]:
-        hosts = self._rungs(self.budget.host_bytes, chunk)
-        disks = [*self._rungs(self.budget.disk_bytes, chunk), 0]
+        hosts = self._rungs(self.budget.host_bytes, chunk, chunk * self.token_bytes)
+        disks = [*self._rungs(self.budget.disk_bytes, chunk, self.file_bytes(chunk)), 0]
         most = self.budget.dollars_per_hour
         allowed = [(host, disk) for host in hosts for disk in disks if most is None or self._rent(host, disk) <= most]
         if not allowed:
@@ -189,7 +211,7 @@ class Search:
 
     def with_write_mode(self, point: Point) -> Point:
         """The point with the write mode of step 5, and with the whole budget where another mode than through makes use of it."""
-        if self.budget.disk_bytes < point.chunk_tokens * self.token_bytes or not self._can_replay(point):
+        if self.budget.disk_bytes < self.file_bytes(point.chunk_tokens) or not self._can_replay(point):
             return point
         places = [point]
         if self.cost is None or self.cost.gpu_dollars_per_hour == 0:  # else the sizes were chosen by what they cost
@@ -245,35 +267,26 @@ class Search:
         return replace(point, min_load_tokens=min(sorted(candidates), key=mean_ttft))
 
     def replayed(self, point: Point) -> Int64:
-        """(num_requests,) hit tokens, by the live cache's own directory where the trace is short enough, else like hits()."""
-        bare = Point(
-            point.chunk_tokens,
-            point.policy,
-            point.host_bytes,
-            point.disk_bytes,
-            point.ttl_s,
-            point.write,
-            point.write_touches,
-        )
-        if bare not in self._replays:
+        """(num_requests,) hit tokens with the settings of the point, by the live cache's own directory where the trace is short enough,
+        else like hits()."""
+        if point not in self._replays:
             if not self._can_replay(point):
                 return self.hits(point)
             trace = self.stacks[point.chunk_tokens].trace
             size = point.chunk_tokens * self.token_bytes
-            settings: dict[str, Any] = {  # Any: settings of the cache
-                "policy": point.policy,
-                "write": point.write,
-                "write_touches": point.write_touches,
-                "ttl": point.ttl_s,
-                "host": {"capacity": point.host_bytes},
-            }
-            if slots := point.disk_bytes // size:
-                settings["disk"] = {"path": "replayed", "capacity": slots * stored_bytes(size)}
-                if self.codec != NO_CODEC:
-                    settings["disk"]["compress"] = "lossless"
-            result = replay_fleet(trace, CacheConfig.model_validate(settings), size, Fleet(codec=self.codec))
-            self._replays[bare] = np.sum(list(result.hit_tokens.values()), axis=0)
-        return self._replays[bare]
+            config = CacheConfig.model_validate(settings_of(point, Path("replayed"), self.compress))
+            result = replay_fleet(trace, config, size, Fleet(codec=self.codec))
+            self._replays[point] = np.sum(list(result.hit_tokens.values()), axis=0)
+        return self._replays[point]
+
+    def file_bytes(self, chunk: int) -> int:
+        """What the disk's capacity counts for a chunk: its KV and the footer of its file."""
+        return stored_bytes(chunk * self.token_bytes)
+
+    def _most(self, chunk: int) -> tuple[int, int]:
+        """The budget of host and disk in whole chunks."""
+        size, file = chunk * self.token_bytes, self.file_bytes(chunk)
+        return self.budget.host_bytes // size * size, self.budget.disk_bytes // file * file
 
     def _can_replay(self, point: Point) -> bool:
         """Whether a replay takes seconds rather than minutes; a note says if not."""
@@ -286,9 +299,7 @@ class Search:
     def point(self, chunk: int, policy: str, host_bytes: int, disk_bytes: int, ttl_s: float | None = None) -> Point:
         bare = Point(chunk, policy, host_bytes, disk_bytes, ttl_s)
         for point in self.tried:
-            if (point.chunk_tokens, point.policy, point.host_bytes, point.disk_bytes, point.ttl_s) == (
-                chunk, policy, host_bytes, disk_bytes, ttl_s,
-            ):  # fmt: skip
+            if point == bare:
                 return point
         inputs, tuning, judging = self.trace.input_tokens, self.tuning, self.judging
         host, both = self._by_tier(bare)
@@ -310,16 +321,17 @@ class Search:
         return point
 
     def hits(self, point: Point) -> Int64:
-        """(num_requests,) hit tokens."""
-        return self._by_tier(point)[1]
+        """(num_requests,) hit tokens with write: through, in closed form."""
+        both = self._by_tier(point)[1]
+        return np.where(both >= point.min_load_tokens, both, 0)
 
     def _by_tier(self, point: Point) -> tuple[Int64, Int64]:
         """(num_requests,) hit tokens in the host, and in both tiers: the longer of the two prefixes, because the disk sees every touch."""
         size = point.chunk_tokens * self.token_bytes
         host = self._run(point.chunk_tokens, point.policy, point.host_bytes // size, point.ttl_s)
         both = host
-        if point.disk_bytes >= size:
-            fit = point.disk_bytes // self.codec.stored(size)
+        if point.disk_bytes:
+            fit = point.disk_bytes // (self.file_bytes(point.chunk_tokens) - size + self.codec.stored(size))
             both = np.maximum(host, self._run(point.chunk_tokens, point.policy, fit, point.ttl_s))
         return self.tokens(point.chunk_tokens, host), self.tokens(point.chunk_tokens, both)
 
@@ -359,9 +371,11 @@ class Search:
                 )
         return self._runs[key]
 
-    def _rungs(self, most: int, chunk: int) -> list[int]:
-        """Sizes on the ladder below a budget, or below the size of all unique chunks if that is less; largest first, in whole chunks."""
-        size = chunk * self.token_bytes
+    def _rungs(self, most: int, chunk: int, size: int) -> list[int]:
+        """Sizes on the ladder below a budget, or below the size of all unique chunks if that is less; largest first, in whole chunks.
+
+        size: bytes of a chunk in this tier.
+        """
         largest = min(most // size, self.stacks[chunk].trace.num_unique)
         counts = {int(largest * share) for share in _LADDER} - {0}
         return sorted((count * size for count in counts), reverse=True)

@@ -12,29 +12,8 @@ from lmc.report import Cell, Column, Table, write_file
 from lmc.sim.bootstrap import Interval
 from lmc.sim.shown import trace_json
 from lmc.sim.tune import Tuned
-from lmc.sim.tune_search import Point
+from lmc.sim.tune_search import Point, settings_of
 from lmc.units import format_percent, format_seconds, format_size
-
-
-def settings_of(point: Point, disk_path: Path, compress: str = "none") -> dict[str, Any]:
-    """The settings (lmc.cache.config) of a point. Any: YAML."""
-    settings: dict[str, Any] = {
-        "chunk_tokens": point.chunk_tokens,
-        "policy": point.policy,
-        "write": point.write,
-        "host": {"capacity": point.host_bytes},
-    }
-    if point.disk_bytes:
-        settings["disk"] = {"path": str(disk_path), "capacity": point.disk_bytes}
-        if compress != "none":
-            settings["disk"]["compress"] = compress
-    if point.write == "around":
-        settings["write_touches"] = point.write_touches
-    if point.min_load_tokens > 1:
-        settings["min_load_tokens"] = point.min_load_tokens
-    if point.ttl_s is not None:
-        settings["ttl"] = point.ttl_s
-    return settings
 
 
 def write_settings(tuned: Tuned, path: Path, disk_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_compressed_disk_holds_more_in_the_replay() -> None:
 
 def test_tuning_counts_compressed_chunks() -> None:
     trace = rounds(13).finish()
-    budget = make_budget(str(CHUNK_BYTES), str(10 * CHUNK_BYTES), None, None)
+    budget = make_budget(str(CHUNK_BYTES), str(10 * stored_bytes(CHUNK_BYTES)), None, None)
     size = CHUNK_BYTES // CHUNK_TOKENS
     raw = tune(trace, size, budget, ["lru"])
     compressed = tune(trace, size, budget, ["lru"], codec=Codec(0.5, 4e9))

@@ -110,6 +110,13 @@ def test_tuning_marks_the_chosen_configuration(path: Path) -> None:
     assert tried.attrs["settings"]["host"]["capacity"] == expected.chosen.host_bytes
 
 
+def test_the_chosen_configuration_is_there_once(path: Path) -> None:
+    """It is judged by a replay and the others in closed form, so its hit rate once made it another one."""
+    tried = frames.tune(frames.read_trace(path), memory="500KB", disk="6MB", policies=["lru"], token_bytes=100)
+    columns = tried.columns.tolist()
+    assert not tried.duplicated(columns[1 : columns.index("min_load_tokens") + 1]).any()
+
+
 def test_the_example_of_the_docs_runs(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

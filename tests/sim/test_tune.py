@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.sim.chained_traces import naive_lru, tokens_of
 TOKEN_BYTES = 100
 BLOCK = 16
 CHUNK_BYTES = BLOCK * TOKEN_BYTES
+FILE_BYTES = stored_bytes(CHUNK_BYTES)
 FEW = ("lru", "fifo", "sieve")
 
 
@@ -51,7 +52,7 @@ def trace() -> Trace:
 
 
 def test_rates_are_those_of_a_naive_simulator(trace: Trace) -> None:
-    found = tune(trace, TOKEN_BYTES, Budget(200 * CHUNK_BYTES, 400 * CHUNK_BYTES), ("lru",))
+    found = tune(trace, TOKEN_BYTES, Budget(200 * CHUNK_BYTES, 400 * FILE_BYTES), ("lru",))
     quarter, half = trace.num_requests // 4, trace.num_requests // 2
     for point in found.tried:
         if point.ttl_s is not None or point.write != "through":
@@ -59,8 +60,9 @@ def test_rates_are_those_of_a_naive_simulator(trace: Trace) -> None:
         chunked = coarsen(trace, point.chunk_tokens)
         size = point.chunk_tokens * TOKEN_BYTES
         tokens = []
-        for bytes_ in (point.host_bytes, max(point.host_bytes, point.disk_bytes)):
-            hits = naive_lru(chunked, bytes_ // size)
+        in_host, on_disk = point.host_bytes // size, point.disk_bytes // stored_bytes(size)
+        for slots in (in_host, max(in_host, on_disk)):
+            hits = naive_lru(chunked, slots)
             tokens.append([tokens_of(chunked, request, found) for request, found in enumerate(hits)])
         host, both = tokens
         inputs = trace.input_tokens
@@ -70,7 +72,7 @@ def test_rates_are_those_of_a_naive_simulator(trace: Trace) -> None:
 
 
 def test_the_choice_is_within_the_budget_and_on_the_front(trace: Trace) -> None:
-    budget = Budget(150 * CHUNK_BYTES, 300 * CHUNK_BYTES)
+    budget = Budget(150 * CHUNK_BYTES, 300 * FILE_BYTES)
     found = tune(trace, TOKEN_BYTES, budget, FEW)
     chosen = found.chosen
     assert chosen.host_bytes <= budget.host_bytes and chosen.disk_bytes <= budget.disk_bytes
@@ -98,7 +100,7 @@ def test_the_second_half_has_no_say(trace: Trace) -> None:
         parents=trace.parents[: int(trace.ids[:keep].max()) + 1],
         input_tokens=np.concatenate([trace.input_tokens[:half], np.full(trace.num_requests - half, BLOCK)]),
     )
-    budget = Budget(100 * CHUNK_BYTES, 200 * CHUNK_BYTES)
+    budget = Budget(100 * CHUNK_BYTES, 200 * FILE_BYTES)
     ours, theirs = tune(trace, TOKEN_BYTES, budget, FEW), tune(other, TOKEN_BYTES, budget, FEW)
     names = ("chunk_tokens", "policy", "host_bytes", "disk_bytes", "ttl_s", "tuning_hit_rate")
     assert [getattr(ours.chosen, name) for name in names] == [getattr(theirs.chosen, name) for name in names]
@@ -151,7 +153,7 @@ def test_an_unknown_token_size_is_assumed_and_said(trace: Trace) -> None:
     budget = Budget(100 * BLOCK * ASSUMED_TOKEN_BYTES)
     assumed, given = tune(trace, 0, budget, ("lru",)), tune(trace, ASSUMED_TOKEN_BYTES, budget, ("lru",))
     assert assumed.token_bytes == ASSUMED_TOKEN_BYTES
-    assert assumed.chosen == given.chosen
+    assert asdict(assumed.chosen) == asdict(given.chosen)
     assert any("--token-bytes" in note for note in assumed.notes)
     assert not any("--token-bytes" in note for note in given.notes)
 
@@ -159,20 +161,49 @@ def test_an_unknown_token_size_is_assumed_and_said(trace: Trace) -> None:
 def replayed_rate(found: Tuned, settings: dict[str, Any]) -> float:
     """Hits of the second half, by a replay of the settings that tune wrote."""
     chunk = found.chosen.chunk_tokens
-    settings = json.loads(json.dumps(settings))
-    if "disk" in settings:
-        slots = settings["disk"]["capacity"] // (chunk * TOKEN_BYTES)
-        settings["disk"]["capacity"] = slots * stored_bytes(chunk * TOKEN_BYTES)
-    result = replay_fleet(
-        coarsen(found.trace, chunk), CacheConfig.model_validate(settings), chunk * TOKEN_BYTES, Fleet()
-    )
+    config = CacheConfig.model_validate(settings)
+    result = replay_fleet(coarsen(found.trace, chunk), config, chunk * found.token_bytes, Fleet())
     return sum(result.hits("last-half").values()) / result.total_tokens("last-half")
+
+
+@pytest.mark.parametrize("disk_bytes", [1, CHUNK_BYTES, FILE_BYTES - 1, FILE_BYTES, 3 * FILE_BYTES - 1])
+def test_a_disk_holds_whole_files_within_the_budget(disk_bytes: int, tmp_path: Path) -> None:
+    """One file more was replayed than the capacity held, and a disk of one chunk without its footer was refused by the live cache."""
+    found = tune(
+        chats(num_requests=41, num_chats=6, seed=4), TOKEN_BYTES, Budget(3 * CHUNK_BYTES, disk_bytes), ("lru",)
+    )
+    settings = tune_show.settings_of(found.chosen, tmp_path)
+    for point in found.tried:
+        assert point.disk_bytes <= disk_bytes
+        assert point.disk_bytes % stored_bytes(point.chunk_tokens * TOKEN_BYTES) == 0
+    assert ("disk" in settings) == (disk_bytes >= stored_bytes(found.chosen.chunk_tokens * TOKEN_BYTES))
+    assert found.expected.value == pytest.approx(replayed_rate(found, settings))
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.1, 0.3])
+def test_the_settings_that_are_written_are_those_that_are_judged(
+    trace: Trace, latency_s: float, tmp_path: Path
+) -> None:
+    """Loads that min_load_tokens leaves out do not count as hits."""
+    prices = {name: TierCost(name, 1e9, latency_s) for name in ("host", "disk")}
+    model = CostModel(Prefill(0, 1e-3, 0), TOKEN_BYTES, prices)
+    found = tune(trace, TOKEN_BYTES, Budget(100 * CHUNK_BYTES, 200 * FILE_BYTES), ("lru",), model)
+    settings = tune_show.settings_of(found.chosen, tmp_path)
+    assert ("min_load_tokens" in settings) == (latency_s > 0) and "disk" in settings
+    assert found.expected.value == pytest.approx(replayed_rate(found, settings))
+    without = replayed_rate(found, {**settings, "min_load_tokens": 1})
+    assert (found.expected.value < without) == (latency_s > 0)
+    modes = [point.hit_rate for point in found.tried if point.write != "through"]
+    assert found.chosen.write == "through" and max(modes) > without + 0.0005
+    assert any(f"write: through gave up {100 * (max(modes) - without):.2f} points" in note for note in found.notes)
 
 
 def test_the_write_mode_that_hits_most_is_chosen_and_judged_by_replay(tmp_path: Path) -> None:
     """As much host as disk, and together as much as is reused: write through keeps everything twice."""
     many = chats(num_requests=1200, num_chats=40, seed=2)
-    found = tune(many, TOKEN_BYTES, Budget(500 * CHUNK_BYTES, 500 * CHUNK_BYTES), ("lru",))
+    token_bytes = 10**5  # so that a footer is next to nothing
+    chunk_bytes = BLOCK * token_bytes
+    found = tune(many, token_bytes, Budget(500 * chunk_bytes, 500 * stored_bytes(chunk_bytes)), ("lru",))
     assert found.chosen.write == "back"
     through = [
         point
@@ -190,11 +221,11 @@ def test_the_write_mode_that_hits_most_is_chosen_and_judged_by_replay(tmp_path: 
 def test_a_short_record_takes_the_whole_budget() -> None:
     """Forty requests once chose 50 MB of host and no disk, ten points under what fits into the budget."""
     short = chats(num_requests=41, num_chats=6, seed=4)
-    budget = Budget(1000 * CHUNK_BYTES, 3000 * CHUNK_BYTES)
+    budget = Budget(1000 * CHUNK_BYTES, 3000 * FILE_BYTES)
     found = tune(short, TOKEN_BYTES, budget, ("lru",))
     size = found.chosen.chunk_tokens * TOKEN_BYTES
     assert found.chosen.host_bytes == budget.host_bytes // size * size
-    assert found.chosen.disk_bytes == budget.disk_bytes // size * size
+    assert found.chosen.disk_bytes == budget.disk_bytes // stored_bytes(size) * stored_bytes(size)
     assert found.expected.value == pytest.approx(found.ceiling)
     assert any("whole budget" in note for note in found.notes)
 
@@ -219,7 +250,7 @@ def test_short_loads_are_left_out_where_they_cost_more_than_they_save(trace: Tra
 
 
 def test_settings_are_what_serve_reads(trace: Trace, tmp_path: Path) -> None:
-    found = tune(trace, TOKEN_BYTES, Budget(100 * CHUNK_BYTES, 400 * CHUNK_BYTES), FEW)
+    found = tune(trace, TOKEN_BYTES, Budget(100 * CHUNK_BYTES, 400 * FILE_BYTES), FEW)
     path = tmp_path / "out" / "lmc.yaml"
     tune_show.write_settings(found, path, tmp_path / "disk")
     config = load_settings(path).config
