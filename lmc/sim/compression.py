@@ -66,13 +66,15 @@ def with_codec(cost: CostModel, codec: Codec) -> CostModel:
 
 
 def where_it_pays(cost: CostModel | None, codec: Codec) -> list[str]:
-    """A line for each tier below the host whose bandwidth is known, and one for all others."""
+    """A line on the room that a chunk takes, one for each tier below the host whose bandwidth is known, and one for all others."""
+    room = f"a chunk takes {codec.ratio:.3f} of its size on disk"
     if codec.bytes_per_s == float("inf"):
         return [
-            "compression: no speed of the codec is given, so it is taken to cost no time; measure it with lmc probe codec"
+            room,
+            "compression: no speed of the codec is given, so it is taken to cost no time; measure it with lmc probe codec",
         ]
     below = format_rate(codec.pays_below)
-    lines = [f"compression: loads become quicker where a tier reads less than {below} per thread"]
+    lines = [room, f"compression: loads become quicker where a tier reads less than {below} per thread"]
     for name, tier in (cost.tiers if cost is not None else {}).items():
         if name == HOST:
             continue

@@ -43,7 +43,7 @@ def replay_settings(
     names, shared_chunks, notes = _shared_tiers(config, shared, chunk_bytes, instances)
     codec = codec_of(config, ratio, codec_speed)
     if config.disk.compress != "none":
-        notes += [f"a chunk takes {codec.ratio:.3f} of its size on disk", *where_it_pays(cost, codec)]
+        notes += where_it_pays(cost, codec)
     fleet = Fleet(instances, cast(Routing, routing), shared_chunks, names, cost, codec)
     return replay_fleet(replace(chunked, notes=(*chunked.notes, *notes)), config, chunk_bytes, fleet)
 

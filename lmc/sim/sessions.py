@@ -8,6 +8,9 @@ from lmc.compiled import compiled
 from lmc.sim.stack import StackProfile
 from lmc.sim.trace import Int32, Int64
 
+# A note of what draws intervals over sessions, where sessions_of() had to infer them.
+INFERRED = "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
+
 
 def sessions_of(stack: StackProfile) -> tuple[Int32, bool]:
     """(num_requests,) session numbers without gaps, and whether the trace named them.

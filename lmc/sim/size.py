@@ -32,7 +32,6 @@ class Sizing:
 
     target: float
     rate: float  # at the capacity
-    ceiling: float  # of an unlimited cache
     blocks: int
     low_blocks: int  # the interval of the capacity at the level of lmc.sim.bootstrap
     high_blocks: float  # infinity if no capacity is surely enough
@@ -79,13 +78,11 @@ class Sizer:
                 {"host": [blocks]} if name == "host" else {"host": [host], name: [blocks]}
             )
             places += tier_grid(self.stack, sizes, WINDOW, cost)
-        return Sizing(target, self.rate(blocks), self.ceiling, blocks, min(low, blocks), max(high, blocks), places)
+        return Sizing(target, self.rate(blocks), blocks, min(low, blocks), max(high, blocks), places)
 
     def _hits(self, capacity: float) -> Int64:
         """(requests of the window,) hit tokens."""
-        most = np.maximum(self._inputs - 1, 0) // self.trace.block_tokens
-        hits: Int64 = np.minimum(request_hits(self.stack, capacity)[self._first :], most) * self.trace.block_tokens
-        return hits
+        return self.trace.loaded_tokens(request_hits(self.stack, capacity))[self._first :]
 
     def _smallest(self, target: float) -> int:
         """The smallest capacity with this hit rate, which is not above the ceiling; hits never fall with the capacity."""

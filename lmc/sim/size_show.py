@@ -9,6 +9,7 @@ from typing import Any
 from lmc.errors import ConfigError
 from lmc.report import Cell, Column, Table
 from lmc.sim.cost import CostModel, known_token_bytes
+from lmc.sim.sessions import INFERRED
 from lmc.sim.shown import WINDOWS, Shown, show_capacity, trace_json
 from lmc.sim.size import BELOW, WINDOW, Sizer, Sizing
 from lmc.sim.tier_grid import PERCENTILES
@@ -32,9 +33,7 @@ def size_targets(
     if not known:
         notes.append(assumed_note())
     if not sizer.sessions_named:
-        notes.append(
-            "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
-        )
+        notes.append(INFERRED)
     json = {
         "trace": trace_json(trace),
         "window": WINDOW,

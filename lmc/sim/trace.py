@@ -62,6 +62,11 @@ class Trace:
         """Trace blocks of the longest request."""
         return int(np.diff(self.starts).max())
 
+    def loaded_tokens(self, blocks: Int64) -> Int64:
+        """(num_requests,) tokens of hits in trace blocks, as in the live cache, which never loads the one with a prompt's last token."""
+        loaded: Int64 = np.minimum(blocks, np.maximum(self.input_tokens - 1, 0) // self.block_tokens)
+        return loaded * self.block_tokens
+
     def first_request(self, window: Window) -> int:
         """The index of the first measured request; earlier ones only warm the cache up."""
         return self.num_requests // 2 if window == "last-half" else 0

@@ -27,6 +27,7 @@ from lmc.sim.bootstrap import Interval, share_interval
 from lmc.sim.capacity import warn_small
 from lmc.sim.compression import NO_CODEC, Codec, where_it_pays
 from lmc.sim.cost import CostModel
+from lmc.sim.sessions import INFERRED
 from lmc.sim.stack import request_hits
 from lmc.sim.trace import Trace, require_blocks
 from lmc.sim.tune_search import Budget, Point, Search
@@ -85,19 +86,18 @@ def tune(
     hits = search.replayed(chosen)[judging]
     chosen = replace(chosen, hit_rate=float(hits.sum() / max(inputs.sum(), 1)))
     plain = search.replayed(Point(chunk, "lru", chosen.host_bytes, chosen.disk_bytes, None))[judging]
-    unlimited = search.tokens(chunk, request_hits(search.stacks[chunk], np.inf))[judging]
+    stack = search.stacks[chunk]
+    unlimited = stack.trace.loaded_tokens(request_hits(stack, np.inf))[judging]
     notes = list(trace.notes)
     if not known:
         notes.append(assumed_note())
     if not search.sessions_named:
-        notes.append(
-            "the trace names no sessions; intervals are drawn over conversations inferred from growing prompts"
-        )
+        notes.append(INFERRED)
     notes += warn_small(trace, [chosen.host_bytes / (token_bytes * trace.block_tokens)])
     notes += search.notes
     notes += _given_up(search, written, sized)
     if codec != NO_CODEC:
-        notes += [f"a chunk takes {codec.ratio:.3f} of its size on disk", *where_it_pays(cost, codec)]
+        notes += where_it_pays(cost, codec)
     missed = max(points, key=lambda point: point.hit_rate)
     if missed.hit_rate > sized.hit_rate + _REGRET and chosen.dollars_per_million is None:
         notes.append(

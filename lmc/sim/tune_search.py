@@ -333,7 +333,8 @@ class Search:
         if point.disk_bytes:
             fit = point.disk_bytes // (self.file_bytes(point.chunk_tokens) - size + self.codec.stored(size))
             both = np.maximum(host, self._run(point.chunk_tokens, point.policy, fit, point.ttl_s))
-        return self.tokens(point.chunk_tokens, host), self.tokens(point.chunk_tokens, both)
+        trace = self.stacks[point.chunk_tokens].trace
+        return trace.loaded_tokens(host), trace.loaded_tokens(both)
 
     def _worth(self, point: Point, part: slice) -> Worth:
         assert self.cost is not None
@@ -352,11 +353,6 @@ class Search:
         """Dollars per hour; 0 without prices."""
         sizes = {"host": host_bytes, "disk": disk_bytes}
         return 0.0 if self.cost is None else self.cost.rent({name: size for name, size in sizes.items() if size}, 1.0)
-
-    def tokens(self, chunk: int, blocks: Int64) -> Int64:
-        """Hit tokens as in the live cache, which never loads the chunk that holds the last token of a prompt."""
-        loaded: Int64 = np.minimum(blocks, np.maximum(self.trace.input_tokens - 1, 0) // chunk)
-        return loaded * chunk
 
     def _run(self, chunk: int, policy: str, capacity: int, ttl_s: float | None) -> Int64:
         key = chunk, policy, capacity, ttl_s

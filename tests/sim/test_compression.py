@@ -35,7 +35,8 @@ def test_it_pays_below_the_bandwidth_that_is_named(bandwidth: float) -> None:
     cost = CostModel(COST.prefill, 1000, {"disk": TierCost("disk", bandwidth)})
     quicker = with_codec(cost, codec).tier("disk").seconds(1e9) < cost.tier("disk").seconds(1e9)
     assert quicker == (bandwidth < codec.pays_below)
-    first, line = where_it_pays(cost, codec)
+    room, first, line = where_it_pays(cost, codec)
+    assert "0.700 of its size" in room
     assert "less than 1.2 GB/s per thread" in first
     assert line.endswith("it pays" if quicker else "it only saves room")
 
