@@ -115,6 +115,31 @@ class Hashes:
         return [value if value < _2_64 // 2 else value - _2_64 for value in values]
 
 
+class Timestamps:
+    """Takes the `timestamp` of each line of a file, which all lines have or none has."""
+
+    def __init__(self, unit_s: float = 1.0, otherwise: str = "give one in every line, or in none") -> None:
+        """unit_s: seconds of a number. otherwise: the remedy when only some lines have one."""
+        self._unit_s = unit_s
+        self._otherwise = otherwise
+        self._there: bool | None = None  # not known before the first line
+
+    def take(self, path: Path, number: int, record: Record) -> float:
+        """Seconds; 0 in a file without timestamps. Raises TraceError."""
+        there = record.get("timestamp") is not None
+        if self._there not in (None, there):
+            wrong = f"'timestamp' is {'there' if there else 'missing'}, unlike in the lines before"
+            raise bad_line(path, number, wrong, self._otherwise)
+        self._there = there
+        return get_seconds(path, number, record, "timestamp", self._unit_s) if there else 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        if self._there is not False:
+            return []
+        return ["the file has no timestamps, so all requests arrive at second 0, in the order of the file"]
+
+
 def _number(value: Any) -> float:  # Any: a parsed JSON value
     """A number, or one that is written as text; else not a number."""
     try:

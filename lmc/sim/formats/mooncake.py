@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.fields import Hashes, get_count, get_number, get_seconds
+from lmc.sim.formats.fields import Hashes, Timestamps, get_count, get_number
 from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.trace import Trace
 
@@ -69,7 +69,9 @@ class _Clock:
         self._session_gap_s = session_gap_s
         self._started = 0  # sessions without a timestamp
         self._last_s: dict[str, float] = {}
-        self._timed: bool | None = None  # whether lines that have no delay have a timestamp
+        self._timestamps = Timestamps(  # of lines that have no delay
+            1e-3, "give one in every line or in none, or a 'delay' after the line before of the session"
+        )
 
     def arrival(self, path: Path, number: int, record: Record) -> float:
         session = self.session(record)
@@ -84,16 +86,7 @@ class _Clock:
                 arrival_s = self._started * self._session_gap_s + delay_s
                 self._started += 1
         else:
-            timed = record.get("timestamp") is not None
-            if self._timed not in (None, timed):
-                raise bad_line(
-                    path,
-                    number,
-                    f"'timestamp' is {'there' if timed else 'missing'}, unlike in the lines before",
-                    "give one in every line or in none, or a 'delay' after the line before of the session",
-                )
-            self._timed = timed
-            arrival_s = get_seconds(path, number, record, "timestamp", 1e-3) if timed else 0.0
+            arrival_s = self._timestamps.take(path, number, record)
         if session is not None:
             self._last_s[session] = arrival_s
         return arrival_s
@@ -112,9 +105,7 @@ class _Clock:
             found.append(
                 f"{self._started} sessions have no timestamp, so one starts every {self._session_gap_s:g} s (--session-gap)"
             )
-        if self._timed is False:
-            found.append("the file has no timestamps, so all requests arrive at second 0, in the order of the file")
-        return found
+        return found + self._timestamps.notes
 
 
 def _block_tokens(smallest: int, largest: int, notes: list[str]) -> int:

@@ -12,7 +12,7 @@ from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
 from lmc.sim.formats.chats import has_media, prompt_of, turns_of
-from lmc.sim.formats.fields import get_seconds
+from lmc.sim.formats.fields import Timestamps
 from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.formats.tokens import hash_tokens
 from lmc.sim.trace import Trace
@@ -31,16 +31,11 @@ def read(path: Path, options: ReadOptions) -> Trace:
     encode = _tokenizer(path, options.tokenizer)
     builder = TraceBuilder(path.name, FORMAT.name, options.block_tokens or BLOCK_TOKENS, sort=options.sort)
     chats = media = False
-    timed: bool | None = None
+    timestamps = Timestamps()
     for number, record in read_records(path):
         request = _request(record)
         session = record.get("session_id")
-        has_time = record.get("timestamp") is not None
-        if timed not in (None, has_time):
-            wrong = f"'timestamp' is {'there' if has_time else 'missing'}, unlike in the lines before"
-            raise bad_line(path, number, wrong, "give one in every line, or in none")
-        timed = has_time
-        arrival = get_seconds(path, number, record, "timestamp") if timed else 0.0
+        arrival = timestamps.take(path, number, record)
         field = _field_of(request)
         if field is not None and isinstance(request[field], list):
             chats = True
@@ -64,8 +59,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
         builder.notes.append("chat messages were formatted as ChatML; the model's own template may differ")
     if media:
         builder.notes.append("images and sounds in messages count as a few tokens only")
-    if not timed:
-        builder.notes.append("the file has no timestamps, so all requests arrive at second 0, in the order of the file")
+    builder.notes += timestamps.notes
     return builder.finish()
 
 
