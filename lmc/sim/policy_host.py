@@ -156,13 +156,10 @@ class Host:
 
 def run_spec(spec: PolicySpec, requests: Sequence[Request], capacity: int) -> Host:
     most_new = max(len(labels) for labels in requests)
-    host = Host(NodePolicy(spec, capacity, most_new), capacity)
-    for labels in requests:
-        host.request(labels)
-    return host
+    return run_policy(NodePolicy(spec, capacity, most_new), requests, capacity)
 
 
-def run_naive(policy: Policy, requests: Sequence[Request], capacity: int) -> Host:
+def run_policy(policy: Policy, requests: Sequence[Request], capacity: int) -> Host:
     host = Host(policy, capacity)
     for labels in requests:
         host.request(labels)

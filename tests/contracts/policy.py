@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from lmc.sim.policy_host import Host, IsBlocked, Key, NodePolicy, Policy, Request, run_naive, run_spec
+from lmc.sim.policy_host import Host, IsBlocked, Key, NodePolicy, Policy, Request, run_policy, run_spec
 
 __all__ = [
     "Host",
@@ -14,7 +14,7 @@ __all__ = [
     "Policy",
     "Request",
     "flat_workloads",
-    "run_naive",
+    "run_policy",
     "run_spec",
     "workloads",
 ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lmc.cache.policy import POLICIES, get_policy
 from lmc.errors import ConfigError
 from tests.cache.policy.naive import NAIVE
-from tests.contracts.policy import Host, NodePolicy, flat_workloads, run_naive, run_spec, workloads
+from tests.contracts.policy import Host, NodePolicy, flat_workloads, run_policy, run_spec, workloads
 
 names = pytest.mark.parametrize("name", sorted(POLICIES))
 
@@ -20,7 +20,7 @@ names = pytest.mark.parametrize("name", sorted(POLICIES))
 @given(workloads(), st.integers(1, 14))
 def test_victims_equal_those_of_a_naive_twin(name: str, requests: list[list[int]], capacity: int) -> None:
     host = run_spec(POLICIES[name], requests, capacity)
-    twin = run_naive(NAIVE[name](capacity), requests, capacity)
+    twin = run_policy(NAIVE[name](capacity), requests, capacity)
     assert host.victims == twin.victims
     assert host.hits == twin.hits
 
@@ -33,7 +33,7 @@ def test_victims_equal_those_of_a_naive_twin_without_chains(
 ) -> None:
     assert (
         run_spec(POLICIES[name], requests, capacity).victims
-        == run_naive(NAIVE[name](capacity), requests, capacity).victims
+        == run_policy(NAIVE[name](capacity), requests, capacity).victims
     )
 
 
