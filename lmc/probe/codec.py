@@ -55,7 +55,7 @@ def probe_codec(source: str, element: Element, chunks: Sequence[bytes], repetiti
 
 
 def _measure(compress: Compress, element: Element, chunks: Sequence[bytes], repetitions: int) -> CodecRow:
-    prepare(compress)
+    prepare(compress, element)
     encoding, decoding = [], []
     stored = raw = 0
     for chunk in [chunks[0], *(chunk for chunk in chunks for _ in range(repetitions))]:  # the first one warms up

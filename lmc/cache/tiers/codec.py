@@ -75,9 +75,12 @@ class _Room(threading.local):
 _room = _Room()
 
 
-def prepare(compress: Compress) -> None:
-    """Import and compile what the code needs, which takes seconds when it was never compiled. Raises TierError where it cannot be had."""
-    if compress != "none":
+def prepare(compress: Compress, element: Element) -> None:
+    """Import and compile what this code needs, and what stored chunks of such elements need, which may be of another code.
+
+    That takes seconds when it was never compiled, else a thirtieth of a second. Raises TierError where the code cannot be had.
+    """
+    if element in _SIZES:
         codec_loop()
     if compress == "lossless-max":
         _zstandard()

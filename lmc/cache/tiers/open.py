@@ -53,7 +53,7 @@ def open_tiers(
         _log.warning("lmc: %s", warnings[-1])
 
     def coded(tier: str, compress: Compress) -> TierScope:
-        """The scope of a tier that compresses, or none when this caller writes nothing. Raises TierError."""
+        """The scope for a tier whose setting says so; a caller that only asks needs no codec. Raises TierError."""
         return scope if num_ranks is None else _coded(scope, tier, compress)
 
     if config.disk.path is not None:
@@ -94,21 +94,24 @@ def open_tiers(
 
 
 def _coded(scope: TierScope, tier: str, compress: Compress) -> TierScope:
-    """Raises TierError when the KV or this machine cannot be served."""
-    if compress == "none":
-        return scope
-    if scope.element == "opaque":
+    """The scope with the code of the tier's setting, if that can shorten such KV.
+
+    No load compiles anything after this: chunks that were stored with another setting are decoded, too. Raises TierError when the KV or
+    this machine cannot be served.
+    """
+    if compress != "none" and scope.element == "opaque":
         raise TierError(
             f"{tier}.compress is {compress}, but the KV of this engine does not consist of one known kind of number; set it to none"
         )
-    try:
-        prepare(compress)
-    except TierError as error:
-        raise TierError(f"{tier}.compress: {error}") from error
-    if compress not in codes_for(scope.element):
+    if compress != "none" and compress not in codes_for(scope.element):
         _log.warning(
             "lmc: %s.compress: %s has no code for %s; chunks are stored as they are", tier, compress, scope.element
         )
+        compress = "none"
+    try:
+        prepare(compress, scope.element)
+    except TierError as error:
+        raise TierError(f"{tier}.compress: {error}") from error
     return replace(scope, compress=compress)
 
 
