@@ -174,16 +174,12 @@ def _decode_fast(element: Element, encoded: memoryview, out: memoryview) -> bool
     tail = len(out) - blocks * loop.WORDS * _WORD
     if source.size != end + num_escapes + tail:
         return False
-    target = np.frombuffer(out, np.uint8)
-    words = target[: target.size - tail]
-    into = words.view(np.uint64) if _is_aligned(words) else _room.words("raw", words.size // _WORD)
+    words = _words_of(out, blocks * loop.WORDS)
     table = source[_WORD : _WORD + blocks * loop.TABLE_ENTRY]
     body, escapes = source[start:end].view(np.uint64), source[end : end + num_escapes]
-    if not loop.decode(table, body, escapes, size, into, _room.words("block", loop.SCRATCH_WORDS)):
+    if not loop.decode(table, body, escapes, size, words, _room.words("block", loop.SCRATCH_WORDS)):
         return False
-    if not _is_aligned(words):
-        words[:] = into.view(np.uint8)
-    target[target.size - tail :] = source[end + num_escapes :]
+    _complete(out, words, source[end + num_escapes :])
     return True
 
 
@@ -230,13 +226,9 @@ def _decode_max(element: Element, encoded: memoryview, out: memoryview) -> bool:
     frame = _unframed(encoded[start + tail :], num_tops * _WORD)
     if frame is None:
         return False
-    source, target = _aligned(encoded), np.frombuffer(out, np.uint8)
-    words = target[: target.size - tail]
-    into = words.view(np.uint64) if _is_aligned(words) else _room.words("raw", num_words)
-    loop.join(source[:start].view(np.uint64), np.frombuffer(frame, np.uint64), size, into)
-    if not _is_aligned(words):
-        words[:] = into.view(np.uint8)
-    target[target.size - tail :] = source[start : start + tail]
+    source, words = _aligned(encoded), _words_of(out, num_words)
+    loop.join(source[:start].view(np.uint64), np.frombuffer(frame, np.uint64), size, words)
+    _complete(out, words, source[start : start + tail])
     return True
 
 
@@ -258,6 +250,20 @@ def _blocks(raw: memoryview, blocks: int) -> tuple[Words, Bytes]:
     source = _aligned(raw)
     end = blocks * loop.WORDS * _WORD
     return source[:end].view(np.uint64), source[end:]
+
+
+def _words_of(out: memoryview, num_words: int) -> Words:
+    """Where to decode the words of whole blocks: the beginning of out, or room of this thread if that is not aligned."""
+    target = np.frombuffer(out, np.uint8)
+    return target[: num_words * _WORD].view(np.uint64) if _is_aligned(target) else _room.words("raw", num_words)
+
+
+def _complete(out: memoryview, words: Words, tail: Bytes) -> None:
+    """Bring what was decoded into out, unless it is there, and the bytes after it."""
+    target = np.frombuffer(out, np.uint8)
+    if not _is_aligned(target):
+        target[: words.nbytes] = words.view(np.uint8)
+    target[words.nbytes :] = tail
 
 
 def _aligned(data: memoryview) -> Bytes:

@@ -201,7 +201,7 @@ def _to_codes(tops, codes, width, base):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _from_codes(codes, tops, width, base):  # type: ignore[no-untyped-def]
+def _from_codes(codes, tops, base):  # type: ignore[no-untyped-def]
     offset = _u(base) * _ONES
     low_offset = offset & _LOW7
     for i in range(len(tops)):
@@ -324,36 +324,32 @@ def _unpack(packed, codes, width):  # type: ignore[no-untyped-def]
             h[i] = (z[i] >> _3) & (_7 * _ONES)
 
 
-@compiled(types.int64(_READ_WORDS, types.int64, _ALL_WORDS, _ALL_WORDS))
+@compiled(types.void(_READ_WORDS, types.int64, _ALL_WORDS, _ALL_WORDS))
 def split(words, size, rest, tops):  # type: ignore[no-untyped-def]
     """The planes of whole blocks of elements of 2 or 4 bytes; tops has one byte of each element, rest the others."""
-    blocks = len(words) // WORDS
     num_tops = WORDS // size
     num_rest = WORDS - num_tops
-    for block in range(blocks):
+    for block in range(len(words) // WORDS):
         _split(
             size,
             words[block * WORDS : (block + 1) * WORDS],
             rest[block * num_rest : (block + 1) * num_rest],
             tops[block * num_tops : (block + 1) * num_tops],
         )
-    return blocks
 
 
-@compiled(types.int64(_READ_WORDS, _READ_WORDS, types.int64, _ALL_WORDS))
+@compiled(types.void(_READ_WORDS, _READ_WORDS, types.int64, _ALL_WORDS))
 def join(rest, tops, size, words):  # type: ignore[no-untyped-def]
     """What split() has taken apart."""
-    blocks = len(words) // WORDS
     num_tops = WORDS // size
     num_rest = WORDS - num_tops
-    for block in range(blocks):
+    for block in range(len(words) // WORDS):
         _join(
             size,
             rest[block * num_rest : (block + 1) * num_rest],
             tops[block * num_tops : (block + 1) * num_tops],
             words[block * WORDS : (block + 1) * WORDS],
         )
-    return blocks
 
 
 @compiled(types.UniTuple(types.int64, 2)(_READ_WORDS, types.int64, _ALL_BYTES, _ALL_WORDS, _ALL_BYTES, _ALL_WORDS))
@@ -435,7 +431,7 @@ def decode(table, body, escapes, size, words, scratch):  # type: ignore[no-untyp
             _copy(packed, tops)
         else:
             _unpack(packed, codes, width)
-            _from_codes(codes, tops, width, np.int64(table[TABLE_ENTRY * block + 1]))
+            _from_codes(codes, tops, np.int64(table[TABLE_ENTRY * block + 1]))
             _mark_escapes(codes, marks, width)
             if _put_escapes(marks, tops_bytes, escapes, start, end) != end:
                 return False

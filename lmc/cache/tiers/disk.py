@@ -106,7 +106,7 @@ class DiskTier:
         folder, name = self._place(key)
         try:
             payload, footer, found = read_chunk(folder, name, out, self._scope)
-            return Moved(stored_bytes(len(payload)), unpack(self._scope, key, payload, footer, found, out))
+            return unpack(self._scope, key, payload, footer, found, out)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             raise KeyError(key) from None
         except Corrupt as error:

@@ -154,45 +154,42 @@ class TierScope:
         self,
         key: ChunkKey,
         payload_checksum: int,
-        parent: ChunkKey | None = None,
-        payload_bytes: int | None = None,
-        coding: Coding | None = None,
+        parent: ChunkKey | None,
+        payload_bytes: int,
+        coding: Coding | None,
     ) -> bytes:
-        """The footer to store behind a payload of that checksum. payload_bytes: as stored; None: those of a raw chunk."""
+        """The footer to store behind a payload of that checksum. payload_bytes: as stored."""
         page = bytearray(self._blank)
-        payload = self._payload(key, payload_checksum, self.chunk_bytes if payload_bytes is None else payload_bytes)
-        page[_PAYLOAD_AT:_LENGTHS_AT] = payload + (parent or _NO_KEY) + _coding_field(coding)
+        payload = self._payload(key, payload_checksum, payload_bytes)
+        page[_PAYLOAD_AT:_LENGTHS_AT] = payload + (parent or _NO_KEY) + _CODING.pack(*_coding_numbers(coding))
         if self.auth_key:
             page[_HASH_AT:_SEAL_AT] = payload_checksum.to_bytes(_HASH_BYTES, "little")
             page[_SEAL_AT:] = self._authentication(page)
         return _seal_page(page)
 
-    def verify(
-        self, key: ChunkKey, page: memoryview, payload_checksum: int, payload_bytes: int | None = None
-    ) -> Coding | None:
+    def verify(self, key: ChunkKey, page: memoryview, payload_checksum: int, payload_bytes: int) -> Coding | None:
         """How the payload is encoded.
 
         Raises Corrupt unless page is the footer of this key in this scope with a payload of that checksum and length, and Forged when it is
         the footer of some chunk, but not sealed with the auth_key.
         """
-        size = self.chunk_bytes if payload_bytes is None else payload_bytes
         if (
-            page[_PAYLOAD_AT:_PARENT_AT] == self._payload(key, payload_checksum, size)
+            page[_PAYLOAD_AT:_PARENT_AT] == self._payload(key, payload_checksum, payload_bytes)
             and page[_LENGTHS_AT : _LENGTHS_AT + len(self._texts)] == self._texts
             and page[:_CHECKSUM_AT] == _THIS_VERSION
             and page[_CHECKSUM_AT:_PAYLOAD_AT] == _page_checksum(page)
             and self._is_authentic(page, payload_checksum)
         ):
             coding = _read_coding(page)
-            if self.chunk_bytes == (size if coding is None else coding.raw_bytes):
+            if self.chunk_bytes == (payload_bytes if coding is None else coding.raw_bytes):
                 return coding  # of any parent: the page's checksum covers it
         try:
             footer = decode(page)
         except Corrupt:
-            if size == self.chunk_bytes:
+            if payload_bytes == self.chunk_bytes:
                 raise
             raise Corrupt(
-                f"it has {stored_bytes(size)} bytes instead of {stored_bytes(self.chunk_bytes)}, and no footer of an encoded chunk"
+                f"it has {stored_bytes(payload_bytes)} bytes instead of {stored_bytes(self.chunk_bytes)}, and no footer of an encoded chunk"
             ) from None
         if self.auth_key and not hmac.compare_digest(page[_SEAL_AT:], self._authentication(page)):
             raise Forged("it is not sealed with this cache's auth_key")
@@ -266,10 +263,6 @@ def _coding_numbers(coding: Coding | None) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
     code, element = COMPRESS.index(coding.compress), ELEMENTS.index(coding.element)
     return code, element, coding.raw_bytes, coding.raw_checksum
-
-
-def _coding_field(coding: Coding | None) -> bytes:
-    return _CODING.pack(*_coding_numbers(coding))
 
 
 def _read_coding(page: bytes | bytearray | memoryview) -> Coding | None:

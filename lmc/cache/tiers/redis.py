@@ -83,7 +83,7 @@ class RedisTier:
             if found is None:
                 return None
             payload, digest = found  # verified here: a connection that brings garbage is not used again
-            return Moved(stored_bytes(len(payload)), unpack(self._scope, key, payload, footer, digest, out))
+            return unpack(self._scope, key, payload, footer, digest, out)
 
         with self._named_errors("load", key) as client:
             try:
@@ -164,7 +164,7 @@ class RedisTier:
         if len(payload) == len(out):
             out[:] = payload
         digest = self._scope.checksum(payload)
-        return Moved(len(value), unpack(self._scope, key, payload, footer, digest, out))
+        return unpack(self._scope, key, payload, footer, digest, out)
 
     @contextmanager
     def _named_errors(self, action: str, key: ChunkKey) -> Iterator[Redis | RedisCluster]:

@@ -70,7 +70,7 @@ class S3Tier:
             payload, footer = value[:-FOOTER_BYTES], value[-FOOTER_BYTES:]
             raw = len(payload) == len(out)
             digest = _copy(payload, out, self._scope.hasher()) if raw else self._scope.checksum(payload)
-            return Moved(size, unpack(self._scope, key, payload, footer, digest, out))
+            return unpack(self._scope, key, payload, footer, digest, out)
 
     def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """Send one HEAD request per key, many at once. All of them together end within the time-out."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.codec import decode, encode
-from lmc.cache.tiers.format import Coding, TierScope, checksum
+from lmc.cache.tiers.format import Coding, TierScope, checksum, stored_bytes
 from lmc.errors import Corrupt
 
 
@@ -39,16 +39,17 @@ def pack(scope: TierScope, raw: memoryview) -> Packed:
 
 def unpack(
     scope: TierScope, key: ChunkKey, payload: memoryview, footer: memoryview, payload_checksum: int, out: memoryview
-) -> float:
-    """Verify what was stored, and decode it into out; a payload that is not encoded stays where it is. Returns the codec's seconds.
+) -> Moved:
+    """Verify what was stored, and decode it into out; a payload that is not encoded stays where it is.
 
     Raises Corrupt, and out may hold anything then.
     """
+    size = stored_bytes(len(payload))
     coding = scope.verify(key, footer, payload_checksum, len(payload))
     if coding is None:
-        return 0.0
+        return Moved(size)
     started = time.perf_counter()
     decode(coding.compress, coding.element, payload, out)
     if checksum(out) != coding.raw_checksum:
         raise Corrupt("what was decoded does not match the checksum of the raw chunk")
-    return time.perf_counter() - started
+    return Moved(size, time.perf_counter() - started)

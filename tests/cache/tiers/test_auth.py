@@ -131,7 +131,7 @@ def test_no_byte_of_a_sealed_chunk_may_change_even_with_the_checksums_made_anew(
     for position in positions:
         changed = bytearray(genuine)
         changed[position] ^= 1 << chance.randrange(8)
-        forged = SCOPE.seal(key(1), SCOPE.checksum(memoryview(changed)[:CHUNK_BYTES]))
+        forged = SCOPE.seal(key(1), SCOPE.checksum(memoryview(changed)[:CHUNK_BYTES]), None, CHUNK_BYTES, None)
         for content in (bytes(changed), bytes(changed[:CHUNK_BYTES]) + forged):
             path.write_bytes(content)
             with pytest.raises(Corrupt):
