@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,10 @@ class CodecRow:
     ratio: float  # stored bytes / raw bytes
     encode_gb_per_s: float
     decode_gb_per_s: float
-    pays_below_gb_per_s: float  # a tier that reads slower than this loads such a chunk sooner than a raw one
+    pays_below_gb_per_s: float = field(init=False)  # a tier that reads slower loads such a chunk sooner than a raw one
+
+    def __post_init__(self) -> None:  # a property would be missing from the JSON
+        object.__setattr__(self, "pays_below_gb_per_s", self.decode_gb_per_s * (1 - self.ratio))
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,7 @@ def _measure(compress: Compress, element: Element, chunks: Sequence[bytes], repe
         decoding.append(len(chunk) / max(ended - between, 1e-9) / 1e9)
         stored += len(chunk if encoded is None else encoded)
         raw += len(chunk)
-    ratio, rate = stored / raw, statistics.median(decoding[1:])
-    return CodecRow(compress, ratio, statistics.median(encoding[1:]), rate, rate * (1 - ratio))
+    return CodecRow(compress, stored / raw, statistics.median(encoding[1:]), statistics.median(decoding[1:]))
 
 
 def read_element(given: str | None, otherwise: Element) -> Element:
