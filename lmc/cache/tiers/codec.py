@@ -80,7 +80,7 @@ def prepare(compress: Compress, element: Element) -> None:
 
     That takes seconds when it was never compiled, else a thirtieth of a second. Raises TierError where the code cannot be had.
     """
-    if element in _SIZES:
+    if element in _SIZES or element == "opaque":  # a node is not told what its engines' KV consists of
         codec_loop()
     if compress == "lossless-max":
         _zstandard()

@@ -78,7 +78,7 @@ def test_a_code_that_cannot_shorten_such_kv_is_never_run(
 
 @pytest.mark.parametrize("tier", ["disk", "redis", "s3"])
 @pytest.mark.parametrize(
-    ("element", "needed"), [("bf16", 1), ("fp16", 1), ("fp32", 1), ("fp8", 0), ("opaque", 0)]
+    ("element", "needed"), [("bf16", 1), ("fp16", 1), ("fp32", 1), ("fp8", 0), ("opaque", 1)]
 )  # fp8 has a code of Zstandard's alone
 def test_a_tier_opens_with_what_earlier_chunks_may_need(
     tmp_path: Path, tier: str, element: Element, needed: int
@@ -90,12 +90,13 @@ def test_a_tier_opens_with_what_earlier_chunks_may_need(
     assert codec.codec_loop.cache_info().currsize == needed
 
 
-def test_no_load_compiles_when_compression_is_off_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scope", [SCOPE, OPAQUE])
+def test_no_load_compiles_when_compression_is_off_again(tmp_path: Path, scope: TierScope) -> None:
     chunk = bytes(SCOPE.chunk_bytes)
     before, _ = open_tiers(config(tmp_path, "lossless"), SCOPE, 1)
     assert before["disk"].put(key(1), memoryview(chunk)).stored_bytes < stored_bytes(len(chunk))
     codec.codec_loop.cache_clear()
-    after, _ = open_tiers(config(tmp_path, "none"), SCOPE, 1)
+    after, _ = open_tiers(config(tmp_path, "none"), scope, 1)
     compiled = codec.codec_loop.cache_info().misses
     out = bytearray(len(chunk))
     assert after["disk"].get(key(1), memoryview(out)).codec_seconds > 0 and out == chunk
