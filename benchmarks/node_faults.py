@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -149,6 +150,10 @@ def kill_nodes(path: Path, rounds: int, chance: random.Random) -> Outcome:
     return Outcome("node killed", rounds, served, hits, left, back[len(back) // 2])
 
 
+def summary(outcomes: Sequence[Outcome]) -> str:
+    return f"Left behind in {sum(one.rounds for one in outcomes)} rounds: {sum(one.left for one in outcomes)}."
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engines", type=int, default=200)
@@ -174,7 +179,7 @@ def main() -> int:
         metadata = {"command": "python -m benchmarks.node_faults " + " ".join(sys.argv[1:])}
         metadata |= describe_hardware() | describe_software()
         page = Page(
-            "kill -9 of engines and of the node", "Nothing was left.", [Section("Results", "", [table])], metadata
+            "kill -9 of engines and of the node", summary(outcomes), [Section("Results", "", [table])], metadata
         )
         write_file(options.out / "report.md", report_markdown(page))
         write_file(options.out / "results.json", to_json({"outcomes": outcomes, "metadata": metadata}))
