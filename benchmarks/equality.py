@@ -27,7 +27,7 @@ from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import Workload, overlay
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
-from tests.engines.equality import BATCHED_TOKENS, CHANCES, CHUNK, SCENARIOS, Scenario, Verdict, run_scenario
+from tests.engines.equality import BATCHED_TOKENS, CHANCES, CHUNK, SCENARIOS, Scenario, run_scenario
 from tests.engines.tiny_model import VOCABULARY, make_tiny_llama
 from tests.engines.vllm_driver import VllmDriver
 
@@ -132,19 +132,9 @@ def run_case(name: str, model: Path, seed: int, vocabulary: int | None) -> dict[
         "seconds": time.perf_counter() - started,
         "seed": seed,
         "software": describe_software(),
-        "passed": passed(verdict),
+        "passed": verdict.passed,
         **asdict(verdict),
     }
-
-
-def passed(verdict: Verdict) -> bool:
-    """No difference, nothing left over, and the run put lmc to the test at all."""
-    return (
-        not verdict.comparison.differences
-        and not any(verdict.leftovers.values())
-        and verdict.preemptions > 0
-        and sum(verdict.loaded.values()) > 0
-    )
 
 
 def as_report(rows: list[dict[str, Any]]) -> Report:

@@ -137,6 +137,22 @@ class Verdict:
     failures: dict[str, int]  # operations that failed, by kind
     leftovers: dict[str, int]
 
+    @property
+    def faults(self) -> list[str]:
+        """What keeps the run from being passed: differences, leftovers, or that it never put lmc to the test."""
+        found = self.comparison.differences + [
+            f"{number} {name} left over" for name, number in self.leftovers.items() if number
+        ]
+        if not self.preemptions:
+            found.append("no request was preempted")
+        if not any(self.loaded.values()):
+            found.append("no token was loaded")
+        return found
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
 
 def run_scenario(
     scenario: Scenario,
