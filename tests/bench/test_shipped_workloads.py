@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from lmc.bench.data import FILES, data_folder
 from lmc.bench.expected import expected_hits
 from lmc.bench.prompts import build_prompts
 from lmc.bench.schedule import make_plan
 from lmc.bench.tokenizer import ModelTokenizer
 from lmc.bench.workload import load_workload
-from lmc.model import EMBEDDED, resolve_tokenizer_folder
+from lmc.model import EMBEDDED, cache_home, resolve_tokenizer_folder
 
 FOLDER = Path(__file__).parents[2] / "workloads"
 WITH_BARS = sorted(path.stem for path in FOLDER.glob("*.yaml") if "\nbars:" in path.read_text())
@@ -21,10 +21,16 @@ WITH_BARS = sorted(path.stem for path in FOLDER.glob("*.yaml") if "\nbars:" in p
 @pytest.mark.data
 @pytest.mark.parametrize(("quick", "fewest"), [(False, 12), (True, 6)], ids=["full", "quick"])
 @pytest.mark.parametrize("name", WITH_BARS)
-def test_no_bar_rests_on_few_requests(name: str, quick: bool, fewest: int) -> None:
+def test_no_bar_rests_on_few_requests(name: str, quick: bool, fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     file = FOLDER / f"{name}.yaml"
-    if "LMC_DATA_DIR" in file.read_text() and "LMC_DATA_DIR" not in os.environ:
-        pytest.skip("LMC_DATA_DIR is not set")
+    needed = [data for data in FILES.values() if f"$LMC_DATA_DIR/{data.file}" in file.read_text()]
+    for folder in (data_folder(), cache_home() / "data"):  # `lmc data fetch` without LMC_DATA_DIR fills the second
+        if all((folder / data.file).is_file() for data in needed):
+            monkeypatch.setenv("LMC_DATA_DIR", str(folder))
+            break
+    else:
+        names = ", ".join(data.file for data in needed)
+        pytest.skip(f"{names} is not in {data_folder()}; `lmc data list` says how it is had")
     workload = load_workload(file, quick)
     prompts = build_prompts(workload, ModelTokenizer.load(resolve_tokenizer_folder(EMBEDDED)), FOLDER)
     requests = [item.request for item in make_plan(prompts.sessions, workload).items]
