@@ -14,6 +14,7 @@ from typing import Any
 
 from lmc.bench.plots import latency_over_throughput
 from lmc.bench.records import ArmResult, RequestRecord, Results, write_results
+from lmc.bench.run import chosen_arms
 from lmc.bench.workload import OpenLoop, Slo, TraceTimes, Users, Workload
 from lmc.errors import WorkloadError
 from lmc.report import (
@@ -57,6 +58,7 @@ class RateResults:
     slo: dict[str, Any]  # Any: numbers or None
     points: list[RatePoint]
     highest: dict[str, float | None]  # by arm: the highest rate that held the SLOs
+    problems: list[str]  # why runs are INVALID, each with its rate
     metadata: dict[str, str]
 
 
@@ -79,20 +81,26 @@ def at_rate(workload: Workload, rate: float, number: int) -> Workload:
 def sweep(workload: Workload, arms: Sequence[str], rates: Sequence[float], run: Run, folder: Path) -> RateResults:
     """Measure every arm at every rate."""
     points: list[RatePoint] = []
+    problems: list[str] = []
     metadata: dict[str, str] = {}
     for number, rate in enumerate(rates):
         results = _measured(at_rate(workload, rate, number), arms, run, folder / f"rate-{rate:g}")
         metadata = _metadata(results)
         points += [_point(arm, rate, results) for arm in results.arms]
-    return _collected(workload, points, metadata)
+        problems += _problems(rate, results)
+    return _collected(workload, points, problems, metadata)
 
 
 def find(workload: Workload, arms: Sequence[str], first: float, run: Run, folder: Path) -> RateResults:
-    """Search the highest rate of each arm by doubling or halving from `first`, then by bisection. Raises WorkloadError without an SLO."""
+    """Search the highest rate of each arm by doubling or halving from `first`, then by bisection; restarted arms are left out.
+
+    Raises WorkloadError without an SLO, and for arms that cannot be chosen.
+    """
     if not any(workload.slo.model_dump().values()):
         raise WorkloadError("a rate can only be found for bounds; give --slo ttft_ms=500, or slo in the workload")
-    chosen = [name for name, arm in workload.arms.items() if name in arms and arm.restart_of is None]
+    chosen = [name for name in chosen_arms(workload, arms) if workload.arms[name].restart_of is None]
     points: list[RatePoint] = []
+    problems: list[str] = []
     metadata: dict[str, str] = {}
     for arm in chosen:
         known: dict[float, bool] = {}
@@ -101,8 +109,9 @@ def find(workload: Workload, arms: Sequence[str], first: float, run: Run, folder
             results = _measured(plan, [arm], run, folder / f"{arm}-rate-{rate:.4g}")
             metadata = _metadata(results)
             points.append(_point(results.arms[0], rate, results))
+            problems += _problems(rate, results)
             known[rate] = bool(points[-1].holds)
-    return _collected(workload, points, metadata)
+    return _collected(workload, points, problems, metadata)
 
 
 def next_rate(known: dict[float, bool], first: float) -> float | None:
@@ -187,6 +196,10 @@ def _measured(workload: Workload, arms: Sequence[str], run: Run, folder: Path) -
     return results
 
 
+def _problems(rate: float, results: Results) -> list[str]:
+    return [f"{rate:.4g} requests/s: {problem}" for problem in results.problems]
+
+
 def _point(arm: ArmResult, rate: float, results: Results) -> RatePoint:
     check = arm.self_check
     within = arm.goodput_share
@@ -204,13 +217,15 @@ def _point(arm: ArmResult, rate: float, results: Results) -> RatePoint:
     )
 
 
-def _collected(workload: Workload, points: Sequence[RatePoint], metadata: dict[str, str]) -> RateResults:
+def _collected(
+    workload: Workload, points: Sequence[RatePoint], problems: list[str], metadata: dict[str, str]
+) -> RateResults:
     ordered = sorted(points, key=lambda point: (list(workload.arms).index(point.arm), point.requested))
     highest: dict[str, float | None] = {}
     if any(workload.slo.model_dump().values()):
         for arm in dict.fromkeys(point.arm for point in ordered):
             highest[arm] = max(_held(ordered, arm), default=None)
-    return RateResults(workload.name, workload.slo.model_dump(), ordered, highest, metadata)
+    return RateResults(workload.name, workload.slo.model_dump(), ordered, highest, problems, metadata)
 
 
 def _held(points: Sequence[RatePoint], arm: str) -> Iterator[float]:
@@ -238,4 +253,5 @@ def _report(results: RateResults) -> Report:
     section = Section(
         "Latency over throughput", "", [latency_over_throughput(lines, results.slo), rates_table(results)]
     )
-    return Report(f"lmc bench: {results.name} at several rates", summary(results), [section], results.metadata)
+    said = "\n\n".join([summary(results), *(f"INVALID: {problem}" for problem in results.problems)])
+    return Report(f"lmc bench: {results.name} at several rates", said, [section], results.metadata)

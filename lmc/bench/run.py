@@ -56,7 +56,7 @@ def run_workload(workload: Workload, options: RunOptions) -> tuple[Results, list
     """Run every arm and judge it. Raises WorkloadError before an engine starts, RunError or EngineError when the first arm cannot start."""
     tokenizer = ModelTokenizer.load(options.model_folder)
     prompts = build_prompts(workload, tokenizer, options.base)
-    chosen = _chosen_arms(workload, options.arms)
+    chosen = chosen_arms(workload, options.arms)
     with tempfile.TemporaryDirectory(prefix="lmc-bench-") as folder:
         scratch = options.scratch or Path(folder)
         runner = _Runner(workload, options, tokenizer, prompts, chosen, scratch)
@@ -64,7 +64,8 @@ def run_workload(workload: Workload, options: RunOptions) -> tuple[Results, list
             return loop.run(runner.run())
 
 
-def _chosen_arms(workload: Workload, wanted: Sequence[str]) -> list[str]:
+def chosen_arms(workload: Workload, wanted: Sequence[str]) -> list[str]:
+    """The wanted arms in the workload's order, all if none is wanted. Raises WorkloadError for an unknown one, or a restarted one alone."""
     known = list(workload.arms)
     for name in wanted:
         if name not in known:

@@ -146,6 +146,8 @@ def run(
     from lmc.bench.workload import find_workload, load_workload
     from lmc.errors import ConfigError
 
+    if rates is not None and find_rate:
+        raise ConfigError("give either --rates or --find-rate")
     if (workload is None) == (not url):
         raise ConfigError(
             "give either a WORKLOAD file or --url, as in: lmc bench --url http://127.0.0.1:8000 --model NAME"
@@ -193,6 +195,8 @@ def run(
             found = find(plan, chosen, rate or 1.0, measure, folder)
         write_rates(folder, found)
         _show_rates(found, folder, as_json, quiet)
+        if found.problems:
+            raise typer.Exit(1)
         return
     results, records = measure(plan, arm or [])
     write_results(folder, results, records)
@@ -300,6 +304,8 @@ def _show_rates(found: RateResults, folder: Path, as_json: bool, quiet: bool) ->
     elif not quiet:
         print_table(rates_table(found))
         typer.echo(summary(found))
+        for problem in found.problems:
+            typer.echo(f"INVALID: {problem}", err=True)
         typer.echo(f"report: {folder / 'rates.html'}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,8 @@ def test_each_arm_has_its_own_highest_rate(run_small: RunSmall, tmp_path: Path) 
         find(Workload.model_validate(small_workload()), ["none"], 1.0, run, tmp_path)
 
 
-def test_rates_of_a_running_server(model_folder: Path, tmp_path: Path) -> None:
+def test_rates_of_a_running_server(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmc.bench.selfcheck.LAG_MS", math.inf)  # how much the client lags depends on the machine
     few = ["--requests", "4", "--prompt-tokens", "20", "--output-tokens", "2", "--slo", "ttft_ms=60000"]
     server = Strict()
     with serving(server) as url:
@@ -108,3 +110,53 @@ def test_rates_of_a_running_server(model_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "rate-40" / "results.json").is_file()
     prompts = [tuple(body["prompt"]) for body in server.bodies if len(body["prompt"]) == 20]
     assert len(set(prompts)) == 8, "four prompts of each rate, none of them known from the rate before"
+
+
+def test_the_highest_rate_of_a_running_server(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search ends at the most runs, since no rate is too high for these bounds."""
+    monkeypatch.setattr("lmc.bench.selfcheck.LAG_MS", math.inf)
+    monkeypatch.setattr("lmc.bench.rates.MOST_RUNS", 3)
+    few = ["--requests", "4", "--prompt-tokens", "20", "--output-tokens", "2", "--slo", "ttft_ms=60000"]
+    with serving(Strict()) as url:
+        command = ["bench", "--url", url, "--model", "m", "--tokenizer", str(model_folder), "--out", str(tmp_path)]
+        result = CliRunner().invoke(app, [*command, *few, "--find-rate", "--rate", "40"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads((tmp_path / "rates.json").read_text())
+    assert [point["requested"] for point in found["points"]] == [40.0, 80.0, 160.0]
+    assert "bounds (ttft_ms 60000), in requests/s: server 160." in result.output
+
+
+@pytest.mark.parametrize("chosen", [["--rates", "40"], ["--find-rate", "--rate", "40"]], ids=["rates", "find"])
+def test_an_invalid_run_is_said_and_ends_with_1(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[str]
+) -> None:
+    monkeypatch.setattr("lmc.bench.selfcheck.LAG_MS", -1.0)  # the client always lags
+    monkeypatch.setattr("lmc.bench.selfcheck.LAG_SHARE", -1.0)
+    monkeypatch.setattr("lmc.bench.rates.MOST_RUNS", 1)
+    few = ["--requests", "4", "--prompt-tokens", "20", "--output-tokens", "2", "--slo", "ttft_ms=60000"]
+    with serving(Strict()) as url:
+        command = ["bench", "--url", url, "--model", "m", "--tokenizer", str(model_folder), "--out", str(tmp_path)]
+        result = CliRunner().invoke(app, [*command, *few, *chosen])
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert "INVALID: 40 requests/s: arm server: " in result.output
+    assert "INVALID: 40 requests/s: arm server: " in (tmp_path / "rates.md").read_text()
+
+
+def test_rates_are_either_given_or_found() -> None:
+    result = CliRunner().invoke(app, ["bench", "quickstart", "--rates", "1,2", "--find-rate"])
+    assert (result.exit_code, str(result.exception)) == (1, "give either --rates or --find-rate")
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [(["typo"], "no arm 'typo' in this workload"), (["lmc-restarted"], "arm lmc-restarted restarts lmc")],
+)
+def test_a_rate_is_found_of_arms_that_can_be_chosen(tmp_path: Path, arms: list[str], said: str) -> None:
+    def run(load: Workload, names: Sequence[str]) -> tuple[Results, list[RequestRecord]]:
+        raise AssertionError("no run")
+
+    workload = Workload.model_validate(small_workload(slo={"ttft_ms": 100}))
+    with pytest.raises(WorkloadError, match=said):
+        find(workload, arms, 1.0, run, tmp_path)
