@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +58,7 @@ def examine(config: CacheConfig, port: int) -> Iterator[Finding]:
 
 
 def _versions() -> Finding:
-    seen = f"lmc {lmc.__version__}, Python {sys.version.split()[0]}"
-    return Finding("versions", seen, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
+    return Finding("versions", f"lmc {lmc.__version__}, Python {sys.version.split()[0]}")
 
 
 def _other_package() -> Finding:
@@ -148,9 +148,9 @@ def _disk(config: CacheConfig) -> Iterator[Finding]:
         yield Finding("disk tier", "none is configured")
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        seconds = _timed(lambda: _write(folder))
+        with _existing(folder):
+            free = shutil.disk_usage(folder).free
+            seconds = _timed(lambda: _write(folder))
     except OSError as error:
         yield Finding("disk tier", f"{folder}: {error.strerror}", "give a folder that can be written (--disk-path)")
         return
@@ -161,6 +161,19 @@ def _disk(config: CacheConfig) -> Iterator[Finding]:
     rate = WRITTEN / seconds
     slow = "" if rate >= SLOW_DISK else "loads from it will hardly pay; give a local SSD"
     yield Finding("disk speed", f"{format_size(int(rate))}/s written and synced", slow)
+
+
+@contextmanager
+def _existing(folder: Path) -> Iterator[None]:
+    """The folder is there meanwhile; what had to be made for it is removed again, unless something was put in."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()
 
 
 def _write(folder: Path) -> None:

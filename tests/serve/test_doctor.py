@@ -26,12 +26,19 @@ def test_a_machine_that_is_all_right(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "SLOW_DISK", 0.0)
     monkeypatch.setattr(doctor, "LEAST_MEMORY", 0)
     monkeypatch.setattr(doctor, "SHM_PER_GPU", 0)
-    code, found = findings("--disk-path", str(tmp_path / "kv"), "--port", str(services.free_port()))
+    code, found = findings("--disk-path", str(tmp_path / "new" / "kv"), "--port", str(services.free_port()))
     assert (code, [f for f in found.values() if f["remedy"]]) == (0, [])
     assert "vllm" in found["engine"]["seen"] or "sglang" in found["engine"]["seen"]
     assert "written and synced" in found["disk speed"]["seen"]
+    assert list(tmp_path.iterdir()) == [], "the folders that were made to try the disk are removed"
     text = CliRunner().invoke(app, ["doctor", "--port", str(services.free_port())]).output
     assert text.count("ok ") == len(text.splitlines())
+
+
+def test_a_disk_folder_that_is_there_stays(tmp_path: Path) -> None:
+    _, found = findings("--disk-path", str(tmp_path))
+    assert "written and synced" in found["disk speed"]["seen"]
+    assert tmp_path.is_dir()
 
 
 def test_what_is_wrong_comes_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
