@@ -44,7 +44,9 @@ def test_its_files_are_those_of_the_wheel(installed: Path) -> None:
         installed,
         code="import lmc, lmc.shipped as s; print(lmc.__file__, s.shipped('workloads'), s.shipped('dashboards'))",
     )
-    assert all(path.startswith(str(installed)) for path in done.stdout.split()), done.stdout + done.stderr
+    found = done.stdout.split()
+    assert len(found) == 3, done.stdout + done.stderr
+    assert all(Path(path).is_relative_to(installed) and Path(path).exists() for path in found), done.stdout
     assert (installed / "lmc" / "py.typed").is_file()
     metadata = next(installed.glob("lmc_kv-*.dist-info")) / "METADATA"
     assert "Name: lmc-kv\n" in metadata.read_text()
@@ -72,7 +74,11 @@ def test_dashboard_and_rules_are_printed(installed: Path) -> None:
 def test_the_example_trace_is_replayed(installed: Path) -> None:
     done = lmc(installed, "sim", "--example", "--capacity-blocks", "10%,inf", "--json")
     assert done.returncode == 0, done.stderr
-    assert "example-trace" in done.stdout or json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    assert (found["trace"]["source"], found["trace"]["requests"]) == ("example-trace.jsonl", len(list(lines())))
+    tenth, unbounded = found["rows"]
+    assert (tenth["capacity_blocks"], unbounded["capacity_blocks"]) == (found["trace"]["unique_blocks"] // 10, "inf")
+    assert 0 < tenth["hit_tokens"] < unbounded["hit_tokens"] < unbounded["total_tokens"]
     made = "\n".join(lines()) + "\n"
     assert (ROOT / "workloads" / "example-trace.jsonl").read_text() == made, (
         "python -m benchmarks.example_trace writes it"
