@@ -6,11 +6,12 @@ A bar is met, or not met, if the whole interval of its ratio is; otherwise, and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from lmc.bench.records import BarResult, RequestRecord
+from lmc.bench.records import BarResult, RequestRecord, Results
 from lmc.bench.stats import MIN_SESSIONS, Draws, Floats, pairs, weighted_percentile
 from lmc.bench.workload import Bar
 
@@ -18,6 +19,15 @@ from lmc.bench.workload import Bar
 def judge_bars(bars: Sequence[Bar], records: Mapping[str, Sequence[RequestRecord]], seed: int) -> list[BarResult]:
     """The result of every bar whose two arms ran."""
     return [_judge(bar, records[bar.a], records[bar.b], seed) for bar in bars if bar.a in records and bar.b in records]
+
+
+def judged_again(results: Results, records: Sequence[RequestRecord]) -> Results:
+    """The results with bars that are judged as they are now: those of an older run may have no interval."""
+    by_arm: dict[str, list[RequestRecord]] = {}
+    for record in records:
+        by_arm.setdefault(record.arm, []).append(record)
+    bars = [Bar.model_validate(bar) for bar in results.workload["bars"]]
+    return replace(results, bars=judge_bars(bars, by_arm, results.workload["seed"]))
 
 
 def _judge(bar: Bar, a: Sequence[RequestRecord], b: Sequence[RequestRecord], seed: int) -> BarResult:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lmc import report
 from lmc.bench import plots
+from lmc.bench.bars import judged_again
 from lmc.bench.records import ArmResult, RequestRecord, Results
 from lmc.bench.tables import (
     PARTS,
@@ -38,6 +39,7 @@ def write_report(folder: Path, results: Results, records: Sequence[RequestRecord
 
 
 def build_report(results: Results, records: Sequence[RequestRecord]) -> Report:
+    results = judged_again(results, records)
     sections = [Section("Arms", _arms_text(results), [arms_table(results), hits_table(results)])]
     if results.bars:
         sections.append(Section("Bars", "Ratios within this run.", [bars_table(results)]))

@@ -62,6 +62,19 @@ def test_command_fails_on_worse_only_when_asked(small: tuple[Results, list[Reque
     assert (tmp_path / "a" / "report.html").is_file()
 
 
+def test_bars_of_an_older_run_are_judged_again(run_small: RunSmall, tmp_path: Path) -> None:
+    """It had no intervals: its verdicts compared ratios only."""
+    bar = {"a": "lmc", "b": "none", "over": "random", "at_most": 10}  # three sessions
+    results, records = run_small(bars=[bar], arms=ARMS)
+    old = [replace(result, met=True, low=None, high=None) for result in results.bars]
+    write_results(tmp_path / "old", replace(results, bars=old), records)
+    assert CliRunner().invoke(app, ["bench", "report", str(tmp_path / "old")]).exit_code == 0
+    [row] = [
+        line for line in (tmp_path / "old" / "report.md").read_text().splitlines() if "over part random <= 10" in line
+    ]
+    assert row.endswith("| undecided |")
+
+
 def test_runs_that_prove_nothing_are_refused(small: tuple[Results, list[RequestRecord]], tmp_path: Path) -> None:
     results, records = small
     write_results(tmp_path / "a", results, records)
