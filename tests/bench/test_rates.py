@@ -145,7 +145,7 @@ def test_an_invalid_run_is_said_and_ends_with_1(
 
 
 def test_rates_are_either_given_or_found() -> None:
-    result = CliRunner().invoke(app, ["bench", "quickstart", "--rates", "1,2", "--find-rate"])
+    result = CliRunner().invoke(app, ["bench", "absent.yaml", "--rates", "1,2", "--find-rate"])
     assert (result.exit_code, str(result.exception)) == (1, "give either --rates or --find-rate")
 
 
