@@ -115,13 +115,13 @@ class Domain:
         self._chunk_tokens = name.namespace.chunk_tokens
         ready = [one.ready for one in opened]
         self.directory, superfluous = open_directory(config, ready, clock())
-        self.directory.lending.withhold_all()
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._accounting = Accounting(config, self._namespace, self.directory, name.rank_bytes, len(ready), clock)
         self.metrics = self._accounting.metrics
         self.spans = self._accounting.spans
         self.client_pins = ClientPins(self.directory, config.clients, name.rank_bytes * len(ready), self.metrics)
+        self.directory.lending.withhold_all()  # the pins have a share of all that there could be
         self._lock = threading.Lock()
         self._report = Report()
         self._ended: dict[int, int] = {}

@@ -145,6 +145,22 @@ def test_a_hit_stays_while_others_store(tmp_path: Path) -> None:
         here.wait_idle()
 
 
+def test_what_a_client_pins_stays_within_its_share_of_the_memory(tmp_path: Path) -> None:
+    """A share is of all that the namespace could have, whatever it has taken of the memory when it is opened."""
+    with node_here(tmp_path / "node.sock", host_capacity="128KiB", clients_pin_share="25%") as here:
+        engine = here.engine()
+        kept = prompt(1, 50)
+        engine.serve(kept)
+        assert engine.node.lookup("pinned", kept, 0, Identity()) == 48
+        engine.node.finish("pinned", 600.0)
+        for number in range(10, 30):
+            engine.serve(prompt(number, 60))
+        (domain,) = here.node.domains.values()
+        assert domain.directory.counts.evicted["host"] > 0
+        assert engine.serve(kept).loaded == 48
+        assert domain.metrics.registry.get_sample_value("lmc_pins_cut_total", {"limit": "clients.pin_share"}) is None
+
+
 def test_many_threads_of_engines(here: Here) -> None:
     engines = [here.engine() for _ in range(4)]
 
