@@ -30,9 +30,8 @@ import numpy.typing as npt
 
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.config import CacheConfig
-from lmc.cache.keys import ChunkKey
+from lmc.cache.keys import ChunkKey, Element
 from lmc.cache.sections import Compress, S3Config
-from lmc.cache.tiers.codec import Element
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.model import EMBEDDED, resolve_model

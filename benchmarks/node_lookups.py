@@ -60,7 +60,7 @@ def attach(path: str, number: int) -> Link:
     channel.put(wire.Taken())
     _kept.append(channel)
     namespace = Namespace("bench", "model", "", "u8", "layout", CHUNK_TOKENS)
-    message = wire.Attach(f"client-{number}", namespace, _CHUNK_BYTES, [0], [worker], 1, 0.05, 5.0, False)
+    message = wire.Attach(f"client-{number}", namespace, "opaque", _CHUNK_BYTES, [0], [worker], 1, 0.05, 5.0, False)
     link = Link(Path(path), message, 10.0, lambda session, answers: None)
     assert link.wait(30.0)
     return link

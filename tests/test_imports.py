@@ -123,6 +123,7 @@ ALLOWED = {
         "lmc.cache.node.slab",
         "lmc.cache.node.wire",
         "lmc.cache.plan",
+        "lmc.cache.tiers.codec",
         "lmc.cache.transfer",
         "lmc.cache.worker",
         "lmc.errors",

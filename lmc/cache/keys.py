@@ -12,13 +12,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import NewType, cast
+from typing import Literal, NewType, cast
 
 from blake3 import blake3
 
 from lmc.errors import ConfigError
 
 ChunkKey = NewType("ChunkKey", bytes)  # 32 bytes
+Element = Literal["opaque", "bf16", "fp16", "fp32", "fp8"]  # what a chunk's KV consists of
 
 KEY_BYTES = 32
 KEY_VERSION = 1

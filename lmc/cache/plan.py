@@ -25,7 +25,7 @@ from lmc.cache.directory.holds import (
     UNAVAILABLE,
     Ticket,
 )
-from lmc.cache.keys import ChunkKey, Namespace, hashed_name
+from lmc.cache.keys import ChunkKey, Element, Namespace, hashed_name
 
 __all__ = [
     "ABSENT",
@@ -215,3 +215,4 @@ class WorkerReady:
     # Which part of each chunk it holds, as names have it; None: its slots are another rank's, who stores these bytes for it
     part: int | None = 0
     mapping: str = ""  # the number by which a node knows the worker; none: the memory is the worker's own
+    element: Element = "opaque"  # told to a node, which opens the tiers for the worker

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmc.cache.keys import Element
 from lmc.cache.sections import Compress
-from lmc.cache.tiers.codec import ELEMENTS, Element, codes_for, decode, encode, prepare
+from lmc.cache.tiers.codec import ELEMENTS, codes_for, decode, encode, prepare
 from lmc.cache.tiers.format import FOOTER_BYTES
 from lmc.errors import ConfigError, RunError
 from lmc.probe.inspect import inspect_file

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from lmc.cache.keys import Element
 from lmc.cache.sections import Compress
 from lmc.cache.tiers import file_read, read_loop, stored
-from lmc.cache.tiers.codec import Element, encode
+from lmc.cache.tiers.codec import encode
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, stored_bytes
 from lmc.cache.tiers.namespaces import LEASE

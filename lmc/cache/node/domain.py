@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.directory import HOST, Request, Ticket
-from lmc.cache.keys import ChunkKey, Namespace, root
+from lmc.cache.keys import ChunkKey, Element, Namespace, root
 from lmc.cache.node.memory import UNIT, Memory, Places, RankSlots
 from lmc.cache.node.wire import Figures
 from lmc.cache.observe.accounting import Accounting
@@ -42,6 +42,7 @@ class DomainName:
     namespace: Namespace
     rank_bytes: int
     ranks: tuple[int, ...]
+    element: Element = "opaque"
 
     def label(self) -> str:
         return self.namespace.label()
@@ -57,7 +58,7 @@ class OpenedTiers:
 
 def open_rank(config: CacheConfig, name: DomainName, rank: int, host_slots: int) -> OpenedTiers:
     """Raises ConfigError, and TierError if the configuration is strict."""
-    scope = TierScope(name.label(), rank, name.namespace.layout, name.rank_bytes)
+    scope = TierScope(name.label(), rank, name.namespace.layout, name.rank_bytes, element=name.element)
     tiers, warnings = open_tiers(config, scope, len(name.ranks))
     scan = scan_tiers(tiers)
     remote = tuple(tier for tier in tiers if not isinstance(tiers[tier], BoundedBreaker))

@@ -71,6 +71,7 @@ class NodeScheduler:
         attach = wire.Attach(
             engine or f"{first.namespace.engine}-{os.getpid()}",
             first.namespace,
+            first.element,
             first.chunk_bytes,
             [worker.rank for worker in ready],
             [bytes.fromhex(worker.mapping) for worker in ready],

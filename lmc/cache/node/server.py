@@ -272,7 +272,7 @@ class Node:
 
     def _attach(self, connection: _Connection, message: wire.Attach) -> None:
         self._check_attach(message)
-        name = DomainName(message.namespace, message.rank_bytes, tuple(message.ranks))
+        name = DomainName(message.namespace, message.rank_bytes, tuple(message.ranks), message.element)
         if name in self.domains:
             self._welcome(connection, message, self.domains[name])
             return

@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from lmc.cache.keys import KEY_BYTES, ChunkKey, Namespace
+from lmc.cache.keys import KEY_BYTES, ChunkKey, Element, Namespace
 from lmc.errors import NodeError
 
 VERSION = 1
@@ -73,6 +73,7 @@ class Attach(Message, tag=10):
 
     engine: Text
     namespace: Namespace
+    element: Element
     rank_bytes: Annotated[int, Meta(gt=0, le=1 << 40)]
     ranks: Annotated[list[Count], Meta(min_length=1, max_length=1024)]
     workers: Ids

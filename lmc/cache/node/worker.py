@@ -18,12 +18,13 @@ from pathlib import Path
 
 import lmc.cache.node.wire as wire
 from lmc.cache.config import CacheConfig
-from lmc.cache.keys import Namespace
+from lmc.cache.keys import Element, Namespace
 from lmc.cache.node.channel import Channel, connect
 from lmc.cache.node.link import LONGEST_PAUSE, SHORTEST_PAUSE, Complaints
 from lmc.cache.node.memory import whole_pages
 from lmc.cache.node.slab import NodeSlab
 from lmc.cache.plan import COPY, SKIP, CopyReading, Plan, Report, RequestCopies, WorkerReady
+from lmc.cache.tiers.codec import element_of
 from lmc.cache.transfer.backends import choose_backend
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.planner import slot_bytes
@@ -50,12 +51,14 @@ class NodeWorker(CacheWorker):
         copier: BlockCopier,
         copying: Callable[[], CopyReading],
         path: Path,
+        element: Element,
     ) -> None:
         super().__init__(namespace, rank, slab, copier, {}, copying, part=rank, io_threads={})
         self._number = secrets.token_bytes(wire.ID_BYTES)
         self._memory = ""  # the node whose memory is mapped
         self._node_slab = slab
         self._path = path
+        self._element = element
         self._position = ranks.index(rank)
         self._num_parts = len(ranks)
         self._guard = threading.RLock()  # whoever copies holds it, and whoever maps and unmaps
@@ -68,7 +71,7 @@ class NodeWorker(CacheWorker):
     def ready(self) -> WorkerReady:
         """Waits a moment for the node, so that the scheduler's half finds the memory mapped."""
         self._tried.wait(FIRST_SECONDS)
-        return replace(super().ready(), mapping=self._number.hex())
+        return replace(super().ready(), mapping=self._number.hex(), element=self._element)
 
     def begin(self, work: Plan, *, by_layer: bool = False) -> None:
         with self._guard:
@@ -205,7 +208,8 @@ def open_node_worker(
     on_thread_bytes = -(-config.background_load_tokens // layout.block_tokens) * layout.block_bytes
     streams = open_streams(layout.device, backend)
     copier = BlockCopier(layout, slab, backend, streams, on_thread_bytes=on_thread_bytes)
-    return NodeWorker(namespace, rank, ranks, slab, copier, partial(read_copying, backend, slab), config.node)
+    element = element_of(layout.dtypes, namespace.kv_dtype)
+    return NodeWorker(namespace, rank, ranks, slab, copier, partial(read_copying, backend, slab), config.node, element)
 
 
 def _operations(requests: Iterable[RequestCopies]) -> list[int]:

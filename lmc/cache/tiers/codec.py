@@ -16,15 +16,15 @@ import threading
 from collections.abc import Collection
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from lmc.cache.keys import Element
 from lmc.cache.sections import Compress
 from lmc.errors import Corrupt, TierError
 
-Element = Literal["opaque", "bf16", "fp16", "fp32", "fp8"]
 COMPRESS: tuple[Compress, ...] = get_args(Compress)  # what stands in a footer is an index into these
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 

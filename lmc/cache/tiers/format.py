@@ -24,9 +24,9 @@ from typing import NamedTuple, Protocol
 import xxhash
 from blake3 import blake3
 
-from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.keys import KEY_BYTES, ChunkKey, Element
 from lmc.cache.sections import Compress
-from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, Element
+from lmc.cache.tiers.codec import COMPRESS, ELEMENTS
 from lmc.errors import ConfigError, Corrupt, Forged
 
 FOOTER_BYTES = 4096

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.cache.instance import CHUNK_TOKENS, Identity, prompt, serve_side_by_side
+from lmc.cache.tiers.format import stored_bytes
+from tests.cache import instance
+from tests.cache.instance import CHUNK_TOKENS, Identity, chunk_files, prompt, serve_side_by_side
+from tests.cache.node import attached
 from tests.cache.node.attached import Here, node_here
 from tests.services import wait_until
 
@@ -101,6 +105,28 @@ def test_the_node_writes_to_disk_and_stages_from_it(tmp_path: Path, num_ranks: i
     with node_here(tmp_path / "second.sock", host_capacity="128KiB", disk_path=tmp_path / "disk") as here:
         engine = here.engine(num_ranks)
         assert engine.serve(prompt(3, 60)).sources == {"disk": 56}, "a node that starts finds its disk warm"
+
+
+def test_a_node_compresses_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says what its KV consists of. Bytes of four values stand for KV that gets shorter."""
+    plain, random_bytes = attached._layout, instance.right_bytes
+    of_bf16, block_bytes = frozenset({"bfloat16"}), 8192
+    for module in (attached, instance):
+        monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(attached, "_layout", lambda blocks: replace(plain(blocks), dtypes=of_bf16))
+    monkeypatch.setattr(instance, "right_bytes", lambda *values: random_bytes(*values) % 4)
+    disk = {"disk_path": tmp_path / "disk", "disk_compress": "lossless-max", "strict": True}
+    with node_here(tmp_path / "node.sock", host_capacity="1MiB", **disk) as here:
+        engine = here.engine()
+        for number in range(4):
+            engine.serve(prompt(number, 60))
+            here.wait_idle()
+        files = chunk_files(tmp_path / "disk")
+        assert files
+        chunk_bytes = instance.NUM_LAYERS * block_bytes * CHUNK_TOKENS // instance.BLOCK_TOKENS
+        assert max(file.stat().st_size for file in files) < 0.8 * stored_bytes(chunk_bytes)
+    with node_here(tmp_path / "second.sock", **disk) as here:
+        assert here.engine().serve(prompt(3, 60)).sources == {"disk": 56}
 
 
 def test_tenants_and_adapters_stay_apart(here: Here) -> None:

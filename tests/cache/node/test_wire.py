@@ -37,7 +37,7 @@ replies = st.one_of(
     st.builds(wire.Stores, st.lists(counts), st.lists(counts), st.lists(counts), counts),
 )
 NAMESPACE = Namespace("vllm", "m", "", "u8", "l", 128)
-ATTACH = wire.Attach("e", NAMESPACE, 4096, [0, 1], [bytes(16), bytes([1]) * 16], 1, 0.05, 5.0, False)
+ATTACH = wire.Attach("e", NAMESPACE, "bf16", 4096, [0, 1], [bytes(16), bytes([1]) * 16], 1, 0.05, 5.0, False)
 
 
 def body(message: wire.Message) -> bytes:

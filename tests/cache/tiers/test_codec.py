@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmc.cache.keys import Element
 from lmc.cache.sections import Compress
-from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, Element, decode, encode
+from lmc.cache.tiers.codec import COMPRESS, ELEMENTS, decode, encode
 from lmc.errors import Corrupt
 
 CODES: tuple[Compress, ...] = ("lossless", "lossless-max")
