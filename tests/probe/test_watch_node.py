@@ -9,10 +9,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lmc.cache.keys import hashed_name
 from lmc.cache.node.page import open_page
+from lmc.cache.scheduler.endpoint import Endpoint
 from lmc.probe.watch import read_stats, render
-from tests.cache.instance import prompt, settings
+from tests.cache.instance import Identity, prompt, settings
 from tests.cache.node.attached import node_here
+
+
+def command(page: Endpoint, name: str, **fields: object) -> object:
+    request = urllib.request.Request(
+        page.url.replace("/metrics", f"/{name}"), json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    )
+    return json.loads(urllib.request.urlopen(request, timeout=20).read())
 
 
 def test_the_table_shows_engines_and_namespaces(tmp_path: Path) -> None:
@@ -65,17 +74,21 @@ def test_commands_go_to_every_namespace(tmp_path: Path) -> None:
         tokens = prompt(1, 50)
         one.serve(tokens)
 
-        def command(name: str, **fields: object) -> object:
-            request = urllib.request.Request(
-                page.url.replace("/metrics", f"/{name}"),
-                json.dumps(fields).encode(),
-                {"Content-Type": "application/json"},
-            )
-            return json.loads(urllib.request.urlopen(request, timeout=20).read())
-
         label = one.node.namespace.label()
-        assert command("pin", tokens=tokens, owner="me") == {"namespaces": {label: {"chunks": 6, "pinned": 6}}}
-        assert command("unpin", owner="me") == {"namespaces": {label: {"unpinned": True}}}
-        assert command("clear") == {"namespaces": {label: {"in_use": 0}}}
+        assert command(page, "pin", tokens=tokens, owner="me") == {"namespaces": {label: {"chunks": 6, "pinned": 6}}}
+        assert command(page, "unpin", owner="me") == {"namespaces": {label: {"unpinned": True}}}
+        assert command(page, "clear") == {"namespaces": {label: {"in_use": 0}}}
         assert one.serve(tokens).loaded == 0
+        page.close()
+
+
+def test_commands_mean_the_tenant_of_the_settings(tmp_path: Path) -> None:
+    with node_here(tmp_path / "node.sock") as here:
+        page = open_page(settings(metrics_enabled=True, tenant="t"), here.node)
+        assert page is not None
+        engine, tokens = here.engine(), prompt(1, 50)
+        engine.serve(tokens, Identity(tenant=hashed_name("t")))
+        here.wait_idle()
+        label = engine.node.namespace.label()
+        assert command(page, "pin", tokens=tokens, owner="me") == {"namespaces": {label: {"chunks": 6, "pinned": 6}}}
         page.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -11,36 +10,24 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lmc.cache.config import CacheConfig
+from lmc.cache.keys import hashed_name
 from lmc.cache.scheduler.admin import Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.scheduler.endpoint import Endpoint
+from lmc.cache.scheduler.open import open_endpoint
 from lmc.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmc.cache.node.server import Node
 
-logger = logging.getLogger(__name__)
-
 
 def open_page(config: CacheConfig, node: Node) -> Endpoint | None:
     """None if it is off, or if its port is taken."""
-    if not config.metrics.enabled:
-        return None
     registry = CollectorRegistry()
     registry.register(_Metrics(node))
-    try:
-        return Endpoint(
-            config.metrics,
-            config.admin,
-            registry,
-            lambda: stats(node),
-            lambda newest: spans(node, newest),
-            _Commands(node, config.tenant),
-            _Post(node),
-        )
-    except OSError as error:
-        where = f"{config.metrics.host}:{config.metrics.port}"
-        logger.warning("lmc: node: no metrics page: cannot listen on %s: %s", where, error.strerror)
-        return None
+    commands = _Commands(node, hashed_name(config.tenant))
+    return open_endpoint(
+        config, commands, _Post(node), registry, lambda: stats(node), lambda newest: spans(node, newest)
+    )
 
 
 def stats(node: Node) -> Result:

@@ -89,8 +89,8 @@ class NodeScheduler:
         for worker in ready:
             self.metrics.note_copying(worker.rank, worker.copying)
         self._mailbox = Mailbox()
-        commands = _NoCommands(self._link)
-        self._endpoint = open_endpoint(config, commands, self._mailbox, self._accounting, self.stats)
+        registry, spans = self.metrics.registry, self._accounting.spans.read
+        self._endpoint = open_endpoint(config, _NoCommands(self._link), self._mailbox, registry, self.stats, spans)
 
     @property
     def metrics_url(self) -> str | None:

@@ -109,7 +109,8 @@ class CacheScheduler:
         self._mailbox = Mailbox()
         tenant = hashed_name(config.tenant)
         admin = Admin(self.directory, self._prefetcher, self.chunk_tokens, self._root_of, clock, tenant)
-        self._endpoint = open_endpoint(config, admin, self._mailbox, self._accounting, self.stats)
+        registry, spans = self.metrics.registry, self._accounting.spans.read
+        self._endpoint = open_endpoint(config, admin, self._mailbox, registry, self.stats, spans)
 
     @property
     def metrics_url(self) -> str | None:

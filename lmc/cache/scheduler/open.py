@@ -6,10 +6,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from prometheus_client import CollectorRegistry
+
 from lmc.cache.config import REMOTE_TIERS, CacheConfig
 from lmc.cache.directory import Capacity, Directory, build_directory, capacity_of
 from lmc.cache.keys import ChunkKey, Namespace
-from lmc.cache.observe.accounting import Accounting
 from lmc.cache.plan import WorkerReady
 from lmc.cache.scheduler.admin import Commands, Mailbox, Result
 from lmc.cache.scheduler.endpoint import Endpoint
@@ -94,13 +95,17 @@ def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: 
 
 
 def open_endpoint(
-    config: CacheConfig, commands: Commands, mailbox: Mailbox, accounting: Accounting, stats: Callable[[], Result]
+    config: CacheConfig,
+    commands: Commands,
+    mailbox: Mailbox,
+    registry: CollectorRegistry,
+    stats: Callable[[], Result],
+    spans: Callable[[int], Result],
 ) -> Endpoint | None:
     """None when the settings want none, or when its port is taken."""
     metrics = config.metrics
     if not metrics.enabled:
         return None
-    registry, spans = accounting.metrics.registry, accounting.spans.read
     try:
         return Endpoint(metrics, config.admin, registry, stats, spans, commands, mailbox)
     except OSError as error:
