@@ -231,12 +231,15 @@ class Node:
     # Workers
 
     def _take_memory(self, connection: _Connection, message: wire.TakeMemory) -> None:
-        if message.worker in self._mappings or message.worker in self._left:
+        mapping = self._mappings.get(message.worker)
+        if message.worker in self._left or (mapping is not None and mapping.taken):
             raise NodeError("a worker of this number has, or had, the memory of this node")
-        watch = connection.peer.watch()
-        mapping = Mapping(message.worker, message.rank, watch)
-        self._watched[watch] = self._mappings[message.worker] = connection.mapping = mapping
-        self._poll.register(watch, select.EPOLLIN)  # before it has the memory, so that its end is not missed
+        if mapping is None:  # else it could not map what it was sent, and tries again
+            watch = connection.peer.watch()
+            mapping = Mapping(message.worker, message.rank, watch)
+            self._watched[watch] = self._mappings[message.worker] = mapping
+            self._poll.register(watch, select.EPOLLIN)  # before it has the memory, so that its end is not missed
+        connection.mapping = mapping
         connection.channel.put_descriptor(wire.Memory(self.number, self._memory.size, UNIT), self._memory.descriptor)
 
     def _worker_says(self, mapping: Mapping, message: wire.FromWorker) -> None:

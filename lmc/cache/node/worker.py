@@ -61,7 +61,7 @@ class NodeWorker(CacheWorker):
         self._element = element
         self._position = ranks.index(rank)
         self._num_parts = len(ranks)
-        self._guard = threading.RLock()  # whoever copies holds it, and whoever maps and unmaps
+        self._guard = threading.RLock()  # whoever copies holds it, and whoever changes the memory
         self._closing = threading.Event()
         self._tried = threading.Event()
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
@@ -181,7 +181,11 @@ class NodeWorker(CacheWorker):
             )
             self._memory = answer.node.hex()
         channel.close_descriptor()
-        channel.put(wire.Taken())
+        try:
+            channel.put(wire.Taken())
+        except NodeError:
+            self._unmap()
+            raise
         logger.info("lmc: rank %d has mapped the memory of the node", self._rank)
 
     def _unmap(self) -> bool:
@@ -189,7 +193,7 @@ class NodeWorker(CacheWorker):
         with self._guard:
             self._memory = ""
             self.copier.finish_copies()
-            return self._node_slab.unmap()
+        return self._node_slab.unmap()  # it takes seconds, and every plan that names a node is stale by now
 
 
 def open_node_worker(

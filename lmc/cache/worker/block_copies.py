@@ -210,8 +210,13 @@ class BlockCopier:
         self._detached = True
 
     def finish_copies(self) -> None:
-        """Wait for every copy under way, those in the background too."""
-        self._loader.submit(int).result()
+        """Wait for every copy under way, those in the background too. It may follow close(), on another thread, too."""
+        try:
+            last = self._loader.submit(int)
+        except RuntimeError:  # it is closed, and takes nothing more
+            self._loader.shutdown(wait=True)
+        else:
+            last.result()
         self.drain()
 
     def attach(self) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import lmc.cache.node.wire as wire
 from lmc.cache.directory import Miss
+from lmc.cache.node import slab
+from lmc.cache.node.channel import Channel
+from lmc.cache.node.memory import map_memory
+from lmc.errors import NodeError
 from tests.cache.instance import Identity, prompt
 from tests.cache.node.attached import Here, Process, node_here
 from tests.services import wait_until
@@ -219,6 +226,78 @@ def test_a_worker_of_an_older_memory_copies_nothing(here: Here) -> None:
     engine.node.finish("r")
     here.wait_idle()
     assert engine.serve(prompt(1, 50)).loaded == 0
+
+
+def test_a_worker_that_gives_up_lets_its_slots_go(here: Here) -> None:
+    """As the connector does on a fault: it closes the copier first, then the worker. The process lives on."""
+    engine, _ = begin_store(here, "r", 1)
+    worker = engine.workers[0]
+    worker.copier.close()
+    worker.close(0.0)
+    engine.node.close()
+    here.engines.remove(engine)
+    here.wait_idle()
+    wait_until(lambda: not here.node.sessions, "the session of the engine is left")
+
+
+def test_the_engine_goes_on_while_the_memory_is_unmapped(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plan = begin_store(here, "r", 1)
+    worker = engine.workers[0]
+    unmap, entered, steps_done = worker._node_slab.unmap, threading.Event(), threading.Event()
+    waited = []
+
+    def slow() -> bool:
+        entered.set()
+        waited.append(steps_done.wait(20))
+        return unmap()
+
+    monkeypatch.setattr(worker._node_slab, "unmap", slow)
+    os.write(worker._stop_write, b"x")  # as if the node had gone
+    assert entered.wait(60)
+    worker.begin(plan)
+    worker.end(plan)
+    steps_done.set()
+    assert set(worker.take_report().failed.values()) == {"copy"}, "the plan is for a memory that is being unmapped"
+    wait_until(lambda: bool(waited), "unmap never ended")
+    assert waited == [True], "a step waited for unmap"
+    engine.close()
+    here.engines.remove(engine)
+    here.wait_idle()
+
+
+def test_a_worker_that_could_not_map_the_memory_tries_again(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [NodeError("node: no room for a mapping")] * 2
+
+    def scarce(descriptor: int, size: int) -> mmap.mmap:
+        if failures:
+            raise failures.pop()
+        return map_memory(descriptor, size)
+
+    monkeypatch.setattr(slab, "map_memory", scarce)
+    engine = here.engine()
+    engine.wait_attached()
+    assert not failures
+    tokens = prompt(1, 50)
+    engine.serve(tokens)
+    assert engine.serve(tokens).loaded == 48
+
+
+def test_a_memory_that_the_node_was_not_told_of_is_unmapped(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, map_slab, failures, still_mapped = Channel.put, slab.NodeSlab.map, [NodeError("node: it has gone")], []
+
+    def fails_once(channel: Channel, message: wire.Message) -> None:
+        if isinstance(message, wire.Taken) and failures:
+            raise failures.pop()
+        put(channel, message)
+
+    def look(one: slab.NodeSlab, *values: int) -> None:
+        still_mapped.append(one._mapping is not None)
+        map_slab(one, *values)
+
+    monkeypatch.setattr(Channel, "put", fails_once)
+    monkeypatch.setattr(slab.NodeSlab, "map", look)
+    here.engine().wait_attached()
+    assert still_mapped == [False, False]
 
 
 @pytest.mark.parametrize(
