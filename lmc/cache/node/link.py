@@ -120,14 +120,16 @@ class Link:
         self.timeouts += 1
         return None
 
-    def tell(self, events: list[wire.Event]) -> None:
-        """Without an answer, and without a wait."""
-        if self._channel is None or not events:
-            return
+    def tell(self, events: list[wire.Event]) -> bool:
+        """Without an answer, and without a wait. False if the node is not there to hear it."""
+        if self._channel is None:
+            return False
         try:
             self._channel.put(wire.Batch(0, events))
         except NodeError as error:
             self._lose(error)
+            return False
+        return True
 
     def look(self) -> None:
         """Notice that the node has gone or is back; for steps in which nothing is exchanged."""

@@ -61,25 +61,20 @@ class OrderedCopies:
             return [wire.Done(copying.operation, cause or "")]
         earlier = self._sessions[copying.session]
         self._sessions[copying.session] = earlier._replace(num_open=earlier.num_open - 1)
-        return self._quiet(copying.session)
+        return []
 
     def note_session(self) -> None:
-        """After a change of the connection: remember what runs in the earlier session's slots, and tell the node what is over."""
+        """Remember what runs in an earlier session's slots after a change of the connection, and tell the node what is over."""
         link = self._link
-        if link.session == self._current:
-            return
-        if self._current:
-            num_open = sum(copying.session == self._current for copying in self._copying.values())
-            self._sessions[self._current] = self._session._replace(num_open=num_open)
-        self._current, self._session = link.session, _Earlier(link.node, link.number, 0)
-        if link.session:
-            for earlier in list(self._sessions):
-                link.tell(self._quiet(earlier))
+        if link.session != self._current:
+            if self._current:
+                num_open = sum(copying.session == self._current for copying in self._copying.values())
+                self._sessions[self._current] = self._session._replace(num_open=num_open)
+            self._current, self._session = link.session, _Earlier(link.node, link.number, 0)
+        for session, earlier in list(self._sessions.items()):
+            if not earlier.num_open and link.session and self._is_over(earlier):
+                del self._sessions[session]
 
-    def _quiet(self, session: int) -> list[wire.Event]:
-        """What the node must hear if no worker touches a slot of this earlier session any more."""
-        earlier = self._sessions[session]
-        if earlier.num_open or not self._link.session:
-            return []
-        del self._sessions[session]
-        return [wire.Quiet(earlier.number)] if earlier.node == self._link.node else []
+    def _is_over(self, earlier: _Earlier) -> bool:
+        """No worker touches a slot of the session any more. Tells its node so, if that is still there; False if it did not hear it."""
+        return earlier.node != self._link.node or self._link.tell([wire.Quiet(earlier.number)])

@@ -203,6 +203,7 @@ class NodeScheduler:
                 ended += self._complete(number, self._causes.pop(number, None))
         if ended:
             self._link.tell(ended)
+        self._ordered.note_session()  # an earlier session may be over now
         self._accounting.reported(report)
 
     def reset(self) -> None:

@@ -140,6 +140,30 @@ def test_a_connection_that_breaks_is_made_anew_and_the_copies_of_before_are_sett
     assert engine.serve(tokens).loaded == 48
 
 
+def test_a_session_is_settled_although_the_connection_breaks_as_the_node_is_told(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, plan = begin_store(here, "r", 1)
+    engine.node._link._channel.socket.shutdown(2)
+    engine.wait_attached()
+    put, failures = Channel.put, [NodeError("node: it has gone")]
+
+    def fails_once(channel: Channel, message: wire.Message) -> None:
+        if isinstance(message, wire.Batch) and failures and any(isinstance(one, wire.Quiet) for one in message.events):
+            raise failures.pop()
+        put(channel, message)
+
+    monkeypatch.setattr(Channel, "put", fails_once)
+    engine.workers[0].begin(plan)
+    engine.workers[0].end(plan)
+    engine.node.finish("r")
+    engine.settle()
+    assert not failures
+    engine.wait_attached()
+    here.wait_idle()
+    wait_until(lambda: len(here.node.sessions) == 1, "the earlier session is left")
+
+
 def test_what_was_promised_before_the_connection_broke_is_computed(here: Here) -> None:
     engine = here.engine()
     tokens = prompt(1, 50)
