@@ -43,6 +43,7 @@ class NodeSlab(Slab):
             self._registrar, _ = open_registrar(device)
         except TransferError as error:
             self.degrade(f"all slots stay pageable: {error}")
+        self._all_parts = slot_bytes  # bytes of a slot with the parts of all ranks
         self._pinned_end = 0  # addresses below it are registered
         self._pieces: list[int] = []  # addresses of those that are registered
         self._mapping: mmap.mmap | None = None
@@ -54,7 +55,7 @@ class NodeSlab(Slab):
         mapping = map_memory(descriptor, size)
         view = np.frombuffer(mapping, dtype=np.uint8)
         start = view.ctypes.data
-        self._mapping = mapping
+        self._mapping, self._all_parts = mapping, slot_bytes
         self._bytes = view[part:]
         self.base, self.slot_stride = start + part, unit
         self.num_slots = max(0, (size - slot_bytes) // unit + 1)
@@ -128,5 +129,5 @@ class NodeSlab(Slab):
             else:
                 self._pieces.append(address)
                 self._pinned_end = address + size
-                self.pinned_slots = end // self.slot_bytes  # about so many
+                self.pinned_slots = end // self._all_parts  # about so many
                 return True

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from lmc.cache.directory import Directory, Ticket
 from lmc.cache.keys import ChunkKey
 from lmc.cache.node.memory import UNIT, Extents, Memory, Places, RankSlots, map_memory, whole_pages
+from lmc.cache.node.slab import NodeSlab
 from lmc.cache.policy.registry import get_policy
 from lmc.errors import ConfigError, NodeError
+from tests.services import wait_until
 
 MIB = 1 << 20
 
@@ -84,6 +86,32 @@ def test_a_worker_sees_the_nodes_bytes_and_cannot_shrink_them() -> None:
     with pytest.raises(PermissionError):
         fcntl.fcntl(memory.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
     mapping.close()
+    memory.close()
+
+
+class Driver:
+    """Stands for a device's driver, which cannot exist here."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+
+    def register(self, address: int, size: int) -> None:
+        self.registered[address] = size
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
+
+
+def test_pinned_slots_are_counted_with_the_parts_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr("lmc.cache.node.slab.open_registrar", lambda device: (driver, None))
+    memory, ranks = Memory(MIB), 4
+    slab = NodeSlab(UNIT, "cuda:0")
+    slab.map(memory.descriptor, memory.size, UNIT, UNIT, ranks * UNIT)
+    wait_until(lambda: slab.pinned_slots > 0, "nothing was pinned")
+    assert sum(driver.registered.values()) == MIB
+    assert slab.pinned_slots == MIB // (ranks * UNIT)
+    assert slab.unmap() and not driver.registered
     memory.close()
 
 
