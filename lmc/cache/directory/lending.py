@@ -34,7 +34,7 @@ class Lending:
         places = self._places
         places.recall_slots(slots)
         targets = [node for node in places.nodes_in(slots) if places.host.readable(node)]
-        for node in reversed(self._with_children(targets)):
+        for node in reversed(self._with_children(targets) if targets else ()):
             if places.host.state[node] == RESIDENT and not places.host.holds[node]:
                 self._below.evict_from_host(node, "room")
         return places.num_recalled(slots)

@@ -34,6 +34,8 @@ from lmc.cache.worker.worker import note_moved, scan_tiers
 
 logger = logging.getLogger(__name__)
 
+_RECALL_SECONDS = 1.0  # a look at all chunks, for slots that a copy or a pin still holds
+
 
 @dataclass(frozen=True)
 class DomainName:
@@ -110,6 +112,7 @@ class Domain:
         self.wants = 0  # chunks that made room, or found none, since the memory was last shared out
         self.may_grow = True
         self._recalled = -1  # the run of slots that is being given back
+        self._recall_at = float("-inf")  # when what is left of it is recalled again
         self._clock = clock
         self._wake = wake
         self._namespace = name.namespace
@@ -172,11 +175,11 @@ class Domain:
     def ensure_slots(self, keys: Sequence[ChunkKey], now: float, *, store: bool) -> None:
         """Take more of the memory, while there is some that nobody has, to store these chunks or to bring up those that are below."""
         lending = self.directory.lending
-        if lending.num_free >= len(keys):
+        if lending.num_free >= len(keys) or not self.may_grow or not self.places.can_grow:
             return
         found = self.directory.lookup(keys, now)
         wanted = (len(keys) if store else found.num_chunks) - found.tiers.count(HOST)
-        while lending.num_free < wanted and self.may_grow and self.grow():
+        while lending.num_free < wanted and self.grow():
             pass
 
     def grow(self) -> bool:
@@ -186,10 +189,13 @@ class Domain:
             self.directory.lending.give(slots)
         return slots is not None
 
-    def give_back(self) -> None:
-        """Give one run of extents back, or go on with that; it is free when nothing uses its slots any more."""
+    def give_back(self, now: float) -> None:
+        """Give one run of extents back, or go on with that, once a second; it is free when nothing uses its slots any more."""
         if self._recalled < 0:
             self._recalled = self.places.best_to_give()
+        elif now < self._recall_at:
+            return
+        self._recall_at = now + _RECALL_SECONDS
         if self.directory.lending.recall(self.places.slots_of(self._recalled)) == 0:
             self.places.give_back(self._recalled)
             self._recalled = -1

@@ -108,6 +108,10 @@ class Extents:
             run += 1
         return run
 
+    def has(self, run: int) -> bool:
+        """Whether there is a free run."""
+        return b"\1" * run in self._free
+
     def take(self, run: int) -> int:
         """The first extent of a free run, or -1."""
         first = self._free.find(b"\1" * run)
@@ -145,6 +149,10 @@ class Places:
     def num_extents(self) -> int:
         """Extents that it has."""
         return len(self.held()) * self.run
+
+    @property
+    def can_grow(self) -> bool:
+        return -1 in self._runs and self._extents.has(self.run)
 
     def grow(self) -> range | None:
         """Take one more run. Returns its slots, or None if none is free."""

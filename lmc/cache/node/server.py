@@ -407,7 +407,7 @@ class Node:
         for domain in self.domains.values():
             domain.tick(now)
         if len(self.domains) > 1:
-            share_out(self._extents, self.domains.values())
+            share_out(self._extents, self.domains.values(), now)
         for connection in list(self._connections.values()):
             if connection.until is not None and now > connection.until:
                 self._drop(connection)

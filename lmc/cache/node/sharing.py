@@ -12,12 +12,12 @@ from lmc.cache.node.domain import Domain
 from lmc.cache.node.memory import Extents
 
 
-def share_out(extents: Extents, domains: Iterable[Domain]) -> None:
+def share_out(extents: Extents, domains: Iterable[Domain], now: float) -> None:
     """Call it now and then; each call moves at most one run."""
     domains = list(domains)
     for domain in domains:
         if domain.giving_back:
-            domain.give_back()
+            domain.give_back(now)
     part = extents.count // max(1, sum(domain.num_engines > 0 for domain in domains))
     hungry = [
         domain for domain in domains if domain.wants and domain.num_engines and _extents_with_one_more(domain) <= part
@@ -33,7 +33,7 @@ def share_out(extents: Extents, domains: Iterable[Domain]) -> None:
     donors = [domain for domain in domains if _surplus(domain, part) > 0 and domain.places.num_extents]
     if donors and not any(domain.giving_back for domain in domains):
         donor = max(donors, key=lambda domain: _surplus(domain, part))
-        donor.give_back()
+        donor.give_back(now)
         neediest.grow()
 
 

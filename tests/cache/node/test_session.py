@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmc.cache.node.wire as wire
-from lmc.cache.keys import Namespace
+from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.node.domain import Domain, DomainName, open_rank
 from lmc.cache.node.memory import Extents, Memory, Places
 from lmc.cache.node.session import Mapping, RequestTerms, Session
@@ -88,3 +88,33 @@ def test_an_engine_cannot_end_anothers_copy() -> None:
         with pytest.raises(NodeError, match="does not have"):
             second.handle([wire.Done(answer.operations[0], "")], 1.0)
         assert one.directory.num_open == 1
+
+
+def test_slots_in_use_are_looked_for_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pin holds a chunk of the run that is to be given back."""
+    with domain() as one:
+        session = Session(1, "e", one, TERMS, [])
+        store = wire.Store(1, 0, bytes(32), CHUNK_TOKENS, CHUNK_TOKENS)
+        (answer,) = session.handle([wire.Begin(1, "r", "", False), store], 0.0)
+        assert isinstance(answer, wire.Stores)
+        session.handle([wire.Done(answer.operations[0], "")], 0.0)
+        one.directory.pin([ChunkKey(bytes(32))], "admin", 100.0)
+        recall, recalls = one.directory.lending.recall, []
+        monkeypatch.setattr(one.directory.lending, "recall", lambda slots: recalls.append(slots) or recall(slots))
+        for tick in range(60):
+            one.give_back(50.0 + tick / 20)
+        assert len(recalls) == 3 and one.giving_back
+        one.directory.unpin("admin")
+        one.give_back(60.0)
+        assert not one.giving_back and one.places.num_extents == 0
+
+
+def test_without_memory_to_take_chunks_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with domain() as one:
+        while one.grow():
+            pass
+        keys = [ChunkKey(bytes([number]) * 32) for number in range(one.directory.lending.num_free + 1)]
+        lookups: list[object] = []
+        monkeypatch.setattr(one.directory, "lookup", lambda *values: lookups.append(values))
+        one.ensure_slots(keys, 0.0, store=True)
+        assert not lookups
