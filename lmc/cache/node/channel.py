@@ -189,7 +189,6 @@ class Peer:
     """The process at the other end of a connection, as the kernel knows it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Raises NodeError if the process cannot be watched."""
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.pid, self.uid, self.gid = _CREDENTIALS.unpack(raw)
         self._connection = connection

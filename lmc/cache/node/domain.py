@@ -285,21 +285,17 @@ class Domain:
             tenant,
         )
 
-    def close(self, timeout: float) -> bool:
-        """Let the writes under way end within timeout seconds. False if some thread still uses the memory."""
-        quiet = True
+    def close(self, timeout: float) -> None:
+        """Let the writes under way end within timeout seconds."""
         until = self._clock() + timeout
         self.dispatch()
         for opened, copier in zip(self._tiers, self._copiers, strict=True):
             if copier.close(max(until - self._clock(), 0.0)):
                 for tier in opened.values():
                     tier.close()
-            else:
-                quiet = False
         if self._presence is not None:
             self._presence.close(max(until - self._clock(), 0.0))
         self._accounting.close()
-        return quiet
 
     # Inside
 

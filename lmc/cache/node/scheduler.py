@@ -118,11 +118,6 @@ class NodeScheduler:
         finally:
             self.metrics.lookup_seconds.observe(time.perf_counter() - started)
 
-    def promise(self, request_id: str, num_tokens: int, seconds: float) -> None:
-        tracked = self._requests[request_id]
-        if self._known(tracked):
-            self._link.tell([wire.Promise(tracked.number, num_tokens, seconds)])
-
     def loads_in_background(self, num_load: int) -> bool:
         return num_load >= self.config.background_load_tokens
 
@@ -155,9 +150,6 @@ class NodeScheduler:
         tracked.chain.extend(tokens)
         event = wire.Store(tracked.number, 0, b"", num_valid, num_prompt)  # the keys follow when it is sent
         self._wishes.append(Wish(tracked, tuple(blocks), event))
-
-    def touch(self, keys: Sequence[ChunkKey], tenant: str) -> None:
-        self._link.tell([wire.Touch(wire.join(list(keys)), tenant)])
 
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
         tracked = self._requests.get(request_id)
@@ -228,7 +220,7 @@ class NodeScheduler:
         return own | {"attached": self._link.connected, "node_metrics": self._link.metrics}
 
     def close(self, timeout: float | None = None) -> None:
-        """It waits for nobody, so it takes no time."""
+        """Close everything, whatever fails. It lets nothing end, so it needs no timeout; the thread that connects gets a second."""
         with ExitStack() as parts:
             parts.callback(self._link.close)
             if self._endpoint is not None:
@@ -321,7 +313,6 @@ class NodeScheduler:
         tracked = wish.tracked
         held = tracked.computed // self._block_tokens  # blocks that the engine has, which others may be reading
         copies = self._copies(wish, slots, tracked, held)
-        tracked.loading.update(copy.operation for copy in copies)
         background = self.loads_in_background(num_load)
         (plan.background_loads if background else plan.loads).append(RequestCopies(tracked.id, copies))
 
@@ -358,10 +349,8 @@ class NodeScheduler:
             return []
         kind: Literal["load", "store"] = "store" if copying.load is None else "load"
         self._accounting.ended(Ticket(number, kind, copying.key, HOST, -1), cause)
-        if copying.load is not None:
-            copying.load.loading.discard(number)
-            if cause is not None and not copying.load.retired:
-                copying.load.stored = min(copying.load.stored, copying.chunk)
+        if copying.load is not None and cause is not None and not copying.load.retired:
+            copying.load.stored = min(copying.load.stored, copying.chunk)
         return self._ordered.ended(copying, cause)
 
     def _refuse(self, session: int, answers: Sequence[wire.Reply]) -> None:

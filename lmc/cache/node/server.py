@@ -23,8 +23,9 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.node.channel import Channel, Peer
 from lmc.cache.node.domain import Domain, DomainName, open_rank
 from lmc.cache.node.memory import UNIT, Extents, Memory, Places
-from lmc.cache.node.session import Mapping, RequestTerms, Session
+from lmc.cache.node.session import Mapping, Session
 from lmc.cache.node.sharing import share_out
+from lmc.cache.observe.logs import Sparingly
 from lmc.errors import ConfigError, LmcError, NodeError
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,9 @@ class Node:
         self._opening: dict[DomainName, _Opening] = {}
         self._openers = ThreadPoolExecutor(4, thread_name_prefix="lmc-node-open")
         self._last_session = 0
+        self._num_openings = 0
+        self._accepting = True
+        self._sparingly = Sparingly()
         self._stopping = False
         self._wake_up, self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), False
         self._poll = select.epoll()
@@ -161,7 +165,9 @@ class Node:
             except BlockingIOError:
                 return
             except OSError as error:
-                logger.warning("lmc: node: cannot take in an engine: %s", error.strerror)
+                self._sparingly.warn(logger, "accept", f"node: cannot take in an engine: {error.strerror}")
+                self._poll.modify(self._listener, 0)  # until the next tick, since it would be ready again at once
+                self._accepting = False
                 return
             channel, peer = Channel(connection), Peer(connection)
             try:
@@ -308,7 +314,8 @@ class Node:
 
     def _next_config(self) -> CacheConfig:
         """The settings of one more namespace; each has a lookup trace of its own: trace.jsonl, trace.ns1.jsonl and so on."""
-        record, number = self._config.record, len(self.domains) + len(self._opening)
+        record, number = self._config.record, self._num_openings
+        self._num_openings += 1
         if record is not None and number:
             record = record.with_name(f"{record.stem}.ns{number}{record.suffix}")
         return self._config.model_copy(update={"record": record})
@@ -345,10 +352,7 @@ class Node:
         self._watched[connection.watch] = connection
         self._poll.register(connection.watch, select.EPOLLIN)
         self._last_session += 1
-        terms = RequestTerms(
-            message.min_load_tokens, message.lookup_deadline, message.load_deadline, message.store_decode
-        )
-        session = Session(self._last_session, message.engine, domain, terms, mappings)
+        session = Session(self._last_session, domain, message, mappings)
         self.sessions[session.number] = connection.session = session
         domain.num_engines += 1
         figures = domain.figures()
@@ -403,6 +407,9 @@ class Node:
             domain.settle()
 
     def _tick(self, now: float) -> None:
+        if not self._accepting:
+            self._accepting = True
+            self._poll.modify(self._listener, select.EPOLLIN)
         self._settle()
         for domain in self.domains.values():
             domain.tick(now)

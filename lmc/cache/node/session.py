@@ -25,15 +25,6 @@ PROMISE_SECONDS = 30.0  # an engine that was told of a hit comes for it before, 
 MOST_REQUESTS = 100_000
 
 
-class RequestTerms(NamedTuple):
-    """The engine's own settings for its requests; see RequestSettings."""
-
-    min_load_tokens: int
-    lookup_deadline: float
-    load_deadline: float
-    store_decode: bool
-
-
 @dataclass(eq=False)
 class Mapping:
     """A worker process that was given the memory."""
@@ -53,15 +44,18 @@ class _Open(NamedTuple):
 @dataclass(eq=False)
 class Session:
     number: int
-    engine: str
     domain: Domain
-    terms: RequestTerms
+    terms: wire.Attach  # the engine's own settings for its requests are among them
     mappings: Sequence[Mapping]
     ended: bool = False
     num_requests: int = 0
     num_loads: int = 0
     _requests: dict[int, Asking] = field(default_factory=dict)
     _open: dict[int, _Open] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> str:
+        return self.terms.engine
 
     @property
     def num_open(self) -> int:
@@ -89,10 +83,6 @@ class Session:
                 self._begin(event, now)
             elif isinstance(event, wire.End):
                 self._end(event, now)
-            elif isinstance(event, wire.Promise):
-                self._asking(event.request).request.promise(event.num_tokens, now + event.seconds)
-            elif isinstance(event, wire.Touch):
-                self._touch(event, now)
         return answers
 
     def leave(self, now: float) -> None:
@@ -186,12 +176,6 @@ class Session:
         keys = asking.request.end()
         if event.pin_seconds > 0:
             self.domain.client_pins.ask(asking.request.name, keys, event.pin_seconds, now)
-
-    def _touch(self, event: wire.Touch, now: float) -> None:
-        directory = self.domain.directory
-        keys = wire.split(event.keys)
-        stored = directory.lookup(keys, now).num_chunks
-        directory.store(keys[:stored], now, tenant=event.tenant)
 
     # Inside
 

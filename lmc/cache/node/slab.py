@@ -92,13 +92,6 @@ class NodeSlab(Slab):
     def is_pinned(self, addresses: npt.NDArray[np.uint64]) -> bool:
         return bool((addresses < self._pinned_end).all())
 
-    def wait(self, slots: int | None = None, timeout: float | None = None) -> bool:
-        """Wait until the memory is as ready as it gets."""
-        if self._preparing is None:
-            return False
-        self._preparing.join(timeout)
-        return not self._preparing.is_alive()
-
     def close(self) -> None:
         self.unmap()
 

@@ -32,7 +32,6 @@ class Tracked:
     finished: bool = False
     session: int = 0  # that knows the request
     sent: int = 0  # keys that this session has
-    loading: set[int] = field(default_factory=set)
 
     @property
     def keys(self) -> Sequence[ChunkKey]:

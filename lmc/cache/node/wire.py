@@ -126,14 +126,6 @@ class Lookup(Message, tag=21):
     keys: Keys
 
 
-class Promise(Message, tag=22):
-    """Keep what the last lookup found for so long."""
-
-    request: Count
-    num_tokens: Count
-    seconds: Seconds
-
-
 class Admit(Message, tag=23):
     """The engine took the request in. Answered by Loads: of the chunks from the first that the engine lacks, all or none."""
 
@@ -163,20 +155,13 @@ class Done(Message, tag=26):
     cause: Text
 
 
-class Touch(Message, tag=27):
-    """A request used this prefix, wherever the engine held it."""
-
-    keys: Keys
-    tenant: Text
-
-
 class Quiet(Message, tag=28):
     """No worker touches a slot of this earlier session any more."""
 
     session: Count
 
 
-Event = Begin | Lookup | Promise | Admit | Store | End | Done | Touch | Quiet
+Event = Begin | Lookup | Admit | Store | End | Done | Quiet
 
 
 class Batch(Message, tag=30):

@@ -14,24 +14,23 @@ import lmc.cache.node.wire as wire
 from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.node.domain import Domain, DomainName, open_rank
 from lmc.cache.node.memory import Extents, Memory, Places
-from lmc.cache.node.session import Mapping, RequestTerms, Session
+from lmc.cache.node.session import Mapping, Session
 from lmc.errors import NodeError
 from tests.cache import instance
 from tests.cache.instance import CHUNK_TOKENS
 
-TERMS = RequestTerms(1, 0.05, 5.0, False)
+NAMESPACE = Namespace("test", "m", "", "u8", "l", CHUNK_TOKENS)
+TERMS = wire.Attach("e", NAMESPACE, "opaque", 4096, [0], [bytes(16)], 1, 0.05, 5.0, False)
 few = st.integers(0, 3)
 tokens = st.integers(0, 6 * CHUNK_TOKENS)
 keys = st.tuples(few, st.integers(0, 5)).map(lambda one: b"".join(bytes([one[0], n]) * 16 for n in range(one[1])))
 events = st.one_of(
     st.builds(wire.Begin, few, st.just("r"), st.sampled_from(["", "t"]), st.booleans()),
     st.builds(wire.Lookup, few, tokens, tokens, st.integers(0, 5), keys),
-    st.builds(wire.Promise, few, tokens, st.floats(0, 10)),
     st.builds(wire.Admit, few, tokens),
     st.builds(wire.Store, few, st.integers(0, 5), keys, tokens, tokens),
     st.builds(wire.End, few, st.floats(0, 10)),
     st.builds(wire.Done, st.integers(1, 30), st.sampled_from(["", "copy", "nonsense"])),
-    st.builds(wire.Touch, keys, st.just("")),
     st.builds(wire.Quiet, few),
 )
 
@@ -40,7 +39,7 @@ events = st.one_of(
 def domain() -> Iterator[Domain]:
     memory = Memory(64 << 10)
     config = instance.settings()
-    name = DomainName(Namespace("test", "m", "", "u8", "l", CHUNK_TOKENS), 4096, (0,))
+    name = DomainName(NAMESPACE, 4096, (0,))
     places = Places(Extents(memory.size), [4096])
     opened = [open_rank(config, name, 0, places.most_slots)]
     one = Domain(config, name, memory, places, opened, time.monotonic, lambda: None)
@@ -57,7 +56,7 @@ def test_no_event_harms_the_directory(sent: list[tuple[bool, wire.Event]]) -> No
     with domain() as one:
         mappings = [[Mapping(bytes(16), 0, -1)], [Mapping(bytes(16), 0, -1)]]
         numbers = iter(range(1, 1000))
-        sessions = [Session(next(numbers), "e", one, TERMS, mapping) for mapping in mappings]
+        sessions = [Session(next(numbers), one, TERMS, mapping) for mapping in mappings]
         now = 0.0
         for which, event in sent:
             now += 1.0
@@ -69,7 +68,7 @@ def test_no_event_harms_the_directory(sent: list[tuple[bool, wire.Event]]) -> No
             except NodeError:
                 session.leave(now)
                 session.settle(now)
-                sessions[which] = Session(next(numbers), "e", one, TERMS, mappings[which])
+                sessions[which] = Session(next(numbers), one, TERMS, mappings[which])
             one.directory.check()
         for session in sessions:
             session.leave(now)
@@ -81,7 +80,7 @@ def test_no_event_harms_the_directory(sent: list[tuple[bool, wire.Event]]) -> No
 
 def test_an_engine_cannot_end_anothers_copy() -> None:
     with domain() as one:
-        first, second = (Session(number, "e", one, TERMS, []) for number in (1, 2))
+        first, second = (Session(number, one, TERMS, []) for number in (1, 2))
         store = wire.Store(1, 0, bytes(32), CHUNK_TOKENS, CHUNK_TOKENS)
         (answer,) = first.handle([wire.Begin(1, "r", "", False), store], 0.0)
         assert isinstance(answer, wire.Stores) and len(answer.operations) == 1
@@ -93,7 +92,7 @@ def test_an_engine_cannot_end_anothers_copy() -> None:
 def test_slots_in_use_are_looked_for_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pin holds a chunk of the run that is to be given back."""
     with domain() as one:
-        session = Session(1, "e", one, TERMS, [])
+        session = Session(1, one, TERMS, [])
         store = wire.Store(1, 0, bytes(32), CHUNK_TOKENS, CHUNK_TOKENS)
         (answer,) = session.handle([wire.Begin(1, "r", "", False), store], 0.0)
         assert isinstance(answer, wire.Stores)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from lmc.cache.config import CacheConfig
 from lmc.cache.node import start
+from lmc.cache.node.domain import DomainName, OpenedTiers, open_rank
 from lmc.cache.node.start import serve_node
-from lmc.errors import ConfigError
+from lmc.errors import ConfigError, TierError
 from lmc.memory import Memory
 from tests.cache.instance import prompt, settings
 from tests.cache.node.attached import Attached, Process, attached_settings, node_here
+from tests.services import wait_until
 
 SMALL = {"host_capacity": "1MiB"}
 
@@ -132,3 +138,62 @@ def test_a_signal_during_traffic_ends_the_node_in_order(tmp_path: Path) -> None:
     assert node.process.returncode == 0, errors
     assert "Traceback" not in errors
     engine.close()
+
+
+class Exhausted:
+    """A listener in a process that has no descriptor left, until it has some."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.calls = 0
+        self.over = False
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.calls += 1
+        if not self.over:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.listener.accept()
+
+    def fileno(self) -> int:
+        return self.listener.fileno()
+
+
+def test_without_descriptors_the_node_tries_once_in_a_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with node_here(tmp_path / "node.sock") as here:
+        node, tick, ticks = here.node, here.node._tick, []
+        listener = Exhausted(node._listener)
+        monkeypatch.setattr(node, "_listener", listener)
+        monkeypatch.setattr(node, "_tick", lambda now: (ticks.append(now), tick(now)))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiting:
+            waiting.connect(str(here.path))
+            wait_until(lambda: listener.calls >= 5, "the node gave up")
+            calls = listener.calls
+            assert calls <= len(ticks) + 2
+        listener.over = True
+        here.engine().wait_attached()
+    assert sum("Too many open files" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_each_namespace_has_a_lookup_trace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the first could not be opened at once, and is opened after the second."""
+    second_is_open, failures = threading.Event(), [TierError("disk: it hangs")]
+
+    def open_late(config: CacheConfig, name: DomainName, rank: int, host_slots: int) -> OpenedTiers:
+        if name.namespace.model == "a" and failures:
+            assert second_is_open.wait(60)
+            raise failures.pop()
+        return open_rank(config, name, rank, host_slots)
+
+    monkeypatch.setattr("lmc.cache.node.server.open_rank", open_late)
+    with node_here(tmp_path / "node.sock", record=tmp_path / "trace.jsonl") as here:
+        with ThreadPoolExecutor(1) as pool:
+            one = pool.submit(here.engine, model="a")
+            wait_until(lambda: len(here.node._opening) == 1, "the first never came")
+            other = here.engine(model="b")
+            other.wait_attached()
+            second_is_open.set()
+            one.result().wait_attached()
+        records = [domain.config.record for domain in here.node.domains.values()]
+        assert len(records) == len(set(records)) == 2

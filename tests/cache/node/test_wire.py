@@ -22,12 +22,10 @@ seconds = st.floats(0, 1e9)
 events = st.one_of(
     st.builds(wire.Begin, counts, texts, texts, st.booleans()),
     st.builds(wire.Lookup, counts, counts, counts, counts, keys),
-    st.builds(wire.Promise, counts, counts, seconds),
     st.builds(wire.Admit, counts, counts),
     st.builds(wire.Store, counts, counts, keys, counts, counts),
     st.builds(wire.End, counts, seconds),
     st.builds(wire.Done, counts, texts),
-    st.builds(wire.Touch, keys, texts),
     st.builds(wire.Quiet, counts),
 )
 batch = st.builds(wire.Batch, counts, st.lists(events, max_size=8))
@@ -149,7 +147,7 @@ def test_a_frame_that_is_too_long_is_refused_before_it_comes() -> None:
     with pytest.raises(NodeError, match="the limit is"):
         channel.take()
     with pytest.raises(NodeError, match="too long"):
-        wire.frame(wire.Touch(bytes(wire.MOST_FRAME_BYTES), ""))
+        wire.frame(wire.Store(0, 0, bytes(wire.MOST_FRAME_BYTES), 0, 0))
     channel.close()
     raw.close()
 
@@ -157,7 +155,7 @@ def test_a_frame_that_is_too_long_is_refused_before_it_comes() -> None:
 def test_what_the_peer_does_not_read_waits_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmc.cache.node.channel.MOST_WAITING_BYTES", 1 << 20)
     raw, channel = pair()
-    message = wire.Touch(bytes(KEY_BYTES * 1000), "t")
+    message = wire.Store(0, 0, bytes(KEY_BYTES * 1000), 0, 0)
     with pytest.raises(NodeError, match="stopped reading"):
         for _ in range(10_000):
             channel.put(message)
