@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ __all__ = [
     "Ticket",
     "TierCopy",
     "WorkerReady",
+    "blocks_of",
     "request_name",
     "shown",
 ]
@@ -64,6 +66,15 @@ class BlockCopy(NamedTuple):
     key: ChunkKey
     slot: int
     blocks: tuple[int, ...]
+
+
+def blocks_of(blocks: Sequence[int], index: int, per_chunk: int, held: int) -> tuple[int, ...]:
+    """The blocks of chunk number `index` of a prompt with these blocks; SKIP for those among its first `held` ones."""
+    start = index * per_chunk
+    chosen = tuple(blocks[start : start + per_chunk])
+    if held > start:
+        chosen = (SKIP,) * min(held - start, len(chosen)) + chosen[held - start :]
+    return chosen
 
 
 _PLAIN = re.compile(r'[ !"$-~]{1,100}')  # printable ASCII without #

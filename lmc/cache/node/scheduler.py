@@ -25,7 +25,7 @@ from lmc.cache.node.ordered import OrderedCopies
 from lmc.cache.node.tracked import Tracked, Wish
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
-from lmc.cache.plan import COPY, SKIP, BlockCopy, Plan, Report, RequestCopies, WorkerReady, request_name
+from lmc.cache.plan import COPY, BlockCopy, Plan, Report, RequestCopies, WorkerReady, blocks_of, request_name
 from lmc.cache.scheduler.admin import Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.scheduler.cache import Identity
 from lmc.cache.scheduler.open import common_namespace, open_endpoint
@@ -326,10 +326,7 @@ class NodeScheduler:
     ) -> tuple[BlockCopy, ...]:
         keys, per_chunk, copies = wish.tracked.chain.keys, self._blocks_per_chunk, []
         for operation, chunk, slot in zip(slots.operations, slots.chunks, slots.slots, strict=True):
-            start = chunk * per_chunk
-            blocks = wish.blocks[start : start + per_chunk]
-            if held > start:
-                blocks = (SKIP,) * min(held - start, len(blocks)) + blocks[held - start :]
+            blocks = blocks_of(wish.blocks, chunk, per_chunk, held)
             copies.append(BlockCopy(self._ordered.add(operation, keys[chunk], chunk, load), keys[chunk], slot, blocks))
         return tuple(copies)
 

@@ -22,13 +22,13 @@ from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
 from lmc.cache.plan import (
     NO_OPERATION,
-    SKIP,
     BlockCopy,
     Plan,
     Report,
     RequestCopies,
     TierCopy,
     WorkerReady,
+    blocks_of,
     request_name,
 )
 from lmc.cache.scheduler.admin import Admin, Mailbox
@@ -331,10 +331,7 @@ class CacheScheduler:
             self.directory.learn(answer.tier, answer.keys, answer.present)
 
     def _block_copy(self, ticket: Ticket, index: int, blocks: Sequence[int], held: int) -> BlockCopy:
-        start = index * self._blocks_per_chunk
-        chosen = tuple(blocks[start : start + self._blocks_per_chunk])
-        if held > start:
-            chosen = (SKIP,) * min(held - start, len(chosen)) + chosen[held - start :]
+        chosen = blocks_of(blocks, index, self._blocks_per_chunk, held)
         return BlockCopy(ticket.operation, ticket.key, ticket.slot, chosen)
 
     def _complete(self, operation: int, cause: str | None, now: float) -> None:
