@@ -90,7 +90,7 @@ ALLOWED = {
     },
     "lmc.cache.node.wire": {"lmc.cache.keys", "lmc.errors"},
     "lmc.cache.node.channel": {"lmc.cache.node.wire", "lmc.errors"},
-    "lmc.cache.node.memory": {"lmc.errors", "lmc.units"},
+    "lmc.cache.node.memory": {"lmc.cache.transfer.pinned", "lmc.errors", "lmc.units"},
     "lmc.cache.node.link": {"lmc.cache.node.channel", "lmc.cache.node.wire", "lmc.errors"},
     "lmc.cache.node.slab": {"lmc.cache.node.memory", "lmc.cache.transfer", "lmc.errors", "lmc.units"},
     "lmc.cache.node.tracked": {"lmc.cache.keys", "lmc.cache.node.wire"},

@@ -6,7 +6,6 @@ own size into the extents that it has. An extent goes to another namespace only 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -16,18 +15,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lmc.cache.transfer.pinned import touch
 from lmc.errors import ConfigError, NodeError
 from lmc.units import format_size
 
 UNIT = mmap.PAGESIZE
-_POPULATE_WRITE = 23  # madvise, Linux 5.14
-_BITE_BYTES = 32 << 20
 _EXTENTS = 64  # that a memory is divided into
 _EXTENT_BYTES = (64 << 10, 1 << 30)
 _MOST_WASTE = 8  # a run of extents leaves at most this part of itself over
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def whole_pages(size: int) -> int:
@@ -51,7 +47,8 @@ class Memory:
             raise ConfigError(f"host.capacity: cannot get {format_size(self.size)} of shared memory: {error}") from None
         self.bytes = np.frombuffer(self._mapping, dtype=np.uint8)
         self._closing = threading.Event()
-        self._toucher = threading.Thread(target=self._touch, name="lmc-node-memory", daemon=True)
+        touching = (self.bytes.ctypes.data, self.size, self._closing)  # now, so that no store waits for it
+        self._toucher = threading.Thread(target=touch, args=touching, name="lmc-node-memory", daemon=True)
         self._toucher.start()
 
     def close(self) -> None:
@@ -59,16 +56,6 @@ class Memory:
         self._closing.set()
         self._toucher.join()
         os.close(self.descriptor)
-
-    def _touch(self) -> None:
-        """Have the kernel hand out the pages now, so that no store waits for it. It goes on where it cannot."""
-        base = self.bytes.ctypes.data
-        for start in range(0, self.size, _BITE_BYTES):
-            if self._closing.is_set():
-                return
-            size = min(_BITE_BYTES, self.size - start)
-            if _libc.madvise(ctypes.c_void_p(base + start), ctypes.c_size_t(size), _POPULATE_WRITE):
-                return
 
 
 def map_memory(descriptor: int, size: int) -> mmap.mmap:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import threading
@@ -11,17 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lmc.cache.node.memory import map_memory
-from lmc.cache.transfer.pinned import PIECE_BYTES, Registrar, Slab, open_registrar
+from lmc.cache.transfer.pinned import PIECE_BYTES, Registrar, Slab, open_registrar, touch
 from lmc.errors import CaptureError, TransferError
 from lmc.units import format_size
 
 logger = logging.getLogger(__name__)
 
-_POPULATE_WRITE = 23  # madvise, Linux 5.14
-_BITE_BYTES = 32 << 20
 _RETRY_SECONDS = 0.05
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NodeSlab(Slab):
@@ -100,11 +95,9 @@ class NodeSlab(Slab):
         pinning = self._registrar is not None
         for first in range(0, size, PIECE_BYTES):
             piece = min(PIECE_BYTES, size - first)
-            for at in range(0, piece, _BITE_BYTES):
-                if self._closing.is_set():
-                    return
-                bite = min(_BITE_BYTES, piece - at)
-                _libc.madvise(ctypes.c_void_p(start + first + at), ctypes.c_size_t(bite), _POPULATE_WRITE)
+            touch(start + first, piece, self._closing)
+            if self._closing.is_set():
+                return
             if pinning:
                 pinning = self._register(start + first, piece, first + piece)
 

@@ -165,7 +165,9 @@ class Slab:
                 count = min(self._slots_per_piece, self.num_slots - first)
                 address, size = self.base + first * self.slot_stride, count * self.slot_stride
                 bites = range(0, size, TOUCH_BYTES)
-                failures = list(pool.map(lambda at: self._touch(address + at, min(TOUCH_BYTES, size - at)), bites))  # noqa: B023 - used up before the next turn
+                failures = list(
+                    pool.map(lambda at: touch(address + at, min(TOUCH_BYTES, size - at), self._closing), bites)  # noqa: B023 - used up before the next turn
+                )
                 if self._closing.is_set():
                     return
                 if failure := next(filter(None, failures), ""):
@@ -175,14 +177,6 @@ class Slab:
                 with self._changed:
                     self._ready = first + count
                     self._changed.notify_all()
-
-    def _touch(self, address: int, size: int) -> str:
-        if self._closing.is_set():
-            return ""
-        # Through ctypes, which releases the GIL; mmap.madvise holds it for as long as the kernel clears pages.
-        if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_WRITE) == 0:
-            return ""
-        return os.strerror(ctypes.get_errno())
 
     def _pin(self, first: int, count: int, address: int, size: int) -> bool:
         assert self._registrar is not None
@@ -198,6 +192,18 @@ class Slab:
             else:
                 self.pinned_slots = first + count
                 return True
+
+
+def touch(address: int, size: int, closing: threading.Event) -> str:
+    """Have the kernel hand out the pages now, bite by bite until closing is set. Why it cannot; empty if nothing is wrong."""
+    for at in range(0, size, TOUCH_BYTES):
+        if closing.is_set():
+            break
+        bite = ctypes.c_size_t(min(TOUCH_BYTES, size - at))
+        # Through ctypes, which releases the GIL; mmap.madvise holds it for as long as the kernel clears pages.
+        if _libc.madvise(ctypes.c_void_p(address + at), bite, _POPULATE_WRITE):
+            return os.strerror(ctypes.get_errno())
+    return ""
 
 
 def slab_bytes(num_slots: int, slot_bytes: int) -> int:

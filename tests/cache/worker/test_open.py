@@ -32,7 +32,7 @@ def instance() -> Instance:
 @pytest.fixture
 def slabs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Slab]]:
     """All that were opened. Their memory is touched without end, until they are closed."""
-    monkeypatch.setattr(Slab, "_touch", lambda slab, address, size: "" if slab._closing.wait(60) else "too long")
+    monkeypatch.setattr(pinned, "touch", lambda address, size, closing: "" if closing.wait(60) else "too long")
     opened: list[weakref.ref[Slab]] = []
     original = open_module.open_slab
 
