@@ -61,6 +61,10 @@ def serve(
     ready_timeout: Annotated[
         float, typer.Option(help="Stop if the engine does not answer within this number of seconds.")
     ] = 900.0,
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(help="Write the ready line to this file too. The file is there only while the engine answers."),
+    ] = None,
 ) -> None:
     """Run an engine with the cache on.
 
@@ -93,5 +97,5 @@ def serve(
     if print_config:
         print_settings(settings)
         return
-    options = ServeOptions(model, engine, host, port, cache, ready_timeout, tuple(context.args))
+    options = ServeOptions(model, engine, host, port, cache, ready_timeout, tuple(context.args), ready_file)
     raise typer.Exit(run(options, settings.config, typer.echo))

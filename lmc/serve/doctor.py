@@ -19,6 +19,7 @@ import lmc
 from lmc.cache.config import CacheConfig
 from lmc.cache.tiers.redis_address import parse_address
 from lmc.cache.tiers.redis_connect import open_client
+from lmc.cache.tiers.room import within_room
 from lmc.errors import ConfigError
 from lmc.memory import available_memory
 from lmc.serve.ports import hold_port
@@ -150,14 +151,14 @@ def _disk(config: CacheConfig) -> Iterator[Finding]:
     try:
         with _existing(folder):
             free = shutil.disk_usage(folder).free
+            _, lowered = within_room(config)
             seconds = _timed(lambda: _write(folder))
     except OSError as error:
         yield Finding("disk tier", f"{folder}: {error.strerror}", "give a folder that can be written (--disk-path)")
         return
     enough = free >= LEAST_DISK
-    yield Finding(
-        "disk room", f"{format_size(free)} free in {folder}", "" if enough else "give a folder with more room"
-    )
+    seen = lowered or f"{format_size(free)} free in {folder}"
+    yield Finding("disk room", seen, "" if enough else "give a folder with more room")
     rate = WRITTEN / seconds
     slow = "" if rate >= SLOW_DISK else "loads from it will hardly pay; give a local SSD"
     yield Finding("disk speed", f"{format_size(int(rate))}/s written and synced", slow)

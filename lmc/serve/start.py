@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import tempfile
 import urllib.error
@@ -10,12 +12,14 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from lmc.arguments import value
 from lmc.cache.config import CacheConfig
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.share import record_of
 from lmc.cache.tiers.check import check_tiers
+from lmc.cache.tiers.room import within_room
 from lmc.errors import ConfigError
 from lmc.memory import available_memory
 from lmc.model import resolve_model
@@ -23,6 +27,8 @@ from lmc.serve.engines import check_engine, engine_command, engines_here
 from lmc.serve.ports import claim_port, for_url, hold_port, hold_ports, reachable
 from lmc.serve.process import run_engine
 from lmc.units import format_size
+
+logger = logging.getLogger(__name__)
 
 _STATS_SECONDS = 30.0  # a busy machine may need as long; where nothing listens, the refusal comes at once
 
@@ -36,6 +42,7 @@ class ServeOptions:
     cache: bool = True
     ready_timeout: float = 900.0
     engine_arguments: Sequence[str] = ()
+    ready_file: Path | None = None  # gets the ready line, for programs that wait for it
 
 
 def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]) -> int:
@@ -45,6 +52,9 @@ def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]
     with ExitStack() as stack:
         claim_port(host, port, "the engine", stack)
         hold_port(host, port, "the engine").close()
+        if options.ready_file is not None:
+            _remove(options.ready_file)  # an earlier engine's
+            stack.callback(options.ready_file.unlink, missing_ok=True)
         cached = config if options.cache else None
         if cached is not None and cached.node is None:  # else these are the node's
             _check_memory(cached)
@@ -52,7 +62,7 @@ def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]
         check_engine(options.engine, cached, options.engine_arguments)
         engines = engines_here(options.engine, options.engine_arguments)
         if cached is not None:
-            _check_folders(cached, engines)
+            cached = _check_folders(cached, engines)
             if cached.metrics.enabled:
                 cached = _with_metrics_port(cached, engines, stack)
         command = engine_command(
@@ -65,9 +75,33 @@ def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]
         )
 
         def on_ready(url: str) -> None:
-            say(f"ready url={url}/v1 {_describe_cache(cached, engines)}")
+            line = f"ready url={url}/v1 {_describe_cache(cached, engines)}"
+            if options.ready_file is not None:
+                _write_whole(options.ready_file, f"{line}\n")
+            say(line)
 
         return run_engine(command, f"{reachable(host)}:{port}", options.ready_timeout, on_ready)
+
+
+def _remove(ready_file: Path) -> None:
+    """Remove the file of an earlier engine, and see that there may be another one. Raises ConfigError."""
+    try:
+        ready_file.parent.mkdir(parents=True, exist_ok=True)
+        ready_file.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=ready_file.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--ready-file {ready_file} cannot be written: {error.strerror}") from None
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Who waits for the file never reads half of it. Raises ConfigError."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError as error:
+        raise ConfigError(f"--ready-file {file} cannot be written: {error.strerror}") from None
 
 
 def _port(options: ServeOptions) -> int:
@@ -96,20 +130,25 @@ def _with_metrics_port(config: CacheConfig, engines: range, stack: ExitStack) ->
     return config.model_copy(update={"metrics": metrics.model_copy(update={"port": first - engines.start})})
 
 
-def _check_folders(config: CacheConfig, engines: range) -> None:
+def _check_folders(config: CacheConfig, engines: range) -> CacheConfig:
+    """The settings, with a disk.capacity for which there is room."""
     if config.disk.path is not None and config.node is None:
         try:
             config.disk.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=config.disk.path):
                 pass
+            config, lowered = within_room(config)
         except OSError as error:
             raise ConfigError(f"disk.path {config.disk.path} cannot be written: {error.strerror}") from None
+        if lowered:
+            logger.warning("lmc: %s", lowered)
     if config.record is not None:
         for record in (record_of(config.record, rank) for rank in engines):
             try:
                 record.open("ab").close()
             except OSError as error:
                 raise ConfigError(f"record {record} cannot be written: {error.strerror}") from None
+    return config
 
 
 def _describe_cache(config: CacheConfig | None, engines: range) -> str:

@@ -84,7 +84,15 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(record: Path) -> Iterator[Served]:
     disk = record.parent / "disk"
     engine = start(
-        record.parent / "log", "--disk-path", str(disk), "--host-capacity", "512MiB", "--record", str(record)
+        record.parent / "log",
+        "--disk-path",
+        str(disk),
+        "--disk-capacity",
+        "1GiB",
+        "--host-capacity",
+        "512MiB",
+        "--record",
+        str(record),
     )
     yield engine
     if engine.process.poll() is None:
@@ -93,7 +101,7 @@ def served(record: Path) -> Iterator[Served]:
 
 def test_the_ready_line_says_where_and_how_large(served: Served) -> None:
     assert served.url.startswith("http://127.0.0.1:")
-    assert re.search(r'tiers="host 5\d\d\.\d MiB \(\d+ chunks\), disk 100\.0 GiB \([\d,]+ chunks\)"', served.ready)
+    assert re.search(r'tiers="host 5\d\d\.\d MiB \(\d+ chunks\), disk 1\.0 GiB \([\d,]+ chunks\)"', served.ready)
 
 
 def test_a_repeated_prompt_comes_from_the_cache(served: Served) -> None:

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import logging
+import os
+import signal
+from pathlib import Path
+
 import pytest
 
-from lmc.serve.start import _describe_cache
+from lmc.errors import ConfigError
+from lmc.serve import start
+from lmc.serve.start import ServeOptions, _check_folders, _describe_cache, serve
 from lmc.units import format_size
 from tests.cache.instance import CHUNK_BYTES, Instance, settings
+from tests.serve.test_run_engine import engine
 from tests.services import LOCAL, free_port
 
 
@@ -53,3 +61,44 @@ def test_the_ready_line_where_the_tiers_are_told_for_a_token_only() -> None:
             assert "hush" not in line
         finally:
             instance.close()
+
+
+def test_the_ready_file_is_there_only_while_the_engine_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port, file = free_port(), tmp_path / "run" / "ready"
+    file.parent.mkdir()
+    file.write_text("of an engine that was killed")
+    told: list[tuple[str, str]] = []
+
+    def begin(*_: object) -> object:
+        assert not file.exists()
+        return engine(LOCAL, port)
+
+    def say(line: str) -> None:
+        told.append((line, file.read_text()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(start, "engine_command", begin)
+    monkeypatch.setattr(start, "check_engine", lambda *_: None)
+    options = ServeOptions("smollm2-135m-instruct", port=port, cache=False, ready_timeout=60, ready_file=file)
+    assert serve(options, settings(), say) == 0
+    line = f"ready url=http://{LOCAL}:{port}/v1 cache=off"
+    assert told == [(line, f"{line}\n")]
+    assert not file.exists()
+
+
+def test_a_ready_file_that_cannot_be_is_refused_before_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = ServeOptions("m", port=free_port(), cache=False, ready_file=tmp_path / "file" / "ready")
+    with pytest.raises(ConfigError, match=r"--ready-file .* cannot be written"):
+        serve(options, settings(), print)
+
+
+def test_a_disk_capacity_without_room_is_lowered_and_both_are_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(disk_path=tmp_path / "kv", disk_capacity=1 << 60)
+    with caplog.at_level(logging.WARNING):
+        fitting = _check_folders(config, range(1))
+    assert 0 < fitting.disk.capacity < 1 << 60
+    assert "disk.capacity 1024.0 PiB is more than" in caplog.text
+    assert f"it is {format_size(fitting.disk.capacity)} now" in caplog.text

@@ -1,0 +1,45 @@
+"""disk.capacity and the room of the file system, whose size is set here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmc.cache.tiers import room
+from lmc.cache.tiers.room import within_room
+from tests.cache.instance import settings
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def twenty_gib_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_free", lambda folder: 20 * GIB)
+
+
+def stored(folder: Path, num_bytes: int) -> None:
+    chunks = folder / "v4" / "a-namespace" / "r0" / "ab"
+    chunks.mkdir(parents=True)
+    with (chunks / ("ab" * 32)).open("wb") as file:
+        file.truncate(num_bytes)
+
+
+def test_a_capacity_that_fits_stays(tmp_path: Path) -> None:
+    config = settings(disk_path=tmp_path, disk_capacity=19 * GIB)
+    assert within_room(config) == (config, "")
+    assert within_room(settings()) == (settings(), "")
+
+
+def test_a_capacity_that_does_not_fit_leaves_a_twentieth_free(tmp_path: Path) -> None:
+    fitting, lowered = within_room(settings(disk_path=tmp_path, disk_capacity=100 * GIB))
+    assert fitting.disk.capacity == 19 * GIB
+    assert "disk.capacity 100.0 GiB" in lowered and "20.0 GiB are free" in lowered and "it is 19.0 GiB now" in lowered
+
+
+def test_what_lies_in_the_folder_is_room_for_what_comes(tmp_path: Path) -> None:
+    stored(tmp_path, 81 * GIB)
+    config = settings(disk_path=tmp_path, disk_capacity=100 * GIB)
+    assert within_room(config) == (config, "")
+    fitting, lowered = within_room(settings(disk_path=tmp_path, disk_capacity=101 * GIB))
+    assert (fitting.disk.capacity, bool(lowered)) == (100 * GIB, True)
