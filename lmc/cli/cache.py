@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lmc.cache.tiers.namespaces import NamespaceUse
     from lmc.probe.inspect import Inspection
 
+MOST_PREFIXES = 30  # in the table
+
 app = typer.Typer(help="Check stored chunk files, and watch a running cache.", no_args_is_help=True)
 
 
@@ -26,24 +28,40 @@ def inspect(
         bool, typer.Option("--json", help="Print one JSON object per file and namespace, each on its own line.")
     ] = False,
     auth_key_file: Annotated[Path | None, typer.Option(help="File that contains the auth_key of the chunks.")] = None,
+    by_prefix: Annotated[
+        bool, typer.Option("--by-prefix", help="Print a table of the prefixes, not a line for each file.")
+    ] = False,
 ) -> None:
     """Check every byte of chunk files, and list the namespaces on disk.
 
     Exits with 1 if a file is damaged, forged or not a chunk.
     """
+    import orjson
+
     from lmc.cache.config import CacheConfig
     from lmc.cache.tiers.namespaces import list_namespaces
     from lmc.cache.tiers.open import read_auth_key
     from lmc.probe.inspect import find_files, inspect_file
+    from lmc.probe.prefixes import prefixes, prefixes_table
+    from lmc.report import print_table
 
     auth_key = read_auth_key(CacheConfig(auth_key_file=auth_key_file))
     damaged = 0
     count = 0
+    sound = []
     for path in find_files(files):
         found = inspect_file(path, auth_key)
         count += 1
         damaged += found.problem is not None
-        typer.echo(_as_json(found) if as_json else _as_text(found))
+        if found.problem is None and by_prefix:
+            sound.append(found)
+        else:
+            typer.echo(_as_json(found) if as_json else _as_text(found))
+    if by_prefix and as_json:
+        for prefix in prefixes(sound):
+            typer.echo(orjson.dumps({**vars(prefix), "first": prefix.first.hex()}).decode())
+    elif by_prefix:
+        print_table(prefixes_table(prefixes(sound), MOST_PREFIXES))
     for folder in files:
         for namespace in list_namespaces(folder):
             typer.echo(_namespace_as_json(namespace) if as_json else _namespace_as_text(namespace))
