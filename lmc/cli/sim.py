@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lmc.cli.choices import BOUND, POLICIES, ROUTINGS, WINDOWS, listed, metavar
+from lmc.cli import sim_settings, sim_sweep
+from lmc.cli.choices import BOUND, POLICIES, listed
 from lmc.cli.default_command import DefaultCommandGroup
+from lmc.cli.sim_options import (
+    CapacityBlocks,
+    CapacityBytes,
+    CapacityTokens,
+    ChunkTokens,
+    CostFile,
+    Csv,
+    Json,
+    TokenBytes,
+    Window,
+    capacity_options,
+    output,
+    parse_counts,
+    read_cost,
+    split_list,
+)
 from lmc.cli.trace_source import TraceSource, reads_trace
 from lmc.units import parse_seconds, parse_size
-
-if TYPE_CHECKING:
-    from lmc.report import Table
-    from lmc.sim.cost import CostModel
 
 EXAMPLE = "--example"
 
@@ -38,35 +50,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Csv = Annotated[Path | None, typer.Option(help="Write the rows to this CSV file.")]
-Window = Annotated[
-    str,
-    typer.Option(
-        metavar=metavar(WINDOWS),
-        help="Requests that are measured. With last-half, the first half only warms the cache.",
-    ),
-]
-TokenBytes = Annotated[str, typer.Option(help="KV bytes per token, such as 192KiB, if the trace does not state them.")]
-CapacityBlocks = Annotated[
-    str | None,
-    typer.Option(
-        help="Capacities in trace blocks, separated by commas: a number, a share of the unique blocks such as 1%, or inf."
-    ),
-]
-Ratio = Annotated[
-    float | None,
-    typer.Option(
-        help="Stored bytes / raw bytes of a chunk on a compressed disk, such as 0.71; lmc probe codec measures it."
-    ),
-]
-CodecSpeed = Annotated[
-    str | None, typer.Option(help="Raw bytes per second that one thread encodes or decodes, such as 4GB/s.")
-]
-CostFile = Annotated[Path | None, typer.Option(help="YAML cost model. It adds times and costs to the result.")]
-
 
 def add_to(parent: typer.Typer) -> None:
+    app.add_typer(sim_sweep.commands)
+    app.add_typer(sim_settings.commands)
     parent.add_typer(app, name="sim")
 
 
@@ -82,19 +69,10 @@ def run(
         ),
     ] = "lru",
     capacity_blocks: CapacityBlocks = None,
-    capacity_tokens: Annotated[
-        str | None, typer.Option(help="Capacities in tokens, separated by commas, such as 3M,10M.")
-    ] = None,
-    capacity_bytes: Annotated[
-        str | None, typer.Option(help="Capacities in bytes, separated by commas, such as 64GiB,1TiB.")
-    ] = None,
+    capacity_tokens: CapacityTokens = None,
+    capacity_bytes: CapacityBytes = None,
     token_bytes: TokenBytes = "0",
-    chunk_tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens per chunk, separated by commas, each a multiple of the trace block. Then only full chunks are cached."
-        ),
-    ] = None,
+    chunk_tokens: ChunkTokens = None,
     window: Window = "all",
     shards: Annotated[
         float | None, typer.Option(help="Estimate LRU hits from this share of the trace blocks, such as 0.01.")
@@ -115,16 +93,12 @@ def run(
 ) -> None:
     """Count hits by policy, capacity and chunk size."""
     from lmc import report
-    from lmc.sim import capacity, sweep_show
+    from lmc.sim import sweep_show
     from lmc.sim.policy_replay import ReplayOptions
     from lmc.sim.shown import parse_window
     from lmc.sim.sweep import run_sweep, sample_sweep
 
-    capacities = capacity.CapacityOptions(
-        split_list(capacity_blocks), split_list(capacity_tokens), split_list(capacity_bytes), parse_size(token_bytes)
-    )
-    if not capacities.blocks + capacities.tokens + capacities.sizes:
-        capacities = capacity.DEFAULT
+    capacities = capacity_options(capacity_blocks, capacity_tokens, capacity_bytes, token_bytes)
     trace, measured, chunks = source.load(), parse_window(window), parse_counts(chunk_tokens)
     if shards is not None:
         sweep = sample_sweep(trace, split_list(policy), capacities, measured, chunks, shards)
@@ -186,45 +160,6 @@ def ttl(
 
 @app.command()
 @reads_trace
-def tiers(
-    source: TraceSource,
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Host sizes, separated by commas: 64GiB, a share of the unique trace blocks (5%), or a number of them."
-        ),
-    ] = "1%,3%,10%",
-    disk: Annotated[
-        str, typer.Option(help="Disk sizes, written like the host sizes. 0 means no disk tier.")
-    ] = "0,10%,30%,inf",
-    remote: Annotated[
-        str, typer.Option(help="Sizes of a remote tier, written like the host sizes. 0 means no remote tier.")
-    ] = "0",
-    exclusive: Annotated[
-        bool,
-        typer.Option("--exclusive", help="Keep a trace block in one tier only. Otherwise lower tiers see every touch."),
-    ] = False,
-    cost: CostFile = None,
-    token_bytes: TokenBytes = "0",
-    window: Window = "all",
-    json: Json = False,
-    csv: Csv = None,
-) -> None:
-    """Count hits by tier for every combination of tier sizes. With --cost, also estimate times to first token and costs."""
-    from lmc.sim import grid_show
-    from lmc.sim.shown import parse_window
-
-    size = parse_size(token_bytes)
-    trace = source.load()
-    sizes = {"host": split_list(host), "disk": split_list(disk), "remote": split_list(remote)}
-    if sizes["remote"] == ("0",):
-        del sizes["remote"]
-    grid = grid_show.tiers(trace, sizes, parse_window(window), read_cost(cost), exclusive, size)
-    output(grid.table, grid.json, grid.table, grid.notes, json, csv)
-
-
-@app.command()
-@reads_trace
 def groups(
     source: TraceSource,
     capacity_blocks: CapacityBlocks = "10%",
@@ -240,124 +175,6 @@ def groups(
     sizes = capacity.resolve(capacity.CapacityOptions(split_list(capacity_blocks)), trace)
     rows = grid_show.groups(trace, sizes, parse_window(window))
     output(rows.table, rows.json, rows.table, rows.notes, json, csv)
-
-
-@app.command()
-@reads_trace
-def replay(
-    source: TraceSource,
-    config: Annotated[Path, typer.Option(help="YAML file of cache settings, as for lmc serve.")],
-    instances: Annotated[int, typer.Option(min=1, help="Number of engine instances, each with its own cache.")] = 1,
-    routing: Annotated[
-        str,
-        typer.Option(
-            metavar=metavar(ROUTINGS),
-            help="How requests are assigned to instances. prefix chooses the instance that served the longest prefix.",
-        ),
-    ] = "round-robin",
-    shared: Annotated[
-        str,
-        typer.Option(
-            help="Size of the tier that all instances share, such as 2TiB: redis and s3 of the settings, otherwise a remote tier. "
-            "By default redis and s3 never evict, and there is no other."
-        ),
-    ] = "0",
-    cost: CostFile = None,
-    token_bytes: TokenBytes = "0",
-    compress_ratio: Ratio = None,
-    codec_speed: CodecSpeed = None,
-    window: Window = "all",
-    json: Json = False,
-    csv: Csv = None,
-) -> None:
-    """Replay a trace under the settings of the live cache. Runs the live cache's own directory on a virtual clock."""
-    from lmc.cache.settings import load_settings
-    from lmc.sim import replay_show
-    from lmc.sim.shown import parse_window
-
-    size = parse_size(token_bytes)
-    settings = load_settings(config).config
-    result = replay_show.replay_settings(
-        source.load(), settings, instances, routing, shared, read_cost(cost), size, compress_ratio, codec_speed
-    )
-    shown = replay_show.show_replay(result, parse_window(window), timed=cost is not None)
-    output(shown.table, shown.json, shown.table, shown.notes, json, csv)
-
-
-@app.command()
-@reads_trace
-def tune(
-    source: TraceSource,
-    memory: Annotated[str, typer.Option(help="Limit of host memory over all ranks, such as 64GiB.")],
-    disk: Annotated[str, typer.Option(help="Limit of disk space, such as 1TiB. 0 means no disk tier.")] = "0",
-    disk_path: Annotated[Path, typer.Option(help="Folder of the disk tier in the settings that are written.")] = Path(
-        "lmc-disk"
-    ),
-    dollars_per_hour: Annotated[
-        float | None, typer.Option(help="Limit of the tiers' cost per hour, at the prices in --cost.")
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(help=f"Eviction policies to try, separated by commas, by default all: {listed(POLICIES)}."),
-    ] = None,
-    token_bytes: TokenBytes = "0",
-    compress_ratio: Ratio = None,
-    codec_speed: CodecSpeed = None,
-    cost: CostFile = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write the chosen settings to this file, for lmc serve --config."),
-    ] = None,
-    json: Json = False,
-    csv: Csv = None,
-) -> None:
-    """Choose chunk size, policy, tier sizes and TTL within a budget. The first half of the trace is used to choose, the second to judge."""
-    from lmc.sim import tune as tuning
-    from lmc.sim import tune_show
-    from lmc.sim.compression import NO_CODEC, make_codec
-    from lmc.sim.cost import known_token_bytes
-    from lmc.sim.policies import check_policies
-
-    model, size = read_cost(cost), parse_size(token_bytes)
-    trace = source.load()
-    names = split_list(policy)
-    check_policies(names)
-    budget = tuning.make_budget(memory, disk, dollars_per_hour, model)
-    codec = NO_CODEC if compress_ratio is None and codec_speed is None else make_codec(compress_ratio, codec_speed)
-    tuned = tuning.tune(trace, known_token_bytes(trace, size, model), budget, names, model, codec)
-    if out is not None:
-        tune_show.write_settings(tuned, out, disk_path)
-    table = tune_show.front_table(tuned)
-    output(table, tune_show.tune_json(tuned, disk_path), table, tuned.notes, json, csv)
-    if out is not None and not json:
-        typer.echo(f"settings: {out}; run: lmc serve MODEL --config {out}")
-
-
-@app.command()
-@reads_trace
-def size(
-    source: TraceSource,
-    target: Annotated[
-        str,
-        typer.Option(help="Hit rates to reach, in shares of the input tokens, separated by commas, such as 40%,60%."),
-    ],
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Host memory above a disk or a remote tier, such as 64GiB. By default it is what half of the hits need."
-        ),
-    ] = None,
-    cost: CostFile = None,
-    token_bytes: TokenBytes = "0",
-    json: Json = False,
-    csv: Csv = None,
-) -> None:
-    """Find the sizes of tiers for a hit rate. With --cost, also estimate times to first token and costs."""
-    from lmc.sim import size_show
-
-    model, known = read_cost(cost), parse_size(token_bytes)
-    shown = size_show.size_targets(source.load(), split_list(target), model, known, memory)
-    output(shown.table, shown.json, shown.table, shown.notes, json, csv)
 
 
 @app.command()
@@ -417,40 +234,3 @@ def check_policy(
         report.print_table(policy_check.check_table(spec, found, rounds))
     if not all(one.ok for one in found):
         raise typer.Exit(1)
-
-
-def output(
-    table: Table,
-    as_json: Mapping[str, Any],  # Any: JSON
-    rows: Table,
-    notes: tuple[str, ...],
-    json: bool,
-    csv: Path | None,
-) -> None:
-    """Print the table and its notes, or one JSON object. Write the rows as CSV if csv names a file."""
-    from lmc import report
-
-    if csv is not None:
-        report.write_file(csv, report.table_csv(rows))
-    if json:
-        typer.echo(report.to_json(as_json).decode(), nl=False)
-        return
-    report.print_table(table)
-    for note in notes:
-        typer.echo(f"note: {note}", err=True)
-
-
-def read_cost(path: Path | None) -> CostModel | None:
-    from lmc.sim.cost_file import read_cost_model
-
-    return None if path is None else read_cost_model(path)
-
-
-def split_list(text: str | None) -> tuple[str, ...]:
-    return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def parse_counts(text: str | None) -> list[int]:
-    from lmc.units import parse_count
-
-    return [parse_count(part) for part in split_list(text)]

@@ -15,6 +15,7 @@ from lmc.cli.choices import FORMATS, listed
 
 if TYPE_CHECKING:
     from lmc.sim.trace import Trace
+    from lmc.sim.trace_file import TraceFile
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,55 @@ class TraceSource:
         ),
     ] = True
 
-    def load(self) -> Trace:
+    def file(self) -> TraceFile:
         from lmc.model import resolve_tokenizer
-        from lmc.sim.cache_file import load_trace
-        from lmc.sim.formats import read_trace
         from lmc.sim.formats.base import ReadOptions
-        from lmc.sim.trace import speed_up
+        from lmc.sim.trace_file import TraceFile
         from lmc.units import parse_seconds
 
         tokenizer = None if self.tokenizer is None else resolve_tokenizer(self.tokenizer)
         options = ReadOptions(self.block_tokens, self.sort, self.rechain, parse_seconds(self.session_gap), tokenizer)
-        return speed_up((load_trace if self.cache else read_trace)(self.trace, options, self.format_name), self.speed)
+        return TraceFile(self.trace, options, self.format_name, self.speed, self.cache)
+
+    def load(self) -> Trace:
+        return self.file().load()
+
+
+Traces = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Trace files, and folders of traces. A folder of LMCache logs is one trace; of other folders all files are read."
+    ),
+]
+
+
+def reads_traces(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose first parameter is a list of TraceSource, the argument and the options that make them."""
+    return _reading(
+        command,
+        inspect.Parameter("traces", inspect.Parameter.KEYWORD_ONLY, annotation=Traces),
+        lambda paths, options: [TraceSource(path, **options) for path in paths],
+    )
 
 
 def reads_trace(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command, whose first parameter is a TraceSource, the argument and the options that make one."""
+    trace = inspect.signature(TraceSource, eval_str=True).parameters["trace"]
+    return _reading(command, trace, lambda path, options: TraceSource(path, **options))
+
+
+def _reading(
+    command: Callable[..., None], argument: inspect.Parameter, make: Callable[[Any, dict[str, Any]], object]
+) -> Callable[..., None]:  # Any: what the argument and the options parse to
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    reading = list(inspect.signature(TraceSource, eval_str=True).parameters.values())
-    names = [parameter.name for parameter in reading]
+    options = list(inspect.signature(TraceSource, eval_str=True).parameters.values())[1:]
 
     @functools.wraps(command)
-    def outer(**given: Any) -> None:  # Any: what the options parse to
-        command(TraceSource(**{name: given.pop(name) for name in names}), **given)
+    def outer(**given: Any) -> None:
+        source = make(given.pop(argument.name), {option.name: given.pop(option.name) for option in options})
+        command(source, **given)
 
-    parameters = [reading[0], *own, *reading[1:]]
+    parameters = [argument, *own, *options]
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     outer.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     outer.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}

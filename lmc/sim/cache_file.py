@@ -39,14 +39,14 @@ def load_trace(path: Path, options: ReadOptions, format_name: str | None = None)
     """Like read_trace, but uses the cache file. It is no error if that cannot be written. Raises TraceError."""
     if not path.exists():
         return read_trace(path, options, format_name)
-    made_from = _made_from(path, options, format_name)
+    wanted = made_from(path, options, format_name)
     for place in _places(path):
-        trace = _read(place, made_from)
+        trace = _read(place, wanted)
         if trace is not None:
             return trace
     trace = read_trace(path, options, format_name)
     for place in _places(path):
-        if _write(place, made_from, trace):
+        if _write(place, wanted, trace):
             break
     return trace
 
@@ -57,15 +57,15 @@ def _places(path: Path) -> list[Path]:
     return [path.with_name(path.name + ".lmcsim"), home / "lmc" / "traces" / f"{name}.lmcsim"]
 
 
-def _made_from(path: Path, options: ReadOptions, format_name: str | None) -> dict[str, Any]:
-    """Any: JSON."""
+def made_from(path: Path, options: ReadOptions, format_name: str | None) -> dict[str, Any]:
+    """What the parsed trace depends on, the size and time of every input included. Raises TraceError. Any: JSON."""
     known = format_name in FORMATS
     inputs = (FORMATS[format_name] if known and format_name else find_format(path)).inputs(path, options)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in inputs if file.is_file()]
     return {"inputs": stats, "options": {**asdict(options), "tokenizer": str(options.tokenizer)}, "format": format_name}
 
 
-def _write(place: Path, made_from: dict[str, Any], trace: Trace) -> bool:
+def _write(place: Path, wanted: dict[str, Any], trace: Trace) -> bool:
     columns = {name: np.ascontiguousarray(getattr(trace, name)) for name in _COLUMNS}
     offset = 0
     places: dict[str, tuple[str, int, int]] = {}
@@ -73,7 +73,7 @@ def _write(place: Path, made_from: dict[str, Any], trace: Trace) -> bool:
         places[name] = (column.dtype.str, offset, column.size)
         offset += -(-column.nbytes // _ALIGN) * _ALIGN
     rest = {field.name: getattr(trace, field.name) for field in fields(trace) if field.name not in _COLUMNS}
-    header = orjson.dumps({"made_from": made_from, "columns": places, "bytes": offset, "rest": rest})
+    header = orjson.dumps({"made_from": wanted, "columns": places, "bytes": offset, "rest": rest})
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +94,11 @@ def _write(place: Path, made_from: dict[str, Any], trace: Trace) -> bool:
     return True
 
 
-def _read(place: Path, made_from: dict[str, Any]) -> Trace | None:
+def _read(place: Path, wanted: dict[str, Any]) -> Trace | None:
     try:
         with place.open("rb") as file:
             header = _read_header(file)
-            if header is None or header["made_from"] != orjson.loads(orjson.dumps(made_from)):
+            if header is None or header["made_from"] != orjson.loads(orjson.dumps(wanted)):
                 return None
             start = file.tell() + -file.tell() % _ALIGN
             if os.fstat(file.fileno()).st_size != start + header["bytes"]:

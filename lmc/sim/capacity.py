@@ -21,6 +21,11 @@ class CapacityOptions:
     sizes: tuple[str, ...] = ()  # "64GiB"
     token_bytes: int = 0  # KV bytes of a token over all ranks; 0: the trace says it
 
+    @property
+    def text(self) -> str:
+        """All of them, as they were given; tokens have their unit."""
+        return ",".join((*self.blocks, *(f"{tokens} tokens" for tokens in self.tokens), *self.sizes))
+
 
 DEFAULT = CapacityOptions(blocks=("1%", "3%", "10%", "30%", "inf"))
 
@@ -31,6 +36,22 @@ def resolve(options: CapacityOptions, trace: Trace) -> list[float]:
         *several(options.blocks, lambda text: _blocks(text, trace)),
         *(_whole_blocks(text, parse_count(text), trace.block_tokens, trace) for text in options.tokens),
         *(_whole_blocks(text, parse_size(text), block_bytes(options, trace), trace) for text in options.sizes),
+    ]
+
+
+def each_capacity(options: CapacityOptions) -> list[CapacityOptions]:
+    """Options of one capacity each, in the order of resolve(). Raises ConfigError for one that is none for any trace."""
+    for text in options.blocks:
+        _share(text)
+    for text in options.tokens:
+        parse_count(text)
+    for text in options.sizes:
+        parse_size(text)
+    known = options.token_bytes
+    return [
+        *(CapacityOptions(blocks=(text,), token_bytes=known) for text in options.blocks),
+        *(CapacityOptions(tokens=(text,), token_bytes=known) for text in options.tokens),
+        *(CapacityOptions(sizes=(text,), token_bytes=known) for text in options.sizes),
     ]
 
 
@@ -80,20 +101,28 @@ def block_bytes(options: CapacityOptions, trace: Trace) -> int:
 
 
 def _blocks(text: str, trace: Trace) -> float:
-    text = text.strip()
-    if text == "inf":
-        return math.inf
-    if text.endswith("%"):
-        try:
-            share = Fraction(text[:-1]) / 100
-        except (ValueError, ZeroDivisionError):
-            raise ConfigError(f"capacity {text!r} is not a share; write 1% or 0.5%") from None
-        if not 0 < share <= 1:
-            raise ConfigError(
-                f"capacity {text!r} is no share of the unique trace blocks; write more than 0% and at most 100%"
-            )
+    share = _share(text)
+    if share is not None:
         return max(1, int(share * trace.num_unique))
-    return _whole_blocks(text, parse_count(text), 1, trace)
+    return math.inf if text.strip() == "inf" else _whole_blocks(text, parse_count(text), 1, trace)
+
+
+def _share(text: str) -> Fraction | None:
+    """The share of the unique trace blocks, or None for a number of them or inf. Raises ConfigError."""
+    text = text.strip()
+    if not text.endswith("%"):
+        if text != "inf":
+            parse_count(text)
+        return None
+    try:
+        share = Fraction(text[:-1]) / 100
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"capacity {text!r} is not a share; write 1% or 0.5%") from None
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"capacity {text!r} is no share of the unique trace blocks; write more than 0% and at most 100%"
+        )
+    return share
 
 
 def _whole_blocks(text: str, amount: int, per_block: int, trace: Trace) -> int:

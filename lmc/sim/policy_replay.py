@@ -139,23 +139,27 @@ def compiled_kernel(spec: PolicySpec) -> Kernel:
     from numba import njit
     from numba.extending import register_jitable
 
-    modules = _modules(spec)
-    for module in modules:
+    for module in _modules(spec):
         for function in vars(module).values():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 register_jitable(_nrt=False)(function)
     source = make_kernel(spec)
     # Numba keeps one index file per function name and watches only the file of that function. With the policy and a digest of its source in
     # the name, an edited policy gets a new entry, and the index of one policy never needs the modules of another.
-    digest = hashlib.blake2b(digest_size=8)
-    for module in modules:
-        digest.update(Path(inspect.getfile(module)).read_bytes())
-        if not module.__name__.startswith("lmc."):
-            digest.update(module.__name__.encode())  # Numba's file names the module of a policy from outside
-    source.__qualname__ = f"kernel_{spec.name.partition('@')[0]}_{digest.hexdigest()}"
+    source.__qualname__ = f"kernel_{spec.name.partition('@')[0]}_{source_digest(spec)}"
     # No reference counting of arrays: they all belong to the caller, and counting costs more than the policies.
     kernel: Kernel = njit(cache=True, nogil=True, _nrt=False)(source)
     return kernel
+
+
+def source_digest(spec: PolicySpec) -> str:
+    """Differs if a module of the policy does."""
+    digest = hashlib.blake2b(digest_size=8)
+    for module in [*_modules(spec), sys.modules[spec.make_state.__module__]]:
+        digest.update(Path(inspect.getfile(module)).read_bytes())
+        if not module.__name__.startswith("lmc."):
+            digest.update(module.__name__.encode())  # Numba's file names the module of a policy from outside
+    return digest.hexdigest()
 
 
 def _modules(spec: PolicySpec) -> list[Any]:  # Any: module objects
