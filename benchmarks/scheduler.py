@@ -106,7 +106,7 @@ def whole_life(driven: DrivenSide, request: Request, clock: Callable[[], float])
     started = clock()
     found, _ = side.lookup(request, 0)
     assert found is not None
-    side.admit(request, driven.blocks, found)
+    side.admit(request, driven.tables, found)
     side.sources(request, found)
     seconds = clock() - started
     request.num_computed_tokens = found

@@ -27,6 +27,7 @@ from lmc.cache.directory.holds import (
     Ticket,
 )
 from lmc.cache.keys import ChunkKey, Element, Namespace, hashed_name
+from lmc.cache.parts import SPINE, Parts
 
 __all__ = [
     "ABSENT",
@@ -51,6 +52,7 @@ __all__ = [
     "Ticket",
     "TierCopy",
     "WorkerReady",
+    "block_copies",
     "blocks_of",
     "request_name",
     "shown",
@@ -60,21 +62,42 @@ SKIP = -1  # stands for a block that is not copied
 
 
 class BlockCopy(NamedTuple):
-    """One chunk between a host slot and engine blocks; `blocks` has an id, or SKIP, for each block of the chunk."""
+    """One part of a chunk between a host slot and engine blocks; `blocks` has an id, or SKIP, for each of its blocks."""
 
     operation: int
     key: ChunkKey
     slot: int
     blocks: tuple[int, ...]
+    group: int = 0  # of the engine's KV, in the order of lmc.cache.parts
 
 
-def blocks_of(blocks: Sequence[int], index: int, per_chunk: int, held: int) -> tuple[int, ...]:
-    """The blocks of chunk number `index` of a prompt with these blocks; SKIP for those among its first `held` ones."""
-    start = index * per_chunk
-    chosen = tuple(blocks[start : start + per_chunk])
+def blocks_of(blocks: Sequence[int], start: int, count: int, held: int) -> tuple[int, ...]:
+    """`count` blocks of a prompt with these blocks, from its block number `start` on; SKIP for those among its first `held` ones."""
+    chosen = tuple(blocks[start : start + count])
     if held > start:
         chosen = (SKIP,) * min(held - start, len(chosen)) + chosen[held - start :]
     return chosen
+
+
+def block_copies(
+    parts: Parts, tickets: Sequence[tuple[int, Ticket]], tables: Sequence[Sequence[int]], computed: int
+) -> tuple[tuple[BlockCopy, ...], list[int]]:
+    """Copies between slots and a request's blocks, without the blocks of the first `computed` tokens, which others may be reading.
+
+    tickets: each with the index of its chunk. tables: the request's blocks in each group, SKIP where it has none. Returns also the
+    operations for leaves that the engine does not hold in full.
+    """
+    copies, gone = [], []
+    for index, ticket in tickets:
+        group = ticket.group
+        count, per_chunk, size = parts.shapes[group]
+        start, held = (index + 1) * per_chunk - count, computed // size
+        blocks = blocks_of(tables[group], start, count, held)
+        if group != SPINE and (len(blocks) < count or SKIP in blocks[max(0, held - start) :]):
+            gone.append(ticket.operation)
+            continue
+        copies.append(BlockCopy(ticket.operation, ticket.key, ticket.slot, blocks, group))
+    return tuple(copies), gone
 
 
 _PLAIN = re.compile(r'[ !"$-~]{1,100}')  # printable ASCII without #
@@ -227,3 +250,4 @@ class WorkerReady:
     part: int | None = 0
     mapping: str = ""  # the number by which a node knows the worker; none: the memory is the worker's own
     element: Element = "opaque"  # told to a node, which opens the tiers for the worker
+    part_bytes: tuple[int, ...] = ()  # by group, if the KV has several; chunk_bytes is then the largest

@@ -184,7 +184,7 @@ class _Instance:
         first = not life.admitted
         if first and life.miss() == Miss.LOAD_DEADLINE:
             replay.counts[LATE] += 1
-        loads = life.load(tokens)
+        loads = [ticket for _, ticket in life.load(tokens)]
         if first:
             for tier, found in life.sources.items():
                 replay.hit_tokens[tier][run.index] = found
@@ -203,7 +203,8 @@ class _Instance:
     def store(self, run: Run, num_valid: int) -> None:
         num_prompt = len(run.keys) * self._replay.trace.block_tokens
         valid = num_prompt if num_valid >= run.num_tokens else min(num_valid, num_prompt)
-        self._stores += self._lives[run.index].store(run.keys, valid, num_prompt, self.now())
+        stored = self._lives[run.index].store(run.keys, valid, num_prompt, self.now())
+        self._stores += [ticket for _, ticket in stored]
 
     def first_token(self, run: Run) -> None:
         self._replay.ttft_s[run.index] = self.now() - float(self._replay.trace.timestamps_s[run.index])

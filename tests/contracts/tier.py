@@ -5,6 +5,7 @@ open_tier(scope) opens a tier object on one medium that all objects of the same 
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from collections.abc import Callable
@@ -183,6 +184,19 @@ class TierContract:
         with pytest.raises(Corrupt, match=said):
             load(open_tier(other), 1, other.chunk_bytes)
 
+    def test_parts_of_chunks_lie_beside_them_at_their_own_length(self, open_tier: OpenTier) -> None:
+        """A part is no longer than itself: what follows it in its slot is another chunk's."""
+        tier = open_tier(dataclasses.replace(SCOPE, part_bytes=(CHUNK_BYTES, 4096, 300)))
+        for number, size in enumerate((4096, 300, CHUNK_BYTES)):
+            tier.put(key(number), payload(number, size))
+        for number, size in enumerate((4096, 300, CHUNK_BYTES)):
+            assert load(tier, number, size) == payload(number, size)
+        for wrong in (300, CHUNK_BYTES):
+            with pytest.raises(Corrupt):
+                load(tier, 0, wrong)
+        with pytest.raises(ConfigError, match="bytes"):
+            tier.put(key(5), payload(5, 5000))
+
     def test_put_of_a_wrong_size_is_refused(self, tier: Tier) -> None:
         with pytest.raises(ConfigError, match="bytes"):
             tier.put(key(1), payload(1)[:-1])
@@ -252,6 +266,14 @@ class BoundedTierContract(TierContract):
         sizes = {key(number): tier.put(key(number), kv_payload(number), key(9)).stored_bytes for number in range(4)}
         assert dict(tier.scan()) == sizes and max(sizes.values()) < CHUNK_BYTES
         assert tier.parents(list(sizes)) == dict.fromkeys(sizes, key(9))
+
+    def test_scan_lists_parts_too_and_their_chunks(self, open_tier: OpenTier) -> None:
+        tier = open_tier(dataclasses.replace(SCOPE, part_bytes=(300,)))
+        assert isinstance(tier, BoundedTier)
+        tier.put(key(1), payload(1))
+        tier.put(key(2), payload(2, 300), key(1))
+        assert dict(tier.scan()) == {key(1): stored_bytes(CHUNK_BYTES), key(2): stored_bytes(300)}
+        assert tier.parents([key(1), key(2)]) == {key(2): key(1)}
 
     @pytest.mark.parametrize("other", OTHER_SCOPES, ids=OTHER_SCOPE_NAMES)
     def test_scan_lists_chunks_of_its_own_scope(

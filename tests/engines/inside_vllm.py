@@ -156,6 +156,21 @@ class InsideVllm:
         """The same for the next load only, of one rank of several."""
         self.llm.collective_rpc(_fail_next_load, args=(rank,))
 
+    def leave_out(self, group: int | None) -> None:
+        """From now on loads copy nothing of this KV group (of lmc's order); None: they copy all again."""
+        from lmc.cache.transfer.planner import Direction
+
+        copier = self.worker.copier
+        plan = type(copier)._plan_groups.__get__(copier)
+        left_out = group
+
+        def incomplete(chunks: Any, direction: Any) -> Any:
+            kept = [chunk for chunk in chunks if direction is not Direction.LOAD or chunk.group != left_out]
+            assert len(kept) < len(chunks) or direction is not Direction.LOAD, "nothing was left out"
+            return plan(kept, direction)
+
+        copier._plan_groups = plan if group is None else incomplete
+
     def load_by_layer(self) -> None:
         """From now on copies run on threads, as on a device's streams; loads go layer by layer, slowly: a missing wait shows."""
         from lmc.cache.transfer.planner import Direction

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from types import SimpleNamespace
@@ -22,12 +22,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from lmc.cache.connectors.vllm import LmcConnector
+from lmc.cache.parts import Group
 
 BLOCK_TOKENS = 16
 LAYERS = 2
@@ -46,6 +53,13 @@ def right_values(tokens: list[int]) -> np.ndarray:
     return values.astype(np.int32)
 
 
+def first_attended(group: Group, position: int) -> int:
+    """The first token before it whose KV the token at this position needs."""
+    if group.kind == "window":
+        return max(0, position - group.span + 1)
+    return position // group.span * group.span if group.kind == "local" else 0
+
+
 def answer_to(prompt: list[int]) -> list[int]:
     tokens = list(prompt)
     for _ in range(NEW_TOKENS):
@@ -59,13 +73,36 @@ class _Attention(torch.nn.Module):
     isa = "vec"
 
 
+def spec_of(group: Group) -> Any:
+    common = {"block_size": BLOCK_TOKENS, "num_kv_heads": 1, "head_size": WIDTH // 2, "dtype": torch.float32}
+    if group.kind == "window":
+        return SlidingWindowSpec(**common, sliding_window=group.span)
+    if group.kind == "local":
+        return ChunkedLocalAttentionSpec(**common, attention_chunk_size=group.span)
+    return FullAttentionSpec(**common)
+
+
 class MovingEngine:
-    def __init__(self, vllm_config: Any, num_blocks: int = 64, num_ranks: int = 1) -> None:
-        """The configuration is for one rank; of more, each computes the same, as if KV heads were replicated."""
-        spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=WIDTH // 2, dtype=torch.float32)
-        names = [f"layer.{index}" for index in range(LAYERS)]
+    def __init__(
+        self,
+        vllm_config: Any,
+        num_blocks: int = 64,
+        num_ranks: int = 1,
+        groups: Sequence[Group] = (Group("full", BLOCK_TOKENS),),
+    ) -> None:
+        """The configuration is for one rank; of more, each computes the same, as if KV heads were replicated.
+
+        groups: kinds of layers, whose blocks share the memory, as vLLM lays them out.
+        """
+        self.groups = tuple(groups)
+        self.names = [[f"layer.{number}.{index}" for index in range(LAYERS)] for number in range(len(groups))]
+        names = [name for one in self.names for name in one]
         config = KVCacheConfig(
-            num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[
+                KVCacheGroupSpec(own, spec_of(group)) for own, group in zip(self.names, groups, strict=True)
+            ],
         )
         vllm_config.cache_config.num_gpu_blocks = num_blocks
         self.model = torch.nn.ModuleDict({name.replace(".", "_"): _Attention() for name in names})
@@ -89,7 +126,7 @@ class MovingEngine:
             own.parallel_config.rank = rank
             self.workers.append(LmcConnector(own, KVConnectorRole.WORKER, config))
         for worker, kv in zip(self.workers, self.kv, strict=True):
-            worker.register_kv_caches({name: kv[index] for index, name in enumerate(names)})
+            worker.register_kv_caches({name: kv[index] for own in self.names for index, name in enumerate(own)})
         self.connector.set_xfer_handshake_metadata_pp_aware(
             {(0, rank): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
         )
@@ -122,22 +159,23 @@ class MovingEngine:
         """Returns the number of requests that were computed."""
         output = self.scheduler.schedule()
         plan = pickle.dumps(output.kv_connector_metadata)
+        names = [name for one in self.names for name in one]
         reports, sampled, wrong = [], {}, {}
         for rank, worker in enumerate(self.workers):
             metadata = pickle.loads(plan)
             worker.handle_preemptions(metadata)
             report = KVConnectorOutput()
             with self._copies(worker, metadata, report, before=output.has_sync_kv_loads):
-                for layer in range(LAYERS):
-                    worker.wait_for_layer_load(f"layer.{layer}")
+                for layer in names:
+                    worker.wait_for_layer_load(layer)
                 for name, count in output.num_scheduled_tokens.items():
                     wrong[name, rank], sampled[name] = self._compute(name, count, rank)
             reports.append(report)
-        names = list(output.num_scheduled_tokens)
+        computed = list(output.num_scheduled_tokens)
         result = ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=[sampled[name] for name in names],
+            req_ids=computed,
+            req_id_to_index={name: index for index, name in enumerate(computed)},
+            sampled_token_ids=[sampled[name] for name in computed],
             logprobs=None,
             prompt_logprobs_dict={},
             pooler_output=[],
@@ -148,13 +186,13 @@ class MovingEngine:
         whole = self.aggregator.aggregate(parts)
         invalid = whole.kv_connector_output.invalid_block_ids if whole.kv_connector_output else set()
         for (name, rank), is_wrong in wrong.items():
-            told = invalid.intersection(self._table(name))
+            told = invalid.intersection(self._table(name, 0))
             assert not is_wrong or told, f"rank {rank} computed {name} on wrong KV, and nobody said so"
         if whole.kv_connector_output is not None:
             stats = whole.kv_connector_output.kv_connector_stats
             assert stats is None or stats.is_empty()
         self.scheduler.update_from_output(output, whole)
-        return len(names)
+        return len(computed)
 
     @contextmanager
     def _copies(self, worker: Any, metadata: Any, report: KVConnectorOutput, *, before: bool) -> Iterator[None]:
@@ -164,8 +202,8 @@ class MovingEngine:
         if before:
             worker.start_load_kv(context)
         yield
-        for layer in range(LAYERS):
-            worker.save_kv_layer(f"layer.{layer}", None, None)
+        for layer in (name for one in self.names for name in one):
+            worker.save_kv_layer(layer, None, None)
         if not before:
             worker.start_load_kv(context)
         worker.wait_for_save()
@@ -178,8 +216,8 @@ class MovingEngine:
         report.kv_connector_worker_meta = worker.build_connector_worker_meta()
         worker.clear_connector_metadata()
 
-    def _table(self, name: str) -> list[int]:
-        return list(self.scheduler.kv_cache_manager.get_block_ids(name)[0])
+    def _table(self, name: str, group: int) -> list[int]:
+        return list(self.scheduler.kv_cache_manager.get_block_ids(name)[group])
 
     def _compute(self, name: str, count: int, rank: int) -> tuple[bool, list[int]]:
         """Whether the KV before the scheduled tokens is wrong, and what was sampled."""
@@ -187,16 +225,21 @@ class MovingEngine:
         end = request.num_computed_tokens
         tokens = list(request.all_token_ids)[:end]
         values = right_values(tokens)
-        blocks = torch.tensor(self._table(name))
-        positions = torch.arange(end)
-        rows = self.kv[rank].view(torch.int32)[:, blocks[positions // BLOCK_TOKENS], 0, positions % BLOCK_TOKENS]
-        start = end - count
-        is_wrong = not (rows[:, :start] == torch.from_numpy(values[:start])[None, :, None]).all()
-        new = torch.full((count,), _GARBAGE, dtype=torch.int32) if is_wrong else torch.from_numpy(values[start:])
-        filled = positions[start:]
-        self.kv[rank].view(torch.int32)[:, blocks[filled // BLOCK_TOKENS], 0, filled % BLOCK_TOKENS] = new[
-            None, :, None
-        ].expand(LAYERS, count, WIDTH)
+        kv, start = self.kv[rank].view(torch.int32), end - count
+        filled = torch.arange(start, end)
+        tables = [torch.tensor(self._table(name, number)) for number in range(len(self.groups))]
+        is_wrong = False
+        for number, (group, blocks) in enumerate(zip(self.groups, tables, strict=True)):
+            first = first_attended(group, start)
+            seen = torch.arange(first, start)
+            rows = kv[:, blocks[seen // BLOCK_TOKENS], 0, seen % BLOCK_TOKENS]
+            is_wrong |= not (rows == torch.from_numpy(values[first:start] + np.int32(number))[None, :, None]).all()
+        for number, blocks in enumerate(tables):
+            right = torch.from_numpy(values[start:] + np.int32(number))
+            new = torch.full((count,), _GARBAGE, dtype=torch.int32) if is_wrong else right
+            kv[:, blocks[filled // BLOCK_TOKENS], 0, filled % BLOCK_TOKENS] = new[None, :, None].expand(
+                LAYERS, count, WIDTH
+            )
         if end < request.num_tokens:
             return is_wrong, []
         return is_wrong, [int(values[-1]) % 400 + 2]

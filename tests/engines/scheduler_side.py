@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 
 from lmc.cache.config import chunk_tokens_for
 from lmc.cache.connectors.vllm.adapters import Loaded
+from lmc.cache.connectors.vllm.groups import KVGroups
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.scheduler import SchedulerSide
 from lmc.cache.keys import Namespace
@@ -34,18 +35,26 @@ class DrivenSide:
         announces: bool = False,
         stored: dict[str, list[bytes]] | None = None,
         mapping: str = "",
+        groups: KVGroups | None = None,
         **settings: Any,
     ) -> None:
         """mapping: the number under which a node knows the worker, where the setting node is given."""
         config = load_settings(flags={"metrics.enabled": False, **settings}).config
         self.namespace = Namespace("vllm", "model", "", "bf16", "layout", chunk_tokens_for(config, block_tokens))
-        self.side = SchedulerSide(config, block_tokens, announces)
+        self.side = SchedulerSide(config, block_tokens, announces, groups=groups)
+        part_bytes = (4096,) * len(groups.order) if groups is not None else ()
         copying = CopyReading({}, {}, threads=1, pinned_slots=0, problem="")
-        ready = WorkerReady(self.namespace, 0, 4096, slots, stored or {}, copying, mapping=mapping)
+        ready = WorkerReady(
+            self.namespace, 0, 4096, slots, stored or {}, copying, mapping=mapping, part_bytes=part_bytes
+        )
         self.side.meet([Introduction(ready)])
         assert self.side.scheduler is not None
         self.scheduler = self.side.scheduler
         self.blocks = list(range(1, NUM_BLOCKS))
+        others = [
+            list(range(number * NUM_BLOCKS + 1, (number + 1) * NUM_BLOCKS)) for number in range(1, len(part_bytes))
+        ]
+        self.tables = (self.blocks, *others)  # in each of vLLM's groups
         self.plans: list[Plan] = []  # all that were made
         self.adapters: Loaded = {}  # that the engine holds
         self.model = self.namespace.model  # what the workers say that it holds
@@ -62,7 +71,7 @@ class DrivenSide:
         """A step that computes so many tokens of each request."""
         output = SchedulerOutput.make_empty()
         output.num_scheduled_tokens = scheduled
-        output.kv_connector_block_state = KVConnectorBlockState(set(scheduled), lambda _: (self.blocks,), {})
+        output.kv_connector_block_state = KVConnectorBlockState(set(scheduled), lambda _: self.tables, {})
         return output
 
     def admit(self, request: Request, computed: int = 0) -> int:
@@ -71,7 +80,7 @@ class DrivenSide:
         while found is None:
             self.step({})
             found, _ = self.side.lookup(request, computed)
-        self.side.admit(request, self.blocks, found)
+        self.side.admit(request, self.tables, found)
         self.side.sources(request, found)
         request.num_computed_tokens = computed + found
         self.step({request.request_id: request.num_tokens - computed - found})

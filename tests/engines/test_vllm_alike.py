@@ -9,7 +9,10 @@ import pytest
 from torch import nn
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
+from lmc.cache.config import CacheConfig
+from lmc.cache.connectors.vllm import worker as worker_module
 from lmc.cache.connectors.vllm.alike import ranks_alike
+from lmc.cache.connectors.vllm.worker import WorkerSide
 
 pytestmark = pytest.mark.compat
 
@@ -53,3 +56,28 @@ def test_ranks_are_alike_only_if_every_layer_says_so(of_layers: list[list[nn.Mod
     assert ranks_alike(told(4), [model], layers) == 4
     if layers:
         assert ranks_alike(told(None), [model], [*layers, nn.Identity()]) == 1  # in no model that was found
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_with_several_kv_groups_each_rank_keeps_a_copy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_groups: int
+) -> None:
+    """The other ranks are not asked for anything then."""
+    opened: list[dict[str, Any]] = []
+    shared: list[int] = []
+
+    def share_slots(config: Any, describe: Any, *, alike: int, **_: Any) -> Any:
+        shared.append(alike)
+        return describe(), None
+
+    monkeypatch.setattr(worker_module, "share_slots", share_slots)
+    monkeypatch.setattr(worker_module, "open_worker", lambda *_, **options: opened.append(options))
+    parallel = SimpleNamespace(local_world_size=4, world_size=4, rank=0)
+    config: Any = SimpleNamespace(kv_cache_groups=[None] * num_groups)
+    side = WorkerSide(CacheConfig(), SimpleNamespace(parallel_config=parallel), config)
+    side.alike = 2
+    described: Any = ("the namespace", "the layout")
+    side._open_worker(lambda: described)
+    assert shared == [2 if num_groups == 1 else 1]
+    assert opened == [{"rank": 0, "num_ranks": 4, "others": ()}]
+    assert ("store a copy each: the model has several KV groups" in caplog.text) == (num_groups == 2)

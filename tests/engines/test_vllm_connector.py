@@ -14,15 +14,20 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.outputs import KVConnectorOutput
 
 from lmc.cache.connectors.vllm.connector import LmcConnector, _recoverable
+from lmc.cache.connectors.vllm.groups import KVGroups
 from lmc.cache.connectors.vllm.identity import request_identity
-from lmc.cache.connectors.vllm.messages import StepReport
+from lmc.cache.connectors.vllm.messages import StepPlan, StepReport
+from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.keys import KeyChain, root
+from lmc.cache.parts import Group
+from lmc.cache.plan import Plan
 from lmc.cache.settings import load_settings
 from lmc.cache.tiers.format import stored_bytes
 from tests.engines.scenario import prompt
 from tests.engines.scheduler_side import DrivenSide
 
 BLOCK, CHUNK = 16, 64
+TWO_GROUPS = KVGroups((1, 0), (Group("full", BLOCK), Group("window", BLOCK, CHUNK)), ((), ()))
 
 
 def side(**values: Any) -> DrivenSide:
@@ -88,7 +93,7 @@ def test_a_step_that_is_planned_ahead_stores_only_what_is_computed() -> None:
     driven = side(store_decode=True)
     request = driven.request(prompt(3, 100))
     driven.side.lookup(request, 0)
-    driven.side.admit(request, driven.blocks, 0)
+    driven.side.admit(request, (driven.blocks,), 0)
     first = driven.side.plan(driven.output({request.request_id: 100}))
     request.num_computed_tokens = 100
     for ahead in range(40):  # tokens in flight: counted as computed, but their ids are not known
@@ -126,7 +131,7 @@ def test_nothing_is_stored_from_a_block_that_the_request_does_not_hold() -> None
     driven.blocks[5] = 0  # vLLM's sign for one that was dropped or never filled, here in the second chunk
     request = driven.request(prompt(7, 300))
     driven.side.lookup(request, 0)
-    driven.side.admit(request, driven.blocks, 0)
+    driven.side.admit(request, (driven.blocks,), 0)
     plan = driven.side.plan(driven.output({request.request_id: 300}))
     assert [[chunk.blocks for chunk in one.chunks] for one in plan.stores] == [[(1, 2, 3, 4)]]
     driven.report(plan)
@@ -134,17 +139,23 @@ def test_nothing_is_stored_from_a_block_that_the_request_does_not_hold() -> None
 
 
 @pytest.mark.parametrize(
-    ("ahead", "second_runner", "shares_blocks", "tokens"),
+    ("ahead", "second_runner", "shares_blocks", "is_hybrid", "tokens"),
     [
-        (False, False, False, 4096),
-        (True, False, False, 1),
-        (False, True, False, 1),
-        (False, False, True, 1),
-        (True, True, True, 1),
+        (False, False, False, False, 4096),
+        (True, False, False, False, 1),
+        (False, True, False, False, 1),
+        (False, False, True, False, 1),
+        (False, False, False, True, 1),
+        (True, True, True, True, 1),
     ],
 )
 def test_loads_run_before_the_pass_only_where_vllm_can_recompute_one_that_fails(
-    caplog: pytest.LogCaptureFixture, ahead: bool, second_runner: bool, shares_blocks: bool, tokens: int
+    caplog: pytest.LogCaptureFixture,
+    ahead: bool,
+    second_runner: bool,
+    shares_blocks: bool,
+    is_hybrid: bool,
+    tokens: int,
 ) -> None:
     caplog.set_level("INFO", "lmc")
     config = load_settings(flags={"background_load_tokens": 4096}).config
@@ -153,7 +164,7 @@ def test_loads_run_before_the_pass_only_where_vllm_can_recompute_one_that_fails(
         use_v2_model_runner=second_runner,
         cache_config=SimpleNamespace(enable_prefix_caching=shares_blocks),
     )
-    assert _recoverable(config, vllm_config).background_load_tokens == tokens
+    assert _recoverable(config, vllm_config, is_hybrid=is_hybrid).background_load_tokens == tokens
     assert ("every load runs in the background" in caplog.text) == (tokens == 1), (
         "a setting that is not used is said to be"
     )
@@ -198,6 +209,69 @@ def test_a_fault_in_any_hook_ends_the_cache_and_every_promise_is_taken_back(
     assert not step.plan and step.refused
     assert connector.get_kv_connector_stats() is None and list(connector.take_events()) == []
     assert not connector.has_pending_push_work()
+
+
+@pytest.mark.parametrize("where", ["lookup", "readable", "load", "store", "complete"])
+def test_with_several_groups_a_fault_takes_back_requests_and_no_blocks(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM ends when it is told of blocks then."""
+    driven = side(background_load_tokens=1, groups=TWO_GROUPS)
+    tokens = prompt(4, 300)
+    driven.serve(driven.request(tokens))
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr(driven.scheduler.directory, where, broken)
+    connector: Any = LmcConnector.__new__(LmcConnector)  # as above
+    connector._side = driven.side
+    request = driven.request(tokens)
+    found, background = connector.get_num_new_matched_tokens(request, 0)
+    assert found is not None and background == (found > 0)
+    connector.update_state_after_alloc(request, SimpleNamespace(get_block_ids=lambda: driven.tables), found)
+    request.num_computed_tokens = found
+    plan = connector.build_connector_meta(driven.output({request.request_id: 300 - found})).plan
+    assert plan.failed_blocks == []
+    planned = [one.request_id for one in plan.background_loads]
+    assert [*planned, *plan.failed_requests] == ([request.request_id] if found else [])
+    answer = KVConnectorOutput(kv_connector_worker_meta=StepReport(driven.report_of(plan)))
+    connector.update_connector_output(answer)
+    assert driven.side.scheduler is None
+    assert connector.get_num_new_matched_tokens(driven.request(tokens), 0) == (0, False)
+
+
+def test_a_worker_of_several_groups_without_a_cache_gives_requests_back_and_no_blocks() -> None:
+    groups = SimpleNamespace(kv_cache_groups=[None, None])
+    worker = WorkerSide(load_settings(flags={}).config, None, groups)  # type: ignore[arg-type]  # not looked at
+    worker.begin(StepPlan(Plan(failed_requests=["r"])), None)  # type: ignore[arg-type]
+    connector: Any = LmcConnector.__new__(LmcConnector)
+    connector._side = worker
+    results = connector.get_transfer_results(set())
+    assert (results.finished_recving, results.failed_recving) == ({"r"}, {"r"})
+    assert connector.get_block_ids_with_load_errors() == set()
+    assert connector.get_transfer_results(set()).failed_recving == set()
+
+
+def test_the_spine_is_the_group_that_keeps_all_tokens_wherever_vllm_has_it() -> None:
+    driven = side(groups=TWO_GROUPS)
+    tokens = prompt(4, 2 * CHUNK + 5)
+    driven.serve(driven.request(tokens))
+    (store,) = driven.plans[0].stores
+    per_chunk = CHUNK // BLOCK
+    window, full = driven.tables
+    assert [(chunk.group, chunk.blocks) for chunk in store.chunks] == [
+        (0, tuple(full[:per_chunk])),
+        (0, tuple(full[per_chunk : 2 * per_chunk])),
+        (1, tuple(window[per_chunk : 2 * per_chunk])),
+    ]
+    assert driven.serve(driven.request(tokens)) == 2 * CHUNK
+    window[2 * per_chunk - 1] = 0  # vLLM's sign for a block that is not there
+    driven.admit(request := driven.request(prompt(5, 2 * CHUNK + 5)))
+    assert [chunk.group for one in driven.plans[-1].stores for chunk in one.chunks] == [0, 0]
+    driven.side.finish(request)
+    driven.drain()
+    assert driven.scheduler.directory.num_open == 0
 
 
 # KV events

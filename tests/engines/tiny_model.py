@@ -53,12 +53,22 @@ def make_tiny_mistral(folder: Path, *, window: int, seed: int = 0) -> Path:
 
 
 def make_tiny_gemma(folder: Path, *, window: int, seed: int = 0) -> Path:
-    """Layers with sliding windows and layers with full attention in turn: two groups of KV cache that share memory."""
+    """Four layers, of which the third keeps all tokens: one full and three window groups of KV cache that share memory."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    turns = ["sliding_attention", "full_attention"] * 2
-    config = Gemma3TextConfig(**_SHAPE, sliding_window=window, layer_types=turns, query_pre_attn_scalar=32)
+    kinds = ["full_attention" if layer == 2 else "sliding_attention" for layer in range(4)]
+    config = Gemma3TextConfig(**_SHAPE, sliding_window=window, layer_types=kinds, query_pre_attn_scalar=32)
     return _save(Gemma3ForCausalLM, config, folder, seed)
+
+
+def make_tiny_gpt_oss(folder: Path, *, window: int, seed: int = 0) -> Path:
+    """Experts, attention sinks, and windows in every other layer: a window group and a full one of two layers each."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = GptOssConfig(**_SHAPE, sliding_window=window, layer_types=kinds, pad_token_id=2, **experts)
+    return _save(GptOssForCausalLM, config, folder, seed)
 
 
 def make_tiny_falcon(folder: Path, *, seed: int = 0) -> Path:

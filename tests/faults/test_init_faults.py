@@ -39,6 +39,9 @@ def unsupported_option(*_: object, **__: object) -> None:
     raise ConfigError("--pipeline-parallel-size is not supported by the cache")
 
 
+ONE_GROUP = SimpleNamespace(kv_cache_groups=[None])  # of vLLM's KV cache
+
+
 def open_worker_side(**values: object) -> WorkerSide:
     parallel = SimpleNamespace(tensor_parallel_size=1, world_size=1, enable_expert_parallel=False, rank=0)
     config = SimpleNamespace(
@@ -48,7 +51,7 @@ def open_worker_side(**values: object) -> WorkerSide:
         load_config=SimpleNamespace(load_format="dummy"),
         model_config=None,
     )
-    side = WorkerSide(settings(**values), config, None)  # type: ignore[arg-type]
+    side = WorkerSide(settings(**values), config, ONE_GROUP)  # type: ignore[arg-type]
     side.open({})
     return side
 
@@ -65,7 +68,7 @@ def open_worker_side(**values: object) -> WorkerSide:
 def test_a_worker_that_cannot_open_its_cache_does_without(monkeypatch, caplog, broken, said):
     """test_vllm_options.py has which options are refused; here a stand-in for vLLM's configuration will do."""
     monkeypatch.setattr(worker_module, "require_supported_options", lambda config: None)
-    monkeypatch.setattr(worker_module, "require_full_attention", broken)
+    monkeypatch.setattr(worker_module, "read_groups", broken)
     worker = open_worker_side()
     assert "lmc: no cache on rank 0: " in caplog.text and said in caplog.text
     worker.fence(frozenset())
@@ -114,7 +117,7 @@ def test_a_key_that_nobody_reads_is_refused(extra: dict[str, Any]) -> None:
 def assert_serves_on(scheduler: SchedulerSide) -> None:
     request = Request("r", prompt(1, 50), SamplingParams(max_tokens=4), None)
     assert scheduler.lookup(request, 0) == (0, False)
-    scheduler.admit(request, [1, 2, 3], 0)
+    scheduler.admit(request, ([1, 2, 3],), 0)
     output = SchedulerOutput.make_empty()
     output.num_scheduled_tokens = {"r": 50}
     assert not scheduler.plan(output)
@@ -133,7 +136,7 @@ def test_a_cache_that_the_scheduler_refuses_is_closed_on_every_rank(instances):
     connector = LmcConnector.__new__(LmcConnector)  # its constructor wants a whole configuration of vLLM
     connector._side = scheduler
     step = connector.build_connector_meta(SchedulerOutput.make_empty())
-    connector._side = side = WorkerSide(settings(), None, None, pair.workers[0])  # type: ignore[arg-type]
+    connector._side = side = WorkerSide(settings(), None, ONE_GROUP, pair.workers[0])  # type: ignore[arg-type]
     connector.handle_preemptions(step)
     assert side.worker is None
     assert pair.workers[0]._slab._closing.is_set()
@@ -142,7 +145,7 @@ def test_a_cache_that_the_scheduler_refuses_is_closed_on_every_rank(instances):
     scheduler.meet([Introduction(one), Introduction(other)])
     connector._side = scheduler
     step = connector.build_connector_meta(SchedulerOutput.make_empty())
-    connector._side = side = WorkerSide(settings(), None, None, pair.workers[1])  # type: ignore[arg-type]
+    connector._side = side = WorkerSide(settings(), None, ONE_GROUP, pair.workers[1])  # type: ignore[arg-type]
     connector.handle_preemptions(step)
     assert side.worker is pair.workers[1]
     scheduler.close()

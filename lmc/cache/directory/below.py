@@ -288,7 +288,16 @@ class Below:
         if kind == "write":
             slot, parent = self._places.slots[node], self._places.parent_key(node)
         ticket = self._operations.open(
-            kind, key, node, tier, slot, evict=gone_keys, parent=parent, evict_nodes=gone, demotes=demotes
+            kind,
+            key,
+            node,
+            tier,
+            slot,
+            evict=gone_keys,
+            parent=parent,
+            evict_nodes=gone,
+            demotes=demotes,
+            group=self._places.groups[node] if node >= 0 else 0,
         )
         self.outbox.append(ticket)
         self._places.hold_one(node, 1)

@@ -30,6 +30,7 @@ from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.removal import Removal
 from lmc.cache.directory.restore import restore
 from lmc.cache.keys import ChunkKey
+from lmc.cache.parts import SPINE, Leaf
 from lmc.cache.policy.base import PolicySpec
 
 _REMOTE_KEYS = 65_536
@@ -45,6 +46,23 @@ class Found:
     @property
     def num_chunks(self) -> int:
         return len(self.tiers)
+
+    def leading_in_host(self, first: int) -> int:
+        """End of the run of chunks that can be loaded at once: those before `first` are the engine's own, the others must be in host."""
+        end = min(first, self.num_chunks)
+        while end < self.num_chunks and self.tiers[end] == HOST:
+            end += 1
+        return end
+
+    def sources(self, covered: int, last: int, chunk_tokens: int) -> dict[str, int]:
+        """Tokens up to chunk `last`, without the first `covered` tokens, by the tier that held them at the lookup."""
+        sources: dict[str, int] = {}
+        for index in range(covered // chunk_tokens, last):
+            end = (index + 1) * chunk_tokens
+            tier = self.tiers[index] if index < self.num_chunks else HOST
+            sources[tier] = sources.get(tier, 0) + end - covered
+            covered = end
+        return sources
 
 
 class Directory:
@@ -115,6 +133,15 @@ class Directory:
         tiers = [residents.name for residents in self._places.sets if node >= 0 and residents.readable(node)]
         return tiers + [remote.name for remote in self._remotes if key in remote and remote.name not in tiers]
 
+    def readable(self, leaves: Iterable[Leaf], now: float, *, in_host: bool = False) -> bool:
+        """Whether all of them can be read: from any tier, or from host memory."""
+        now = self._advance(now)
+        for leaf in leaves:
+            tier = self._source(leaf.key, self._places.nodes.find(leaf.key), now)
+            if tier is None or (in_host and tier != HOST):
+                return False
+        return True
+
     def idle(self, key: ChunkKey, now: float) -> float | None:
         """Seconds since the chunk was touched (with a fixed time to live: stored), or None if it isn't in any bounded tier."""
         node = self._places.nodes.find(key)
@@ -123,34 +150,40 @@ class Directory:
 
     # Moving chunks
 
-    def store(self, keys: Sequence[ChunkKey], now: float, *, tenant: str = "", touch: bool = True) -> list[Ticket]:
-        """A request has computed the chunks of keys, a whole prefix: touch those that are stored, and reserve slots for
-        the others. A chunk counts as missing, too, when the copy that was to bring it up is stuck, late or unavailable.
+    def store(
+        self,
+        keys: Sequence[ChunkKey],
+        now: float,
+        *,
+        leaves: Sequence[Leaf] = (),
+        tenant: str = "",
+        touch: bool = True,
+    ) -> list[Ticket]:
+        """A request has computed the chunks of keys, a whole prefix, and these leaves of them: touch those that are stored, and reserve
+        slots for the others. A chunk counts as missing, too, when the copy that was to bring it up is stuck, late or unavailable.
 
-        Inserts and touches go from the last chunk to the first, so a parent is younger than its child. Returns a store ticket for each
-        chunk that got a slot, in order of the prefix. If no slot is free, the rest is dropped.
+        Inserts and touches go from the last chunk to the first, and leaves come before all chunks, so a parent is younger than its child.
+        Returns a store ticket for each chunk that got a slot, in order of the prefix, and then those of leaves. If no slot is free, the
+        rest is dropped.
         """
         now = self._advance(now)
         places = self._places
         places.access += 1
         chain = places.nodes.chain(keys)
         in_host = places.host.state
-        missing = [
-            index
-            for index, node in enumerate(chain)
-            if node < 0
-            or (in_host[node] == ABSENT and node in places.unreached)
-            or (in_host[node] != RESIDENT and not places.present(node))
-        ]
+        missing = self._missing(chain)
         new: list[int] = []
         tickets: list[Ticket] = []
         end = len(keys)
-        if missing:
+        if missing or leaves:
             places.hold(chain, 1)
             # A prompt longer than the host: its own chunks never make room for it, so the policy is not asked for a victim.
             room = places.num_slots - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
             for index in missing:
-                ticket = self._host_slots.store(keys[index], chain, index, tenant, now) if len(new) < room else None
+                parent = chain[index - 1] if index else -1
+                ticket = (
+                    self._host_slots.store(keys[index], chain, index, parent, tenant, now) if len(new) < room else None
+                )
                 if ticket is None:
                     self.counts.stores_dropped += len(missing) - len(new)
                     places.misses.note(keys[index], Miss.NO_ROOM)
@@ -158,6 +191,8 @@ class Directory:
                     break
                 tickets.append(ticket)
                 new.append(chain[index])
+            if leaves:
+                tickets += self._store_leaves([leaf for leaf in leaves if leaf.chunk < end], chain, tenant, now)
             places.insert(places.host, new)
             places.hold(chain, -1)
         added = set(new)
@@ -169,7 +204,7 @@ class Directory:
             places.touch(stored, now)
             if self._below.exists:
                 self._below.after_touch(stored)
-        if missing:
+        if missing or leaves:
             for node in chain[end:]:
                 if node >= 0:
                     places.forget_unused(node)
@@ -178,47 +213,50 @@ class Directory:
             self._below.demote_ahead()
         return tickets
 
-    def stage(self, keys: Sequence[ChunkKey], now: float, *, first: int = 0, tenant: str = "") -> list[Ticket]:
-        """Copy chunks of a prefix, from index `first` on, into host slots. Chunks already in host are skipped.
+    def stage(
+        self,
+        keys: Sequence[ChunkKey],
+        now: float,
+        *,
+        first: int = 0,
+        leaves: Sequence[Leaf] = (),
+        tenant: str = "",
+    ) -> list[Ticket]:
+        """Copy chunks of a prefix, from index `first` on, and other parts of them into host slots. What is in host is skipped.
 
-        Stops at the first chunk that cannot be read or finds no room.
+        Stops at the first one that cannot be read or finds no room.
         """
         now = self._advance(now)
         places = self._places
         places.access += 1
         chain = places.nodes.chain(keys)
-        places.hold(chain, 1)
+        hung = [places.nodes.find(leaf.key) for leaf in leaves]
+        places.hold([*chain, *hung], 1)
         tickets: list[Ticket] = []
         new: list[int] = []
-        for index in range(first, len(keys)):
-            node, key = chain[index], keys[index]
+
+        def bring(key: ChunkKey, nodes: list[int], index: int, parent: int, group: int) -> bool:
+            node = nodes[index]
             if node >= 0 and places.host.state[node] in (INCOMING, RESIDENT):
-                continue
+                return True
             tier = self._source(key, node, now)
-            if (
-                tier is None
-                or (node >= 0 and places.host.state[node] != ABSENT)
-                or not self._host_slots.make_room(tenant)
-            ):
+            ticket = self._host_slots.stage(key, nodes, index, parent, tenant, now, tier, group) if tier else None
+            if ticket is None:
+                return False
+            tickets.append(ticket)
+            new.append(nodes[index])
+            return True
+
+        for index in range(first, len(keys)):
+            if not bring(keys[index], chain, index, chain[index - 1] if index else -1, SPINE):
                 break
-            parent = chain[index - 1] if index else -1
-            if node < 0:
-                if places.nodes.full:
+        else:
+            for index, leaf in enumerate(leaves):
+                if not bring(leaf.key, hung, index, chain[leaf.chunk], leaf.group):
                     break
-                node = chain[index] = places.add(key, parent, now)
-                places.hold_one(node, 1)
-            if not places.present(node):
-                places.parents[node] = parent
-            if places.ages.expired(
-                node, now
-            ):  # an expired copy is still being deleted; the one that arrives is not expired
-                places.ages.born(node, now)
-            places.adopt(node, parent, tenant)
-            tickets.append(self._host_slots.stage(node, tier))
-            new.append(node)
         places.insert(places.host, new)
-        places.hold(chain, -1)
-        for node in chain:
+        places.hold([*chain, *hung], -1)
+        for node in (*chain, *hung):
             if node >= 0:
                 places.forget_unused(node)
         places.forget_ghosts()
@@ -414,6 +452,48 @@ class Directory:
         for remote in self._remotes:
             remote.now = self._now
         return self._now
+
+    def _missing(self, nodes: Sequence[int]) -> list[int]:
+        """The indices of those of nodes (-1: of a chunk that is not known) that must be stored."""
+        places, in_host = self._places, self._places.host.state
+        return [
+            index
+            for index, node in enumerate(nodes)
+            if node < 0
+            or (in_host[node] == ABSENT and node in places.unreached)
+            or (in_host[node] != RESIDENT and not places.present(node))
+        ]
+
+    def _store_leaves(self, leaves: Sequence[Leaf], chain: Sequence[int], tenant: str, now: float) -> list[Ticket]:
+        """What store() does for leaves whose chunks, the nodes of chain, are held."""
+        places = self._places
+        nodes = [places.nodes.find(leaf.key) for leaf in leaves]
+        missing = self._missing(nodes)
+        absent = set(missing)
+        stored = [(nodes[index], chain[leaf.chunk]) for index, leaf in enumerate(leaves) if index not in absent]
+        places.hold(nodes, 1)
+        new: list[int] = []
+        tickets: list[Ticket] = []
+        for number, index in enumerate(missing):
+            leaf = leaves[index]
+            ticket = self._host_slots.store(leaf.key, nodes, index, chain[leaf.chunk], tenant, now, leaf.group)
+            if ticket is None:
+                self.counts.stores_dropped += len(missing) - number
+                places.misses.note(leaf.key, Miss.NO_ROOM)
+                break
+            tickets.append(ticket)
+            new.append(nodes[index])
+        places.insert(places.host, new)
+        places.hold(nodes, -1)
+        for node, parent in stored:
+            places.adopt(node, parent, tenant)
+        places.touch([node for node, _ in stored], now)
+        if self._below.exists:
+            self._below.after_touch([node for node, _ in stored])
+        for node in nodes:
+            if node >= 0:
+                places.forget_unused(node)
+        return tickets
 
     def _source(self, key: ChunkKey, node: int, now: float) -> str | None:
         """The tier from which a chunk that may not be in host can be read."""

@@ -28,7 +28,8 @@ Kind = Literal["store", "write", "stage", "delete", "load"]
 class Ticket(NamedTuple):
     """A copy to make: store (blocks to slot), load (slot to blocks), write (slot to tier), stage (tier to slot), delete (in tier).
 
-    `evict` is deleted from the tier before the chunk is written. `parent` is the chunk before this one, if there is one.
+    `evict` is deleted from the tier before the chunk is written. `parent` is the chunk before this one, if there is one. `group`: which
+    part of a chunk it is (lmc.cache.parts), where that matters.
     """
 
     operation: int
@@ -38,6 +39,7 @@ class Ticket(NamedTuple):
     slot: int
     evict: tuple[ChunkKey, ...] = ()
     parent: ChunkKey | None = None
+    group: int = 0
 
 
 @dataclass(slots=True)
@@ -77,9 +79,10 @@ class Operations:
         parent: ChunkKey | None = None,
         evict_nodes: tuple[int, ...] = (),
         demotes: bool = False,
+        group: int = 0,
     ) -> Ticket:
         self._last += 1
-        ticket = Ticket(self._last, kind, key, tier, slot, evict, parent)
+        ticket = Ticket(self._last, kind, key, tier, slot, evict, parent, group)
         self._open[self._last] = Operation(ticket, node, evict_nodes, demotes)
         return ticket
 

@@ -38,14 +38,15 @@ class HostSlots:
             self._below.evict_from_host(node, "quota")
         return self._below.make_room()
 
-    def store(self, key: ChunkKey, chain: list[int], index: int, tenant: str, now: float) -> Ticket | None:
+    def store(
+        self, key: ChunkKey, chain: list[int], index: int, parent: int, tenant: str, now: float, group: int = 0
+    ) -> Ticket | None:
         """Reserve a host slot for chain[index]. Writes a newly created node into chain[index]. Returns None if no slot is available."""
         places, node = self._places, chain[index]
         if node >= 0 and places.host.state[node] != ABSENT:
             return None  # a failed load still has transfers under way
         if not self.make_room(tenant) or (node < 0 and places.nodes.full):
             return None
-        parent = chain[index - 1] if index else -1
         if node < 0:
             node = chain[index] = places.add(key, parent, now)
             places.hold_one(node, 1)
@@ -54,14 +55,39 @@ class HostSlots:
         else:
             places.parents[node] = parent
             places.ages.born(node, now)
+        places.groups[node] = group
         places.count_touch(node)
         places.tenants.assign(node, tenant)
         places.take_slot(node)
         return self._issue("store", node, HOST)
 
-    def stage(self, node: int, tier: str) -> Ticket:
-        """Reserve a free host slot for a chunk of a lower tier."""
-        self._places.take_slot(node)
+    def stage(
+        self,
+        key: ChunkKey,
+        chain: list[int],
+        index: int,
+        parent: int,
+        tenant: str,
+        now: float,
+        tier: str,
+        group: int = 0,
+    ) -> Ticket | None:
+        """The same for a chunk of a lower tier, which is not in host."""
+        places, node = self._places, chain[index]
+        if (node >= 0 and places.host.state[node] != ABSENT) or not self.make_room(tenant):
+            return None
+        if node < 0:
+            if places.nodes.full:
+                return None
+            node = chain[index] = places.add(key, parent, now)
+            places.hold_one(node, 1)
+        if not places.present(node):
+            places.parents[node] = parent
+        if places.ages.expired(node, now):  # that copy is still being deleted; the one that arrives is not expired
+            places.ages.born(node, now)
+        places.adopt(node, parent, tenant)
+        places.groups[node] = group
+        places.take_slot(node)
         self.staging.add(node)
         return self._issue("stage", node, tier)
 
@@ -134,6 +160,7 @@ class HostSlots:
 
     def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
         places = self._places
-        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node])
+        group = places.groups[node]
+        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node], group=group)
         places.hold_one(node, 1)
         return ticket

@@ -22,6 +22,7 @@ class Miss(StrEnum):
     CLEARED = "cleared"
     # The request finds these out, not the directory:
     SALT_DIFFERS = "salt differs"  # the first chunk is there for another tenant or adapter
+    NO_CHECKPOINT = "no checkpoint"  # chunks were found, but not what a hit that ends there needs of the other parts
     BELOW_MINIMUM = "below minimum"
     LOAD_DEADLINE = "load deadline"
     REMOTE_DEADLINE = "remote deadline"

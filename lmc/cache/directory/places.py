@@ -46,6 +46,7 @@ class Places:
         self.changes = Changes()
         self.access = 0  # number of the request: the policies' clock
         self.slots = array("i", [-1]) * num_nodes
+        self.groups = bytearray(num_nodes)  # which part of its chunk a node is; known before it comes into host
         self.unreached: set[int] = set()  # nodes below the host that could not be brought up when they were wanted
         self.touches = array("H", bytes(2 * num_nodes))
         self._free_slots: list[int] = []

@@ -15,14 +15,16 @@ keys that tiers with other writers must be asked for. It makes no plan, counts n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from lmc.cache.directory.checkpoints import Checkpoints
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss
 from lmc.cache.directory.places import HOST
+from lmc.cache.directory.questions import Question, Questions
 from lmc.cache.keys import ChunkKey
+from lmc.cache.parts import SPINE, Leaf, Parts
 
 _PIN_GRACE_SECONDS = 60.0  # a request whose chunks were staged may wait this long for a place in the batch
 _EVERY_CHUNK = 1 << 60
@@ -41,28 +43,18 @@ class RequestSettings(Protocol):
     def store_decode(self) -> bool: ...
 
 
-@dataclass(slots=True)
-class _Question:
-    """The tiers that others write to were asked which of the missing chunks they hold."""
-
-    keys: Sequence[ChunkKey]
-    until: float  # when the answer is no longer waited for
-    taken: bool = False  # the keys were handed out
-    answered: bool = False
-    failed: bool = False  # a tier could not say
-
-
 class Request:
     """One request between its first lookup and its end. `name` is unique among the requests of the directory."""
 
     __slots__ = (
+        "_checkpoints",
         "_chunk_tokens",
         "_directory",
         "_found",
         "_loading",
         "_lookup_miss",
         "_outbox",
-        "_question",
+        "_questions",
         "_retired",
         "_settings",
         "_stage_until",
@@ -83,25 +75,32 @@ class Request:
     )
 
     def __init__(
-        self, name: str, directory: Directory, settings: RequestSettings, chunk_tokens: int, tenant: str, now: float
+        self,
+        name: str,
+        directory: Directory,
+        settings: RequestSettings,
+        chunk_tokens: int,
+        tenant: str,
+        now: float,
+        parts: Parts | None = None,
     ) -> None:
+        """parts: of a model with several kinds of KV."""
         self.name = name
         self.tenant = tenant
         self.arrived = now
         self.num_tokens = 0  # at the last lookup
         self.computed = 0  # tokens that the engine holds itself, at the last lookup
         self.salt_differs = False  # the same first chunk came before under another tenant or adapter
-        self.sources: dict[
-            str, int
-        ] = {}  # tokens that the first load() reads, by the tier that held them at the lookup
+        self.sources: dict[str, int] = {}  # tokens that the first load() reads, by the tier that held them before
         self.admitted = False
         self.keys: Sequence[ChunkKey] = ()
         self._directory = directory
         self._settings = settings
         self._store_decode = settings.store_decode
         self._chunk_tokens = chunk_tokens
+        self._checkpoints = Checkpoints(parts, directory) if parts is not None and parts.has_leaves else None
         self._found: Found | None = None  # at the first lookup: where the hit came from
-        self._question: _Question | None = None
+        self._questions = Questions(settings.lookup_deadline)
         self._stage_until: float | None = None  # set when staging begins
         self._staging_miss: Miss = Miss.LOAD_FAILED  # why chunks found in a lower tier were not staged
         self._lookup_miss: str | None = None  # why fewer tokens are loaded than were found
@@ -128,12 +127,22 @@ class Request:
         found = self._directory.lookup(keys[:limit], now)
         if found.num_chunks < limit and self._must_wait_for_answer(keys[found.num_chunks : limit], now):
             return None
+        if self._checkpoints is not None:
+            usable = self._checkpoints.usable(found, keys, computed, now)
+            if usable is not found and self._must_wait_for_leaves(self._checkpoints, found.num_chunks, now):
+                return None
+            found = self._checkpoints.usable(found, keys, computed, now) if usable is not found else found
         if self._found is None:
             self._found = found
         first = computed // self._chunk_tokens
-        in_host = _leading_in_host(found, first)
-        if in_host < found.num_chunks and self._must_wait_for_staging(first, found, now):
-            return None
+        in_host = found.leading_in_host(first)
+        leaves = self._leaves(found.num_chunks)
+        has_leaves = not leaves or self._directory.readable(leaves, now, in_host=True)
+        if in_host < found.num_chunks or not has_leaves:
+            if self._must_wait_for_staging(first, found, leaves, now):
+                return None
+            if self._checkpoints is not None:
+                in_host = self._checkpoints.longest(keys, in_host, computed, now, in_host=True)
         if in_host < self._found.num_chunks and self._lookup_miss != Miss.LOAD_DEADLINE:
             self._lookup_miss = (found.miss if in_host == found.num_chunks else None) or self._staging_miss
         gain = in_host * self._chunk_tokens - computed
@@ -143,21 +152,20 @@ class Request:
         return max(gain, 0)
 
     def take_question(self) -> Sequence[ChunkKey]:
-        """Consecutive chunks that the tiers with other writers must be asked for; empty when there is nothing to ask.
+        """Consecutive chunks that the tiers with other writers must be asked for, or leaves; empty when there is nothing to ask.
 
         The answer goes to Directory.learn(), and then to answer() before the next lookup.
         """
-        question = self._question
-        if question is None or question.taken:
-            return ()
-        question.taken = True
-        return question.keys
+        return self._questions.take()
+
+    @property
+    def asks_for_leaves(self) -> bool:
+        """Of the last question: each of its keys counts, not only those before the first absent one."""
+        return self._questions.leaves is not None
 
     def answer(self, *, failed: bool) -> None:
-        """The directory has learned what the tiers hold; failed: a tier could not say."""
-        assert self._question is not None
-        self._question.answered = True
-        self._question.failed = failed
+        """The directory has learned what the tiers hold, of the last question; failed: a tier could not say."""
+        self._questions.answer(failed=failed)
 
     def take_tickets(self) -> list[Ticket]:
         """Chunks to bring into host memory, for which the request waits until the load deadline."""
@@ -166,7 +174,9 @@ class Request:
 
     def arriving(self) -> list[ChunkKey]:
         """Chunks of the request that are being staged into host memory, for this request or for another one."""
-        return [key for key in self.keys[self.first_chunk :] if self._directory.arriving([key])]
+        leaves = self._leaves(self._checkpoints.hit) if self._checkpoints is not None else []
+        wanted = [*self.keys[self.first_chunk :], *(leaf.key for leaf in leaves)]
+        return [key for key in wanted if self._directory.arriving([key])]
 
     @property
     def deadline(self) -> float | None:
@@ -177,24 +187,35 @@ class Request:
         """Keep the chunks of the last lookup's answer from eviction until load(), or until the expiry."""
         last = (self.computed + gain) // self._chunk_tokens
         self._directory.unpin(self._promise)  # pins of one owner add up
-        self._directory.pin(self.keys[self.first_chunk : last], self._promise, expires)
+        leaves = [leaf.key for leaf in self._leaves(last)]
+        self._directory.pin([*self.keys[self.first_chunk : last], *leaves], self._promise, expires)
 
     # In the batch
 
-    def load(self, num_tokens: int) -> list[Ticket]:
+    def load(self, num_tokens: int) -> list[tuple[int, Ticket]]:
         """The engine took the request in and reads num_tokens tokens beyond `computed` from the cache.
 
-        Returns a load ticket for each chunk, from first_chunk on. The host slots stay as they are until these operations are complete.
-        Raises KeyError when a chunk is not in host memory.
+        Returns a load ticket and its chunk's index for each chunk, from first_chunk on, and for the leaves of the last of them. The host
+        slots stay as they are until these operations are complete. Raises KeyError when one of them is not in host memory.
         """
         first = self.first_chunk
         last = (self.computed + num_tokens) // self._chunk_tokens if num_tokens else first
-        tickets = self._directory.load(self.keys[first:last]) if num_tokens else []
-        self._loading.update((ticket.operation, index) for index, ticket in enumerate(tickets, start=first))
+        if not num_tokens:
+            tickets = []
+        elif self._checkpoints is None:
+            tickets = list(enumerate(self._directory.load(self.keys[first:last]), start=first))
+            self._loading.update([(ticket.operation, index) for index, ticket in tickets])
+        else:
+            leaves = self._leaves(last)
+            keys = [*self.keys[first:last], *(leaf.key for leaf in leaves)]
+            chunks = [*range(first, last), *(leaf.chunk for leaf in leaves)]
+            tickets = list(zip(chunks, self._directory.load(keys), strict=True))
+            for index, ticket in tickets:  # without one of its leaves a hit of this length is none
+                self._loading[ticket.operation] = index if ticket.group == SPINE else last - 1
         self._unpin()
         if not self.admitted:
             self.admitted = True
-            self.sources = self._sources(first, last) if tickets else {}
+            self.sources = self._sources(last) if tickets else {}
         return tickets
 
     @property
@@ -221,30 +242,44 @@ class Request:
 
     def sources_of(self, gain: int) -> dict[str, int]:
         """Tokens of the last lookup's answer, by the tier that held them when the request came."""
-        return self._sources(self.first_chunk, (self.computed + gain) // self._chunk_tokens)
+        return self._sources((self.computed + gain) // self._chunk_tokens)
 
     def wants_store(self, num_valid: int, num_prompt: int) -> bool:
         """Whether store() would have something to do; cheap enough to ask in every step."""
         end = num_valid if self._store_decode or num_valid < num_prompt else num_prompt
         return end // self._chunk_tokens > self._stored
 
-    def store(self, keys: Sequence[ChunkKey], num_valid: int, num_prompt: int, now: float) -> list[Ticket]:
-        """The first num_valid tokens have valid KV; the prompt has num_prompt. Returns a store ticket for each chunk that got a slot."""
+    def store(
+        self, keys: Sequence[ChunkKey], num_valid: int, num_prompt: int, now: float, num_before: int = 0
+    ) -> list[tuple[int, Ticket]]:
+        """The first num_valid tokens have valid KV, of which the engine computed those from num_before on now; the prompt has num_prompt.
+
+        Returns a store ticket and its chunk's index for each chunk that got a slot, and for the leaves of checkpoints among them.
+        """
         self.keys = keys
         wanted = keys[: (num_valid if self._store_decode else min(num_valid, num_prompt)) // self._chunk_tokens]
         if len(wanted) <= self._stored:
             return []
-        tickets = self._directory.store(wanted, now, tenant=self.tenant, touch=not self._touched)
+        checkpoints = self._checkpoints
+        leaves = checkpoints.kept(keys, num_before, len(wanted), num_prompt) if checkpoints is not None else []
+        tickets = self._directory.store(wanted, now, leaves=leaves, tenant=self.tenant, touch=not self._touched)
         self._touched = True
         self._stored = self._directory.num_settled(wanted)
-        return tickets
+        if not tickets:
+            return []
+        position = {key: index for index, key in enumerate(wanted)}
+        if leaves:
+            position.update({leaf.key: leaf.chunk for leaf in leaves})
+        return [(position[ticket.key], ticket) for ticket in tickets]
 
     # After it
 
     def end(self) -> Sequence[ChunkKey]:
         """The request is gone, in whatever way. Returns the chunks that may stay pinned: none after retire()."""
         self._unpin()
-        return () if self._retired else self.keys
+        if self._retired or self._checkpoints is None:
+            return () if self._retired else self.keys
+        return [*self.keys, *self._checkpoints.pinned(self.keys, self.num_tokens)]
 
     def retire(self) -> None:
         """The cache was reset. The request's KV belongs to the time before, so from now on it loads and stores nothing."""
@@ -262,6 +297,11 @@ class Request:
 
     # Inside
 
+    def _leaves(self, num_chunks: int) -> list[Leaf]:
+        """What a hit of num_chunks chunks needs beside them."""
+        checkpoints = self._checkpoints
+        return checkpoints.needed(self.keys, num_chunks, self.computed) if checkpoints is not None else []
+
     @property
     def _promise(self) -> str:
         """Owner of the pin on what the request was promised."""
@@ -273,29 +313,37 @@ class Request:
 
     def _must_wait_for_answer(self, missing: Sequence[ChunkKey], now: float) -> bool:
         """Ask the tiers that others write to for the missing chunks, once; True until they have answered or the deadline has passed."""
-        if not self._directory.has_other_writers:
-            return False
-        if self._question is None:
-            if self._stage_until is not None:
-                return False  # a load failed; what is found now would not be staged any more
-            self._question = _Question(missing, now + self._settings.lookup_deadline)
-        if self._question.answered:
-            if self._question.failed:
-                self._lookup_miss = Miss.REMOTE_FAILED
-            return False
-        if now < self._question.until:
-            return True
-        self._lookup_miss = Miss.REMOTE_DEADLINE
+        if self._questions.chunks is None and self._may_ask:
+            self._questions.ask_for_chunks(missing, now)
+        return self._waits_for(self._questions.chunks, now)
+
+    def _must_wait_for_leaves(self, checkpoints: Checkpoints, num_chunks: int, now: float) -> bool:
+        """The same for the leaves of a hit of all chunks found, and of the last checkpoints inside them: where others store them."""
+        if self._questions.leaves is None and self._may_ask:
+            self._questions.ask_for_leaves(checkpoints.unknown(self.keys, num_chunks, self.computed, now), now)
+        return self._waits_for(self._questions.leaves, now)
+
+    @property
+    def _may_ask(self) -> bool:
+        """Not after a load has failed: what is found then would not be staged any more."""
+        return self._directory.has_other_writers and self._stage_until is None
+
+    def _waits_for(self, question: Question | None, now: float) -> bool:
+        if question is None or question.waits(now):
+            return question is not None
+        self._lookup_miss = question.miss or self._lookup_miss
         return False
 
-    def _must_wait_for_staging(self, first: int, found: Found, now: float) -> bool:
+    def _must_wait_for_staging(self, first: int, found: Found, leaves: Sequence[Leaf], now: float) -> bool:
         """Bring what lies in lower tiers into host memory, once; True until it is there or the deadline has passed."""
-        wanted = self.keys[first : found.num_chunks]
+        wanted = [*self.keys[first : found.num_chunks], *(leaf.key for leaf in leaves)]
         if self._stage_until is None:
             self._stage_until = now + self._settings.load_deadline
-            self._outbox += self._directory.stage(self.keys[: found.num_chunks], now, first=first, tenant=self.tenant)
+            self._outbox += self._directory.stage(
+                self.keys[: found.num_chunks], now, first=first, leaves=leaves, tenant=self.tenant
+            )
             self._directory.pin(wanted, f"request {self.name}", self._stage_until + _PIN_GRACE_SECONDS)
-            if found.tiers[-1] != HOST and not self._directory.arriving(wanted[-1:]):
+            if HOST not in self._directory.tiers_of(wanted[-1]) and not self._directory.arriving(wanted[-1:]):
                 self._staging_miss = Miss.NO_ROOM
         if not self._directory.arriving(wanted):
             return False
@@ -304,22 +352,7 @@ class Request:
             return False
         return True
 
-    def _sources(self, first: int, last: int) -> dict[str, int]:
-        """Tokens of chunks first..last, less what the engine holds, by the tier that held them when the request came."""
+    def _sources(self, last: int) -> dict[str, int]:
+        """Tokens up to chunk `last`, less what the engine holds, by the tier that held them when the request came."""
         assert self._found is not None
-        sources: dict[str, int] = {}
-        covered = self.computed
-        for index in range(first, last):
-            end = (index + 1) * self._chunk_tokens
-            tier = self._found.tiers[index] if index < self._found.num_chunks else HOST
-            sources[tier] = sources.get(tier, 0) + end - covered
-            covered = end
-        return sources
-
-
-def _leading_in_host(found: Found, first: int) -> int:
-    """End of the run of chunks that can be loaded at once: those before `first` are the engine's own, the others must be in host."""
-    end = min(first, found.num_chunks)
-    while end < found.num_chunks and found.tiers[end] == HOST:
-        end += 1
-    return end
+        return self._found.sources(self.computed, last, self._chunk_tokens)

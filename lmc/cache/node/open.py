@@ -8,23 +8,34 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
 from lmc.cache.node.scheduler import NodeScheduler
 from lmc.cache.node.worker import open_node_worker
+from lmc.cache.parts import Group
 from lmc.cache.plan import WorkerReady
 from lmc.cache.scheduler.cache import CacheScheduler
 from lmc.cache.transfer.common_slots import CommonSlots
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker import open as embedded
 from lmc.cache.worker.worker import CacheWorker
+from lmc.errors import ConfigError
 
 AnyScheduler = CacheScheduler | NodeScheduler
 
 
 def open_scheduler(
-    config: CacheConfig, ready: Sequence[WorkerReady], block_tokens: int, *, part: tuple[int, int] = (0, 1)
+    config: CacheConfig,
+    ready: Sequence[WorkerReady],
+    block_tokens: int,
+    *,
+    part: tuple[int, int] = (0, 1),
+    groups: Sequence[Group] = (),
 ) -> AnyScheduler:
-    """part: of a common disk folder, for an engine with a cache of its own. Raises ConfigError when the workers don't fit together."""
+    """part: of a common disk folder, for an engine with a cache of its own. groups: as CacheScheduler takes them.
+
+    Raises ConfigError when the workers don't fit together, and for several groups through a node.
+    """
     if config.node is not None:
+        _require_one_group(groups)
         return NodeScheduler(config, ready, block_tokens)
-    return CacheScheduler(config, ready, block_tokens, part=part)
+    return CacheScheduler(config, ready, block_tokens, part=part, groups=groups)
 
 
 def open_worker(
@@ -35,8 +46,20 @@ def open_worker(
     rank: int,
     num_ranks: int,
     common: CommonSlots | None = None,
+    others: Sequence[tuple[KVLayout, int]] = (),
 ) -> CacheWorker:
-    """num_ranks: of one engine, on this machine. common: as the embedded worker takes it. Raises what the embedded worker raises."""
+    """num_ranks: of one engine, on this machine. common, others: as the embedded worker takes them.
+
+    Raises what the embedded worker raises, and ConfigError for several groups through a node.
+    """
     if config.node is not None:
+        _require_one_group(others)
         return open_node_worker(config, namespace, layout, rank=rank, ranks=range(num_ranks))
-    return embedded.open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks, common=common)
+    return embedded.open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks, common=common, others=others)
+
+
+def _require_one_group(several: Sequence[object]) -> None:
+    if several:
+        raise ConfigError(
+            "a model with several KV groups is not supported through a node yet; leave the setting node out"
+        )

@@ -121,8 +121,10 @@ class NodeScheduler:
     def loads_in_background(self, num_load: int) -> bool:
         return num_load >= self.config.background_load_tokens
 
-    def admit(self, request_id: str, num_load: int, blocks: Sequence[int]) -> None:
-        """The next plan loads; if the node does not say from where, its blocks fail there."""
+    def admit(
+        self, request_id: str, num_load: int, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """The next plan loads; if the node does not say from where, its blocks fail there. others: none, as there is one KV group."""
         tracked = self._requests[request_id]
         first_time, tracked.admitted = not tracked.admitted, True
         if num_load:
@@ -142,8 +144,16 @@ class NodeScheduler:
         return tracked is not None and self._wants_store(tracked, num_valid, num_prompt)
 
     def store(
-        self, request_id: str, tokens: Sequence[int], num_valid: int, num_prompt: int, blocks: Sequence[int]
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        num_valid: int,
+        num_prompt: int,
+        blocks: Sequence[int],
+        others: Sequence[Sequence[int]] = (),
+        num_before: int = 0,
     ) -> None:
+        """As CacheScheduler.store(), of one KV group."""
         tracked = self._requests.get(request_id)
         if tracked is None or not self._wants_store(tracked, num_valid, num_prompt):
             return
@@ -326,7 +336,7 @@ class NodeScheduler:
     ) -> tuple[BlockCopy, ...]:
         keys, per_chunk, copies = wish.tracked.chain.keys, self._blocks_per_chunk, []
         for operation, chunk, slot in zip(slots.operations, slots.chunks, slots.slots, strict=True):
-            blocks = blocks_of(wish.blocks, chunk, per_chunk, held)
+            blocks = blocks_of(wish.blocks, chunk * per_chunk, per_chunk, held)
             copies.append(BlockCopy(self._ordered.add(operation, keys[chunk], chunk, load), keys[chunk], slot, blocks))
         return tuple(copies)
 

@@ -140,13 +140,12 @@ class Session:
             tickets = request.load(event.num_load)
         except KeyError:  # the promise was over
             tickets = request.load(0)
-        for ticket in tickets:
+        for _, ticket in tickets:
             self._open[ticket.operation] = _Open("load", asking)
         self.num_loads += len(tickets)
         if first_time:
             self.domain.admitted(asking, now)
-        first = request.first_chunk
-        return wire.Loads(*self._copies(tickets, range(first, first + len(tickets))))
+        return wire.Loads(*self._copies(tickets))
 
     def _store(self, event: wire.Store, now: float) -> wire.Stores:
         asking = self._asking(event.request)
@@ -154,11 +153,9 @@ class Session:
         request = asking.request
         self.domain.ensure_slots(keys, now, store=True)
         tickets = request.store(keys, event.num_valid, event.num_prompt, now)
-        position = {key: index for index, key in enumerate(keys)} if tickets else {}
-        for ticket in tickets:
+        for _, ticket in tickets:
             self._open[ticket.operation] = _Open("store", None)
-        copies = self._copies(tickets, [position[ticket.key] for ticket in tickets])
-        return wire.Stores(*copies, request.num_stored)
+        return wire.Stores(*self._copies(tickets), request.num_stored)
 
     def _done(self, event: wire.Done, now: float) -> None:
         one = self._open.pop(event.operation, None)
@@ -192,7 +189,8 @@ class Session:
             asking.keys += wire.split(more)
         return asking.keys
 
-    def _copies(self, tickets: Sequence[Ticket], chunks: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    def _copies(self, tickets: Sequence[tuple[int, Ticket]]) -> tuple[list[int], list[int], list[int]]:
+        """tickets: each with the index of its chunk."""
         unit, offset = self.domain.unit, self.domain.places.offset
-        slots = [offset(ticket.slot) // unit for ticket in tickets]
-        return [ticket.operation for ticket in tickets], list(chunks), slots
+        slots = [offset(ticket.slot) // unit for _, ticket in tickets]
+        return [ticket.operation for _, ticket in tickets], [chunk for chunk, _ in tickets], slots

@@ -20,15 +20,16 @@ from lmc.cache.directory import Request, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
+from lmc.cache.parts import Group, parts_of
 from lmc.cache.plan import (
+    COPY,
     NO_OPERATION,
-    BlockCopy,
     Plan,
     Report,
     RequestCopies,
     TierCopy,
     WorkerReady,
-    blocks_of,
+    block_copies,
     request_name,
 )
 from lmc.cache.scheduler.admin import Admin, Mailbox
@@ -36,6 +37,7 @@ from lmc.cache.scheduler.client_pins import ClientPins
 from lmc.cache.scheduler.open import common_namespace, open_directory, open_endpoint, open_presence
 from lmc.cache.scheduler.prefetch import Prefetcher
 from lmc.cache.scheduler.presence import Question
+from lmc.errors import TransferError
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +73,16 @@ class CacheScheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
         part: tuple[int, int] = (0, 1),
+        groups: Sequence[Group] = (),
     ) -> None:
+        """groups: the kinds of KV of a model that has several, the spine first."""
         first = ready[0]
         self.config = config
         self.namespace = common_namespace(ready)
         self.chunk_tokens = first.namespace.chunk_tokens
         self.chunk_bytes = first.chunk_bytes
-        self._block_tokens = block_tokens
-        self._blocks_per_chunk = self.chunk_tokens // block_tokens
+        groups = groups or [Group("full", block_tokens)]
+        self._parts = parts_of(groups, self.chunk_tokens, first.part_bytes, config.checkpoint_tokens)
         self.num_ranks = len(ready)
         num_parts = sum(worker.part is not None for worker in ready)
         self._bytes_of_all = self.chunk_bytes * num_parts
@@ -87,9 +91,7 @@ class CacheScheduler:
         self._loading: dict[int, Request] = {}  # operation -> the request that waits for it
         self._ended: dict[int, int] = {}  # operation -> ranks that reported it
         self._causes: dict[int, str] = {}
-        self._saved: Counter[int] = (
-            Counter()
-        )  # write under way -> bytes that compression saved, over the ranks that ended it
+        self._saved: Counter[int] = Counter()  # write -> bytes that compression saved, over the ranks that ended it
         self._known_faults: dict[int, int] = {}  # rank -> Report.faults
         self._plan = Plan()
         self.directory, superfluous = open_directory(config, ready, clock(), part)
@@ -152,19 +154,22 @@ class CacheScheduler:
         """Whether a load of num_load tokens is copied in the background, so that it does not delay the batch."""
         return num_load >= self.config.background_load_tokens
 
-    def admit(self, request_id: str, num_load: int, blocks: Sequence[int]) -> None:
-        """The engine took the request in and will read num_load tokens beyond `computed` from the cache, into its blocks."""
+    def admit(
+        self, request_id: str, num_load: int, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """The engine took the request in and will read num_load tokens beyond `computed` from the cache, into its blocks.
+
+        others: its blocks in the groups behind the first, SKIP where it has none. Raises TransferError when a needed part has none.
+        """
         tracked = self._requests[request_id]
         request = tracked.request
         first_time = not request.admitted
         tickets = request.load(num_load)
         if tickets:
-            held = request.computed // self._block_tokens  # blocks that the engine has, which others may be reading
-            copies = tuple(
-                self._block_copy(ticket, index, blocks, held)
-                for index, ticket in enumerate(tickets, start=request.first_chunk)
-            )
-            self._loading.update((ticket.operation, request) for ticket in tickets)
+            copies, gone = block_copies(self._parts, tickets, (blocks, *others), request.computed)
+            if gone:
+                raise TransferError(f"request {request.name}: the engine has no block for a part of what it loads")
+            self._loading.update((ticket.operation, request) for _, ticket in tickets)
             background = self.loads_in_background(num_load)
             (self._plan.background_loads if background else self._plan.loads).append(RequestCopies(request_id, copies))
         if first_time:
@@ -180,17 +185,29 @@ class CacheScheduler:
         return tracked is not None and tracked.request.wants_store(num_valid, num_prompt)
 
     def store(
-        self, request_id: str, tokens: Sequence[int], num_valid: int, num_prompt: int, blocks: Sequence[int]
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        num_valid: int,
+        num_prompt: int,
+        blocks: Sequence[int],
+        others: Sequence[Sequence[int]] = (),
+        num_before: int = 0,
     ) -> None:
-        """After this step the first num_valid tokens of the request will have valid KV in its blocks: store the full chunks among them."""
+        """After this step the first num_valid tokens of the request will have valid KV in its blocks: store the full chunks among them.
+
+        others: its blocks in the groups behind the first, SKIP where it has none. num_before: tokens that had valid KV before the step.
+        """
         tracked = self._requests.get(request_id)
         if tracked is None or not tracked.request.wants_store(num_valid, num_prompt):
             return
         keys = tracked.chain.extend(tokens)
-        tickets = tracked.request.store(keys, num_valid, num_prompt, self._clock())
+        now = self._clock()
+        tickets = tracked.request.store(keys, num_valid, num_prompt, now, num_before)
         if tickets:
-            position = {key: index for index, key in enumerate(keys)}
-            copies = tuple(self._block_copy(ticket, position[ticket.key], blocks, 0) for ticket in tickets)
+            copies, gone = block_copies(self._parts, tickets, (blocks, *others), 0)
+            for operation in gone:
+                self._complete(operation, COPY, now)
             self._plan.stores.append(RequestCopies(request_id, copies))
 
     def touch(self, keys: Sequence[ChunkKey], tenant: str) -> None:
@@ -304,7 +321,7 @@ class CacheScheduler:
         found = request.lookup(keys, len(tokens), computed, now)
         self._plan.tier_copies += [TierCopy(ticket, self.config.load_deadline) for ticket in request.take_tickets()]
         if self._presence is not None and (missing := request.take_question()):
-            tracked.question = self._presence.ask(missing)
+            tracked.question = self._presence.ask(missing, every=request.asks_for_leaves)
         return found
 
     def _prefetch(self) -> None:
@@ -315,9 +332,8 @@ class CacheScheduler:
     def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> _Tracked:
         self.directory.expire(now)  # else room for this request would be made at the cost of chunks that are still good
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
-        request = Request(
-            request_name(request_id), self.directory, self.config, self.chunk_tokens, identity.tenant, now
-        )
+        name = request_name(request_id)
+        request = Request(name, self.directory, self.config, self.chunk_tokens, identity.tenant, now, self._parts)
         if len(tokens) > self.chunk_tokens:
             request.salt_differs = self._salts.seen_elsewhere(tokens, start)
         return _Tracked(request, KeyChain(start, self.chunk_tokens, identity.extra))
@@ -329,10 +345,6 @@ class CacheScheduler:
         for answer in self._presence.answers():
             self._accounting.answered(answer.tier, answer.seconds, answer.failure)
             self.directory.learn(answer.tier, answer.keys, answer.present)
-
-    def _block_copy(self, ticket: Ticket, index: int, blocks: Sequence[int], held: int) -> BlockCopy:
-        chosen = blocks_of(blocks, index, self._blocks_per_chunk, held)
-        return BlockCopy(ticket.operation, ticket.key, ticket.slot, chosen)
 
     def _complete(self, operation: int, cause: str | None, now: float) -> None:
         ticket = self.directory.complete(operation, cause, now, self._saved.pop(operation, 0))

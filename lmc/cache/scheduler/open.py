@@ -82,9 +82,10 @@ def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: 
         return None
     tiers: dict[str, list[Breaker]] = {name: [] for name in names}
     parts = [worker.part for worker in ready if worker.part is not None]
-    namespace, chunk_bytes = ready[0].namespace, ready[0].chunk_bytes
+    first = ready[0]
+    label, layout = first.namespace.label(), first.namespace.layout
     for part in parts:
-        scope = TierScope(namespace.label(), part, namespace.layout, chunk_bytes)
+        scope = TierScope(label, part, layout, first.chunk_bytes, part_bytes=first.part_bytes)
         opened, _ = open_tiers(config, scope)
         for name, tier in opened.items():
             if name in tiers:

@@ -40,6 +40,7 @@ class Answer(NamedTuple):
 @dataclass
 class Question:
     keys: tuple[ChunkKey, ...]
+    every: bool = False  # else those behind the first absent one don't matter
     open: int = 0  # tiers that have not answered
     failed: bool = False  # some tier could not be asked, so what is not known may be there
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -62,9 +63,10 @@ class Presence:
         self._answers: deque[Answer] = deque()
         self._sparingly = Sparingly()
 
-    def ask(self, keys: Sequence[ChunkKey]) -> Question:
-        """Keys are consecutive chunks of a prefix. Returns at once; a tier that has too much to do, or is left alone, is not asked."""
-        question = Question(tuple(keys), open=len(self._tiers))
+    def ask(self, keys: Sequence[ChunkKey], *, every: bool = False) -> Question:
+        """Keys are consecutive chunks of a prefix, unless every one counts. Returns at once. A tier that has too much to do, or is left
+        alone, is not asked."""
+        question = Question(tuple(keys), every, open=len(self._tiers))
         for name, threads in self._threads.items():
             if any(tier.refuses("read") for tier in self._tiers[name]):
                 for waiting in (question, *threads.take_back(lambda _: True)):  # behind a call that hangs
@@ -96,7 +98,10 @@ class Presence:
         present: list[bool] = []
         failure = CRASH
         try:
-            keys, present = leading(question.keys, partial(self._contains, name))
+            if question.every:
+                keys, present = question.keys, self._contains(name, question.keys)
+            else:
+                keys, present = leading(question.keys, partial(self._contains, name))
             failure = ""
         except TierOpen:
             failure = UNAVAILABLE  # the breaker has said so when it opened

@@ -113,7 +113,7 @@ class ChunkFooter:
 
 @dataclass(frozen=True)
 class TierScope:
-    """The chunks that one tier object stores: those of one size, of one rank of one namespace."""
+    """The chunks that one tier object stores: those of one rank of one namespace, of chunk_bytes or one of the smaller part_bytes."""
 
     namespace: str  # Namespace.label()
     rank: int
@@ -124,6 +124,7 @@ class TierScope:
     )  # of derive_auth_key(); empty: chunks are checked, not authenticated
     element: Element = "opaque"  # what the KV consists of
     compress: Compress = "none"  # how chunks are stored; those that were stored otherwise are read all the same
+    part_bytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.chunk_bytes <= 0 or self.rank < 0:
@@ -134,9 +135,14 @@ class TierScope:
             raise ConfigError(f"the layout fingerprint has {len(self.layout)} characters; at most {_TEXT_BYTES} fit")
 
     def check_size(self, data: memoryview) -> None:
-        """Raise ConfigError unless data is as long as a chunk."""
-        if len(data) != self.chunk_bytes:
+        """Raise ConfigError unless data is as long as a chunk or a part of one."""
+        if len(data) not in self.sizes:
             raise ConfigError(f"a chunk of this tier has {self.chunk_bytes} bytes, not {len(data)}")
+
+    @cached_property
+    def sizes(self) -> frozenset[int]:
+        """Bytes that a payload may have."""
+        return frozenset((self.chunk_bytes, *self.part_bytes))
 
     def hasher(self) -> Hasher:
         """For a payload: xxh3-64, or keyed BLAKE3 with an auth_key."""
@@ -167,8 +173,10 @@ class TierScope:
             page[_SEAL_AT:] = self._authentication(page)
         return _seal_page(page)
 
-    def verify(self, key: ChunkKey, page: memoryview, payload_checksum: int, payload_bytes: int) -> Coding | None:
-        """How the payload is encoded.
+    def verify(
+        self, key: ChunkKey, page: memoryview, payload_checksum: int, payload_bytes: int, raw_bytes: int
+    ) -> Coding | None:
+        """How the payload is encoded. raw_bytes: of what was put.
 
         Raises Corrupt unless page is the footer of this key in this scope with a payload of that checksum and length, and Forged when it is
         the footer of some chunk, but not sealed with the auth_key.
@@ -181,20 +189,20 @@ class TierScope:
             and self._is_authentic(page, payload_checksum)
         ):
             coding = _read_coding(page)
-            if self.chunk_bytes == (payload_bytes if coding is None else coding.raw_bytes):
+            if raw_bytes == (payload_bytes if coding is None else coding.raw_bytes):
                 return coding  # of any parent: the page's checksum covers it
         try:
             footer = decode(page)
         except Corrupt:
-            if payload_bytes == self.chunk_bytes:
+            if payload_bytes == raw_bytes:
                 raise
             raise Corrupt(
-                f"it has {stored_bytes(payload_bytes)} bytes instead of {stored_bytes(self.chunk_bytes)}, and no footer of an encoded chunk"
+                f"it has {stored_bytes(payload_bytes)} bytes instead of {stored_bytes(raw_bytes)}, and no footer of an encoded chunk"
             ) from None
         if self.auth_key and not hmac.compare_digest(page[_SEAL_AT:], self._authentication(page)):
             raise Forged("it is not sealed with this cache's auth_key")
         found = (footer.namespace, footer.rank, footer.layout, footer.key, footer.raw_bytes)
-        wanted = (self.namespace, self.rank, self.layout, key, self.chunk_bytes)
+        wanted = (self.namespace, self.rank, self.layout, key, raw_bytes)
         names = ("namespace", "rank", "layout", "key", "size")
         wrong = [name for name, have, want in zip(names, found, wanted, strict=True) if have != want]
         if wrong:

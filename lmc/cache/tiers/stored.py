@@ -45,7 +45,7 @@ def unpack(
     Raises Corrupt, and out may hold anything then.
     """
     size = stored_bytes(len(payload))
-    coding = scope.verify(key, footer, payload_checksum, len(payload))
+    coding = scope.verify(key, footer, payload_checksum, len(payload), len(out))
     if coding is None:
         return Moved(size)
     started = time.perf_counter()

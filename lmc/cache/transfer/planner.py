@@ -5,6 +5,7 @@ Pure numpy over blocks, never over tokens; nothing is copied here. Any thread ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -100,6 +101,17 @@ def plan(
     if direction is Direction.STORE:
         return Descriptors(engine, slot, size, direction)
     return Descriptors(slot, engine, size, direction)
+
+
+def join(parts: Sequence[Descriptors], direction: Direction) -> Descriptors:
+    """Copies of one direction as one batch."""
+    sources, destinations, sizes = ([getattr(part, name) for part in parts] for name in ("src", "dst", "size"))
+    return Descriptors(
+        np.concatenate([_empty(), *sources]),
+        np.concatenate([_empty(), *destinations]),
+        np.concatenate([_empty(), *sizes]),
+        direction,
+    )
 
 
 def plan_layers(

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lmc.cache.plan import RequestCopies, request_name
+from lmc.cache.plan import BlockCopy, RequestCopies, request_name
 from lmc.cache.transfer.backends import Backend
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.pinned import Slab
-from lmc.cache.transfer.planner import Addresses, Descriptors, Direction, plan, plan_layers
+from lmc.cache.transfer.planner import Addresses, Descriptors, Direction, join, plan, plan_layers
 from lmc.cache.transfer.streams import Transfer, TransferStreams
 from lmc.errors import TransferError
 
@@ -64,12 +64,15 @@ class BlockCopier:
         streams: TransferStreams | None = None,
         *,
         on_thread_bytes: int = 0,
+        others: Sequence[KVLayout] = (),
     ) -> None:
         """streams: those of the layout's device; None if copies are done when the backend returns.
 
         on_thread_bytes: without streams, loads in the background from this size on run on a thread, and smaller ones at once.
+        others: the layouts of further groups.
         """
         self.layout = layout
+        self._layouts = (layout, *others)
         self._slab = slab
         self.backend = backend
         self._streams = streams
@@ -78,7 +81,7 @@ class BlockCopier:
         self._ended: deque[BlockBatch] = deque()
         self._layers: _Layers | None = None
         self._layer_of = {name: index for index, layer in enumerate(layout.layers) for name in layer.names}
-        self._by_layer = layout.layers_apart
+        self._by_layer = layout.layers_apart and not others
         self._detached = False
 
     def load(self, request: RequestCopies) -> bool:
@@ -281,8 +284,9 @@ class BlockCopier:
         try:
             if self._detached:
                 raise TransferError("the engine's KV memory is away while it sleeps")
-            blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
-            slots = _addresses(self._slab, np.array([chunk.slot for chunk in chunks], dtype=np.int64))
+            if len(self._layouts) > 1:
+                return [self._plan_groups(chunks, batches[0].direction)]
+            blocks, slots = self._places(chunks)
             edges = self._slab.boundaries
             if by_layer:
                 return plan_layers(self.layout, blocks, slots, batches[0].direction, boundaries=edges)
@@ -296,11 +300,36 @@ class BlockCopier:
             self._ended.extend(batches)
             return None
 
+    def _plan_groups(self, chunks: Sequence[BlockCopy], direction: Direction) -> Descriptors:
+        """The copies of parts of several groups. A block belongs to one group at a time, so no two of them may name the same."""
+        for named in (
+            [block for chunk in chunks for block in chunk.blocks if block >= 0],
+            [one.slot for one in chunks],
+        ):
+            if len(set(named)) < len(named):
+                raise TransferError("two groups would copy one block, or to one slot")
+        planned = []
+        for group, layout in enumerate(self._layouts):
+            own = [chunk for chunk in chunks if chunk.group == group]
+            if own:
+                blocks, slots = self._places(own)
+                planned.append(plan(layout, blocks, slots, direction, boundaries=self._slab.boundaries))
+        return join(planned, direction)
+
+    def _places(self, chunks: Sequence[BlockCopy]) -> tuple[npt.NDArray[np.int64], Addresses]:
+        """Blocks and slots, for the planner."""
+        blocks = np.array([block for chunk in chunks for block in chunk.blocks], dtype=np.int64)
+        return blocks, _addresses(self._slab, np.array([chunk.slot for chunk in chunks], dtype=np.int64))
+
     def _batch(self, request: RequestCopies, direction: Direction, background: bool = False) -> BlockBatch:
         chunks = request.chunks
         blocks = tuple(block for chunk in chunks for block in chunk.blocks if block >= 0)
         operations = tuple(chunk.operation for chunk in chunks)
         num_bytes = len(blocks) * self.layout.block_bytes
+        if len(self._layouts) > 1:
+            num_bytes = sum(
+                self._layouts[chunk.group].block_bytes * sum(block >= 0 for block in chunk.blocks) for chunk in chunks
+            )
         return BlockBatch(request.request_id, operations, blocks, direction, background, num_bytes)
 
 

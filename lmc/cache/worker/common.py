@@ -57,8 +57,8 @@ def share_slots(
     try:
         if described is not None and rank == first:
             namespace, layout = described
-            num_slots = count_slots(config, namespace, layout, rank // alike, num_ranks // alike)
-            offer = offer_slots(num_slots, slot_bytes(layout, namespace.chunk_tokens // layout.block_tokens))
+            chunk_bytes = slot_bytes(layout, namespace.chunk_tokens // layout.block_tokens)
+            offer = offer_slots(count_slots(config, chunk_bytes, rank // alike, num_ranks // alike), chunk_bytes)
             descriptor = offer.descriptor
     except Exception as error:  # noqa: BLE001  as above
         problem = str(error) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -35,14 +36,22 @@ def open_worker(
     rank: int,
     num_ranks: int,
     common: CommonSlots | None = None,
+    others: Sequence[tuple[KVLayout, int]] = (),
 ) -> CacheWorker:
     """A worker with a host slab and the tiers below, less what cannot be opened; see open_tiers.
 
-    num_ranks: those of this engine that share a node and store. common: None if this rank alone has its KV. Raises ConfigError when
-    not a single chunk fits into host memory, and TierError when the configuration is strict.
+    num_ranks: those of this engine that share a node and store. common: None if this rank alone has its KV. others: of a model with
+    several kinds of KV, the further groups' layouts and the blocks of a part; the namespace names all. Raises ConfigError when not a
+    single chunk fits into host memory, and TierError when the configuration is strict.
     """
-    chunk_bytes = slot_bytes(layout, namespace.chunk_tokens // layout.block_tokens)
-    num_slots = count_slots(config, namespace, layout, rank, num_ranks) if common is None else common.num_slots
+    if others:
+        _require_plain(config, common)
+    blocks_per_chunk = namespace.chunk_tokens // layout.block_tokens
+    part_bytes = tuple(slot_bytes(one, blocks) for one, blocks in [(layout, blocks_per_chunk), *others])
+    chunk_bytes = max(part_bytes)
+    if not others:
+        part_bytes = ()
+    num_slots = count_slots(config, chunk_bytes, rank, num_ranks) if common is None else common.num_slots
     part = common.part if common is not None else rank
     stores = common is None or common.stores
     with ExitStack() as opened:  # what a refusal closes again
@@ -50,7 +59,9 @@ def open_worker(
         warnings: list[str] = []
         if stores:
             element = element_of(layout.dtypes, namespace.kv_dtype)
-            scope = TierScope(namespace.label(), part, layout.fingerprint, chunk_bytes, element=element)
+            scope = TierScope(
+                namespace.label(), part, namespace.layout, chunk_bytes, element=element, part_bytes=part_bytes
+            )
             tiers, warnings = open_tiers(config, scope, num_ranks)
         for tier in tiers.values():
             opened.callback(tier.close)
@@ -69,6 +80,7 @@ def open_worker(
                 slab,
                 backend,
                 open_streams(layout.device, backend),
+                others=[other for other, _ in others],
                 on_thread_bytes=-(-config.background_load_tokens // layout.block_tokens) * layout.block_bytes,
             ),
             tiers,
@@ -77,14 +89,24 @@ def open_worker(
             io_threads={name: config.redis.connections if name == "redis" else config.io_threads for name in tiers},
             close_timeout=config.close_timeout,
             warnings=[*warnings, *([slab.problem] if slab.problem else [])],
+            part_bytes=part_bytes,
         )
         opened.pop_all()
     return worker
 
 
-def count_slots(config: CacheConfig, namespace: Namespace, layout: KVLayout, rank: int, num_ranks: int) -> int:
+def _require_plain(config: CacheConfig, common: CommonSlots | None) -> None:
+    """Raises ConfigError for what does not go together yet with a model that has several kinds of KV."""
+    codes = {"disk": config.disk.compress, "redis": config.redis.compress, "s3": config.s3.compress}
+    asked = [f"{tier}.compress" for tier, code in codes.items() if code != "none"]
+    if asked:
+        raise ConfigError(f"a model with several KV groups is not compressed yet; set {' and '.join(asked)} to none")
+    if common is not None:
+        raise ConfigError("ranks have no common slots yet for a model with several KV groups; give each rank its own")
+
+
+def count_slots(config: CacheConfig, chunk_bytes: int, rank: int, num_ranks: int) -> int:
     """Slots of one of num_ranks ranks. Raises ConfigError when there is no room for one."""
-    chunk_bytes = slot_bytes(layout, namespace.chunk_tokens // layout.block_tokens)
     share = host_bytes(config, rank, num_ranks)
     if share < chunk_bytes:
         raise ConfigError(

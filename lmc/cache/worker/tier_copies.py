@@ -48,7 +48,7 @@ class _Job(NamedTuple):
 class TierCopier:
     """finish(operations, cause), measure(what, bytes, seconds) and moved(copy, raw bytes, Moved) are called from any thread.
 
-    io_threads: by tier, each way.
+    io_threads: by tier, each way. part_bytes: of a part of each group, if there are several.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class TierCopier:
         finish: Callable[[Sequence[int], str | None], None],
         measure: Callable[[str, int, float], None],
         moved: Callable[[TierCopy, int, Moved], None],
+        part_bytes: Sequence[int] = (),
     ) -> None:
         self._tiers = dict(tiers)
         self._slab = slab
@@ -68,6 +69,7 @@ class TierCopier:
         self._finish = finish
         self._measure = measure
         self._moved = moved
+        self._part_bytes = tuple(part_bytes)
         self._sparingly = Sparingly()
         # Apart, so that neither a slow tier nor a queue of writes holds up what a request waits for.
         self._threads: dict[tuple[str, Direction], IoThreads[_Job]] = {}
@@ -158,6 +160,8 @@ class TierCopier:
     def _copy(self, copy: TierCopy) -> None:
         tier = self._tiers[copy.ticket.tier]
         view = self._slab.view(copy.ticket.slot) if copy.ticket.kind != "delete" else memoryview(b"")
+        if self._part_bytes and view:  # a part may be shorter than its slot, where another chunk's bytes follow it
+            view = view[: self._part_bytes[copy.ticket.group]]
         started = time.perf_counter()
         if copy.ticket.kind == "stage":
             moved = tier.get(copy.ticket.key, view)

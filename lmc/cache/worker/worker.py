@@ -62,7 +62,9 @@ class CacheWorker:
         io_threads: Mapping[str, int],
         close_timeout: float = 10.0,
         warnings: Sequence[str] = (),
+        part_bytes: Sequence[int] = (),
     ) -> None:
+        """part_bytes: of a part of each group, if there are several."""
         self._namespace = namespace
         self._rank = rank
         self._part = part
@@ -73,13 +75,22 @@ class CacheWorker:
         self._copying = copying()  # as last told
         self._warnings = tuple(warnings)
         self._close_timeout = close_timeout
+        self._part_bytes = tuple(part_bytes)
         self._tier_copies = TierCopier(
-            tiers, slab, rank, io_threads=io_threads, finish=self._finish, measure=self._measure, moved=self._note_moved
+            tiers,
+            slab,
+            rank,
+            io_threads=io_threads,
+            finish=self._finish,
+            measure=self._measure,
+            moved=self._note_moved,
+            part_bytes=part_bytes,
         )
         self._lock = threading.Lock()  # guards the report, which other threads write to
         self._report = Report()
         self._failed_blocks: set[int] = set()
         self._loaded: set[str] = set()
+        self._failed_requests: set[str] = set()
         self._fault = 0  # forward passes that ran on unfilled blocks
 
     def ready(self) -> WorkerReady:
@@ -96,6 +107,7 @@ class CacheWorker:
             (*self._warnings, *scan.warnings),
             scan.parents,
             self._part,
+            part_bytes=self._part_bytes,
         )
 
     def begin(self, work: Plan, *, by_layer: bool = False) -> None:
@@ -104,6 +116,7 @@ class CacheWorker:
         by_layer: the pass will call wait_layer() before each layer reads its blocks, so loads may still be under way when this returns.
         """
         self._loaded.update(work.failed_requests)
+        self._failed_requests.update(work.failed_requests)
         if self._part is not None:
             for copy in work.tier_copies:
                 self._tier_copies.begin(copy)
@@ -160,6 +173,11 @@ class CacheWorker:
         loaded, self._loaded = self._loaded, set()
         return loaded
 
+    def take_failed_requests(self) -> set[str]:
+        """Those of the requests of the last take_loaded() whose load failed."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
     def take_report(self) -> Report:
         """Report of the operations that ended since the last call."""
         self._settle()
@@ -206,6 +224,7 @@ class CacheWorker:
             self._finish(batch.operations, COPY if batch.failed else None)
             if batch.failed and batch.background:
                 self._failed_blocks.update(batch.blocks)
+                self._failed_requests.add(batch.request_id)
             if batch.background:
                 self._loaded.add(batch.request_id)
             if not batch.failed:

@@ -10,6 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from lmc.cache.directory import HOST, Capacity, Directory, Miss, Ticket
 from lmc.cache.keys import ChunkKey
+from lmc.cache.parts import Leaf
 from lmc.cache.policy.registry import POLICIES
 
 DISK, REDIS = "disk", "redis"
@@ -32,6 +33,21 @@ def saved(ticket: Ticket) -> int:
 
 def prefix(path: Path) -> list[ChunkKey]:
     return [name(path[: length + 1]) for length in range(1, len(path))]
+
+
+def leaves_of(path: Path, which: int) -> list[Leaf]:
+    """Parts of two more groups of the path's last chunks; which: a bit for each of the two, and one for the chunk before."""
+    return [
+        Leaf(
+            ChunkKey(bytes(path[: index + 2]).rjust(31, b"\xfe") + bytes([group])),
+            name(path[: index + 2]),
+            group,
+            index,
+        )
+        for group in (1, 2)
+        for index in reversed(range(max(0, len(path) - 2 - (which >> 2)), len(path) - 1))
+        if which >> (group - 1) & 1
+    ]
 
 
 @dataclass
@@ -114,6 +130,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.touched: dict[ChunkKey, float] = {}
         self.stored: set[ChunkKey] = set()
         self.known: dict[ChunkKey, Path] = {}
+        self.known_leaves: dict[ChunkKey, Leaf] = {}
         self.pinned: dict[str, list[ChunkKey]] = {}
         self.disturbed = False  # a failure or a removal may leave a child without its parent
 
@@ -126,19 +143,29 @@ class DirectoryMachine(RuleBasedStateMachine):
         for length in range(1, len(path)):
             self.known[name(path[: length + 1])] = path[: length + 1]
 
-    @rule(target=tickets, path=paths, touch=st.booleans())
-    def store(self, path, touch):
+    def note_leaves(self, path, which):
+        leaves = leaves_of(path, which)
+        self.known_leaves.update({leaf.key: leaf for leaf in leaves})
+        self.touched.update(dict.fromkeys(self.known_leaves, self.latest))
+        return leaves
+
+    @rule(target=tickets, path=paths, touch=st.booleans(), which=st.integers(0, 7))
+    def store(self, path, touch, which):
         self.note(path)
         self.touched.update(dict.fromkeys(prefix(path), self.latest))
-        tickets = self.directory.store(prefix(path), self.now, tenant=str(path[0]), touch=touch)
+        leaves = self.note_leaves(path, which)
+        tickets = self.directory.store(prefix(path), self.now, leaves=leaves, tenant=str(path[0]), touch=touch)
         assert all(ticket.kind == "store" for ticket in tickets)
+        groups = {leaf.key: leaf.group for leaf in leaves}
+        assert all(ticket.group == groups.get(ticket.key, 0) for ticket in tickets)
         return self.take(tickets)
 
-    @rule(target=tickets, path=paths, first=st.integers(0, 2))
-    def stage(self, path, first):
+    @rule(target=tickets, path=paths, first=st.integers(0, 2), which=st.integers(0, 7))
+    def stage(self, path, first, which):
         self.note(path)
         self.touched.update(dict.fromkeys(prefix(path), self.latest))
-        return self.take(self.directory.stage(prefix(path), self.now, first=first, tenant=str(path[0])))
+        leaves = self.note_leaves(path, which)
+        return self.take(self.directory.stage(prefix(path), self.now, first=first, leaves=leaves, tenant=str(path[0])))
 
     @invariant()
     def lookups_tell_the_truth(self):
@@ -158,11 +185,24 @@ class DirectoryMachine(RuleBasedStateMachine):
             if self.ttl is not None and tier not in self.remote:
                 assert self.latest - self.touched[key] <= self.ttl
 
-    @rule(target=tickets, path=paths)
-    def load(self, path):
+    @invariant()
+    def readable_leaves_can_be_read(self):
+        for leaf in self.known_leaves.values():
+            tiers = self.directory.tiers_of(leaf.key)
+            if DISK in tiers and DISK not in self.remote:
+                assert leaf.key in self.world.tiers[DISK]
+            if self.directory.readable([leaf], self.now):
+                assert tiers
+            if self.directory.readable([leaf], self.now, in_host=True):
+                assert HOST in tiers
+
+    @rule(target=tickets, path=paths, which=st.integers(0, 7))
+    def load(self, path, which):
         found = self.directory.lookup(prefix(path), self.now)
         in_host = next((i for i, tier in enumerate(found.tiers) if tier != HOST), found.num_chunks)
-        return self.take(self.directory.load(prefix(path)[:in_host]))
+        leaves = leaves_of(path, which)
+        together = [leaf.key for leaf in leaves] if self.directory.readable(leaves, self.now, in_host=True) else []
+        return self.take(self.directory.load([*prefix(path)[:in_host], *together]))
 
     @rule(ticket=tickets)
     def act(self, ticket):
@@ -213,7 +253,8 @@ class DirectoryMachine(RuleBasedStateMachine):
             found = self.directory.lookup(prefix(path), self.now).num_chunks
             for step in (self.stage, self.load, self.store):
                 if found or step == self.store:
-                    fresh += step(path, **{self.stage: {"first": 0}, self.store: {"touch": True}}.get(step, {})).values
+                    more = {self.stage: {"first": 0}, self.store: {"touch": True}}.get(step, {})
+                    fresh += step(path, which=sum(path) % 8, **more).values
                     fresh += self.settle().values
                     self.all_is_in_order()
                     self.lookups_tell_the_truth()
@@ -317,6 +358,11 @@ class DirectoryMachine(RuleBasedStateMachine):
                 assert HOST not in tiers or above or parent in under_way
                 if DISK in tiers and DISK not in self.remote:
                     assert DISK in above or (parent, DISK) in {(t.key, t.tier) for t in self.open.values()}
+        for leaf in self.known_leaves.values():
+            tiers, above = self.directory.tiers_of(leaf.key), self.directory.tiers_of(leaf.parent)
+            assert HOST not in tiers or above or leaf.parent in under_way
+            if DISK in tiers and DISK not in self.remote:
+                assert DISK in above or (leaf.parent, DISK) in {(t.key, t.tier) for t in self.open.values()}
 
     @invariant()
     def all_is_in_order(self):

@@ -101,13 +101,13 @@ def test_another_version_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify_says_what_differs(other: TierScope, said: str) -> None:
     digest = chunk_format.checksum(payload(1))
     sealed = memoryview(SCOPE.seal(key(1), digest, None, SCOPE.chunk_bytes, None))
-    SCOPE.verify(key(1), sealed, digest, SCOPE.chunk_bytes)
+    SCOPE.verify(key(1), sealed, digest, SCOPE.chunk_bytes, SCOPE.chunk_bytes)
     with pytest.raises(Corrupt, match=said):
-        other.verify(key(1), sealed, digest, other.chunk_bytes)
+        other.verify(key(1), sealed, digest, other.chunk_bytes, other.chunk_bytes)
     with pytest.raises(Corrupt, match=r"another key$"):
-        SCOPE.verify(key(2), sealed, digest, SCOPE.chunk_bytes)
+        SCOPE.verify(key(2), sealed, digest, SCOPE.chunk_bytes, SCOPE.chunk_bytes)
     with pytest.raises(Corrupt, match=r"payload does not match its checksum$"):
-        SCOPE.verify(key(1), sealed, digest ^ 1, SCOPE.chunk_bytes)
+        SCOPE.verify(key(1), sealed, digest ^ 1, SCOPE.chunk_bytes, SCOPE.chunk_bytes)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lmc.cache.connectors import base
 from lmc.cache.connectors.base import LocalCache
 from lmc.cache.keys import Namespace
 from lmc.cache.transfer import pinned
+from lmc.cache.transfer.common_slots import CommonSlots, offer_slots
 from lmc.cache.transfer.pinned import Slab
 from lmc.cache.worker import open as open_module
 from lmc.cache.worker.open import open_worker
@@ -111,3 +112,29 @@ def test_backends_are_measured_before_memory_is_touched(
     namespace = Namespace("test", "test", "", "u8", layout.fingerprint, CHUNK_TOKENS)
     open_worker(CONFIG, namespace, layout, rank=0, num_ranks=1).close()
     assert (seen, len(slabs)) == ([0], 1)
+
+
+@pytest.mark.parametrize("tier", ["disk", "redis", "s3"])
+def test_parts_of_several_groups_are_not_compressed(
+    instance: Instance, slabs: list[weakref.ref[Slab]], tier: str
+) -> None:
+    layout = instance.workers[0].copier.layout
+    namespace = Namespace("test", "test", "", "u8", "of both groups", CHUNK_TOKENS)
+    config = settings(**{f"{tier}_compress": "lossless"})
+    with pytest.raises(
+        ConfigError, match=f"^a model with several KV groups is not compressed yet; set {tier}.compress to none$"
+    ):
+        open_worker(config, namespace, layout, rank=0, num_ranks=1, others=[(layout, 1)])
+    assert not slabs
+
+
+def test_parts_of_several_groups_have_no_common_slots(instance: Instance, slabs: list[weakref.ref[Slab]]) -> None:
+    layout = instance.workers[0].copier.layout
+    namespace = Namespace("test", "test", "", "u8", "of both groups", CHUNK_TOKENS)
+    offer = offer_slots(4, 4096)
+    with (
+        CommonSlots(0, True, offer.num_slots, offer.descriptor) as common,
+        pytest.raises(ConfigError, match="ranks have no common slots yet for a model with several KV groups"),
+    ):
+        open_worker(CONFIG, namespace, layout, rank=0, num_ranks=1, common=common, others=[(layout, 1)])
+    assert not slabs

@@ -19,8 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from lmc.cache.config import CacheConfig, chunk_tokens_for
+from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.guard import answered, complain, guarded
+from lmc.cache.connectors.vllm.groups import KVGroups, read_groups
 from lmc.cache.connectors.vllm.identity import block_outermost
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.parallel import share_of
@@ -29,6 +30,7 @@ from lmc.cache.connectors.vllm.stats import LmcPromMetrics, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
 from lmc.cache.connectors.vllm.worker import WorkerSide
 from lmc.cache.observe.logs import use_format
+from lmc.cache.parts import Group
 from lmc.cache.plan import Report
 from lmc.cache.settings import load_settings
 from lmc.cache.share import of_directory, of_engine, part_of
@@ -105,12 +107,12 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
         return found, background
 
     def _keep_promise(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._scheduler.promises.keep(request.request_id, _first_group(blocks), num_external_tokens)
+        self._scheduler.promises.keep(request.request_id, blocks.get_block_ids(), num_external_tokens)
 
     @guarded(_keep_promise)
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._keep_promise(request, blocks, num_external_tokens)
-        self._scheduler.admit(request, _first_group(blocks), num_external_tokens)
+        self._scheduler.admit(request, blocks.get_block_ids(), num_external_tokens)
 
     @guarded(lambda self, request, num_external_tokens: {})
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
@@ -223,7 +225,8 @@ class LmcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vL
 
     def _loaded(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         loaded = self._worker.loaded()
-        results = KVConnectorTransferResults(finished_recving=loaded)
+        failed = self._worker.failed_requests()
+        results = KVConnectorTransferResults(finished_recving=loaded, **({"failed_recving": failed} if failed else {}))
         self._worker.owed.told_requests(loaded)
         return results
 
@@ -272,12 +275,20 @@ def _open_side(
         return WorkerSide(config, vllm_config, kv_cache_config)
     if not kv_cache_config.kv_cache_groups:
         return _without_kv(config)
-    block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    chunk_tokens_for(config, block_tokens)
+    groups = _known_groups(kv_cache_config, vllm_config)
+    groups.chunk_tokens(config)
     events = vllm_config.kv_events_config
     announces = events is not None and events.enable_kv_cache_events
-    config = _recoverable(of_directory(config, share), vllm_config)
-    return SchedulerSide(config, block_tokens, announces, part=part_of(asked, share))
+    config = _recoverable(of_directory(config, share), vllm_config, is_hybrid=groups.is_hybrid)
+    return SchedulerSide(config, groups.groups[0].block_tokens, announces, part=part_of(asked, share), groups=groups)
+
+
+def _known_groups(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVGroups:
+    """The model's groups; its first alone if lmc does not support it, as the workers will say."""
+    try:
+        return read_groups(kv_cache_config, vllm_config)
+    except LayoutError:
+        return KVGroups((0,), (Group("full", kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size),), ((),))
 
 
 def _without_kv(config: CacheConfig) -> SchedulerSide:
@@ -290,12 +301,6 @@ def _without_kv(config: CacheConfig) -> SchedulerSide:
     return side
 
 
-def _first_group(blocks: KVCacheBlocks) -> list[int]:
-    """Empty for a model that keeps no KV."""
-    groups = blocks.get_block_ids()
-    return groups[0] if groups else []
-
-
 def _settings(vllm_config: VllmConfig) -> CacheConfig:
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
     if unknown := sorted(set(extra) - {"settings", "config"}):
@@ -304,16 +309,18 @@ def _settings(vllm_config: VllmConfig) -> CacheConfig:
     return load_settings(file, os.environ, extra.get("settings")).config
 
 
-def _recoverable(config: CacheConfig, vllm_config: VllmConfig) -> CacheConfig:
+def _recoverable(config: CacheConfig, vllm_config: VllmConfig, *, is_hybrid: bool) -> CacheConfig:
     """The settings, with all loads in the background where vLLM goes on with wrong ids or KV after one that failed before the pass.
 
     That is where it plans a step before it has the output of the last (vLLM issue 45138), with its second model runner (issue 49250), and
     with its own prefix cache: of the requests that share the blocks of a failed load only the first computes them again. The others take
     them for computed in the next step, also if the first was aborted or computes only a part of them there. A load in the background has
-    ended, well or not, before its request is in a batch, and before its blocks are shared.
+    ended, well or not, before its request is in a batch, and before its blocks are shared. Of a model with several KV groups vLLM takes no
+    other failure.
     """
     if (
-        vllm_config.scheduler_config.async_scheduling
+        is_hybrid
+        or vllm_config.scheduler_config.async_scheduling
         or vllm_config.use_v2_model_runner
         or vllm_config.cache_config.enable_prefix_caching
     ):

@@ -22,7 +22,6 @@ from lmc.errors import LayoutError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
 _FROM_FILES = {"auto", "fastsafetensors", "gguf", "hf", "instanttensor", "mistral", "npcache", "pt", "safetensors"}
@@ -95,19 +94,6 @@ def weights_source(vllm_config: VllmConfig) -> Path | None:
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None  # neither a path nor on the hub
     return Path(found)
-
-
-def require_full_attention(kv_cache_config: KVCacheConfig) -> None:
-    """Raises LayoutError when a request does not keep the KV of all its tokens in its blocks."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise LayoutError(f"a hybrid model with {len(groups)} KV cache groups is not supported; run it with --no-cache")
-    spec = groups[0].kv_cache_spec
-    for one in getattr(spec, "kv_cache_specs", {"": spec}).values():
-        if type(one).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec"):
-            raise LayoutError(f"a model with {type(one).__name__} KV is not supported; run it with --no-cache")
-        if getattr(one, "non_causal", False):
-            raise LayoutError("a model whose KV depends on later tokens is not supported; run it with --no-cache")
 
 
 def require_prefix_attention(packing: str) -> None:

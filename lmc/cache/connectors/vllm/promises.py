@@ -13,6 +13,7 @@ class Promises:
     """In the scheduler's process: loads that vLLM has admitted and that no plan says yet."""
 
     block_tokens: int
+    is_hybrid: bool = False  # several KV groups: vLLM takes requests back, not blocks
     offers: dict[str, tuple[int, bool]] = field(default_factory=dict)  # request -> (computed tokens, in the background)
     blocks: list[int] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)  # those that wait for a load in the background
@@ -24,14 +25,15 @@ class Promises:
         else:
             self.offers.pop(request_id, None)
 
-    def keep(self, request_id: str, blocks: Sequence[int], num_external: int) -> None:
-        """vLLM took the offer. Called again, it changes nothing."""
+    def keep(self, request_id: str, tables: Sequence[Sequence[int]], num_external: int) -> None:
+        """vLLM took the offer. Called again, it changes nothing. tables: the request's blocks in each KV group."""
         offer = self.offers.pop(request_id, None)
         if offer is None or not num_external:
             return
         computed, background = offer
-        first = computed // self.block_tokens
-        self.blocks += blocks[first : first + num_external // self.block_tokens]
+        if not self.is_hybrid:
+            first = computed // self.block_tokens
+            self.blocks += tables[0][first : first + num_external // self.block_tokens]
         if background:
             self.requests.append(request_id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.edge import Edge, Wishes
 from lmc.cache.connectors.vllm.adapters import AdapterNames
 from lmc.cache.connectors.vllm.events import TierEvents
+from lmc.cache.connectors.vllm.groups import KVGroups
 from lmc.cache.connectors.vllm.identity import request_identity
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
 from lmc.cache.connectors.vllm.promises import Promises
@@ -42,10 +44,10 @@ def blocks_overwritten(output: SchedulerOutput) -> frozenset[int]:
     """
     blocks: set[int] = set()
     for new in output.scheduled_new_reqs:
-        blocks.update(new.block_ids[0])
+        blocks.update(*new.block_ids)
     for added in output.scheduled_cached_reqs.new_block_ids:
         if added is not None:
-            blocks.update(added[0])
+            blocks.update(*added)
     blocks.update(getattr(output, "new_block_ids_to_zero", None) or ())  # these two are not in every tested version
     blocks.update(copy.dst_block_id for copy in getattr(output, "kv_cache_block_copies", None) or ())
     blocks.discard(_NULL_BLOCK)
@@ -72,6 +74,7 @@ class SchedulerSide:
     announces: bool = False  # vLLM publishes KV events
     refused: bool = False  # there is no cache: it could not be opened, or has ended
     part: tuple[int, int] = (0, 1)  # of a disk folder that data-parallel engines have in common
+    groups: KVGroups | None = None  # of a model that may have several
     scheduler: AnyScheduler | None = None
     events: TierEvents | None = None
     tracked: dict[str, _Tracked] = field(default_factory=dict)
@@ -86,7 +89,7 @@ class SchedulerSide:
     promises: Promises = field(init=False)
 
     def __post_init__(self) -> None:
-        self.promises = Promises(self.block_tokens)
+        self.promises = Promises(self.block_tokens, self.is_hybrid)
         self.edge = Edge(self.config, "kv_transfer_params")
         self.tenant = hashed_name(self.config.tenant)
 
@@ -108,7 +111,8 @@ class SchedulerSide:
             logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
             return
         try:
-            self.scheduler = open_scheduler(self.config, ready, self.block_tokens, part=self.part)
+            groups = self.groups.groups if self.is_hybrid and self.groups is not None else ()
+            self.scheduler = open_scheduler(self.config, ready, self.block_tokens, part=self.part, groups=groups)
         except LmcError as error:
             if self.config.strict:
                 raise
@@ -116,7 +120,9 @@ class SchedulerSide:
             return
         self.adapters = AdapterNames(len(introductions))
         self.refused = False
-        if self.announces and isinstance(self.scheduler, CacheScheduler):
+        if self.announces and self.is_hybrid:
+            logger.warning("lmc: no KV events: there are none for models with several KV groups")
+        elif self.announces and isinstance(self.scheduler, CacheScheduler):
             self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
         elif self.announces:
             logger.warning("lmc: an engine that is attached to a node publishes no KV events for the node's tiers")
@@ -145,10 +151,16 @@ class SchedulerSide:
         found = self.scheduler.lookup(request.request_id, request.all_token_ids, computed, tracked.identity)
         return found, bool(found and self.scheduler.loads_in_background(found))
 
-    def admit(self, request: Request, blocks: list[int], num_external: int) -> None:
+    @property
+    def is_hybrid(self) -> bool:
+        return self.groups is not None and self.groups.is_hybrid
+
+    def admit(self, request: Request, tables: Sequence[list[int]], num_external: int) -> None:
+        """tables: the request's blocks in each of vLLM's KV groups."""
         tracked = self.tracked.get(request.request_id)
         if self.scheduler is not None and tracked is not None and not tracked.wishes.bypass:
-            self.scheduler.admit(request.request_id, num_external, blocks)
+            blocks, others = self._in_order(tables)
+            self.scheduler.admit(request.request_id, num_external, blocks, others)
 
     def sources(self, request: Request, num_external: int) -> dict[CacheHitSource, int]:
         names = {HOST: CacheHitSource.HOST, "disk": CacheHitSource.DISK}
@@ -206,11 +218,19 @@ class SchedulerSide:
         if self.scheduler.wants_store(request_id, num_valid, request.num_prompt_tokens):
             tables = output.kv_connector_block_state.get_block_ids(request_id)
             if tables is not None:
-                blocks = tables[0]
+                blocks, others = self._in_order(tables)
                 used = blocks[: -(-num_valid // self.block_tokens)]
                 if _NULL_BLOCK in used:  # not this request's bytes: dropped by the engine, or never filled
                     num_valid = min(num_valid, used.index(_NULL_BLOCK) * self.block_tokens)
-                self.scheduler.store(request_id, request.all_token_ids, num_valid, request.num_prompt_tokens, blocks)
+                self.scheduler.store(
+                    request_id,
+                    request.all_token_ids,
+                    num_valid,
+                    request.num_prompt_tokens,
+                    blocks,
+                    others,
+                    request.num_computed_tokens,
+                )
                 identity = tracked.identity
                 if (
                     self.events is not None
@@ -218,6 +238,12 @@ class SchedulerSide:
                     and (identity.tenant, identity.salt) == (self.tenant, "")
                 ):
                     self.events.note(request, self.scheduler.keys_of(request_id))
+
+    def _in_order(self, tables: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
+        """The blocks in the spine's group, and those in the others."""
+        if self.groups is None or not self.groups.is_hybrid:
+            return tables[0], []
+        return tables[self.groups.order[0]], self.groups.tables(tables)
 
     def _track(self, request: Request) -> _Tracked:
         """The request's record; a session whose prompt was replaced by a continuation starts anew."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 if TYPE_CHECKING:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -26,4 +29,6 @@ except ModuleNotFoundError:  # a vLLM whose layouts have no such names
 else:
     LAYOUT_NAMES = frozenset(layout.name for layout in KVCacheLayout)
 
-__all__ = ["LAYOUT_NAMES", "CacheHitSource"]
+REPORTS_FAILED_REQUESTS = "failed_recving" in {field.name for field in dataclasses.fields(KVConnectorTransferResults)}
+
+__all__ = ["LAYOUT_NAMES", "REPORTS_FAILED_REQUESTS", "CacheHitSource"]

@@ -12,14 +12,14 @@ from torch import distributed, nn
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 
-from lmc.cache.config import CacheConfig, chunk_tokens_for
+from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.guard import contain
 from lmc.cache.connectors.vllm.adapters import Loaded, LoadedAdapters
 from lmc.cache.connectors.vllm.alike import ranks_alike
+from lmc.cache.connectors.vllm.groups import read_groups
 from lmc.cache.connectors.vllm.identity import (
     model_identity,
     page_packing,
-    require_full_attention,
     require_prefix_attention,
     weights_source,
 )
@@ -30,6 +30,7 @@ from lmc.cache.connectors.vllm.stats import LmcStats
 from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_models, name_weights, share_readings
 from lmc.cache.keys import Namespace
 from lmc.cache.node.open import open_worker
+from lmc.cache.parts import Parts
 from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.common import share_slots
@@ -61,6 +62,7 @@ class WorkerSide:
     asked: StepPlan | None = None  # the step under way
     told: Loaded = field(default_factory=dict)
     alike: int = 1  # neighbouring ranks that hold the same KV
+    others: Sequence[tuple[KVLayout, int]] = ()  # of further KV groups: where they are, and the blocks of a part
     failure: str = "the engine registered no KV cache"
     owed: Owed = field(default_factory=Owed)
     gone: bool = False  # the cache has ended, and the scheduler's side is to know
@@ -79,12 +81,18 @@ class WorkerSide:
     def _open_worker(self, describe: Callable[[], tuple[Namespace, KVLayout]]) -> CacheWorker:
         parallel = self.vllm_config.parallel_config
         here = int(getattr(parallel, "local_world_size", parallel.world_size))
-        alike = math.gcd(self.alike, here) if self.config.node is None else 1  # a node's slots hold every rank's part
+        alike = math.gcd(self.alike, here)
+        if self.config.node is not None:
+            alike = 1  # a node's slots hold every rank's part
+        elif self.is_hybrid and alike > 1:
+            alike = 1
+            if parallel.rank == 0:
+                logger.warning("lmc: ranks that hold the same KV store a copy each: the model has several KV groups")
         (namespace, layout), common = share_slots(
             self.config, describe, rank=parallel.rank, alike=alike, num_ranks=here, gather=self._of_all_ranks
         )
         if common is None:
-            return open_worker(self.config, namespace, layout, rank=parallel.rank, num_ranks=here)
+            return open_worker(self.config, namespace, layout, rank=parallel.rank, num_ranks=here, others=self.others)
         namespace = replace(namespace, tp_size=namespace.tp_size // alike)
         with common:
             return open_worker(
@@ -101,21 +109,25 @@ class WorkerSide:
         self, kv_caches: dict[str, torch.Tensor], readings: Sequence[WeightsReading]
     ) -> tuple[Namespace, KVLayout]:
         """What is in this rank's KV memory, and where. Raises LmcError if it cannot be cached."""
-        require_full_attention(self.kv_cache_config)
+        groups = read_groups(self.kv_cache_config, self.vllm_config)
         packing = page_packing(self.vllm_config, kv_caches)
         require_prefix_attention(packing)
-        layout = KVLayout.from_vllm(kv_caches, self.kv_cache_config, isa=packing)
+        layouts = [
+            KVLayout.from_vllm(kv_caches, self.kv_cache_config, isa=packing, group=number) for number in groups.order
+        ]
+        chunk_tokens = groups.chunk_tokens(self.config)
+        self.others = list(zip(layouts[1:], Parts(chunk_tokens, groups.groups).blocks[1:], strict=True))
         self.model = model_identity(self.vllm_config, name_weights(readings))
         namespace = Namespace(
             engine="vllm",
             model=self.model,
             revision=str(self.vllm_config.model_config.revision or ""),
             kv_dtype=f"{self.vllm_config.model_config.dtype}/{self.vllm_config.cache_config.cache_dtype}",
-            layout=layout.fingerprint,
-            chunk_tokens=chunk_tokens_for(self.config, layout.block_tokens),
+            layout=groups.fingerprint(layouts),
+            chunk_tokens=chunk_tokens,
             tp_size=self.vllm_config.parallel_config.tensor_parallel_size,
         )
-        return namespace, layout
+        return namespace, layouts[0]
 
     def _first_reading(self, kv_caches: dict[str, torch.Tensor]) -> WeightsReading:
         if self.gone:
@@ -226,9 +238,20 @@ class WorkerSide:
         """Requests whose background load has ended; without a cache, all that have not been told of."""
         return self.worker.take_loaded() if self.worker is not None else set(self.owed.background)
 
+    @property
+    def is_hybrid(self) -> bool:
+        """Several KV groups: vLLM takes failed requests, and ends when it is told of failed blocks."""
+        return len(self.kv_cache_config.kv_cache_groups) > 1
+
+    def failed_requests(self) -> set[str]:
+        """Of the requests of the last loaded(), those that vLLM shall compute from the start."""
+        failed = self.worker.take_failed_requests() if self.worker is not None else set(self.owed.background)
+        return failed if self.is_hybrid else set()
+
     def failed_blocks(self) -> set[int]:
         """Blocks that were promised but not filled. Call it after loaded()."""
-        return self.worker.take_failed_blocks() if self.worker is not None else set(self.owed.blocks)
+        failed = self.worker.take_failed_blocks() if self.worker is not None else set(self.owed.blocks)
+        return set() if self.is_hybrid else failed
 
     def report(self) -> StepReport | None:
         """What has become of copies, and what the step asked."""

@@ -1,0 +1,126 @@
+"""The KV cache groups of a model as vLLM has made them: which of them lmc can store, and as what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lmc.cache import config as cache_config
+from lmc.cache import parts
+from lmc.cache.connectors.vllm.versions import REPORTS_FAILED_REQUESTS
+from lmc.cache.parts import Group, Kind, Parts
+from lmc.cache.plan import SKIP
+from lmc.errors import LayoutError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from lmc.cache.config import CacheConfig
+    from lmc.cache.transfer.layout import KVLayout
+
+_NULL_BLOCK = 0  # stands for blocks that a request does not hold
+_KEEP_ALL = "run it with --disable-hybrid-kv-cache-manager, so that vLLM keeps the KV of all tokens, or with --no-cache"
+_NO_CACHE = "run it with --no-cache"
+
+
+@dataclass(frozen=True)
+class KVGroups:
+    """vLLM's groups in lmc's order: the spine, then the others."""
+
+    order: tuple[int, ...]  # their numbers in vLLM
+    groups: tuple[Group, ...]
+    layers: tuple[tuple[str, ...], ...]
+
+    @property
+    def is_hybrid(self) -> bool:
+        return len(self.order) > 1
+
+    def chunk_tokens(self, config: CacheConfig) -> int:
+        """Raises ConfigError when the configured chunk does not fit."""
+        if not self.is_hybrid:
+            return cache_config.chunk_tokens_for(config, self.groups[0].block_tokens)
+        if config.chunk_tokens is None:
+            return parts.chunk_tokens_for(self.groups, cache_config.DEFAULT_CHUNK_TOKENS)
+        return Parts(config.chunk_tokens, self.groups).chunk_tokens
+
+    def fingerprint(self, layouts: Sequence[KVLayout]) -> str:
+        """What Namespace.layout says: the bytes of every part, and whose they are."""
+        if not self.is_hybrid:
+            return layouts[0].fingerprint
+        described = [
+            [group.kind, group.block_tokens, group.span, layout.fingerprint, layers]
+            for group, layout, layers in zip(self.groups, layouts, self.layers, strict=True)
+        ]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+        return f"vllm-{len(layouts)}groups-{self.groups[0].block_tokens}t-{digest}"
+
+    def tables(self, of_vllm: Sequence[Sequence[int]]) -> list[list[int]]:
+        """A request's blocks in the groups behind the first, in lmc's order; SKIP where it has none."""
+        return [[SKIP if block == _NULL_BLOCK else block for block in of_vllm[number]] for number in self.order[1:]]
+
+
+def read_groups(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVGroups:
+    """Raises LayoutError when some group keeps what lmc can't store, or if no group keeps the KV of all tokens."""
+    if not kv_cache_config.kv_cache_groups:
+        raise LayoutError(f"the model keeps no KV, so there is nothing to cache; {_NO_CACHE}")
+    found = [_group(one) for one in kv_cache_config.kv_cache_groups]
+    full = [number for number, group in enumerate(found) if group.kind == "full"]
+    if not full:
+        raise LayoutError(f"a model in which every layer has a window is not supported; {_NO_CACHE}")
+    if len(found) > 1:
+        _require_proven(found, kv_cache_config, vllm_config)
+    order = (full[0], *(number for number in range(len(found)) if number != full[0]))
+    layers = tuple(tuple(kv_cache_config.kv_cache_groups[number].layer_names) for number in order)
+    return KVGroups(order, tuple(found[number] for number in order), layers)
+
+
+def _group(group: Any) -> Group:
+    spec = group.kv_cache_spec
+    inner = list(getattr(spec, "kv_cache_specs", {"": spec}).values())
+    groups = [_layer_group(one, int(spec.block_size)) for one in inner]
+    if any(one != groups[0] for one in groups):
+        raise LayoutError(f"a model whose layers look back differently within one group is not supported; {_NO_CACHE}")
+    return groups[0]
+
+
+def _layer_group(spec: Any, block_tokens: int) -> Group:
+    name = type(spec).__name__
+    if getattr(spec, "non_causal", False):
+        raise LayoutError(f"a model whose KV depends on later tokens is not supported; {_NO_CACHE}")
+    if name in ("FullAttentionSpec", "MLAAttentionSpec"):
+        return Group("full", block_tokens)
+    kind: Kind
+    if name == "SlidingWindowSpec":
+        kind, span = "window", int(spec.sliding_window)
+    elif name == "ChunkedLocalAttentionSpec":
+        kind, span = "local", int(spec.attention_chunk_size)
+    else:
+        raise LayoutError(f"a model with {name} KV is not supported; {_NO_CACHE}")
+    if getattr(spec, "extra_retained_tokens", 0):
+        raise LayoutError(f"a model whose drafts need more than its windows is not supported; {_NO_CACHE}")
+    return Group(kind, block_tokens, span)
+
+
+def _require_proven(groups: Sequence[Group], kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> None:
+    """Raises LayoutError for what no equality test on the real engine covers, of models with several groups."""
+    kinds = [group.kind for group in groups]
+    if "local" in kinds:
+        raise LayoutError(f"a model that attends inside spans of tokens is not supported; {_KEEP_ALL}")
+    if kinds.count("full") > 1:
+        raise LayoutError(f"a model with several groups of layers that keep all tokens is not supported; {_KEEP_ALL}")
+    if len({group.block_tokens for group in groups}) > 1:
+        raise LayoutError(f"a model whose groups have blocks of unequal size is not supported; {_KEEP_ALL}")
+    if vllm_config.speculative_config is not None:
+        raise LayoutError(f"speculative decoding with a model that has windows is not supported; {_KEEP_ALL}")
+    if not REPORTS_FAILED_REQUESTS:
+        raise LayoutError(f"this vLLM cannot be told of a failed load of a model that has windows; {_KEEP_ALL}")
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if not getattr(spec, "prefix_cacheable", True) or not getattr(group, "enable_kv_transfer", True):
+            raise LayoutError(
+                f"a model that keeps {type(spec).__name__} for one request only is not supported; {_NO_CACHE}"
+            )

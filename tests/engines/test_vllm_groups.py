@@ -1,0 +1,181 @@
+"""Several KV groups under vLLM's own scheduler and block tables: random traffic in which every byte that a pass reads is checked.
+
+The model runner only moves bytes (moving_engine.py), so that thousands of steps take seconds; test_vllm_hybrid.py has real models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
+
+from lmc.cache.connectors.vllm import worker as worker_module
+from lmc.cache.connectors.vllm.groups import read_groups
+from lmc.cache.parts import Group
+from lmc.cache.settings import load_settings
+from lmc.errors import LayoutError
+from lmc.serve.engines import vllm_transfer_config
+from tests.engines.moving_engine import BLOCK_TOKENS, MovingEngine, answer_to, spec_of
+from tests.engines.test_vllm_hooks import vllm_config
+
+pytestmark = [pytest.mark.engine, pytest.mark.fault]
+
+FULL = Group("full", BLOCK_TOKENS)
+MODELS = {
+    "windows": (Group("window", BLOCK_TOKENS, 60), FULL, Group("window", BLOCK_TOKENS, 60)),
+    "two windows": (FULL, Group("window", BLOCK_TOKENS, 20), Group("window", BLOCK_TOKENS, 128)),
+}
+
+NUM_BLOCKS = 120  # with fewer, a preempted request may wait in vLLM for blocks of one behind it that has loaded
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(worker_module, "find_models", list)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(before)
+
+
+def engine_on(model: Path, disk: Path, kinds: str, *, shares_blocks: bool, num_ranks: int = 1) -> MovingEngine:
+    flags = {"metrics.enabled": False, "chunk_tokens": 32, "host.capacity": 160 * 4096, "disk.fsync": False}
+    flags |= {"disk.path": str(disk), "disk.capacity": "4MiB", "transfer_backend": "torch", "close_timeout": 1}
+    flags |= {"checkpoint_tokens": 96, "strict": True}
+    transfer = vllm_transfer_config(load_settings(flags=flags).config)
+    config = vllm_config(model, kv_transfer_config=transfer, enable_prefix_caching=shares_blocks)
+    config.scheduler_config.max_num_batched_tokens = 90
+    return MovingEngine(config, num_blocks=NUM_BLOCKS, num_ranks=num_ranks, groups=MODELS[kinds])
+
+
+def break_some_loads(engine: MovingEngine, generator: random.Random) -> list[int]:
+    """One load in eight of some rank fails. Returns the list that counts them."""
+    failed: list[int] = []
+    for worker in engine.workers:
+        copier = worker._worker.worker.copier
+        plan = copier._plan_groups
+
+        def broken(chunks: Any, direction: Any, plan: Any = plan) -> Any:
+            if direction == "load" and generator.random() < 0.125:
+                failed.append(1)
+                raise OSError("injected")
+            return plan(chunks, direction)
+
+        copier._plan_groups = broken
+    return failed
+
+
+@pytest.mark.parametrize("shares_blocks", [False, True], ids=["alone", "with vLLM's prefix cache"])
+@pytest.mark.parametrize("kinds", MODELS)
+def test_no_pass_reads_a_wrong_byte(tiny_llama: Path, tmp_path: Path, kinds: str, shares_blocks: bool) -> None:
+    """Prompts that share starts, chunked prefill, preemptions, aborts, failed loads, and a restart on the same disk."""
+    generator = random.Random(f"{kinds} {shares_blocks}")
+    known: list[list[int]] = [[generator.randrange(400) for _ in range(300)] for _ in range(3)]
+    loaded = preempted = failures = 0
+    for ranks in (1, 2) if kinds == "windows" else (1,):
+        folder = tmp_path / f"disk of {ranks}"
+        for start in range(2):
+            engine = engine_on(tiny_llama, folder, kinds, shares_blocks=shares_blocks, num_ranks=ranks)
+            failed = break_some_loads(engine, generator)
+            aborted = set()
+            for number in range(30):
+                text = generator.choice(known)
+                text = text[: generator.randrange(20, len(text))] if generator.random() < 0.7 else text
+                text = [*text, *(generator.randrange(400) for _ in range(generator.randrange(1, 60)))][:330]
+                known = [*known[-8:], text]
+                engine.add(f"r{number}", text)
+                for _ in range(generator.randrange(6)):
+                    engine.step()
+                if generator.random() < 0.1:
+                    aborted.add(f"r{number}")
+                    engine.abort(f"r{number}")
+                elif (
+                    generator.random() < 0.15
+                ):  # all that run are preempted, also where a load keeps vLLM from the reset
+                    with contextlib.suppress(RuntimeError):
+                        engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+            engine.run()
+            for name, request in engine.requests.items():
+                assert request.is_finished()
+                preempted += request.num_preemptions
+                if name not in aborted:
+                    assert list(request.output_token_ids) == answer_to(list(request.prompt_token_ids)), name
+            cache = engine.connector._scheduler.scheduler
+            cache.directory.check()
+            tiers = {
+                sample.labels["tier"]: sample.value
+                for family in cache.metrics.registry.collect()
+                for sample in family.samples
+                if sample.name == "lmc_hit_tokens_total"
+            }
+            loaded += int(tiers.get("host", 0))
+            assert start == 0 or tiers.get("disk", 0) > 0, "nothing was found after the restart"
+            failures += len(failed)
+            pool = engine.scheduler.kv_cache_manager.block_pool
+            assert engine.scheduler.reset_prefix_cache()
+            assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+            engine.close()
+    assert loaded > 1000
+    assert preempted > 0 and failures > 0
+
+
+def config_of(*groups: Group, **changed: object) -> Any:
+    specs = [dataclasses.replace(spec_of(group), **changed) for group in groups]
+    named = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=named)
+
+
+WINDOW = Group("window", BLOCK_TOKENS, 64)
+PLAIN: Any = SimpleNamespace(speculative_config=None)
+
+
+@pytest.mark.parametrize(
+    ("config", "vllm", "why"),
+    [
+        (config_of(WINDOW), PLAIN, "every layer has a window"),
+        (config_of(FULL, Group("local", BLOCK_TOKENS, 64)), PLAIN, "attends inside spans"),
+        (config_of(FULL, WINDOW, FULL), PLAIN, "several groups of layers that keep all tokens"),
+        (config_of(FULL, WINDOW), SimpleNamespace(speculative_config=1), "speculative decoding"),
+        (config_of(FULL, non_causal=True), PLAIN, "depends on later tokens"),
+        (config_of(WINDOW, extra_retained_tokens=3), PLAIN, "drafts need more"),
+    ],
+)
+def test_what_is_not_proven_is_refused(config: Any, vllm: Any, why: str) -> None:
+    with pytest.raises(LayoutError, match=why):
+        read_groups(config, vllm)
+
+
+def test_blocks_of_unequal_size_are_refused() -> None:
+    full, window = config_of(FULL).kv_cache_groups[0], config_of(WINDOW).kv_cache_groups[0]
+    larger = dataclasses.replace(window, kv_cache_spec=dataclasses.replace(window.kv_cache_spec, block_size=64))
+    config = KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=[full, larger])
+    with pytest.raises(LayoutError, match="unequal size"):
+        read_groups(config, PLAIN)
+
+
+def test_groups_of_states_and_scratch_are_refused_by_the_names_of_their_kinds() -> None:
+    state = KVCacheGroupSpec(["state"], MambaSpec(BLOCK_TOKENS, shapes=((1,),), dtypes=(torch.float32,)))
+    config = KVCacheConfig(
+        num_blocks=10, kv_cache_tensors=[], kv_cache_groups=[*config_of(FULL).kv_cache_groups, state]
+    )
+    with pytest.raises(LayoutError, match="MambaSpec"):
+        read_groups(config, PLAIN)
+
+
+def test_the_layers_of_each_group_are_in_the_name() -> None:
+    """Another version of vLLM may share layers out in another way."""
+    one, other = config_of(FULL, WINDOW, WINDOW), config_of(FULL, WINDOW, WINDOW)
+    first, second = other.kv_cache_groups[1:]
+    first.layer_names, second.layer_names = second.layer_names, first.layer_names
+    layouts: Any = [SimpleNamespace(fingerprint="the same")] * 3
+    assert read_groups(one, PLAIN).fingerprint(layouts) != read_groups(other, PLAIN).fingerprint(layouts)
+    assert read_groups(one, PLAIN).fingerprint(layouts) == read_groups(one, PLAIN).fingerprint(layouts)
