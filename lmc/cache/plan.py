@@ -88,11 +88,15 @@ def block_copies(
     operations for leaves that the engine does not hold in full.
     """
     copies, gone = [], []
+    group, table = -1, tables[SPINE]
+    count = per_chunk = before = held = 0
     for index, ticket in tickets:
-        group = ticket.group
-        count, per_chunk, size = parts.shapes[group]
-        start, held = (index + 1) * per_chunk - count, computed // size
-        blocks = blocks_of(tables[group], start, count, held)
+        if ticket.group != group:
+            group = ticket.group
+            count, per_chunk, size = parts.shapes[group]
+            table, before, held = tables[group], per_chunk - count, computed // size
+        start = index * per_chunk + before
+        blocks = blocks_of(table, start, count, held)
         if group != SPINE and (len(blocks) < count or SKIP in blocks[max(0, held - start) :]):
             gone.append(ticket.operation)
             continue

@@ -59,7 +59,7 @@ def inspect_file(path: Path, auth_key: bytes = b"") -> Inspection:
                 unchecked = True
             else:
                 scope = TierScope(footer.namespace, footer.rank, footer.layout, footer.raw_bytes, auth_key)
-                raw = memoryview(bytearray(footer.raw_bytes if footer.coding else 0))
+                raw = memoryview(bytearray(footer.raw_bytes)) if footer.coding else payload
                 unpack(scope, footer.key, payload, page, scope.checksum(payload), raw)
     except Corrupt as error:
         problem = str(error)

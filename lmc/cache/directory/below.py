@@ -16,6 +16,7 @@ from lmc.cache.directory.nodes import ABSENT, RESIDENT, ResidentSet
 from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.keys import ChunkKey
+from lmc.cache.parts import SPINE
 
 _WRITES_SHARE = 8  # writes under way keep host slots from eviction; those of one tier at most this part of them
 _FEW_WRITES = 16  # that a small host may have under way all the same
@@ -293,11 +294,11 @@ class Below:
             node,
             tier,
             slot,
+            self._places.groups[node] if node >= 0 else SPINE,
             evict=gone_keys,
             parent=parent,
             evict_nodes=gone,
             demotes=demotes,
-            group=self._places.groups[node] if node >= 0 else 0,
         )
         self.outbox.append(ticket)
         self._places.hold_one(node, 1)

@@ -49,17 +49,18 @@ class Found:
 
     def leading_in_host(self, first: int) -> int:
         """End of the run of chunks that can be loaded at once: those before `first` are the engine's own, the others must be in host."""
-        end = min(first, self.num_chunks)
-        while end < self.num_chunks and self.tiers[end] == HOST:
+        tiers = self.tiers
+        end = min(first, len(tiers))
+        while end < len(tiers) and tiers[end] == HOST:
             end += 1
         return end
 
     def sources(self, covered: int, last: int, chunk_tokens: int) -> dict[str, int]:
         """Tokens up to chunk `last`, without the first `covered` tokens, by the tier that held them at the lookup."""
-        sources: dict[str, int] = {}
+        tiers, sources = self.tiers, dict[str, int]()
         for index in range(covered // chunk_tokens, last):
             end = (index + 1) * chunk_tokens
-            tier = self.tiers[index] if index < self.num_chunks else HOST
+            tier = tiers[index] if index < len(tiers) else HOST
             sources[tier] = sources.get(tier, 0) + end - covered
             covered = end
         return sources
@@ -179,11 +180,10 @@ class Directory:
             places.hold(chain, 1)
             # A prompt longer than the host: its own chunks never make room for it, so the policy is not asked for a victim.
             room = places.num_slots - sum(node >= 0 and in_host[node] != ABSENT for node in chain)
+            reserve = self._host_slots.store
             for index in missing:
                 parent = chain[index - 1] if index else -1
-                ticket = (
-                    self._host_slots.store(keys[index], chain, index, parent, tenant, now) if len(new) < room else None
-                )
+                ticket = reserve(keys[index], chain, index, parent, tenant, now) if len(new) < room else None
                 if ticket is None:
                     self.counts.stores_dropped += len(missing) - len(new)
                     places.misses.note(keys[index], Miss.NO_ROOM)
@@ -197,9 +197,10 @@ class Directory:
             places.hold(chain, -1)
         added = set(new)
         stored = [node for node in chain[:end] if node not in added]
-        for index in range(end):
-            if places.parents[chain[index]] < 0:
-                places.adopt(chain[index], chain[index - 1] if index else -1, tenant)
+        parents = places.parents
+        for index, node in enumerate(chain[:end]):
+            if parents[node] < 0:
+                places.adopt(node, chain[index - 1] if index else -1, tenant)
         if touch:
             places.touch(stored, now)
             if self._below.exists:

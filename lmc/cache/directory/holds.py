@@ -74,12 +74,12 @@ class Operations:
         node: int,
         tier: str,
         slot: int,
+        group: int,
         *,
         evict: tuple[ChunkKey, ...] = (),
         parent: ChunkKey | None = None,
         evict_nodes: tuple[int, ...] = (),
         demotes: bool = False,
-        group: int = 0,
     ) -> Ticket:
         self._last += 1
         ticket = Ticket(self._last, kind, key, tier, slot, evict, parent, group)

@@ -160,7 +160,7 @@ class HostSlots:
 
     def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
         places = self._places
-        group = places.groups[node]
-        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node], group=group)
+        slot, group = places.slots[node], places.groups[node]
+        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, slot, group)
         places.hold_one(node, 1)
         return ticket

@@ -18,6 +18,7 @@ from lmc.cache.keys import ChunkKey
 from lmc.cache.policy.base import PolicySpec
 
 HOST = "host"
+_MOST_TOUCHES = 65_535  # that are told apart
 _SPARE_NODES = 64  # chunks that hold no place while their deletion, children or pins still refer to them
 
 
@@ -245,7 +246,8 @@ class Places:
                 self.tenants.touched(node)
 
     def count_touch(self, node: int) -> None:
-        self.touches[node] = min(self.touches[node] + 1, 65_535)
+        if self.touches[node] < _MOST_TOUCHES:
+            self.touches[node] += 1
 
     # Invariants
 

@@ -100,7 +100,7 @@ class Request:
         self._chunk_tokens = chunk_tokens
         self._checkpoints = Checkpoints(parts, directory) if parts is not None and parts.has_leaves else None
         self._found: Found | None = None  # at the first lookup: where the hit came from
-        self._questions = Questions(settings.lookup_deadline)
+        self._questions = Questions(settings.lookup_deadline) if directory.has_other_writers else None
         self._stage_until: float | None = None  # set when staging begins
         self._staging_miss: Miss = Miss.LOAD_FAILED  # why chunks found in a lower tier were not staged
         self._lookup_miss: str | None = None  # why fewer tokens are loaded than were found
@@ -125,20 +125,28 @@ class Request:
             return 0
         limit = min((num_tokens - 1) // self._chunk_tokens, len(keys), self._usable)
         found = self._directory.lookup(keys[:limit], now)
-        if found.num_chunks < limit and self._must_wait_for_answer(keys[found.num_chunks : limit], now):
+        questions = self._questions
+        if (
+            questions is not None
+            and found.num_chunks < limit
+            and self._must_wait_for_answer(questions, keys[found.num_chunks : limit], now)
+        ):
             return None
         if self._checkpoints is not None:
             usable = self._checkpoints.usable(found, keys, computed, now)
-            if usable is not found and self._must_wait_for_leaves(self._checkpoints, found.num_chunks, now):
+            if (
+                usable is not found
+                and questions is not None
+                and self._must_wait_for_leaves(questions, self._checkpoints, found.num_chunks, now)
+            ):
                 return None
             found = self._checkpoints.usable(found, keys, computed, now) if usable is not found else found
         if self._found is None:
             self._found = found
         first = computed // self._chunk_tokens
         in_host = found.leading_in_host(first)
-        leaves = self._leaves(found.num_chunks)
-        has_leaves = not leaves or self._directory.readable(leaves, now, in_host=True)
-        if in_host < found.num_chunks or not has_leaves:
+        leaves = self._leaves(found.num_chunks) if self._checkpoints is not None else []
+        if in_host < found.num_chunks or (leaves and not self._directory.readable(leaves, now, in_host=True)):
             if self._must_wait_for_staging(first, found, leaves, now):
                 return None
             if self._checkpoints is not None:
@@ -156,15 +164,16 @@ class Request:
 
         The answer goes to Directory.learn(), and then to answer() before the next lookup.
         """
-        return self._questions.take()
+        return self._questions.take() if self._questions is not None else ()
 
     @property
     def asks_for_leaves(self) -> bool:
         """Of the last question: each of its keys counts, not only those before the first absent one."""
-        return self._questions.leaves is not None
+        return self._questions is not None and self._questions.leaves is not None
 
     def answer(self, *, failed: bool) -> None:
         """The directory has learned what the tiers hold, of the last question; failed: a tier could not say."""
+        assert self._questions is not None
         self._questions.answer(failed=failed)
 
     def take_tickets(self) -> list[Ticket]:
@@ -204,7 +213,8 @@ class Request:
             tickets = []
         elif self._checkpoints is None:
             tickets = list(enumerate(self._directory.load(self.keys[first:last]), start=first))
-            self._loading.update([(ticket.operation, index) for index, ticket in tickets])
+            for index, ticket in tickets:
+                self._loading[ticket.operation] = index
         else:
             leaves = self._leaves(last)
             keys = [*self.keys[first:last], *(leaf.key for leaf in leaves)]
@@ -267,7 +277,7 @@ class Request:
         self._stored = self._directory.num_settled(wanted)
         if not tickets:
             return []
-        position = {key: index for index, key in enumerate(wanted)}
+        position = dict(zip(wanted, range(len(wanted)), strict=True))
         if leaves:
             position.update({leaf.key: leaf.chunk for leaf in leaves})
         return [(position[ticket.key], ticket) for ticket in tickets]
@@ -311,22 +321,24 @@ class Request:
         self._directory.unpin(f"request {self.name}")  # a word in front keeps owners of different kinds apart
         self._directory.unpin(self._promise)
 
-    def _must_wait_for_answer(self, missing: Sequence[ChunkKey], now: float) -> bool:
+    def _must_wait_for_answer(self, questions: Questions, missing: Sequence[ChunkKey], now: float) -> bool:
         """Ask the tiers that others write to for the missing chunks, once; True until they have answered or the deadline has passed."""
-        if self._questions.chunks is None and self._may_ask:
-            self._questions.ask_for_chunks(missing, now)
-        return self._waits_for(self._questions.chunks, now)
+        if questions.chunks is None and self._may_ask:
+            questions.ask_for_chunks(missing, now)
+        return self._waits_for(questions.chunks, now)
 
-    def _must_wait_for_leaves(self, checkpoints: Checkpoints, num_chunks: int, now: float) -> bool:
+    def _must_wait_for_leaves(
+        self, questions: Questions, checkpoints: Checkpoints, num_chunks: int, now: float
+    ) -> bool:
         """The same for the leaves of a hit of all chunks found, and of the last checkpoints inside them: where others store them."""
-        if self._questions.leaves is None and self._may_ask:
-            self._questions.ask_for_leaves(checkpoints.unknown(self.keys, num_chunks, self.computed, now), now)
-        return self._waits_for(self._questions.leaves, now)
+        if questions.leaves is None and self._may_ask:
+            questions.ask_for_leaves(checkpoints.unknown(self.keys, num_chunks, self.computed, now), now)
+        return self._waits_for(questions.leaves, now)
 
     @property
     def _may_ask(self) -> bool:
         """Not after a load has failed: what is found then would not be staged any more."""
-        return self._directory.has_other_writers and self._stage_until is None
+        return self._stage_until is None
 
     def _waits_for(self, question: Question | None, now: float) -> bool:
         if question is None or question.waits(now):

@@ -169,7 +169,8 @@ class CacheScheduler:
             copies, gone = block_copies(self._parts, tickets, (blocks, *others), request.computed)
             if gone:
                 raise TransferError(f"request {request.name}: the engine has no block for a part of what it loads")
-            self._loading.update((ticket.operation, request) for _, ticket in tickets)
+            for _, ticket in tickets:
+                self._loading[ticket.operation] = request
             background = self.loads_in_background(num_load)
             (self._plan.background_loads if background else self._plan.loads).append(RequestCopies(request_id, copies))
         if first_time:

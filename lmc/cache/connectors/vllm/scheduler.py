@@ -239,10 +239,10 @@ class SchedulerSide:
                 ):
                     self.events.note(request, self.scheduler.keys_of(request_id))
 
-    def _in_order(self, tables: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
+    def _in_order(self, tables: Sequence[list[int]]) -> tuple[list[int], Sequence[list[int]]]:
         """The blocks in the spine's group, and those in the others."""
-        if self.groups is None or not self.groups.is_hybrid:
-            return tables[0], []
+        if len(tables) == 1 or self.groups is None:
+            return tables[0], ()
         return tables[self.groups.order[0]], self.groups.tables(tables)
 
     def _track(self, request: Request) -> _Tracked:
