@@ -59,7 +59,7 @@ class HostSlots:
         places.count_touch(node)
         places.tenants.assign(node, tenant)
         places.take_slot(node)
-        return self._issue("store", node, HOST)
+        return self._issue("store", node, HOST, group)
 
     def stage(
         self,
@@ -89,10 +89,10 @@ class HostSlots:
         places.groups[node] = group
         places.take_slot(node)
         self.staging.add(node)
-        return self._issue("stage", node, tier)
+        return self._issue("stage", node, tier, group)
 
     def load(self, node: int) -> Ticket:
-        return self._issue("load", node, HOST)
+        return self._issue("load", node, HOST, self._places.groups[node])
 
     def complete(self, done: Operation, failure: str | None) -> None:
         """Update the state after a store, a stage or a load ended."""
@@ -158,9 +158,8 @@ class HostSlots:
                 if failure in _NOT_OURS:
                     self._below.delete_remote(remote, ticket.key)
 
-    def _issue(self, kind: Kind, node: int, tier: str) -> Ticket:
+    def _issue(self, kind: Kind, node: int, tier: str, group: int) -> Ticket:
         places = self._places
-        slot, group = places.slots[node], places.groups[node]
-        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, slot, group)
+        ticket = self._operations.open(kind, places.nodes.key(node), node, tier, places.slots[node], group)
         places.hold_one(node, 1)
         return ticket

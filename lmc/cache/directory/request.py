@@ -277,6 +277,9 @@ class Request:
         self._stored = self._directory.num_settled(wanted)
         if not tickets:
             return []
+        first = len(wanted) - len(tickets)
+        if not leaves and tickets[0].key == wanted[first]:
+            return list(enumerate(tickets, start=first))  # most often all those behind what was stored before
         position = dict(zip(wanted, range(len(wanted)), strict=True))
         if leaves:
             position.update({leaf.key: leaf.chunk for leaf in leaves})
