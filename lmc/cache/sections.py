@@ -113,6 +113,26 @@ class S3Config(Section):
     """Lossless compression of the chunks that are written here, as disk.compress."""
 
 
+class MooncakeConfig(Section):
+    master: str | None = None
+    """Address of a Mooncake master, HOST:PORT. Without it, there is no Mooncake tier."""
+    metadata: str | None = None
+    """Address of the metadata server, such as http://HOST:PORT/metadata. By default the clients tell each other (P2PHANDSHAKE). All clients
+    of a store need the same."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """How chunks are moved between machines."""
+    devices: str = ""
+    """RDMA devices, separated by commas. By default the client chooses."""
+    segment: Size | None = None
+    """Memory that each rank contributes to the store, beside host.capacity. By default it contributes none, and others must."""
+    hostname: str | None = None
+    """Name or address of this machine for the other clients, by default its address in the master's network."""
+    timeout: Seconds = 2.0
+    """Time limit of one question to the master."""
+    compress: Compress = "none"
+    """Lossless compression of the chunks that are written here, as disk.compress."""
+
+
 class MetricsConfig(Section):
     host: str = "127.0.0.1"
     """Address that the metrics endpoint listens on."""

@@ -45,7 +45,7 @@ def settings(**values: object) -> CacheConfig:
     """host_capacity="..." stands for host.capacity."""
     flags = {"chunk_tokens": CHUNK_TOKENS, "host.capacity": 64 * 4096, "metrics.enabled": False, "disk.fsync": False}
     flags["disk.capacity"] = "1MiB"
-    sections = ("host", "disk", "redis", "s3", "metrics", "admin", "clients")
+    sections = ("host", "disk", "redis", "s3", "mooncake", "metrics", "admin", "clients")
     for name, value in values.items():
         section, _, rest = name.partition("_")
         flags[f"{section}.{rest}" if section in sections and rest else name] = value

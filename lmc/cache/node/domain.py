@@ -27,6 +27,7 @@ from lmc.cache.scheduler.prefetch import Prefetcher
 from lmc.cache.scheduler.presence import Question
 from lmc.cache.tiers.breaker import DIRECTIONS, BoundedBreaker, Breaker
 from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.lent import LentMemory
 from lmc.cache.tiers.open import open_tiers
 from lmc.cache.tiers.stored import Moved
 from lmc.cache.worker.tier_copies import TierCopier
@@ -133,6 +134,9 @@ class Domain:
         self._saved: Counter[int] = Counter()
         self._moved = (0, 0)
         self._tiers = [one.tiers for one in opened]
+        for tiers in self._tiers:
+            for breaker in tiers.values():
+                breaker.lend(LentMemory(memory.descriptor, memory.bytes.ctypes.data, memory.size, memory.bytes))
         self._copiers = [
             TierCopier(
                 one.tiers,

@@ -22,6 +22,7 @@ from typing import Literal
 
 from lmc.cache.keys import ChunkKey
 from lmc.cache.tiers.base import BoundedTier, Tier
+from lmc.cache.tiers.lent import Borrower, LentMemory
 from lmc.cache.tiers.stored import Moved
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
 
@@ -199,6 +200,16 @@ class Breaker:
             direction: Circuit(f"{tier.name} tier, {direction}s", threshold, first_wait, longest_wait, now)
             for direction in DIRECTIONS
         }
+
+    @property
+    def borrows(self) -> bool:
+        """Whether lend() is of use to the tier."""
+        return isinstance(self._tier, Borrower)
+
+    def lend(self, memory: LentMemory) -> None:
+        """Tell a tier that can move chunks in such memory without a copy; no other tier cares."""
+        if isinstance(self._tier, Borrower):
+            self._tier.lend(memory)
 
     def state(self, direction: Direction) -> State:
         return self._circuits[direction].state

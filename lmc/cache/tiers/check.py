@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lmc.cache.config import CacheConfig
+from lmc.cache.tiers.mooncake import check_master
 from lmc.cache.tiers.redis_address import parse_address
 from lmc.errors import ConfigError
 
@@ -14,6 +15,8 @@ def check_tiers(config: CacheConfig) -> None:
         parse_address(redis.url, redis.mode)
         if redis.ca_file is not None and not redis.ca_file.is_file():
             raise ConfigError(f"redis.ca_file: there is no file {redis.ca_file}")
+    if config.mooncake.master is not None:
+        check_master(config.mooncake.master)
     if config.s3.bucket is not None:
         try:
             from lmc.cache.tiers.s3 import open_store

@@ -15,6 +15,7 @@ from lmc.cache.tiers.codec import codes_for, prepare
 from lmc.cache.tiers.disk import DiskTier
 from lmc.cache.tiers.format import TierScope, derive_auth_key
 from lmc.cache.tiers.late import LateTier, TierHangs, wait_for
+from lmc.cache.tiers.mooncake import MooncakeTier
 from lmc.cache.tiers.redis import RedisTier
 from lmc.errors import ConfigError, TierError
 
@@ -81,6 +82,13 @@ def open_tiers(
         try:
             s3 = _open_s3(config, coded("s3", config.s3.compress))
             tiers["s3"] = Breaker(s3, patience=patience, slow=slow)
+        except TierError as error:
+            warn(error, "running without it")
+    if config.mooncake.master is not None:
+        try:
+            own = coded("mooncake", config.mooncake.compress)
+            mooncake = MooncakeTier(config.mooncake, own, contributes=num_ranks is not None)
+            tiers["mooncake"] = Breaker(mooncake, patience=patience, slow=slow)
         except TierError as error:
             warn(error, "running without it")
     for name, tier in tiers.items():

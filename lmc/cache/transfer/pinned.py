@@ -120,6 +120,11 @@ class Slab:
         start = slot * self.slot_stride
         return self._bytes[start : start + self.slot_bytes].data
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Address and size of all slots together."""
+        return self.base, len(self._bytes)
+
     def is_pinned(self, addresses: npt.NDArray[np.uint64]) -> bool:
         """Whether every one of these addresses in slots lies in registered memory."""
         end = self.base + self.pinned_slots * self.slot_stride

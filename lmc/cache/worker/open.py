@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,9 +13,10 @@ from lmc.cache.keys import Namespace
 from lmc.cache.tiers.breaker import Breaker
 from lmc.cache.tiers.codec import element_of
 from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.lent import LentMemory
 from lmc.cache.tiers.open import open_tiers
 from lmc.cache.transfer.backends import Backend, choose_backend
-from lmc.cache.transfer.common_slots import CommonSlots
+from lmc.cache.transfer.common_slots import CommonSlots, offer_slots
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.transfer.pinned import open_slab
 from lmc.cache.transfer.planner import slot_bytes
@@ -69,8 +71,16 @@ def open_worker(
         backend = choose_backend(
             layout, name=config.transfer_backend, is_pinned=lambda addresses: slab.is_pinned(addresses)
         )
-        slab = open_slab(layout.device, num_slots, chunk_bytes, common.descriptor if common is not None else None)
-        opened.callback(slab.close)
+        descriptor = common.descriptor if common is not None else None
+        with ExitStack() as until_mapped:
+            if descriptor is None and any(tier.borrows for tier in tiers.values()):
+                descriptor = offer_slots(num_slots, chunk_bytes).descriptor
+                until_mapped.callback(os.close, descriptor)
+            slab = open_slab(layout.device, num_slots, chunk_bytes, descriptor)
+            opened.callback(slab.close)
+            if descriptor is not None:
+                for tier in tiers.values():
+                    tier.lend(LentMemory(descriptor, *slab.extent, slab))
         worker = CacheWorker(
             namespace,
             rank,
