@@ -95,8 +95,8 @@ class CacheConfig(Section):
     """Number of engines on this node that share host.capacity, and disk.capacity in one folder. By default it is the number of
     data-parallel engines that the engine reports. Set it where each engine is started by itself."""
     node: Path | None = None
-    """Socket of an lmc node on this machine. The engine then uses the node's cache and has none of its own: host, disk, redis, s3, mooncake,
-    policy and what else decides about stored chunks are the node's settings. Without it, the cache is a part of the engine."""
+    """Socket of an lmc node on this machine. The engine then uses the node's cache and has none of its own: host, disk, redis, s3,
+    mooncake, policy and what else decides about stored chunks are the node's settings. Without it, the cache is a part of the engine."""
     node_deadline: Seconds = 0.02
     """Longest time that the engine's scheduler waits for an answer of the node. Then the request computes what it would have loaded."""
     node_group: str | None = None

@@ -207,7 +207,9 @@ class _Process:
         if answer["code"] != 0:
             self._process.wait()
             self._listener.join(1.0)
-            raise ClientFailed(f"cannot connect: {self.complaint() or answer['code']}")
+            said = self.complaint() or f"code {answer['code']}"
+            remedy = "; install the client of the master's version" if "ersion mismatch" in said else ""
+            raise ClientFailed(f"cannot connect to the master or the metadata server: {said}{remedy}")
 
     def _open_line(self, scratch_bytes: int) -> Line:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
