@@ -1,4 +1,5 @@
-"""How close each tier comes to bare I/O of the same bytes: python -m benchmarks.tiers [--chunk 4MiB] [--out reports/tiers].
+"""How close each tier comes to bare I/O of the same bytes: python -m benchmarks.tiers [--chunk 4MiB] [--out reports/tiers] [--only redis
+--only mooncake].
 
 Every way moves the same chunks, those of one prefix, in one go, and the ways take turns, so that all see the same machine. A tier does it
 as the cache does, on as many threads as io_threads or redis.connections says by default, and on one thread; so does bare I/O. Times are
@@ -19,21 +20,24 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import obstore
 
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import ChunkKey
-from lmc.cache.sections import RedisConfig, S3Config
+from lmc.cache.sections import MooncakeConfig, RedisConfig, S3Config
 from lmc.cache.tiers.base import Tier
 from lmc.cache.tiers.disk import DiskTier
-from lmc.cache.tiers.format import FOOTER_BYTES, TierScope, derive_auth_key
+from lmc.cache.tiers.format import FOOTER_BYTES, TierScope, derive_auth_key, stored_bytes
+from lmc.cache.tiers.lent import LentMemory
+from lmc.cache.tiers.mooncake import MooncakeTier
 from lmc.cache.tiers.redis import RedisTier
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.cache.worker.tier_copies import yield_to_the_engine
@@ -106,7 +110,7 @@ def make_chunks(count: int, chunk_bytes: int) -> Chunks:
     return Chunks(keys, [source[one] for one in cut], [target[one] for one in cut], footers)
 
 
-def store(tier: Tier, chunks: Chunks) -> Step:
+def store_chunk(tier: Tier, chunks: Chunks) -> Step:
     return lambda number: tier.put(chunks.keys[number], chunks.source[number])
 
 
@@ -196,7 +200,7 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
     yield Contest("disk load, in page cache", 0.85, load(tier, chunks), {"buffered read": read(0)})
     bare = {"buffered read": read(0), "O_DIRECT read": read(os.O_DIRECT)}
     yield Contest("disk load, not in page cache", 0.85, load(tier, chunks), bare, drop)
-    yield Contest("disk store, synced", None, store(tier, chunks), {"write, fsync, rename": write}, writes=True)
+    yield Contest("disk store, synced", None, store_chunk(tier, chunks), {"write, fsync, rename": write}, writes=True)
     sealed = DiskTier(folder, replace(scope, namespace="sealed", auth_key=derive_auth_key("benchmark")))
     store_all(sealed, chunks)
     files = [Path(sealed._file_name(key)) for key in chunks.keys]
@@ -205,7 +209,11 @@ def disk_contests(folder: Path, scope: TierScope, chunks: Chunks) -> Iterator[Co
     yield Contest("disk load, in page cache, with auth_key", None, load(sealed, chunks), {"buffered read": read(0)})
     yield Contest("disk load, not in page cache, with auth_key", None, load(sealed, chunks), bare, drop)
     yield Contest(
-        "disk store, synced, with auth_key", None, store(sealed, chunks), {"write, fsync, rename": write}, writes=True
+        "disk store, synced, with auth_key",
+        None,
+        store_chunk(sealed, chunks),
+        {"write, fsync, rename": write},
+        writes=True,
     )
 
 
@@ -297,11 +305,71 @@ def _put_bucket(endpoint: str) -> bool:
     return False
 
 
-def contests(folder: Path, scope: TierScope, chunks: Chunks, stack: ExitStack) -> Iterator[Contest]:
-    yield from disk_contests(folder, scope, chunks)
-    server = stack.enter_context(services.redis_server(folder))
-    yield from redis_contests(server.port, scope, chunks)
-    yield from s3_contests(stack.enter_context(s3_process()), scope, chunks)
+def mooncake_contests(store: services.MooncakeStore, scope: TierScope, chunks: Chunks) -> Iterator[Contest]:
+    """Another process has the memory, as another machine would. The bare client runs in this process, on memory that it has registered."""
+    from mooncake.store import MooncakeDistributedStore
+
+    size, count = scope.chunk_bytes, len(chunks.keys)
+    stride = stored_bytes(size)
+    settings = {"master": store.address, "metadata": store.metadata, "hostname": services.LOCAL, "timeout": 30}
+    tier = MooncakeTier(MooncakeConfig.model_validate(settings), scope)
+    descriptor = os.memfd_create("slots")
+    os.ftruncate(descriptor, 2 * count * size)
+    slab = memoryview(mmap.mmap(descriptor, 2 * count * size))
+    cut = [slab[start : start + size] for start in range(0, len(slab), size)]
+    lent = replace(chunks, source=cut[:count], slots=cut[count:])
+    for slot, data in zip(cut, chunks.source * 2, strict=True):
+        slot[:] = data
+    tier.lend(LentMemory(descriptor, np.frombuffer(slab, np.uint8).ctypes.data, len(slab), slab))
+    client = MooncakeDistributedStore()
+    assert client.setup(services.LOCAL, store.metadata, 0, 0, "tcp", "", store.address) == 0
+    own = np.frombuffer(mmap.mmap(-1, 2 * count * stride), np.uint8)
+    own[:] = np.tile(np.frombuffer(os.urandom(stride), np.uint8), 2 * count)
+    base = own.ctypes.data
+    assert client.register_buffer(base, len(own)) == 0
+    names = [f"bare{number}" for number in range(count)]
+
+    def bare_store(number: int) -> None:
+        assert client.batch_put_from([names[number]], [base + number * stride], [stride]) == [0]
+
+    def bare_load(number: int) -> None:
+        assert client.batch_get_into([names[number]], [base + (count + number) * stride], [stride]) == [stride]
+
+    def remove(number: int) -> None:
+        """A key that is there is not stored again."""
+        client.batch_remove([names[number], tier._name(chunks.keys[number])], True)
+
+    stores = {"batch_put_from": bare_store}
+    yield Contest("mooncake store", 0.80, store_chunk(tier, lent), stores, remove, writes=True)
+    for number in range(count):
+        remove(number)
+        bare_store(number)
+    store_all(tier, lent)
+    yield Contest("mooncake load", 0.80, load(tier, lent), {"batch_get_into": bare_load})
+    tier.close()
+    client.close()
+    os.close(descriptor)
+
+
+TIERS = ("disk", "redis", "s3", "mooncake")
+
+
+def contests(
+    folder: Path, scope: TierScope, chunks: Chunks, stack: ExitStack, only: Sequence[str]
+) -> Iterator[Contest]:
+    if "disk" in only:
+        yield from disk_contests(folder, scope, chunks)
+    if "redis" in only:
+        server = stack.enter_context(services.redis_server(folder))
+        yield from redis_contests(server.port, scope, chunks)
+    if "s3" in only:
+        yield from s3_contests(stack.enter_context(s3_process()), scope, chunks)
+    if "mooncake" in only:
+        room = (
+            4 * len(chunks.keys) * stored_bytes(scope.chunk_bytes)
+        )  # twice what is stored, so that nothing is evicted
+        store = stack.enter_context(services.mooncake_store(folder, max(room, 64 << 20), lease="60s"))
+        yield from mooncake_contests(store, scope, chunks)
 
 
 def as_report(outcomes: list[Outcome], chunks: Chunks, rounds: int) -> Report:
@@ -365,6 +433,7 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, help="where the disk tier is tried; default: the system's temporary folder"
     )
+    parser.add_argument("--only", action="append", choices=TIERS, help="this tier; repeat it for several; default: all")
     parser.add_argument("--out", type=Path, help="write report.md and results.json here")
     options = parser.parse_args()
     chunk_bytes = parse_size(options.chunk)
@@ -373,7 +442,8 @@ def main() -> int:
     chunks = make_chunks(options.count, chunk_bytes)
     scope = TierScope("benchmark", 0, "benchmark", len(chunks.source[0]))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, ExitStack() as stack:
-        outcomes = [run(contest, chunks, options.rounds) for contest in contests(Path(folder), scope, chunks, stack)]
+        tried = contests(Path(folder), scope, chunks, stack, options.only or TIERS)
+        outcomes = [run(contest, chunks, options.rounds) for contest in tried]
     report = as_report(outcomes, chunks, options.rounds)
     for item in report.sections[0].items:
         if isinstance(item, Table):

@@ -25,6 +25,7 @@ import yaml
 from lmc.bench.access import KEY_VARIABLE, Access, access_to
 from lmc.bench.counters import parse
 from lmc.bench.dialect import Dialect
+from lmc.bench.mooncake_server import started_mooncake
 from lmc.bench.prompts import Request
 from lmc.bench.redis_server import started_redis
 from lmc.bench.s3_server import LOCAL, started_s3
@@ -91,7 +92,7 @@ class Launcher:
         async with AsyncExitStack() as stack:
             config = None
             if arm.cache is not None:
-                servers = {"{redis}": started_redis, "{s3}": started_s3}
+                servers = {"{redis}": started_redis, "{s3}": started_s3, "{mooncake}": started_mooncake}
                 places = {
                     place: await stack.enter_async_context(start(self.scratch / name))
                     for place, start in servers.items()

@@ -31,7 +31,12 @@ def check_workload(workload: Workload, model_folder: Path, base: Path) -> list[T
 def check_caches(workload: Workload) -> None:
     """Check the cache settings of every arm against lmc's schema. Raises WorkloadError."""
     with tempfile.TemporaryDirectory(prefix="lmc-bench-") as folder:
-        places = {"{disk}": f"{folder}/disk", "{redis}": "unix:///redis.sock", "{s3}": "http://127.0.0.1"}
+        places = {
+            "{disk}": f"{folder}/disk",
+            "{redis}": "unix:///redis.sock",
+            "{s3}": "http://127.0.0.1",
+            "{mooncake}": "127.0.0.1:50051",
+        }
         for name, arm in workload.arms.items():
             if arm.cache is not None:
                 file = Path(folder) / "cache.yaml"

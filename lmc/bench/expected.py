@@ -68,7 +68,7 @@ def expected_by_request(
         return (hits, plan.is_ordered and fits) if fits or space.is_exact else (None, False)
     settings = CacheConfig.model_validate(arm.cache or {})
     chunk_tokens = chunk_tokens_for(settings, block_tokens or 1)
-    remote = settings.redis.url is not None or settings.s3.bucket is not None
+    remote = any((settings.redis.url, settings.s3.bucket, settings.mooncake.master))
     capacity = np.inf if remote else max(counters.by_label("lmc_slots", "tier").values(), default=np.inf)
     hits = expected_hits(requests, chunk_tokens, capacity, [*seen, *before])
     fits = hits == expected_hits(requests, chunk_tokens, np.inf, [*seen, *before])
@@ -96,6 +96,7 @@ def expected_by_tier(
         "disk": settings.disk.path is not None,
         "redis": settings.redis.url is not None,
         "s3": settings.s3.bucket is not None,
+        "mooncake": settings.mooncake.master is not None,
     }
     below = [tier for tier, there in configured.items() if there]
     own = [0] * len(requests)

@@ -255,7 +255,7 @@ class Arm(Strict):
     args: list[str] = []
     env: dict[str, str] = {}
     cache: dict[str, Any] | None = (
-        None  # Any: lmc's own configuration, checked by lmc serve; "{disk}" is the arm's folder, "{redis}" and "{s3}" its own servers
+        None  # Any: lmc's own configuration, checked by lmc serve; "{disk}" is the arm's folder, {redis}, {s3} and {mooncake} its servers
     )
     restart_of: str | None = None
     instances: Count = 1  # engines with these settings; requests go to them in turn

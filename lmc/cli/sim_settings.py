@@ -81,8 +81,8 @@ def replay(
     shared: Annotated[
         str,
         typer.Option(
-            help="Size of the tier that all instances share, such as 2TiB: redis and s3 of the settings, otherwise a remote tier. "
-            "By default redis and s3 never evict, and there is no other."
+            help="Size of the tier that all instances share, such as 2TiB: redis, s3 and mooncake of the settings, else a remote tier. "
+            "By default they never evict, and there is no other."
         ),
     ] = "0",
     cost: CostFile = None,

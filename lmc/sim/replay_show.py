@@ -53,7 +53,7 @@ def _shared_tiers(
 ) -> tuple[tuple[str, ...], int, list[str]]:
     """Names of the tiers that instances share, the capacity of each in chunks, and notes on what the replay does with the settings."""
     notes = []
-    configured = {"redis": config.redis.url, "s3": config.s3.bucket}
+    configured = {"redis": config.redis.url, "s3": config.s3.bucket, "mooncake": config.mooncake.master}
     names = tuple(name for name, there in configured.items() if there is not None)
     capacity = 0 if shared == "0" else parse_size(shared) // chunk_bytes
     if shared != "0" and capacity == 0:

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lmc.bench.arms import cache_yaml, wants
+from lmc.bench.mooncake_server import started_mooncake
 from lmc.bench.records import read_records, read_results, write_results
 from lmc.bench.redis_server import started_redis
 from lmc.bench.render import build_report, write_report
@@ -26,12 +27,14 @@ from lmc.bench.schedule import Plan
 from lmc.bench.stages import ArmRun
 from lmc.bench.workload import Arm, Limits
 from lmc.cache.keys import ChunkKey
-from lmc.cache.sections import S3Config
+from lmc.cache.sections import MooncakeConfig, S3Config
 from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.mooncake import MooncakeTier
 from lmc.cache.tiers.s3 import S3Tier
 from lmc.cli import app
 from lmc.errors import EngineError, RunError, WorkloadError
 from lmc.report import report_html
+from tests import services
 from tests.bench.conftest import MOCK, RunSmall, WriteWorkload
 
 NONE = {"reuse": "none", "args": ["--no-enable-prefix-caching"]}
@@ -243,6 +246,20 @@ async def test_an_arm_gets_an_s3_server_of_its_own(tmp_path: Path) -> None:
         assert await asyncio.to_thread(tier.contains, [key]) == [False]
         await asyncio.to_thread(tier.put, key, memoryview(bytes(64)))
         assert await asyncio.to_thread(tier.contains, [key]) == [True]
+
+
+@pytest.mark.service
+async def test_an_arm_gets_a_mooncake_master_of_its_own(tmp_path: Path) -> None:
+    services.mooncake_folder()  # skips where there is none
+    async with started_mooncake(tmp_path) as master:
+        config = MooncakeConfig.model_validate({"master": master, "segment": "16MiB", "timeout": 20})
+        tier = MooncakeTier(config, TierScope("0" * 32, 0, "any", 64))
+        key = ChunkKey(bytes(32))
+        await asyncio.to_thread(tier.put, key, memoryview(b"\1" * 64))
+        out = memoryview(bytearray(64))
+        await asyncio.to_thread(tier.get, key, out)
+        assert out == b"\1" * 64
+        tier.close()
 
 
 def test_repeats_add_up(run_small: RunSmall) -> None:

@@ -277,7 +277,13 @@ tiers:
 
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize(
-    ("section", "names"), [("redis: {url: 'redis://cache'}", ["redis"]), ("s3: {bucket: b}", ["s3"]), ("", ["remote"])]
+    ("section", "names"),
+    [
+        ("redis: {url: 'redis://cache'}", ["redis"]),
+        ("s3: {bucket: b}", ["s3"]),
+        ("mooncake: {master: 'm:1'}", ["mooncake"]),
+        ("", ["remote"]),
+    ],
 )
 def test_replay_takes_the_shared_tiers_of_the_settings(
     long_trace: Path, tmp_path: Path, section: str, names: list[str], timed: bool

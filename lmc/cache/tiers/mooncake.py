@@ -25,14 +25,16 @@ from lmc.units import format_size
 Place = Callable[[memoryview], Region | None]
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
-_READS = 3  # a chunk that is replaced or deleted while it is read looks corrupt
+_TRIES = 3  # a chunk that is replaced or deleted while it is read looks corrupt
 
 _FULL = -200
 _NOT_READY = -703  # somebody stores it just now
 _ABSENT = -704
+_EXISTS = -705
 _GONE = -712
-_TRANSFER = -800  # also when the object is shorter than the buffers
-_TOO_LONG = -600
+_OUTSIDE = -600  # the object is shorter than what is asked for, or longer than the memory for it
+_TRANSFER = -800
+_NOT_THERE = (_ABSENT, _NOT_READY, _GONE)
 _MEANINGS = {
     _FULL: "no machine has room for it",
     _NOT_READY: "another client stores it just now",
@@ -65,28 +67,31 @@ class MooncakeTier:
         self._client.lend(memory)
 
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
-        """A chunk of the same content is left as it is."""
+        """Leaves a chunk of the same content as it is, and one that another client stores just now."""
         self._scope.check_size(data)
         payload, coding, seconds = pack(self._scope, data)
         checksum = self._scope.checksum(payload)
         footer = self._scope.seal(key, checksum, parent, len(payload), coding)
         name = self._name(key)
         with self._line("store", key) as (line, place):
-            stored = line.call("size", name)
-            if stored >= 0:
-                if self._is_same(line, key, stored, checksum, len(payload), data):
-                    return Moved(stored, seconds)
-                _require(line.call("remove", name), _ABSENT)
             source = place(payload)
             if source is None:
                 line.scratch[: len(payload)] = payload
                 source = Region(SCRATCH, 0, len(payload))
-            line.scratch[self._scope.chunk_bytes :] = footer
-            _require(line.call("put", name, [source, self._footer_region]))
+            for _ in range(_TRIES):
+                line.scratch[self._scope.chunk_bytes :] = footer
+                code = line.call("put", name, [source, self._footer_region])
+                if code != _EXISTS:
+                    _require(code)
+                    break
+                stored = line.call("size", name)
+                if stored == _NOT_READY or self._is_same(line, key, stored, checksum, len(payload), data):
+                    break
+                _require(line.call("remove", name), _ABSENT)
         return Moved(stored_bytes(len(payload)), seconds)
 
     def get(self, key: ChunkKey, out: memoryview) -> Moved:
-        for left in reversed(range(_READS)):
+        for left in reversed(range(_TRIES)):
             try:
                 return self._get(key, out)
             except Corrupt:
@@ -121,20 +126,21 @@ class MooncakeTier:
         with self._line("load", key) as (line, place):
             if self._scope.compress == "none":
                 slot = place(out)
-                code = line.call("get", name, [slot or Region(SCRATCH, 0, len(out)), self._footer_region])
+                parts = [slot or Region(SCRATCH, 0, len(out)), self._footer_region]
+                code = line.call(["get", [0, len(out)]], name, parts)
                 if code == stored_bytes(len(out)):
                     if slot is None:
                         out[:] = line.scratch[: len(out)]
-                    return self._unpack(key, out, line.scratch[len(out) :], out)
-                if code in (_ABSENT, _NOT_READY, _GONE):
+                    return self._verified(line, key, out)
+                if code in _NOT_THERE:
                     raise KeyError(key)
-                if code not in (_TRANSFER, _TOO_LONG) or line.call("size", name) == stored_bytes(len(out)):
+                if code != _OUTSIDE:
                     _require(code)
             size = line.call("get_up_to", name, [Region(SCRATCH, 0, len(line.scratch))])
-            if size in (_ABSENT, _NOT_READY, _GONE):
+            if size in _NOT_THERE:
                 raise KeyError(key)
-            if size == _TOO_LONG:
-                raise Corrupt(f"it has more than {stored_bytes(len(out))} bytes")
+            if size == _OUTSIDE:
+                raise Corrupt(f"it has more than the {stored_bytes(len(out))} bytes of such a chunk")
             _require(size)
             if size <= FOOTER_BYTES:
                 raise Corrupt(f"it has {size} bytes, too few for a chunk")
@@ -144,6 +150,16 @@ class MooncakeTier:
                 payload = out
             return self._unpack(key, payload, line.scratch[size - FOOTER_BYTES : size], out)
 
+    def _verified(self, line: Line, key: ChunkKey, out: memoryview) -> Moved:
+        """Of a chunk that lies in out, with what was behind it in the line's memory."""
+        try:
+            return self._unpack(key, out, line.scratch[self._scope.chunk_bytes :], out)
+        except Corrupt:
+            size = line.call("size", self._name(key))
+            if size > 0 and size != stored_bytes(len(out)):
+                raise Corrupt(f"it has {size} bytes instead of {stored_bytes(len(out))}") from None
+            raise
+
     def _unpack(self, key: ChunkKey, payload: memoryview, footer: memoryview, out: memoryview) -> Moved:
         return unpack(self._scope, key, payload, footer, self._scope.checksum(payload), out)
 
@@ -151,7 +167,7 @@ class MooncakeTier:
         """Whether what is stored under the key is this chunk, as it would be stored now or as it is."""
         if not FOOTER_BYTES < stored <= stored_bytes(len(data)):
             return False
-        code = line.call(["get_from", stored - FOOTER_BYTES], self._name(key), [self._footer_region])
+        code = line.call(["get", [stored - FOOTER_BYTES]], self._name(key), [self._footer_region])
         if code != FOOTER_BYTES:
             return False
         page = line.scratch[self._scope.chunk_bytes :]

@@ -126,7 +126,7 @@ class _Process:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    start_new_session=True,  # the interrupt of a terminal is for the engine, which ends it in order
+                    process_group=0,  # the interrupt of a terminal is for the engine, which ends it in order
                 )
         except OSError as error:
             self._control.close()
