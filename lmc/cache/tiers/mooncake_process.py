@@ -145,6 +145,8 @@ class _Process:
 
     def lend(self, memories: Sequence[LentMemory]) -> None:
         """Map those of them that it has not mapped yet. Raises ClientFailed."""
+        if len(memories) == len(self._lent):
+            return
         with self._asking:
             for memory in memories[len(self._lent) :]:
                 problem = self._give(memory.size, [memory.descriptor])
