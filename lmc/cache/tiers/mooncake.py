@@ -177,7 +177,7 @@ class MooncakeTier:
         if payload_bytes != length:
             return False
         try:
-            self._scope.verify(key, page, checksum, payload_bytes)
+            self._scope.verify(key, page, checksum, payload_bytes, len(data))
         except Corrupt:
             return False
         return True
