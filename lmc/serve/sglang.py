@@ -47,10 +47,6 @@ def check_sglang(config: CacheConfig | None, extra: Sequence[str]) -> None:
         )
     if config is None:
         return
-    if config.node is not None:
-        raise ConfigError(
-            "node: SGLang cannot attach to a node yet; leave it out, and the engine has a cache of its own"
-        )
     for option in (*_OURS, *_EXCLUDED):
         if given(option, extra):
             reason = "is set by lmc" if option in _OURS else "excludes SGLang's external cache, which lmc uses"

@@ -13,19 +13,18 @@ from contextlib import ExitStack
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import Namespace
+from lmc.cache.node.open import open_scheduler, open_worker
 from lmc.cache.plan import Report
-from lmc.cache.scheduler.cache import CacheScheduler, Identity
+from lmc.cache.scheduler.cache import Identity
 from lmc.cache.share import ALONE, Share, of_directory
 from lmc.cache.transfer.layout import KVLayout
-from lmc.cache.worker.open import open_worker
-from lmc.errors import ConfigError
 
 NOBODY = Identity()
 _POLL_SECONDS = 0.001
 
 
 class LocalCache:
-    """The cache of one rank. Of several ranks on a node, each has its own, with an equal share of the host and disk capacity."""
+    """The cache of one rank, or its part in a node's. Of several ranks on a machine, each has its own, with equal capacities."""
 
     def __init__(
         self,
@@ -39,15 +38,11 @@ class LocalCache:
         part: tuple[int, int] = (0, 1),
     ) -> None:
         """share, part: see lmc.cache.share. Raises ConfigError, LayoutError or TierError when the cache cannot be opened."""
-        if config.node is not None:
-            raise ConfigError(
-                "node: only vLLM can attach to a node; leave the setting out, and the engine has a cache of its own"
-            )
-        self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks)
+        self.worker = open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks, apart=True)
         with ExitStack() as opened:
             opened.callback(self.worker.close)
             own = _of_rank(of_directory(config, share), rank, num_ranks)
-            self.scheduler = CacheScheduler(own, [self.worker.ready()], layout.block_tokens, part=part)
+            self.scheduler = open_scheduler(own, [self.worker.ready()], layout.block_tokens, part=part)
             opened.pop_all()
 
     def lookup(self, request_id: str, tokens: Sequence[int], computed: int = 0, identity: Identity = NOBODY) -> int:

@@ -8,6 +8,7 @@ from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss, evicted_from
 from lmc.cache.directory.nodes import Capacity
+from lmc.cache.directory.offer import store_offer, use_prefix
 from lmc.cache.directory.places import HOST
 from lmc.cache.directory.request import Request
 
@@ -23,4 +24,6 @@ __all__ = [
     "build_directory",
     "capacity_of",
     "evicted_from",
+    "store_offer",
+    "use_prefix",
 ]

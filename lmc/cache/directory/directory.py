@@ -34,6 +34,7 @@ from lmc.cache.parts import SPINE, Leaf
 from lmc.cache.policy.base import PolicySpec
 
 _REMOTE_KEYS = 65_536
+_RESIDENT = bytes([RESIDENT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Found:
     def leading_in_host(self, first: int) -> int:
         """End of the run of chunks that can be loaded at once: those before `first` are the engine's own, the others must be in host."""
         tiers = self.tiers
+        if tiers.count(HOST) == len(tiers):  # as nearly always
+            return len(tiers)
         end = min(first, len(tiers))
         while end < len(tiers) and tiers[end] == HOST:
             end += 1
@@ -58,7 +61,10 @@ class Found:
     def sources(self, covered: int, last: int, chunk_tokens: int) -> dict[str, int]:
         """Tokens up to chunk `last`, without the first `covered` tokens, by the tier that held them at the lookup."""
         tiers, sources = self.tiers, dict[str, int]()
-        for index in range(covered // chunk_tokens, last):
+        first = covered // chunk_tokens
+        if last > first and tiers[first:last].count(HOST) == last - first:
+            return {HOST: last * chunk_tokens - covered}
+        for index in range(first, last):
             end = (index + 1) * chunk_tokens
             tier = tiers[index] if index < len(tiers) else HOST
             sources[tier] = sources.get(tier, 0) + end - covered
@@ -113,12 +119,17 @@ class Directory:
     def lookup(self, keys: Sequence[ChunkKey], now: float) -> Found:
         """The longest prefix of keys whose chunks are readable. Changes nothing."""
         now = self._advance(now)
-        find = self._places.nodes.find
         in_host = self._places.host.state
         may_expire = self._places.ages.ttl is not None
-        tiers: list[str] = []
-        for key in keys:
-            node = find(key)
+        nodes = self._places.nodes.leading(keys)
+        resident = 0
+        if not may_expire:
+            states = bytes(map(in_host.__getitem__, nodes))
+            resident = len(states) - len(states.lstrip(_RESIDENT))
+        tiers = [HOST] * resident
+        for index in range(resident, len(keys)):
+            key = keys[index]
+            node = nodes[index] if index < len(nodes) else self._places.nodes.find(key)
             if node >= 0 and in_host[node] == RESIDENT and not (may_expire and self._places.ages.expired(node, now)):
                 tiers.append(HOST)
                 continue

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lmc.cache.directory.nodes import RESIDENT
 from lmc.cache.directory.places import Places
 from lmc.cache.keys import ChunkKey
 
@@ -112,7 +113,9 @@ class Pins:
         """Pin those of keys that are in a bounded tier, and return their number. An owner has one pin; a second call adds to it."""
         places = self._places
         nodes, _ = self._pins.get(owner, ([], 0.0))
-        added = [node for node in places.nodes.chain(keys) if node >= 0 and places.present(node)]
+        in_host = places.host.state
+        chain = places.nodes.chain(keys)
+        added = [node for node in chain if node >= 0 and (in_host[node] == RESIDENT or places.present(node))]
         places.hold(added, 1)
         self._pins[owner] = (nodes + added, expires)
         self._next_expiry = min(self._next_expiry, expires)
@@ -124,8 +127,10 @@ class Pins:
         if pin is None:
             return False
         self._places.hold(pin[0], -1)
+        in_host = self._places.host.state
         for node in pin[0]:
-            self._places.forget_unused(node)
+            if in_host[node] != RESIDENT:  # as nearly every one is, and then it is in use
+                self._places.forget_unused(node)
         return True
 
     def drop_all(self) -> None:

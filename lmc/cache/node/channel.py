@@ -33,6 +33,8 @@ class Channel:
         self._in = bytearray()
         self._read = memoryview(bytearray(_READ_BYTES))  # a fresh one for each read would cost more than the read
         self._met = False  # the peer's preamble has come
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -98,15 +100,20 @@ class Channel:
                     if frames:
                         return frames  # the end is met again at the next call
                 raise _ended(None)
-            self._in += self._read[:size]
             if size < _READ_BYTES:
+                if self._met and not self._in and self._is_one_frame(size):  # as nearly always
+                    return [bytes(self._read[HEAD_BYTES:size])]
+                self._in += self._read[:size]
                 break
+            self._in += self._read[:size]
         return self._frames() if self._in else []
 
     def wait(self, seconds: float) -> None:
         """Until something has come in, or could be sent that waits, or the time is over."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN | (select.POLLOUT if self._out else 0))
+        poll = self._poll
+        if self._out:
+            poll = select.poll()
+            poll.register(self.socket, select.POLLIN | select.POLLOUT)
         poll.poll(max(seconds, 0.0) * 1000)
 
     def ask(self, message: Message | None, seconds: float) -> bytes:
@@ -144,6 +151,9 @@ class Channel:
             self.descriptor = one
         self._read[: len(data)] = data
         return len(data)
+
+    def _is_one_frame(self, size: int) -> bool:
+        return size > HEAD_BYTES and int.from_bytes(self._read[:HEAD_BYTES], "little") == size - HEAD_BYTES
 
     def _frames(self) -> list[bytes]:
         buffer = self._in

@@ -50,6 +50,11 @@ class DomainName:
     def label(self) -> str:
         return self.namespace.label()
 
+    @property
+    def engine_ranks(self) -> int:
+        """Ranks of the whole engine, where each has a directory of its own (SGLang); else those of the name."""
+        return max(len(self.ranks), self.namespace.tp_size)
+
 
 @dataclass
 class OpenedTiers:
@@ -62,7 +67,7 @@ class OpenedTiers:
 def open_rank(config: CacheConfig, name: DomainName, rank: int, host_slots: int) -> OpenedTiers:
     """Raises ConfigError, and TierError if the configuration is strict."""
     scope = TierScope(name.label(), rank, name.namespace.layout, name.rank_bytes, element=name.element)
-    tiers, warnings = open_tiers(config, scope, len(name.ranks))
+    tiers, warnings = open_tiers(config, scope, name.engine_ranks)
     scan = scan_tiers(tiers)
     remote = tuple(tier for tier in tiers if not isinstance(tiers[tier], BoundedBreaker))
     reading = CopyReading({}, {}, 0, 0, "")
@@ -119,7 +124,9 @@ class Domain:
         self._namespace = name.namespace
         self._chunk_tokens = name.namespace.chunk_tokens
         ready = [one.ready for one in opened]
-        self.directory, superfluous = open_directory(config, ready, clock())
+        share = config.disk.capacity * len(ready) // name.engine_ranks
+        limited = config.model_copy(update={"disk": config.disk.model_copy(update={"capacity": share})})
+        self.directory, superfluous = open_directory(limited, ready, clock())
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._accounting = Accounting(config, self._namespace, self.directory, name.rank_bytes, len(ready), clock)

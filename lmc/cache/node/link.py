@@ -67,6 +67,9 @@ class Link:
         self._late = late
         self._channel: Channel | None = None
         self._sessions = 0
+        self._later: list[
+            wire.Event
+        ] = []  # what the node hears with the next message, or at the latest with send_later()
         self._number = 0  # of the last batch
         self._behind = 0  # the batch that was not answered in time; 0: the node keeps up
         self._fresh: tuple[Channel, wire.Attached] | None = None  # from the thread
@@ -102,17 +105,18 @@ class Link:
             return None
         self._number += 1
         until = time.monotonic() + self._deadline
+        later, self._later = self._later, []
+        unasked = sum(isinstance(event, wire.Admit) for event in later)  # whose answers nobody waits for
         try:
-            channel.put(wire.Batch(self._number, events))
-            while True:
-                answers = self._receive(self._number)
-                if answers is not None:
-                    return answers
-                left = until - time.monotonic()
-                if left <= 0:
-                    break
+            channel.put(wire.Batch(self._number, [*later, *events]))
+            left = self._deadline
+            while left > 0:
                 channel.wait(left)
                 channel.flush()
+                answers = self._receive(self._number)
+                if answers is not None:
+                    return answers[unasked:]
+                left = until - time.monotonic()
         except NodeError as error:
             self._lose(error)
             return None
@@ -124,12 +128,28 @@ class Link:
         """Without an answer, and without a wait. False if the node is not there to hear it."""
         if self._channel is None:
             return False
+        later, self._later = self._later, []
         try:
-            self._channel.put(wire.Batch(0, events))
+            self._channel.put(wire.Batch(0, [*later, *events]))
         except NodeError as error:
             self._lose(error)
             return False
         return True
+
+    def tell_later(self, events: list[wire.Event]) -> None:
+        """The same, together with what is sent next: each message costs more than what is in it."""
+        if self._channel is not None:
+            self._later += events
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to tell that was not sent yet."""
+        return bool(self._later)
+
+    def send_later(self) -> None:
+        """Tell what waits, at the end of a step."""
+        if self._later:
+            self.tell([])
 
     def look(self) -> None:
         """Notice that the node has gone or is back; for steps in which nothing is exchanged."""
@@ -139,6 +159,7 @@ class Link:
             self._catch_up()
 
     def close(self) -> None:
+        self.send_later()
         self._closing.set()
         self._lost.set()
         self._thread.join(_JOIN_SECONDS)  # it may wait for an answer, and ends with the process
@@ -179,6 +200,7 @@ class Link:
         assert self._channel is not None
         self._channel.close()
         self._channel, self._behind, self.session, self.node = None, 0, 0, ""
+        self._later = []
         self._lost.set()
 
     def _take_over(self) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from lmc.cache.directory import HOST, Counts
 from lmc.cache.keys import ChunkKey
 from lmc.cache.node.link import Link
+from lmc.cache.node.ordered import OrderedCopies
 
 
 class Mirror:
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, ordered: OrderedCopies) -> None:
         self._link = link
+        self._ordered = ordered
         self.counts = Counts()  # the node counts
-        self.num_open = 0
         self.num_pins = 0
+
+    @property
+    def num_open(self) -> int:
+        """The engine's own copies under way."""
+        return len(self._ordered)
 
     @property
     def num_writing(self) -> dict[str, int]:

@@ -47,14 +47,15 @@ def open_worker(
     num_ranks: int,
     common: CommonSlots | None = None,
     others: Sequence[tuple[KVLayout, int]] = (),
+    apart: bool = False,
 ) -> CacheWorker:
-    """num_ranks: of one engine, on this machine. common, others: as the embedded worker takes them.
+    """num_ranks: of one engine, on this machine. apart: each has a directory of its own. common, others: as the embedded worker takes them.
 
     Raises what the embedded worker raises, and ConfigError for several groups through a node.
     """
     if config.node is not None:
         _require_one_group(others)
-        return open_node_worker(config, namespace, layout, rank=rank, ranks=range(num_ranks))
+        return open_node_worker(config, namespace, layout, rank=rank, ranks=[rank] if apart else range(num_ranks))
     return embedded.open_worker(config, namespace, layout, rank=rank, num_ranks=num_ranks, common=common, others=others)
 
 

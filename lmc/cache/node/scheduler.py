@@ -83,7 +83,7 @@ class NodeScheduler:
         self._link = Link(config.node, attach, config.node_deadline, self._refuse)
         self._ordered = OrderedCopies(self._link)
         self._link.wait(FIRST_SECONDS)
-        self.directory = Mirror(self._link)
+        self.directory = Mirror(self._link, self._ordered)
         self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, self.num_ranks, clock)
         self.metrics = self._accounting.metrics
         for worker in ready:
@@ -98,8 +98,8 @@ class NodeScheduler:
 
     @property
     def busy(self) -> bool:
-        """True while workers make copies, so that the engine must fetch reports."""
-        return bool(self._ordered) or bool(self._wishes) or bool(self._mailbox.waiting)
+        """True while workers make copies, so that the engine must fetch reports, or while the node must hear something in the next step."""
+        return bool(self._ordered) or bool(self._wishes) or bool(self._mailbox.waiting) or self._link.waiting
 
     # A request's life
 
@@ -130,7 +130,7 @@ class NodeScheduler:
         if num_load:
             self._wishes.append(Wish(tracked, tuple(blocks), wire.Admit(tracked.number, num_load)))
         elif self._known(tracked):
-            self._link.tell([wire.Admit(tracked.number, 0)])
+            self._link.tell_later([wire.Admit(tracked.number, 0)])
         if first_time:
             if not num_load:
                 tracked.sources = {}
@@ -161,6 +161,28 @@ class NodeScheduler:
         event = wire.Store(tracked.number, 0, b"", num_valid, num_prompt)  # the keys follow when it is sent
         self._wishes.append(Wish(tracked, tuple(blocks), event))
 
+    def offer(
+        self, keys: Sequence[ChunkKey], known: int, blocks: Sequence[int], tenant: str
+    ) -> tuple[Plan, bool] | None:
+        """As CacheScheduler.offer()."""
+        answers = self._exchange([wire.Offer(tenant, known, wire.join(keys))]) if self._link.ready else None
+        if answers is None:
+            return None
+        slots = answers[0]
+        assert isinstance(slots, wire.Stores)
+        plan = Plan(memory=self._link.node)
+        if slots.operations:
+            plan.stores.append(RequestCopies("offer", self._copies(keys, blocks, known, slots)))
+        return plan, slots.settled == len(keys)
+
+    def use(self, keys: Sequence[ChunkKey], tenant: str, name: str = "", pin_seconds: float = 0.0) -> None:
+        """As CacheScheduler.use()."""
+        if keys:
+            self._link.tell_later([wire.Use(tenant, wire.join(keys), name, pin_seconds)])
+
+    def promise(self, request_id: str, num_tokens: int, seconds: float) -> None:
+        """The node keeps what it has found for a moment anyway."""
+
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
         tracked = self._requests.get(request_id)
         return tracked.chain.keys if tracked is not None else ()
@@ -175,7 +197,7 @@ class NodeScheduler:
             return
         tracked.retired = tracked.finished = True  # a wish of its must not begin it again
         if self._known(tracked):
-            self._link.tell([wire.End(tracked.number, max(pin_seconds, 0.0))])
+            self._link.tell_later([wire.End(tracked.number, max(pin_seconds, 0.0))])
             tracked.session = 0
 
     # Plans and reports
@@ -190,6 +212,7 @@ class NodeScheduler:
         else:
             self._link.look()
         self._ordered.note_session()
+        self._link.send_later()
         return plan
 
     def apply(self, report: Report) -> None:
@@ -203,8 +226,7 @@ class NodeScheduler:
                 self._ended[number] = total
             else:
                 ended += self._complete(number, self._causes.pop(number, None))
-        if ended:
-            self._link.tell(ended)
+        self._link.tell_later(ended)
         self._ordered.note_session()  # an earlier session may be over now
         self._accounting.reported(report)
 
@@ -322,22 +344,32 @@ class NodeScheduler:
     def _plan_load(self, plan: Plan, wish: Wish, num_load: int, slots: wire.Loads) -> None:
         tracked = wish.tracked
         held = tracked.computed // self._block_tokens  # blocks that the engine has, which others may be reading
-        copies = self._copies(wish, slots, tracked, held)
+        copies = self._copies(tracked.keys, wish.blocks, 0, slots, tracked, held)
         background = self.loads_in_background(num_load)
         (plan.background_loads if background else plan.loads).append(RequestCopies(tracked.id, copies))
 
     def _plan_store(self, plan: Plan, wish: Wish, slots: wire.Stores) -> None:
         wish.tracked.stored = slots.settled
         if slots.operations:
-            plan.stores.append(RequestCopies(wish.tracked.id, self._copies(wish, slots, None, 0)))
+            copies = self._copies(wish.tracked.keys, wish.blocks, 0, slots)
+            plan.stores.append(RequestCopies(wish.tracked.id, copies))
 
     def _copies(
-        self, wish: Wish, slots: wire.Loads | wire.Stores, load: Tracked | None, held: int
+        self,
+        keys: Sequence[ChunkKey],
+        blocks: Sequence[int],
+        first: int,
+        slots: wire.Loads | wire.Stores,
+        load: Tracked | None = None,
+        held: int = 0,
     ) -> tuple[BlockCopy, ...]:
-        keys, per_chunk, copies = wish.tracked.chain.keys, self._blocks_per_chunk, []
+        """blocks: those of the chunks from index `first` on, the first `held` of which are not to be copied."""
+        per_chunk = self._blocks_per_chunk
+        copies = []
         for operation, chunk, slot in zip(slots.operations, slots.chunks, slots.slots, strict=True):
-            blocks = blocks_of(wish.blocks, chunk * per_chunk, per_chunk, held)
-            copies.append(BlockCopy(self._ordered.add(operation, keys[chunk], chunk, load), keys[chunk], slot, blocks))
+            number = self._ordered.add(operation, keys[chunk], chunk, load)
+            chosen = blocks_of(blocks, (chunk - first) * per_chunk, per_chunk, held)
+            copies.append(BlockCopy(number, keys[chunk], slot, chosen))
         return tuple(copies)
 
     def _fail(self, plan: Plan, wish: Wish) -> None:
@@ -402,7 +434,7 @@ class NodeScheduler:
         for tracked in self._requests.values():
             tracked.retired = True
             if self._known(tracked):
-                self._link.tell([wire.End(tracked.number, 0.0)])
+                self._link.tell_later([wire.End(tracked.number, 0.0)])
                 tracked.session = 0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import lmc.cache.node.wire as wire
-from lmc.cache.directory import Request, Ticket
+from lmc.cache.directory import Request, Ticket, store_offer, use_prefix
 from lmc.cache.keys import ChunkKey
 from lmc.cache.node.domain import Asking, Domain
 from lmc.cache.plan import CAUSES, COPY, CRASH
@@ -70,19 +70,23 @@ class Session:
     def handle(self, events: Sequence[wire.Event], now: float) -> list[wire.Reply]:
         """Raises NodeError for what no engine of this version sends."""
         answers: list[wire.Reply] = []
-        for event in events:
+        for event in events:  # the most frequent ones first
             if isinstance(event, wire.Lookup):
                 answers.append(self._lookup(event, now))
+            elif isinstance(event, wire.Begin):
+                self._begin(event, now)
+            elif isinstance(event, wire.End):
+                self._end(event, now)
             elif isinstance(event, wire.Done):
                 self._done(event, now)
             elif isinstance(event, wire.Admit):
                 answers.append(self._admit(event, now))
             elif isinstance(event, wire.Store):
                 answers.append(self._store(event, now))
-            elif isinstance(event, wire.Begin):
-                self._begin(event, now)
-            elif isinstance(event, wire.End):
-                self._end(event, now)
+            elif isinstance(event, wire.Offer):
+                answers.append(self._offer(event, now))
+            elif isinstance(event, wire.Use):
+                self._use(event, now)
         return answers
 
     def leave(self, now: float) -> None:
@@ -173,6 +177,23 @@ class Session:
         keys = asking.request.end()
         if event.pin_seconds > 0:
             self.domain.client_pins.ask(asking.request.name, keys, event.pin_seconds, now)
+
+    def _offer(self, event: wire.Offer, now: float) -> wire.Stores:
+        keys, known = wire.split(event.keys), event.known
+        if known > len(keys):
+            raise NodeError(f"node: {known} of {len(keys)} chunks are not on offer")
+        self.domain.ensure_slots(keys[known:], now, store=True)
+        tickets, kept = store_offer(self.domain.directory, keys, known, event.tenant, now)
+        self.domain.client_pins.renew(now)
+        for ticket in tickets.values():
+            self._open[ticket.operation] = _Open("store", None)
+        return wire.Stores(*self._copies(list(tickets.values()), list(tickets)), len(keys) if kept else 0)
+
+    def _use(self, event: wire.Use, now: float) -> None:
+        keys = wire.split(event.keys)
+        use_prefix(self.domain.directory, keys, event.tenant, now)
+        if event.pin_seconds > 0:
+            self.domain.client_pins.ask(f"{self.number}/{event.name}", keys, event.pin_seconds, now, later=True)
 
     # Inside
 

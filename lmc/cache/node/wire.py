@@ -8,6 +8,7 @@ every message is an array with a number that names its kind, so that another ver
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -155,13 +156,30 @@ class Done(Message, tag=26):
     cause: Text
 
 
+class Offer(Message, tag=27):
+    """Chunks that no request speaks for: those of the prefix `keys` after the first `known` ones. Answered by Stores; settled: all or 0."""
+
+    tenant: Text
+    known: Count
+    keys: Keys
+
+
 class Quiet(Message, tag=28):
     """No worker touches a slot of this earlier session any more."""
 
     session: Count
 
 
-Event = Begin | Lookup | Admit | Store | End | Done | Quiet
+class Use(Message, tag=29):
+    """A request used this prefix, wherever the engine held it. With pin_seconds it shall stay, also what is stored of it later."""
+
+    tenant: Text
+    keys: Keys
+    name: Text
+    pin_seconds: Seconds
+
+
+Event = Begin | Lookup | Admit | Store | End | Done | Offer | Quiet | Use
 
 
 class Batch(Message, tag=30):
@@ -233,7 +251,7 @@ def read(decoder: msgspec.msgpack.Decoder[Kind], body: bytes) -> Kind:
         raise NodeError(f"node: the peer sent something else than a message of this wire: {error}") from None
 
 
-def join(keys: list[ChunkKey]) -> bytes:
+def join(keys: Sequence[ChunkKey]) -> bytes:
     return b"".join(keys)
 
 

@@ -10,8 +10,8 @@ import os
 import secrets
 import select
 import threading
-from collections.abc import Callable, Iterable, Sequence, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,44 @@ ANSWER_SECONDS = 5.0
 FIRST_SECONDS = 5.0  # that a start waits for the memory
 
 
+class _Guard:
+    """Held by whoever copies (`with guard`), by any number of threads, or by who changes the memory (`with guard.alone()`).
+
+    Plans that are kept count as copies until the worker closes.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._copying = 0
+        self._kept = 0
+        self._closing = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._copying += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._copying -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._copying and (self._closing or not self._kept))
+            yield
+
+    def keep(self, number: int) -> None:
+        with self._changed:
+            self._kept += number
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+
 class NodeWorker(CacheWorker):
     """It carries a plan out only if the memory that the plan speaks of is the one that it has mapped."""
 
@@ -61,7 +99,7 @@ class NodeWorker(CacheWorker):
         self._element = element
         self._position = ranks.index(rank)
         self._num_parts = len(ranks)
-        self._guard = threading.RLock()  # whoever copies holds it, and whoever changes the memory
+        self._guard = _Guard()
         self._closing = threading.Event()
         self._tried = threading.Event()
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
@@ -87,6 +125,17 @@ class NodeWorker(CacheWorker):
                 self.give_up(_operations(work.stores), COPY)
                 work = replace(work, stores=[])
             super().end(work)
+
+    def keep(self, work: Plan) -> bool:
+        """The memory stays mapped until release(), also when the node has gone: nobody else writes to the slots of loads."""
+        with self._guard:
+            if self._is_stale(work):
+                return False
+            self._guard.keep(1)
+            return True
+
+    def release(self) -> None:
+        self._guard.keep(-1)
 
     def fence(self, overwritten: Set[int] | None = None) -> None:
         with self._guard:
@@ -114,6 +163,7 @@ class NodeWorker(CacheWorker):
 
     def close(self, timeout: float | None = None) -> None:
         self._closing.set()
+        self._guard.close()
         os.write(self._stop_write, b"x")
         self._thread.join()
         os.close(self._stop_read)
@@ -175,7 +225,7 @@ class NodeWorker(CacheWorker):
         if not isinstance(answer, wire.Memory) or channel.descriptor < 0:
             raise NodeError("node: the node sent no memory")
         stride = whole_pages(self._node_slab.slot_bytes)
-        with self._guard:
+        with self._guard.alone():
             self._node_slab.map(
                 channel.descriptor, answer.size, answer.unit, self._position * stride, self._num_parts * stride
             )
@@ -190,10 +240,10 @@ class NodeWorker(CacheWorker):
 
     def _unmap(self) -> bool:
         """Let the copies under way end, and give the memory up. False if it stays mapped after all."""
-        with self._guard:
-            self._memory = ""
+        self._memory = ""  # from now on every plan that names a node is stale
+        with self._guard.alone():
             self.copier.finish_copies()
-        return self._node_slab.unmap()  # it takes seconds, and every plan that names a node is stale by now
+        return self._node_slab.unmap()  # it takes seconds
 
 
 def open_node_worker(

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Request, Ticket
+from lmc.cache.directory import Request, Ticket, store_offer, use_prefix
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
@@ -211,11 +211,28 @@ class CacheScheduler:
                 self._complete(operation, COPY, now)
             self._plan.stores.append(RequestCopies(request_id, copies))
 
-    def touch(self, keys: Sequence[ChunkKey], tenant: str) -> None:
-        """A request used this prefix, wherever the engine held it: what is stored of it counts as used now."""
+    def offer(
+        self, keys: Sequence[ChunkKey], known: int, blocks: Sequence[int], tenant: str
+    ) -> tuple[Plan, bool] | None:
+        """The engine offers chunks of a prefix, from index `known` on, which lie in these blocks; no request speaks for them.
+
+        Returns a plan that stores those which are missing, and whether all on offer are kept or will be; None: offer them again.
+        """
         now = self._clock()
-        stored = self.directory.lookup(keys, now).num_chunks
-        self.directory.store(keys[:stored], now, tenant=tenant)
+        tickets, kept = store_offer(self.directory, keys, known, tenant, now)
+        self.client_pins.renew(now)
+        copies = tuple(self._block_copy(ticket, index - known, blocks, 0) for index, ticket in tickets.items())
+        return Plan(stores=[RequestCopies("offer", copies)] if copies else []), kept
+
+    def use(self, keys: Sequence[ChunkKey], tenant: str, name: str = "", pin_seconds: float = 0.0) -> None:
+        """A request used this prefix, wherever the engine held it: what is stored of it counts as used now.
+
+        pin_seconds: all of it shall stay for so long, within limits, also what is stored later. name: the request's, for the pin.
+        """
+        now = self._clock()
+        use_prefix(self.directory, keys, tenant, now)
+        if pin_seconds > 0:
+            self.client_pins.ask(name, keys, pin_seconds, now, later=True)
 
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
         """The names of a request's full chunks, as far as they were looked at; empty for an unknown request."""

@@ -149,6 +149,16 @@ class CacheWorker:
             else:
                 self.copier.store(request)
 
+    def keep(self, work: Plan) -> bool:
+        """Whoever carries the loads of a plan out later, copying by itself, calls this before, and release() when that is over.
+
+        False: they cannot be carried out.
+        """
+        return True
+
+    def release(self) -> None:
+        """A plan that was kept is carried out, or will not be."""
+
     def fence(self, overwritten: Set[int] | None = None) -> None:
         """Before the engine launches anything that may overwrite these blocks of earlier steps, or any of them."""
         self.copier.fence(overwritten)

@@ -127,8 +127,14 @@ class Here:
         return sum(domain.directory.num_pins for domain in self.node.domains.values())
 
     def wait_idle(self) -> None:
-        wait_until(lambda: self.num_open == 0 and self.num_pins == 0, "copies or pins are left")
+        wait_until(self._is_idle, "copies or pins are left")
         self.check()
+
+    def _is_idle(self) -> bool:
+        for engine in self.engines:
+            if engine.node._link.waiting:  # an engine steps as long as its cache is busy, and the node hears of it then
+                engine.pump()
+        return self.num_open == 0 and self.num_pins == 0
 
 
 @contextmanager

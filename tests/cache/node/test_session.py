@@ -31,7 +31,9 @@ events = st.one_of(
     st.builds(wire.Store, few, st.integers(0, 5), keys, tokens, tokens),
     st.builds(wire.End, few, st.floats(0, 10)),
     st.builds(wire.Done, st.integers(1, 30), st.sampled_from(["", "copy", "nonsense"])),
+    st.builds(wire.Offer, st.sampled_from(["", "t"]), st.integers(0, 5), keys),
     st.builds(wire.Quiet, few),
+    st.builds(wire.Use, st.sampled_from(["", "t"]), keys, st.just("r"), st.floats(0, 10)),
 )
 
 

@@ -40,11 +40,13 @@ class Copies:
         self._loads: dict[int, Future[None]] = {}
         self._stores: deque[_Store] = deque()
 
-    def start_load(self, index: int, requests: Sequence[RequestCopies], ready: Sequence[Any]) -> None:
-        """The counter's batch `index` says layer by layer what has arrived."""
+    def start_load(self, index: int, plans: Sequence[Plan], ready: Sequence[Any]) -> None:
+        """The counter's batch `index` says layer by layer what has arrived. plans: kept ones; they are released."""
+        requests = [request for plan in plans for request in plan.loads]
         done = self._loader.submit(self._load, index, requests, ready)
         operations = [chunk.operation for request in requests for chunk in request.chunks]
         done.add_done_callback(partial(self._on_crash, operations))
+        done.add_done_callback(lambda _: self._release(len(plans)))
         self._loads[index] = done
 
     def finish_load(self, index: int) -> bool:
@@ -55,12 +57,12 @@ class Copies:
             future.exception()  # waits
         return landed
 
-    def start_store(self, copies: RequestCopies | None, complete: bool, ready: Sequence[Any]) -> None:
-        """Accept a store; without copies it has ended already."""
-        operations = {chunk.operation for chunk in copies.chunks} if copies is not None else set()
+    def start_store(self, plan: Plan, complete: bool, ready: Sequence[Any]) -> None:
+        """Accept a plan of stores; without any it has ended already."""
+        operations = {chunk.operation for request in plan.stores for chunk in request.chunks}
         self._stores.append(_Store(operations, complete))
-        if copies is not None:
-            done = self._storer.submit(self._store, copies, ready)
+        if operations:
+            done = self._storer.submit(self._store, plan, ready)
             done.add_done_callback(partial(self._on_crash, sorted(operations)))
 
     def learn(self, report: Report) -> None:
@@ -118,10 +120,14 @@ class Copies:
             if not landed:
                 self._counter.fail(index, TransferError("a load failed"))  # else the forward pass would wait for ever
 
-    def _store(self, copies: RequestCopies, ready: Sequence[Any]) -> None:
+    def _store(self, plan: Plan, ready: Sequence[Any]) -> None:
         for event in ready:
             event.synchronize()
-        self._worker.end(Plan(stores=[copies]))
+        self._worker.end(plan)
+
+    def _release(self, number: int) -> None:
+        for _ in range(number):
+            self._worker.release()
 
     def _on_crash(self, operations: Sequence[int], future: Future[None]) -> None:
         """A fault in lmc itself: no chunk may stay busy for ever, and no page locked."""

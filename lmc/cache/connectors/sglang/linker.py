@@ -27,7 +27,7 @@ from lmc.cache.connectors.sglang.waiting import agree, watch_queue
 from lmc.cache.connectors.sglang.weights import EngineWeights
 from lmc.cache.keys import Namespace, hashed_name
 from lmc.cache.observe.stats import describe_tiers
-from lmc.cache.plan import SKIP, BlockCopy, Report, RequestCopies, request_name
+from lmc.cache.plan import COPY, SKIP, Plan, Report, request_name
 from lmc.cache.settings import load_settings
 from lmc.cache.share import of_engine, part_of
 from lmc.cache.transfer.layout import KVLayout
@@ -62,12 +62,13 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         self._page = int(params.page_size)
         self._cache: LocalCache | None = None
         self._prompts: dict[str, Prompt | None] = {}  # of waiting and loading requests; None: not for the cache
-        self._queued: dict[str, RequestCopies] = {}
+        self._queued: dict[
+            str, Plan
+        ] = {}  # each kept by the worker (see CacheWorker.keep), with the loads of one request
         self._weights_unsure = False  # SGLang may have changed them since they were read
         self._refused = False  # a load was accepted on this rank that it cannot do
         self._loading: dict[int, list[str]] = {}  # batch -> requests
         self._batch: int | None = None  # that is being started
-        self._num_offloads = 0
         self._copies: Copies | None = None
         self._rank, self._ranks = _rank(params)
         asked = _settings(extra_config or {})
@@ -200,9 +201,17 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         return list(range(1, min(gain // self._page, len(hashes)) + 1))
 
     def _refuse_load(self, rid: str, transfers: list[Any]) -> bool:
-        self._queued.pop(rid, None)
+        self._drop_queued(rid)
         self._refused = self._ranks > 1
         return self._refused
+
+    def _drop_queued(self, rid: str) -> bool:
+        """The load of this request is not made. False if none was queued."""
+        plan = self._queued.pop(rid, None)
+        if plan is not None and self._cache is not None:
+            self._cache.worker.release()
+            self._cache.worker.give_up(_operations(plan))
+        return plan is not None
 
     @guarded(_refuse_load)
     def load(self, rid: str, transfers: list[Any]) -> bool:
@@ -229,6 +238,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         index = self._next_batch()
         if index >= 0:
             self.layer_done_counter.fail(index, ConfigError("this rank runs without the cache"))
+            for rid in list(self._queued):
+                self._drop_queued(rid)
             self._batch_started()
         return index
 
@@ -267,12 +278,13 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
 
     @guarded(lambda self, rid: self._queued.pop(rid, None) is not None)
     def cancel_queued_load(self, rid: str) -> bool:
-        copies = self._queued.get(rid)
-        if copies is None:
+        plan = self._queued.get(rid)
+        if plan is None:
             return False
         if self._cache is not None:
-            self._cache.scheduler.apply(Report(Counter(chunk.operation for chunk in copies.chunks)))
+            self._cache.scheduler.apply(Report(Counter(_operations(plan))))
             self._end(self._cache, rid)
+            self._cache.worker.release()
         del self._queued[rid]
         return True
 
@@ -366,21 +378,24 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         cache.scheduler.admit(rid, tokens, [SKIP] * start + pages)
         prompt.explain(cache.scheduler.explain(rid))
         plan = cache.scheduler.take_plan()
-        (copies,) = plan.loads
-        plan.loads.clear()
+        loads = Plan(loads=plan.loads, memory=plan.memory)
+        plan.loads = []
+        plan.failed_blocks.clear()  # of a load that the node does not order: SGLang hears of it at once, and computes
         cache.worker.begin(plan)
+        if not loads.loads:
+            return False
+        if not cache.worker.keep(loads):
+            cache.worker.give_up(_operations(loads), COPY)
+            return False
         prompt.loading = True
-        self._queued[rid] = copies
+        self._queued[rid] = loads
         return True
 
     def _end(self, cache: LocalCache, rid: str) -> None:
         """lmc's part in the request is over. Its prefix counts as used, also where SGLang held it itself."""
         prompt = self._prompts.pop(rid, None)
         if prompt is not None:
-            cache.scheduler.touch(prompt.keys, prompt.identity.tenant)
-            if prompt.wishes.pin_seconds > 0:
-                seconds, pins = prompt.wishes.pin_seconds, cache.scheduler.client_pins
-                pins.ask(request_name(rid), prompt.keys, seconds, time.monotonic(), later=True)
+            cache.scheduler.use(prompt.keys, prompt.identity.tenant, request_name(rid), prompt.wishes.pin_seconds)
         cache.scheduler.finish(rid)
 
     def _offload(self, cache: LocalCache, transfer: Any) -> bool:
@@ -388,23 +403,15 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         keys = self._pages.leading(transfer.keys)
         if not keys:
             return False  # generated tokens; they become known when a prompt repeats them
-        directory, now = cache.scheduler.directory, time.monotonic()
         before = self._pages.before(transfer.keys[0])
-        if directory.lookup(before, now).num_chunks < len(before):
-            before = []  # lmc no longer holds them, and their pages are not on offer
-        tenant = self._pages.tenant(transfer.keys[0])
-        tickets = directory.store([*before, *keys], now, tenant=tenant, touch=False)  # _end touches
-        cache.scheduler.client_pins.renew(now)
-        pages = dict(zip(keys, self._page_ids(transfer), strict=False))
-        copies = None
-        if tickets:
-            self._num_offloads += 1
-            chunks = tuple(BlockCopy(one.operation, one.key, one.slot, (pages[one.key],)) for one in tickets)
-            copies = RequestCopies(f"offload {self._num_offloads}", chunks)
-        stored = {ticket.key for ticket in tickets}
-        complete = len(keys) == len(transfer.keys) and all(key in stored or directory.tiers_of(key) for key in keys)
+        pages = self._page_ids(transfer)[: len(keys)]
+        offer = cache.scheduler.offer([*before, *keys], len(before), pages, self._pages.tenant(transfer.keys[0]))
+        if offer is None:
+            return False
+        plan, kept = offer
         assert self._copies is not None
-        self._copies.start_store(copies, complete, self.record_offload_ready() if tickets else [])
+        ready = self.record_offload_ready() if plan.stores else []
+        self._copies.start_store(plan, kept and len(keys) == len(transfer.keys), ready)
         return True
 
     def _page_ids(self, transfer: Any) -> list[int]:
@@ -414,6 +421,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         report = cache.pump()
         if self._copies is not None:
             self._copies.learn(report)
+
+
+def _operations(plan: Plan) -> list[int]:
+    return [chunk.operation for request in plan.loads for chunk in request.chunks]
 
 
 def _settings(extra: dict[str, Any]) -> CacheConfig:
