@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from lmc.cli.sim_options import (
 )
 from lmc.cli.trace_source import TraceSource, reads_trace
 from lmc.units import parse_size
+
+if TYPE_CHECKING:
+    from lmc.sim.full_replay import ReplayResult
 
 commands = typer.Typer()
 
@@ -85,6 +88,14 @@ def replay(
             "By default they never evict, and there is no other."
         ),
     ] = "0",
+    shared_host: Annotated[
+        bool,
+        typer.Option(
+            "--shared-host",
+            help="The instances share one host memory and one disk, as with lmc node, of the size of all of theirs. The result has both: "
+            "with the node, and each with its own.",
+        ),
+    ] = False,
     cost: CostFile = None,
     token_bytes: TokenBytes = "0",
     compress_ratio: Ratio = None,
@@ -99,11 +110,14 @@ def replay(
     from lmc.sim.shown import parse_window
 
     size = parse_size(token_bytes)
-    settings = load_settings(config).config
-    result = replay_show.replay_settings(
-        source.load(), settings, instances, routing, shared, read_cost(cost), size, compress_ratio, codec_speed
-    )
-    shown = replay_show.show_replay(result, parse_window(window), timed=cost is not None)
+    settings, trace, model = load_settings(config).config, source.load(), read_cost(cost)
+
+    def replayed(one_host: bool) -> ReplayResult:
+        given = (settings, instances, routing, shared, model, size, compress_ratio, codec_speed)
+        return replay_show.replay_settings(trace, *given, shared_host=one_host)
+
+    result, apart = replayed(shared_host), replayed(False) if shared_host else None
+    shown = replay_show.show_replay(result, parse_window(window), timed=cost is not None, apart=apart)
     output(shown.table, shown.json, shown.table, shown.notes, json, csv)
 
 

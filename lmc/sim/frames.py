@@ -125,8 +125,11 @@ def replay(
     shared: str = "0",
     cost: CostModel | str | Path | None = None,
     token_bytes: int = 0,
+    shared_host: bool = False,
 ) -> pd.DataFrame:
     """Replay under settings of the live cache: a mapping, or a YAML file as for `lmc serve`. One row for each request, in order of arrival.
+
+    shared_host: the instances share one host memory and one disk, as with `lmc node`, of the size of all of theirs.
 
     Columns: arrival_s, instance, input_tokens, hit_tokens and, for each tier, TIER_hit_tokens; ttft_s with a cost model. attrs["counts"]
     has evictions, dropped stores and so on. Raises ConfigError.
@@ -137,7 +140,9 @@ def replay(
         else CacheConfig.model_validate(settings)
     )
     model = _cost(cost)
-    result = replay_show.replay_settings(to_trace(requests), config, instances, routing, shared, model, token_bytes)
+    result = replay_show.replay_settings(
+        to_trace(requests), config, instances, routing, shared, model, token_bytes, shared_host=shared_host
+    )
     frame = pd.DataFrame(
         {
             "arrival_s": result.trace.timestamps_s,

@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Capacity, Miss, Request, Ticket, build_directory, capacity_of
+from lmc.cache.directory import HOST, Capacity, Directory, Miss, Request, Ticket, build_directory, capacity_of
 from lmc.cache.directory.holds import ABSENT, LATE
 from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
@@ -45,6 +45,7 @@ class Fleet:
     shared_names: tuple[str, ...] = (SHARED,)  # of these tiers, fastest first
     cost: CostModel | None = None
     codec: Codec = NO_CODEC  # of the disk
+    shared_host: bool = False  # all instances use one directory (lmc node), with the memory and the disk of all
 
     @property
     def engine(self) -> EngineModel:
@@ -111,15 +112,12 @@ class _Channel:
 class _Instance:
     """An engine and the cache below it."""
 
-    def __init__(self, replay: _Replay) -> None:
+    def __init__(self, replay: _Replay, directory: Directory, sharing: list[_Instance]) -> None:
+        """sharing: all instances that use this directory; this one adds itself."""
         self._replay = replay
-        self.directory = build_directory(
-            replay.config,
-            replay.host_slots,
-            replay.chunk_bytes,
-            below={DISK: replay.disk} if replay.disk is not None else {},
-            remote=tuple(replay.stores),
-        )
+        self.directory = directory
+        self._sharing = sharing
+        sharing.append(self)
         self._reading = {name: replay.channel(name) for name in replay.cached}
         self._writing = {name: replay.channel(name) for name in replay.cached}
         fleet = replay.fleet
@@ -250,11 +248,16 @@ class _Instance:
         is_write = ticket.kind == "write" and ticket.tier == DISK
         self.directory.complete(ticket.operation, failure, self.now(), self._replay.saved if is_write else 0)
         if ticket.kind == "stage":
-            for index, (_, missing) in list(self._missing.items()):
-                missing.discard(ticket.key)
-                if not missing:
-                    self._ready(index)
+            for instance in self._sharing:
+                instance._arrived(ticket.key)
         self.step_soon()
+
+    def _arrived(self, key: ChunkKey) -> None:
+        """A chunk is in host memory, or will not be: requests may have waited for it."""
+        for index, (_, missing) in list(self._missing.items()):
+            missing.discard(key)
+            if not missing:
+                self._ready(index)
 
 
 class _Replay:
@@ -263,12 +266,13 @@ class _Replay:
         self.config = config
         self.chunk_bytes = chunk_bytes
         self.fleet = fleet
-        self.host_slots = _slots(config.host.capacity, chunk_bytes, "host.capacity")
+        sharing = fleet.instances if fleet.shared_host else 1
+        self.host_slots = _slots(config.host.capacity, chunk_bytes, "host.capacity") * sharing
         self.disk: Capacity | None = None
         if config.disk.path:
             file_bytes = stored_bytes(chunk_bytes)
             _slots(config.disk.capacity, file_bytes, "disk.capacity")
-            self.disk = capacity_of(config.disk.capacity, file_bytes, config.disk.compress)
+            self.disk = capacity_of(config.disk.capacity * sharing, file_bytes, config.disk.compress)
         self.saved = chunk_bytes - fleet.codec.stored(chunk_bytes)
         names = fleet.shared_names if fleet.shared_chunks else ()
         self.stores = {name: SharedStore(fleet.shared_chunks) for name in names}
@@ -283,7 +287,7 @@ class _Replay:
 
     def run(self) -> ReplayResult:
         trace, clock = self.trace, self.clock
-        instances = [_Instance(self) for _ in range(self.fleet.instances)]
+        instances = self._open()
         router = Router(self.fleet.routing, self.fleet.instances)
         served = np.zeros(trace.num_requests, dtype=np.int64)
 
@@ -298,13 +302,23 @@ class _Replay:
         clock.at(float(trace.timestamps_s[0]), lambda: arrive(0), _ARRIVAL)
         clock.run()
         for instance in instances:
-            counts = instance.directory.counts
-            self.counts.update({f"evicted from {tier}": total for tier, total in counts.evicted.items()})
             if instance.engine.preempted:
                 self.counts["preempted"] += instance.engine.preempted
+        for counts in [one.directory.counts for one in (instances[:1] if self.fleet.shared_host else instances)]:
+            self.counts.update({f"evicted from {tier}": total for tier, total in counts.evicted.items()})
             self.counts.update({"stores dropped": counts.stores_dropped, "writes dropped": counts.writes_dropped})
         trace = replace(trace, notes=(*trace.notes, *warn_small(trace, [self.host_slots])))
         return ReplayResult(trace, self.hit_tokens, self.ttft_s, served, self.fleet.engine, self.counts)
+
+    def _open(self) -> list[_Instance]:
+        if self.fleet.shared_host:
+            directory, sharing = self._directory(), list[_Instance]()
+            return [_Instance(self, directory, sharing) for _ in range(self.fleet.instances)]
+        return [_Instance(self, self._directory(), []) for _ in range(self.fleet.instances)]
+
+    def _directory(self) -> Directory:
+        below = {DISK: self.disk} if self.disk is not None else {}
+        return build_directory(self.config, self.host_slots, self.chunk_bytes, below=below, remote=tuple(self.stores))
 
     def channel(self, tier: str) -> _Channel:
         cost = self.fleet.cost

@@ -33,8 +33,12 @@ def replay_settings(
     token_bytes: int = 0,
     ratio: float | None = None,
     codec_speed: str | None = None,
+    *,
+    shared_host: bool = False,
 ) -> ReplayResult:
-    """Replay the trace. Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that does not fit."""
+    """Replay the trace. shared_host: see Fleet.
+
+    Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that does not fit."""
     require_blocks(trace)
     chunked = coarsen(trace, chunk_tokens_for(config, trace.block_tokens))
     chunk_bytes = known_token_bytes(trace, token_bytes, cost) * chunked.block_tokens
@@ -44,7 +48,9 @@ def replay_settings(
     codec = codec_of(config, ratio, codec_speed)
     if config.disk.compress != "none":
         notes += where_it_pays(cost, codec)
-    fleet = Fleet(instances, cast(Routing, routing), shared_chunks, names, cost, codec)
+    if shared_host and instances < 2:
+        raise ConfigError("--shared-host is about several instances; give --instances")
+    fleet = Fleet(instances, cast(Routing, routing), shared_chunks, names, cost, codec, shared_host)
     return replay_fleet(replace(chunked, notes=(*chunked.notes, *notes)), config, chunk_bytes, fleet)
 
 
@@ -72,10 +78,11 @@ def _shared_tiers(
     return names or (SHARED,), capacity, notes
 
 
-def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
+def show_replay(result: ReplayResult, window: Window, *, timed: bool, apart: ReplayResult | None = None) -> Shown:
+    """apart: the same with a memory of its own for each instance, to compare with."""
     hits, total = result.hits(window), max(result.total_tokens(window), 1)
     first = result.trace.first_request(window)
-    ttft = {p: float(np.percentile(result.ttft_s[first:], p)) for p in PERCENTILES} if timed else {}
+    ttft = _ttft(result, window) if timed else {}
     rows: list[list[Cell]] = [
         [f"{tier} hits", tokens, 100 * tokens / total, "% of tokens"] for tier, tokens in hits.items()
     ]
@@ -84,6 +91,11 @@ def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
         recorded = result.trace.recorded_hits.items()
         rows += [[f"recorded {tier} hits", tokens, 100 * tokens / total, "% of tokens"] for tier, tokens in recorded]
     rows += [[f"TTFT p{p}", value, None, "s"] for p, value in ttft.items()]
+    if apart is not None:
+        lost = sum(apart.hits(window).values())
+        rows.append(["hits, each with a memory of its own", lost, 100 * lost / total, "% of tokens"])
+        if timed:
+            rows += [[f"TTFT p{p}, likewise", value, None, "s"] for p, value in _ttft(apart, window).items()]
     rows += [
         [name, count, None, "chunks" if "late" not in name else "requests"] for name, count in result.counts.items()
     ]
@@ -103,5 +115,13 @@ def show_replay(result: ReplayResult, window: Window, *, timed: bool) -> Shown:
         "requests_by_instance": np.bincount(result.instance[first:]).tolist(),
         "notes": list(result.trace.notes),
     }
+    if apart is not None:
+        own = {f"p{p}": value for p, value in _ttft(apart, window).items()} if timed else {}
+        json["apart"] = {"hit_tokens": apart.hits(window), "ttft_s": own, "counts": dict(apart.counts)}
     columns = [Column("figure"), Column("value"), Column("share"), Column("unit")]
     return Shown(Table(f"Replay of {result.trace.source}", columns, rows, note), json)
+
+
+def _ttft(result: ReplayResult, window: Window) -> dict[int, float]:
+    first = result.trace.first_request(window)
+    return {p: float(np.percentile(result.ttft_s[first:], p)) for p in PERCENTILES}

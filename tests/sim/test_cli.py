@@ -266,6 +266,20 @@ def test_replay_runs_the_settings_that_tune_wrote(long_trace: Path, tmp_path: Pa
     assert "hits" in run("replay", *options, "--window", "last-half")
 
 
+def test_replay_compares_one_memory_for_all_with_one_for_each(long_trace: Path, tmp_path: Path) -> None:
+    settings, cost = tmp_path / "lmc.yaml", tmp_path / "cost.yaml"
+    settings.write_text("host: {capacity: 1GiB}\n")
+    cost.write_text(COST)
+    options = [long_trace, "--config", settings, "--token-bytes", "128KiB", "--cost", cost, "--instances", "4"]
+    both = json.loads(run("replay", *options, "--shared-host", "--json"))
+    each = json.loads(run("replay", *options, "--json"))
+    assert both["apart"]["hit_tokens"] == each["hit_tokens"] and both["apart"]["ttft_s"] == each["ttft_s"]
+    assert both["hit_tokens"]["host"] > each["hit_tokens"]["host"]
+    assert "each with a memory of its own" in run("replay", *options, "--shared-host")
+    with pytest.raises(LmcError, match="give --instances"):
+        run("replay", *options[:-2], "--shared-host")
+
+
 COST = """
 prefill: {fixed: 10ms, token: 30us}
 token_bytes: 128KiB

@@ -94,6 +94,20 @@ def test_round_robin_gives_each_instance_its_own_trace(trace: Trace, capacity: i
         assert np.array(chunks(result))[mine].tolist() == naive_lru(part, capacity)
 
 
+@settings(max_examples=100, deadline=None)
+@given(traces(), st.integers(1, 6), st.integers(0, 6), st.integers(2, 3))
+def test_instances_with_one_memory_hit_what_one_instance_with_all_of_it_hits(
+    trace: Trace, host: int, disk: int, instances: int
+) -> None:
+    trace = full_chunks(trace)
+    result = replay_fleet(trace, config(host, disk), CHUNK_BYTES, Fleet(instances, shared_host=True))
+    alone = replay_fleet(trace, config(instances * host, instances * disk), CHUNK_BYTES, Fleet())
+    assert {tier: tokens.tolist() for tier, tokens in result.hit_tokens.items()} == {
+        tier: tokens.tolist() for tier, tokens in alone.hit_tokens.items()
+    }
+    assert result.counts == alone.counts
+
+
 def requests(*rows: tuple[float, list[int]]) -> Trace:
     builder = TraceBuilder("made", "test", BLOCK_TOKENS)
     for number, (t, chain) in enumerate(rows):
@@ -186,6 +200,15 @@ def test_a_shared_tier_serves_what_another_instance_stored() -> None:
     assert chunks(alone) == [0, 0]
     assert together.hit_tokens["remote"].tolist() == [0, 8]
     assert together.ttft_s[1] == pytest.approx(2.0 + 1.0 + 1.0)
+
+
+def test_engines_with_one_memory_load_what_another_stored_and_wait_for_what_another_stages() -> None:
+    trace = requests((0.0, [1]), (50.0, [1]), (100.0, [2, 3]), (200.0, [1]), (200.0, [1]))
+    result = replay_fleet(trace, config(1, 10), CHUNK_BYTES, Fleet(2, shared_host=True, cost=COST))
+    assert result.hit_tokens["host"].tolist() == [0, 4, 0, 0, 0]
+    assert result.hit_tokens["disk"].tolist() == [0, 0, 0, 4, 4]
+    assert result.ttft_s[1] == pytest.approx(0.5 + 1.0)
+    assert result.ttft_s[3:].tolist() == [4.5, 4.5]  # staged once, loaded and computed by each
 
 
 def test_several_shared_tiers_are_named_and_priced_alike() -> None:
