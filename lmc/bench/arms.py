@@ -26,6 +26,7 @@ from lmc.bench.access import KEY_VARIABLE, Access, access_to
 from lmc.bench.counters import parse
 from lmc.bench.dialect import Dialect
 from lmc.bench.mooncake_server import started_mooncake
+from lmc.bench.node_server import started_node
 from lmc.bench.prompts import Request
 from lmc.bench.redis_server import started_redis
 from lmc.bench.s3_server import LOCAL, started_s3
@@ -99,6 +100,11 @@ class Launcher:
                     if wants(arm, place)
                 }
                 config = self._write_config(name, arm, places)
+                if arm.node:
+                    socket = await stack.enter_async_context(started_node(config.parent, config))
+                    attached = config.with_name("engines.yaml")
+                    attached.write_text(f"{config.read_text()}\nnode: {socket}\n")
+                    config = attached
             yield [
                 await stack.enter_async_context(self._instance(name, arm, config, number))
                 for number in range(arm.instances)
@@ -205,7 +211,9 @@ def fit_together(arms: Sequence[Arm], engine: Engine, model_folder: Path) -> boo
         host = (arm.cache or {}).get("host") or {}
         size = str(host.get("capacity", "1GiB"))
         held = parse_size(size) if not size.endswith("%") else 1 << 32
-        need += arm.instances * (weights + ENGINE_BYTES + (int(space) << 30) + held)
+        need += arm.instances * (weights + ENGINE_BYTES + (int(space) << 30)) + held * (
+            1 if arm.node else arm.instances
+        )
     return need < available_memory().free * 0.75
 
 
@@ -214,7 +222,7 @@ def cache_yaml(arm: Arm, places: Mapping[str, str]) -> str:
     text: str = yaml.safe_dump(arm.cache or {}, sort_keys=False)
     for place, value in places.items():
         text = text.replace(place, value)
-    return text
+    return "" if text == "{}\n" else text
 
 
 def wants(arm: Arm, place: str) -> bool:

@@ -259,6 +259,7 @@ class Arm(Strict):
     )
     restart_of: str | None = None
     instances: Count = 1  # engines with these settings; requests go to them in turn
+    node: bool = False  # the cache is that of an lmc node, started for the arm, and all its engines attach to it
     reuse: Literal["none", "engine", "cache", "unknown"] = "unknown"
     url: str | None = None
     metrics: list[str] = []
@@ -274,6 +275,8 @@ class Arm(Strict):
             raise ValueError("an arm with a url takes no args, env, cache or restart_of")
         if not self.url and (self.model or self.headers or self.ca or self.reset or self.api != "completions"):
             raise ValueError("model, api, headers, ca and reset belong to an arm with a url")
+        if self.node and self.cache is None:
+            raise ValueError("node: an arm with a node needs cache, the node's settings")
         if self.url and self.instances > 1:
             raise ValueError("an arm with a url has one instance; put a router before several servers")
         return self

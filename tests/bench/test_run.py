@@ -15,9 +15,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from lmc.bench.arms import cache_yaml, wants
+import lmc.cache.node.wire as wire
+from lmc.bench.arms import Launcher, cache_yaml, wants
 from lmc.bench.mooncake_server import started_mooncake
 from lmc.bench.records import read_records, read_results, write_results
 from lmc.bench.redis_server import started_redis
@@ -25,9 +27,11 @@ from lmc.bench.render import build_report, write_report
 from lmc.bench.s3_server import BUCKET, started_s3
 from lmc.bench.schedule import Plan
 from lmc.bench.stages import ArmRun
-from lmc.bench.workload import Arm, Limits
+from lmc.bench.workload import Arm, Engine, Limits
 from lmc.cache.keys import ChunkKey
+from lmc.cache.node.channel import connect
 from lmc.cache.sections import MooncakeConfig, S3Config
+from lmc.cache.settings import load_settings
 from lmc.cache.tiers.format import TierScope
 from lmc.cache.tiers.mooncake import MooncakeTier
 from lmc.cache.tiers.s3 import S3Tier
@@ -217,6 +221,26 @@ def test_instances_share_what_one_of_them_stored(run_small: RunSmall) -> None:
     assert pair.phases[0].detail.count("http://") == 2
     alone, _ = run_small(bars=[], arms={"none": NONE, "pair": {**shared, "cache": {}}})
     assert "hit rate is off" in alone.problems[0]
+
+
+async def test_the_engines_of_an_arm_attach_to_a_node_of_its_own(tmp_path: Path) -> None:
+    arm = Arm(cache={"host": {"capacity": "4MiB"}}, instances=2, node=True)
+    launcher = Launcher("mock-model", Engine(), tmp_path, MOCK)
+    async with launcher.started("pair", arm) as servers:
+        files = {word for server in servers for word in server.command.split() if word.endswith(".yaml")}
+        assert len(servers) == 2 and len(files) == 1
+        settings = load_settings(tmp_path / "pair" / "engines.yaml", {}).config
+        assert settings.node is not None
+        channel = connect(str(settings.node), 10.0, takes_descriptor=True)
+        answer = wire.read(wire.welcomes, channel.ask(wire.TakeMemory(bytes(wire.ID_BYTES), 0), 10.0))
+        assert isinstance(answer, wire.Memory) and answer.size == 4 << 20
+        channel.close()
+    assert not settings.node.exists()
+    with pytest.raises(EngineError, match=r"lmc node did not start \(log: .*node.log"):
+        async with launcher.started("bad", arm.model_copy(update={"cache": {"host": {"capacity": 100}}})):
+            pass
+    with pytest.raises(ValidationError, match="needs cache"):
+        Arm(node=True)
 
 
 @pytest.mark.service
