@@ -187,7 +187,7 @@ class Session:
         self.domain.client_pins.renew(now)
         for ticket in tickets.values():
             self._open[ticket.operation] = _Open("store", None)
-        return wire.Stores(*self._copies(list(tickets.values()), list(tickets)), len(keys) if kept else 0)
+        return wire.Stores(*self._copies(list(tickets.items())), len(keys) if kept else 0)
 
     def _use(self, event: wire.Use, now: float) -> None:
         keys = wire.split(event.keys)

@@ -221,7 +221,8 @@ class CacheScheduler:
         now = self._clock()
         tickets, kept = store_offer(self.directory, keys, known, tenant, now)
         self.client_pins.renew(now)
-        copies = tuple(self._block_copy(ticket, index - known, blocks, 0) for index, ticket in tickets.items())
+        offered = [(index - known, ticket) for index, ticket in tickets.items()]
+        copies, _ = block_copies(self._parts, offered, (blocks,), 0)
         return Plan(stores=[RequestCopies("offer", copies)] if copies else []), kept
 
     def use(self, keys: Sequence[ChunkKey], tenant: str, name: str = "", pin_seconds: float = 0.0) -> None:
