@@ -31,6 +31,7 @@ ALLOWED = {
     "lmc.cache.sections": {"lmc.errors", "lmc.units"},
     "lmc.cache.config": {"lmc.cache.policy", "lmc.cache.sections", "lmc.errors"},
     "lmc.cache.settings": {"lmc.cache.config", "lmc.cache.sections", "lmc.errors"},
+    "lmc.cache.from_lmcache": {"lmc.cache.settings", "lmc.errors"},
     "lmc.cache.plan": {"lmc.cache.keys", "lmc.cache.parts", "lmc.cache.directory.holds"},
     "lmc.cache.tiers": {
         "lmc.cache.config",

@@ -86,7 +86,7 @@ def load_settings(
     known = {setting.key: setting for setting in all_settings()}
     values: dict[str, tuple[object, str]] = {}
     if file is not None:
-        for key, value in _flatten(_read_yaml(file), file):
+        for key, value in _flatten(read_yaml(file), file):
             _require_known(key, known, f"{file}: ")
             _require_unit(key, value, f"{file}: ")
             values[key] = (value, f"file {file}")
@@ -163,7 +163,7 @@ def value_of(config: CacheConfig, key: str) -> object:
     return value
 
 
-def _read_yaml(file: Path) -> dict[str, object]:
+def read_yaml(file: Path) -> dict[str, object]:
     try:
         content = yaml.safe_load(file.read_text())
     except OSError as error:

@@ -46,6 +46,25 @@ def check(file: Annotated[Path, typer.Argument(help="YAML file of cache settings
     print_settings(load_settings(file, os.environ))
 
 
+@app.command("from-lmcache")
+def from_lmcache(
+    file: Annotated[Path, typer.Argument(help="YAML file of LMCache's settings (LMCACHE_CONFIG_FILE).")],
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the settings to this file, for lmc serve --config.")
+    ] = None,
+) -> None:
+    """Translate a settings file of LMCache. What has no counterpart is named in comments."""
+    from lmc.cache.from_lmcache import translate
+    from lmc.report import write_file
+
+    text = translate(file).yaml()
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_file(out, text)
+        typer.echo(f"settings: {out}; check them: lmc config check {out}")
+
+
 def print_settings(settings: Settings) -> None:
     """Print each setting, its value and where the value came from."""
     from lmc.cache.settings import all_settings, show, value_of
