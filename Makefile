@@ -5,12 +5,12 @@ SGLANG := $(LMC_VENV)/sglang/bin
 export LMC_VENV
 export LMC_DATA_DIR ?= $(abspath ../shared/data)
 
-.PHONY: demo test check fmt unit setup setup-sglang clean
+.PHONY: demo test check fmt unit setup setup-sglang setup-prometheus docs clean
 
 demo: setup            ## run a real engine with and without the cache, and write reports/quickstart
 	$(VLLM)/lmc bench workloads/quickstart.yaml
 
-test: setup setup-sglang check ## every test, each engine's in its own environment
+test: setup setup-sglang setup-prometheus check ## every test, each engine's in its own environment
 	$(VLLM)/python -m pytest
 	$(SGLANG)/python -m pytest tests/engines -m sglang
 
@@ -26,8 +26,14 @@ fmt: setup
 	$(VLLM)/ruff check --fix .
 	$(VLLM)/ruff format .
 
+docs: setup            ## the documentation as a site, in site/built; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $(VLLM)/mkdocs build --strict --config-file site/mkdocs.yml
+
 setup:
 	@scripts/setup vllm
+
+setup-prometheus:
+	@scripts/setup-prometheus
 
 setup-sglang:
 	@scripts/setup sglang

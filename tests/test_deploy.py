@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -90,12 +92,13 @@ def test_the_unit_runs_a_command_that_there_is() -> None:
     assert {"[Unit]", "[Service]", "[Install]"} <= set(text.splitlines())
 
 
-def by_kind(kind: str) -> dict[str, dict[str, Any]]:
-    return {document["metadata"]["name"]: document for document in KUBERNETES if document["kind"] == kind}
+def by_kind(documents: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    return {document["metadata"]["name"]: document for document in documents if document["kind"] == kind}
 
 
-def test_the_manifests_fit_together(tmp_path: Path) -> None:
-    deployments, services, maps = by_kind("Deployment"), by_kind("Service"), by_kind("ConfigMap")
+def fit_together(documents: list[dict[str, Any]]) -> None:
+    """Names, labels, ports and volumes lead somewhere; the engine's options and settings are lmc's."""
+    deployments, services, maps = (by_kind(documents, kind) for kind in ("Deployment", "Service", "ConfigMap"))
     for name, service in services.items():
         pod = deployments[name]["spec"]["template"]
         assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
@@ -111,14 +114,115 @@ def test_the_manifests_fit_together(tmp_path: Path) -> None:
             assert mounts <= {volume["name"] for volume in spec["template"]["spec"].get("volumes", ())}
     pod = deployments["lmc-engine"]["spec"]["template"]
     [engine] = pod["spec"]["containers"]
-    serve_options(engine["args"])
-    (tmp_path / "lmc.yaml").write_text(maps["lmc"]["data"]["lmc.yaml"])
-    config = load_settings(tmp_path / "lmc.yaml").config
-    assert config.redis.url == f"redis://lmc-redis:{services['lmc-redis']['spec']['ports'][0]['port']}"
+    options = engine["args"]
+    serve_options(options[: options.index("--")] if "--" in options else options)
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "lmc.yaml")
+        file.write_text(maps["lmc"]["data"]["lmc.yaml"])
+        config = load_settings(file, {one["name"]: one["value"] for one in engine.get("env", ())}).config
+    if "lmc-redis" in services:
+        assert config.redis.url == f"redis://lmc-redis:{services['lmc-redis']['spec']['ports'][0]['port']}"
+        [policy] = by_kind(documents, "NetworkPolicy").values()
+        labels = deployments["lmc-redis"]["spec"]["selector"]["matchLabels"]
+        assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    else:
+        assert config.redis.url is None and by_kind(documents, "NetworkPolicy") == {}
     assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(config.metrics.port)
     assert pod["spec"]["enableServiceLinks"] is False
-    [policy] = by_kind("NetworkPolicy").values()
-    assert policy["spec"]["podSelector"]["matchLabels"] == deployments["lmc-redis"]["spec"]["selector"]["matchLabels"]
+
+
+def test_the_manifests_fit_together() -> None:
+    fit_together(KUBERNETES)
+
+
+CHART = FOLDER / "chart"
+GIVEN: list[dict[str, Any]] = [
+    {"image": "registry/lmc", "model": "some/model"},
+    {
+        "image": "registry/lmc", "model": "some/model", "engine": "sglang", "replicas": 5, "secrets": "lmc-secrets",
+        "engineArgs": ["--tp-size", "2"], "lmc": {"host": {"capacity": "8GiB"}, "metrics": {"host": "0.0.0.0", "port": 9500}},
+    },
+    {"image": "registry/lmc", "model": "some/model", "redis": {"enabled": False}},
+]  # fmt: skip
+
+
+def values(given: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    for name, value in given.items():
+        merged[name] = {**merged[name], **value} if isinstance(value, dict) else value
+    return merged
+
+
+def rendered(text: str, given: dict[str, Any]) -> str:
+    """What Helm makes of the few forms that the chart uses; any other form is an error. Where there is a Helm, it is compared with it."""
+    out: list[str] = []
+    shown = [True]
+    for line in text.splitlines():
+        if condition := re.fullmatch(r"\{\{- if (\S+) \}\}", line):
+            shown.append(shown[-1] and bool(looked_up(condition[1], given)))
+        elif line == "{{- end }}":
+            shown.pop()
+        elif shown[-1]:
+            out.append(re.sub(r"\{\{ (.*?) \}\}", lambda found: evaluated(found[1], given), line))
+    assert shown == [True] and "{{" not in "\n".join(out)
+    return "\n".join(out)
+
+
+def looked_up(path: str, given: dict[str, Any]) -> Any:
+    found: Any = {"Values": given, "Release": {"Name": "lmc"}}
+    for name in path.removeprefix(".").split("."):
+        found = found[name]
+    return found
+
+
+def evaluated(expression: str, given: dict[str, Any]) -> str:
+    first, *pipes = expression.split(" | ")
+    words = shlex.split(first)
+    value = looked_up(words[-1], given)
+    if words[0] == "toYaml":
+        value = yaml.safe_dump(value).rstrip("\n")
+    elif words[0] == "required":
+        assert value, words[1]
+    else:
+        assert len(words) == 1, expression
+    for pipe in pipes:
+        name, *numbers = pipe.split()
+        if name == "indent":
+            value = "\n".join(" " * int(numbers[0]) + line for line in str(value).splitlines())
+        else:
+            value = {"quote": json.dumps(str(value)), "sha256sum": "0" * 64}[name]
+    return str(value)
+
+
+def kind_and_name(document: dict[str, Any]) -> tuple[str, str]:
+    return document["kind"], document["metadata"]["name"]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_chart_fits_together(given: dict[str, Any], tmp_path: Path) -> None:
+    texts = [rendered(file.read_text(), values(given)) for file in sorted((CHART / "templates").iterdir())]
+    documents = [document for text in texts for document in yaml.safe_load_all(text) if document]
+    fit_together(documents)
+    [engine] = by_kind(documents, "Deployment")["lmc-engine"]["spec"]["template"]["spec"]["containers"]
+    assert engine["args"][0] == "some/model" and engine["image"] == "registry/lmc"
+    assert engine["args"][-2:] == given.get("engineArgs", engine["args"][-2:])
+    if (helm := shutil.which("helm")) is None:
+        return
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(given))
+    subprocess.run([helm, "lint", CHART, "-f", tmp_path / "values.yaml"], check=True)
+    made = subprocess.run(
+        [helm, "template", "lmc", CHART, "-f", tmp_path / "values.yaml"], check=True, capture_output=True, text=True
+    ).stdout
+    theirs = list(yaml.safe_load_all(made))
+    for document in documents + theirs:
+        annotations = document.get("spec", {}).get("template", {}).get("metadata", {}).get("annotations", {})
+        annotations.pop("checksum/settings", None)
+    assert sorted(documents, key=kind_and_name) == sorted(theirs, key=kind_and_name)
+
+
+def test_the_chart_says_what_is_missing() -> None:
+    with pytest.raises(AssertionError, match="set image"):
+        rendered((CHART / "templates" / "engine.yaml").read_text(), values({}))
 
 
 def test_the_workflow_calls_commands_that_there_are() -> None:

@@ -32,27 +32,39 @@ class Asked:
     requests: int
     prompt_tokens: int
     output_tokens: int
-    concurrency: int
+    concurrency: int | None  # None: one at a time, or at a trace's own times
     rate: float | None
     seed: int | None
     prompts: str | None = None
     trace: str | None = None
     speed: float = 1.0
+    metrics: Sequence[str] = ()
 
 
 def server_workload(asked: Asked) -> Workload:
     """Raises WorkloadError for options that don't fit."""
     headers = dict(map(_header, asked.headers))
-    common = {"api": asked.api, "headers": headers, "ca": asked.ca, "reset": asked.reset, "model": asked.model}
+    if asked.metrics and len(asked.urls) > 1:
+        raise WorkloadError("--metrics goes with one --url; in a workload file each arm has its own")
+    common = {
+        "metrics": list(asked.metrics),
+        "api": asked.api,
+        "headers": headers,
+        "ca": asked.ca,
+        "reset": asked.reset,
+        "model": asked.model,
+    }
     arms = dict(_arm(url, index) for index, url in enumerate(asked.urls))
     if len(arms) < len(asked.urls):
         raise WorkloadError("--url: two servers have the same name")
     if asked.prompts is not None and asked.trace is not None:
         raise WorkloadError("give either --prompts or --trace")
     again = {"source": {"kind": "repeat", "part": "new"}, "pick": {"sessions": max(1, asked.requests // 2)}}
-    load: dict[str, object] = {"kind": "closed", "concurrency": asked.concurrency}
+    load: dict[str, object] = {"kind": "closed", "concurrency": asked.concurrency or 1}
     if asked.rate is not None:
         load = {"kind": "poisson", "rate": asked.rate}
+    elif asked.trace is not None and asked.concurrency is None:
+        load = {"kind": "trace", "speed": asked.speed}
     parts: dict[str, Any] = {  # Any: as in a workload file
         "new": {
             "source": {"kind": "random", "tokens": asked.prompt_tokens},
@@ -67,8 +79,6 @@ def server_workload(asked: Asked) -> Workload:
         pick = {"sessions": asked.requests}
         parts = {"file": {"source": source, "pick": pick, "output_tokens": asked.output_tokens}}
         about = f"The first {asked.requests} requests of {Path(file).name}, sent to a running server."
-    if asked.trace is not None:
-        load = {"kind": "trace", "speed": asked.speed}
     document: dict[str, Any] = {  # Any: as in a workload file
         "name": "server",
         "about": about,

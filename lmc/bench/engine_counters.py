@@ -11,6 +11,9 @@ from typing import NamedTuple
 from lmc.bench.counters import Counters, difference
 
 VLLM_LOOKED_UP, VLLM_HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+VLLM_EXTERNAL_HITS = (
+    "vllm:external_prefix_cache_hits_total"  # what vLLM loaded through its connector, whichever that is
+)
 SGLANG_PROMPTS, SGLANG_CACHED = "sglang:prompt_tokens_total", "sglang:cached_tokens_total"
 LMC_DEVICE = "lmc_device_tokens_total"
 OWN_WARM_UP_TOKENS = 64  # SGLang sends itself a short prompt when it starts

@@ -19,7 +19,7 @@ from lmc.bench.arms import REACH_S, Launcher, Probe, Server, check_tokenizer
 from lmc.bench.attribution import Costs, request_costs, with_span
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import Counters, add_up, difference, read_counters
-from lmc.bench.engine_counters import device_hits, looked_up, looked_up_at_start
+from lmc.bench.engine_counters import VLLM_EXTERNAL_HITS, device_hits, looked_up, looked_up_at_start
 from lmc.bench.fleet import processes_for, run_in_processes
 from lmc.bench.handshake import learn
 from lmc.bench.load import Measured, run_load
@@ -210,12 +210,18 @@ async def opened(
 
 
 def hits_by_tier(now: Counters, before: Counters) -> dict[str, float]:
-    """Hit tokens since `before`: "device" is the engine's own prefix cache, the other names are lmc's tiers."""
+    """Hit tokens since `before`: "device" is the engine's own prefix cache, the other names are lmc's tiers.
+
+    Where lmc's own page is not read, and for other connectors, "external" is all that vLLM loaded through its connector.
+    """
     tiers = {}
     if (device := device_hits(now, before)) is not None:
         tiers["device"] = device
-    for tier in now.by_label(HITS, "tier"):
+    own = now.by_label(HITS, "tier")
+    for tier in own:
         tiers[tier] = difference(now, before, HITS, tier=tier) or 0.0
+    if not own and (external := difference(now, before, VLLM_EXTERNAL_HITS)):
+        tiers["external"] = external
     return tiers
 
 

@@ -336,7 +336,7 @@ def shipped_table() -> Table:
 
 def tier_names(arms: Sequence[ArmResult]) -> list[str]:
     found = dict.fromkeys(tier for arm in arms for tier in arm.hit_tokens_by_tier)
-    known = [tier for tier in ("device", "host", "disk", "redis", "s3", "mooncake") if tier in found]
+    known = [tier for tier in ("device", "host", "disk", "redis", "s3", "mooncake", "external") if tier in found]
     return known + [tier for tier in found if tier not in known]
 
 

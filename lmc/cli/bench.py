@@ -25,7 +25,8 @@ app = typer.Typer(
 
 
 URL_ONLY = (
-    "api", "header", "ca", "reset", "requests", "prompt_tokens", "output_tokens", "concurrency", "rate", "seed", "prompts", "trace", "speed"
+    "api", "header", "ca", "reset", "requests", "prompt_tokens", "output_tokens", "concurrency", "rate", "seed", "prompts", "trace",
+    "speed", "metrics",
 )  # fmt: skip
 
 
@@ -106,6 +107,12 @@ def run(
         ),
     ] = None,
     speed: Annotated[float, typer.Option(help="With --trace: divide the times between arrivals by this factor.")] = 1.0,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --url: lmc's own metrics page, which lmc serve prints. It tells the hits of each tier."
+        ),
+    ] = None,
     requests: Annotated[
         int,
         typer.Option(
@@ -114,7 +121,13 @@ def run(
     ] = 24,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="With --url: tokens of a prompt.")] = 1000,
     output_tokens: Annotated[int, typer.Option(min=1, help="With --url: tokens of an answer.")] = 32,
-    concurrency: Annotated[int, typer.Option(min=1, help="With --url: requests at a time.")] = 1,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --url: requests at a time, by default one; with --trace, by default as many as its times make.",
+        ),
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(help="With --url: requests per second, which arrive at random, in place of --concurrency."),
@@ -169,6 +182,7 @@ def run(
                 url or [], model, api, header or [], authority, reset, requests, prompt_tokens, output_tokens,
                 concurrency, rate, seed,
                 None if prompts is None else str(prompts), None if trace is None else str(trace), speed,
+                metrics or [],
             )
         )  # fmt: skip
     if slo is not None:

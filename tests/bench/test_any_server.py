@@ -165,6 +165,8 @@ def test_what_is_wrong_is_said_in_one_line(model_folder: Path, tmp_path: Path) -
     assert "--rate goes with --url" in said("w.yaml", "--rate", "3")
     common = ["--model", "m", "--tokenizer", str(model_folder), "--out", str(tmp_path)]
     assert "a header is 'Name: value'" in said("--url", "http://127.0.0.1:9", *common, "--header", SECRET)
+    two = ("--url", "a=http://x", "--url", "b=http://y", "--metrics", "http://z/metrics")
+    assert "--metrics goes with one --url" in said(*two, *common)
     assert "two servers have the same name" in said("--url", "a=http://x", "--url", "a=http://y", *common)
     assert "arm server: cannot reach http://127.0.0.1:9/v1" in said("--url", "127.0.0.1:9", *common)
     with serving(Strict()) as url:

@@ -73,3 +73,11 @@ def test_sglang_s_own_cache_is_judged_where_it_forgets_nothing(prompt_tokens: in
     hits, exact = expected_by_request(Arm.model_validate(arm), plan, parse([COLD]), [], [])
     reused = (prompt_tokens - 1) // 64 * 64
     assert (hits, exact) == (([0, 0, reused, reused], True) if judged else (None, False))
+
+
+def test_what_vllm_loads_through_a_connector_is_counted_where_lmc_s_own_page_is_not_read() -> None:
+    external = VLLM + "vllm:external_prefix_cache_hits_total 256.0\n"
+    assert hits_by_tier(parse([external]), parse([""])) == {"device": 640.0, "external": 256.0}
+    assert hits_by_tier(parse([external]), parse([external])) == {"device": 0.0}
+    with_page = hits_by_tier(parse([external, WITH_LMC]), parse([""]))
+    assert with_page == {"device": 640.0, "host": 256.0}, "each token is counted once"
