@@ -91,8 +91,10 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     example = (ROOT / "workloads" / "example-trace.jsonl").read_text().splitlines(keepends=True)[:300]
     for name in ("trace.jsonl", "record.jsonl", "TRACE"):
         (tmp_path / name).write_text("".join(example))
-    with gzip.open(tmp_path / "mooncake_conversation_trace.jsonl.gz", "wt") as file:
-        file.writelines(example)
+    (tmp_path / "traces").mkdir()
+    for name in ("mooncake_conversation_trace.jsonl.gz", "other.jsonl.gz", "traces/a.jsonl.gz"):
+        with gzip.open(tmp_path / name, "wt") as file:
+            file.writelines(example)
     blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "simulating.md").read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "cost.yaml").write_text(next(block for block in blocks if "prefill:" in block))
     settings = {"host": {"capacity": "8GiB"}, "disk": {"path": "kv", "capacity": "64GiB"}}
