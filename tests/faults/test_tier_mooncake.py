@@ -201,6 +201,22 @@ def test_a_client_that_hangs_is_ended_before_its_memory_is_used_again(
         assert load(tier, 1) == payload(1)
 
 
+def test_an_owner_that_hangs_holds_a_call_for_a_limited_time(
+    store: MooncakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would wait for a minute; here it may take three seconds, then the client is ended."""
+    monkeypatch.setattr(mooncake_process, "LONGEST_CALL", 1.0)
+    with opened(store, timeout=2.0) as tier:
+        tier.put(key(1), payload(1))
+        store.owners[0].send_signal(signal.SIGSTOP)
+        with others_run() as turns, pytest.raises(TierError, match="has not answered for 3 s"):
+            load(tier, 1)
+        assert turns[0] > 10
+        store.owners[0].send_signal(signal.SIGCONT)
+        services.wait_until(lambda: works(tier), "the owner is used again")
+        assert load(tier, 1) in (None, payload(1))
+
+
 def test_the_client_ends_with_the_process_that_started_it(store: MooncakeStore) -> None:
     program = (
         "import os, sys\n"

@@ -1,7 +1,7 @@
 """The process that holds a Mooncake Store client. It runs as a script of its own and imports nothing of lmc: see mooncake_process.
 
 The client library keeps the interpreter's lock while it connects, which takes minutes when the master does not answer, blocks signals
-of the whole process, and waits half a minute for a machine that hangs. None of that may happen in an engine.
+of the whole process, and waits a minute for a machine that hangs. None of that may happen in an engine.
 
 The parent sends settings on the control socket, then descriptors: memory that it lends, and lines. A line is a socket and a scratch memory
 for one thread; a thread here answers its calls one by one. When the control socket ends, the parent has, and so does this process.

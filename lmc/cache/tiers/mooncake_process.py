@@ -32,7 +32,7 @@ from lmc.cache.tiers.mooncake_client import MESSAGE_BYTES, NAMES_PER_MESSAGE
 _log = logging.getLogger(__name__)
 
 START_SECONDS = 30.0  # that connecting may take: the client asks the master several times
-LONGEST_CALL = 60.0  # seconds beyond the time-out; the library itself gives a transfer up after 30
+LONGEST_CALL = 90.0  # seconds beyond the time-out; the library itself gives each of a chunk's two parts up after 30
 _CLOSE_SECONDS = 5.0
 _SETUP_TRIES = 1  # the library's own; the breaker decides when to try again
 _LEAST_SEGMENT = 16 << 20
