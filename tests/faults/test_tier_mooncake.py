@@ -84,7 +84,7 @@ def test_a_paused_master_holds_neither_the_interpreter_nor_a_thread(
         store.master.send_signal(signal.SIGSTOP)
         calls: list[Callable[[], object]] = [lambda: tier.contains([key(1)])]
         if connected:
-            calls += [lambda: load(tier, 1), lambda: tier.put(key(2), payload(2)), lambda: tier.delete(key(1))]
+            calls += [lambda: tier.put(key(2), payload(2)), lambda: tier.delete(key(1)), lambda: load(tier, 1)]
         for call in calls:
             with (
                 others_run() as turns,
@@ -117,7 +117,7 @@ def test_a_master_that_is_killed_and_comes_back_empty(store: MooncakeStore) -> N
         tier.put(key(1), payload(1))
         with store.master:
             store.master.kill()
-        for call in (lambda: tier.contains([key(1)]), lambda: load(tier, 1), lambda: tier.put(key(2), payload(2))):
+        for call in (lambda: tier.contains([key(1)]), lambda: tier.put(key(2), payload(2)), lambda: load(tier, 1)):
             with pytest.raises(TierError, match=r"the master cannot be reached \(code -900\)"):
                 call()
         store.start_master()
@@ -215,6 +215,16 @@ def test_an_owner_that_hangs_holds_a_call_for_a_limited_time(
         store.owners[0].send_signal(signal.SIGCONT)
         services.wait_until(lambda: works(tier), "the owner is used again")
         assert load(tier, 1) in (None, payload(1))
+
+
+def test_a_client_that_is_ended_takes_no_segment_along(store: MooncakeStore) -> None:
+    store.owners[0].kill()
+    with opened(store, MEGABYTES, segment="64MiB") as tier:
+        services.wait_until(lambda: works(tier), "the tier's own segment is used", 60)
+        tier.put(key(1), payload(1, MEGABYTES.chunk_bytes))
+        client_of(tier).kill()
+        services.wait_until(lambda: works(tier), "another client", 60)
+        assert load(tier, 1, MEGABYTES.chunk_bytes) == payload(1, MEGABYTES.chunk_bytes)
 
 
 def test_the_client_ends_with_the_process_that_started_it(store: MooncakeStore) -> None:

@@ -132,16 +132,12 @@ class MooncakeTier:
                     if slot is None:
                         out[:] = line.scratch[: len(out)]
                     return self._verified(line, key, out)
-                if code in _NOT_THERE:
-                    raise KeyError(key)
                 if code != _OUTSIDE:
-                    _require(code)
+                    _require_loaded(key, code)
             size = line.call("get_up_to", name, [Region(SCRATCH, 0, len(line.scratch))])
-            if size in _NOT_THERE:
-                raise KeyError(key)
             if size == _OUTSIDE:
                 raise Corrupt(f"it has more than the {stored_bytes(len(out))} bytes of such a chunk")
-            _require(size)
+            _require_loaded(key, size)
             if size <= FOOTER_BYTES:
                 raise Corrupt(f"it has {size} bytes, too few for a chunk")
             payload = line.scratch[: size - FOOTER_BYTES]
@@ -222,7 +218,17 @@ def check_machine(config: MooncakeConfig, segment: int) -> None:
 
 def _require(code: int, *accepted: int) -> None:
     """Raises TierError for a code of failure that is not accepted."""
-    if code >= 0 or code in accepted:
-        return
-    text = f"{_MEANINGS.get(code, 'the client failed')} (code {code})"
-    raise TierFull(text) if code == _FULL else TierError(text)
+    if code < 0 and code not in accepted:
+        raise TierFull(_meaning(code)) if code == _FULL else TierError(_meaning(code))
+
+
+def _require_loaded(key: ChunkKey, code: int) -> None:
+    """Raises KeyError for a code that says that nothing is there, and ClientFailed, which ends the client, where it may still write."""
+    if code in _NOT_THERE:
+        raise KeyError(key)
+    if code < 0:
+        raise ClientFailed(_meaning(code))
+
+
+def _meaning(code: int) -> str:
+    return f"{_MEANINGS.get(code, 'the client failed')} (code {code})"

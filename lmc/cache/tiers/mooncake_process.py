@@ -1,7 +1,8 @@
-"""Starts the process with the Mooncake Store client, and talks to it.
+"""Starts the processes with Mooncake Store clients, and talks to them.
 
-All tiers of a process that have the same settings share one client. A call that it does not answer in time costs the process its life: only
-then is it certain that nothing is written any more into the memory that the call was about. The next call starts another one.
+All tiers of a process that have the same settings share a client that moves chunks. A call that it does not answer in time, and a load that
+failed under way, cost it its life: only then is it certain that nothing is written any more into the slot of that load. The next call
+starts another one. The memory that is contributed to the store (mooncake.segment) is a second process's, so none of it is lost by that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lmc.cache.tiers.mooncake_client import MESSAGE_BYTES, NAMES_PER_MESSAGE
 _log = logging.getLogger(__name__)
 
 START_SECONDS = 30.0  # that connecting may take: the client asks the master several times
-LONGEST_CALL = 90.0  # seconds beyond the time-out; the library itself gives each of a chunk's two parts up after 30
+LONGEST_CALL = 10.0  # seconds beyond the time-out; the library itself gives a transfer up after 30
 _CLOSE_SECONDS = 5.0
 _SETUP_TRIES = 1  # the library's own; the breaker decides when to try again
 _LEAST_SEGMENT = 16 << 20
@@ -105,6 +106,7 @@ class _Process:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._asking = threading.Lock()
         self._seconds = config.timeout + LONGEST_CALL
+        self._ended_by_itself = False
         self._lent: list[LentMemory] = []
         self._idle: dict[int, list[Line]] = {}
         milliseconds = str(max(1, round(config.timeout * 1000)))
@@ -186,9 +188,16 @@ class _Process:
     def end(self) -> None:
         """Returns when it touches no memory any more."""
         if self.pid == os.getpid():
+            self._process.poll()
+            self._ended_by_itself = self._process.returncode is not None
             self._process.kill()
             self._process.wait()
         self._control.close()
+
+    @property
+    def how_it_ended(self) -> str:
+        """For an error line; empty unless it ended by itself."""
+        return f" with {self._process.returncode}: {self.complaint()}" if self._ended_by_itself else ""
 
     def _connect(self, config: MooncakeConfig, segment: int) -> None:
         assert config.master is not None
@@ -239,8 +248,7 @@ class _Process:
         except TimeoutError:
             raise ClientFailed(f"no answer of the master for {seconds:g} s") from None
         if not answer:
-            self._process.wait()
-            raise ClientFailed(f"the client's process has ended with {self._process.returncode}: {self.complaint()}")
+            raise ClientFailed("the client's process has ended")
         found = json.loads(answer)
         assert isinstance(found, dict)
         return found
@@ -262,12 +270,13 @@ class SharedClient:
     """The client of all tiers with the same settings. It is started by the first call, and anew by the call after it has failed."""
 
     def __init__(self, config: MooncakeConfig, segment: int) -> None:
-        """segment: bytes that it contributes to the store."""
+        """segment: bytes to contribute to the store."""
         self.users = 0
         self._config = config
         self._segment = segment
         self._lent: list[LentMemory] = []  # only ever appended to: a process knows them by number
         self._process: _Process | None = None
+        self._holder: _Process | None = None  # of the segment
         self._starting = threading.Lock()
 
     def lend(self, memory: LentMemory) -> None:
@@ -279,21 +288,22 @@ class SharedClient:
     def connected(self) -> Iterator[_Process]:
         """Raises ClientFailed; so does what is within `with`, and then the process is ended."""
         process = self._process
-        if process is None or not process.usable:
+        if process is None or not process.usable or not self._holds:
             process = self._start()
         try:
             process.lend(self._lent)
             yield process
         except ClientFailed as error:
             self._drop(process)
-            said = process.complaint()
-            raise ClientFailed(f"{error}: {said}" if said else str(error)) from None
+            raise ClientFailed(f"{error}{process.how_it_ended}") from None
 
     def close(self) -> None:
         with self._starting:
-            process, self._process = self._process, None
-        if process is not None and process.usable:
-            process.close()
+            processes = self._process, self._holder
+            self._process = self._holder = None
+        for process in processes:
+            if process is not None and process.usable:
+                process.close()
         for memory in self._lent:
             os.close(memory.descriptor)
         self._lent.clear()
@@ -302,20 +312,30 @@ class SharedClient:
         if not self._starting.acquire(timeout=self._config.timeout):
             raise ClientFailed("the client is still connecting")
         try:
+            if not self._holds:
+                self._holder = _renewed(self._holder, self._config, self._segment)
             if self._process is None or not self._process.usable:
-                if self._process is not None:
-                    self._process.end()
-                    self._process = None
-                self._process = _Process(self._config, self._segment)
+                self._process = _renewed(self._process, self._config, 0)
             return self._process
         finally:
             self._starting.release()
+
+    @property
+    def _holds(self) -> bool:
+        """Whether the store has what is to be contributed."""
+        return not self._segment or (self._holder is not None and self._holder.usable)
 
     def _drop(self, process: _Process) -> None:
         process.end()
         with self._starting:
             if self._process is process:
                 self._process = None
+
+
+def _renewed(process: _Process | None, config: MooncakeConfig, segment: int) -> _Process:
+    if process is not None:
+        process.end()
+    return _Process(config, segment)
 
 
 _shared: dict[tuple[str, int, int], SharedClient] = {}
