@@ -126,21 +126,19 @@ class Request:
         limit = min((num_tokens - 1) // self._chunk_tokens, len(keys), self._usable)
         found = self._directory.lookup(keys[:limit], now)
         questions = self._questions
-        if (
-            questions is not None
-            and found.num_chunks < limit
-            and self._must_wait_for_answer(questions, keys[found.num_chunks : limit], now)
-        ):
-            return None
+        if questions is not None and found.num_chunks < limit:
+            if questions.chunks is None and self._stage_until is None:
+                questions.ask_for_chunks(keys[found.num_chunks : limit], now)
+            if self._must_wait_for(questions.chunks, now):
+                return None
         if self._checkpoints is not None:
             usable = self._checkpoints.usable(found, keys, computed, now)
-            if (
-                usable is not found
-                and questions is not None
-                and self._must_wait_for_leaves(questions, self._checkpoints, found.num_chunks, now)
-            ):
-                return None
-            found = self._checkpoints.usable(found, keys, computed, now) if usable is not found else found
+            if usable is not found and questions is not None:
+                if questions.leaves is None and self._stage_until is None:
+                    questions.ask_for_leaves(self._checkpoints.unknown(keys, found.num_chunks, computed, now), now)
+                if self._must_wait_for(questions.leaves, now):
+                    return None
+            found = usable
         if self._found is None:
             self._found = found
         first = computed // self._chunk_tokens
@@ -324,26 +322,11 @@ class Request:
         self._directory.unpin(f"request {self.name}")  # a word in front keeps owners of different kinds apart
         self._directory.unpin(self._promise)
 
-    def _must_wait_for_answer(self, questions: Questions, missing: Sequence[ChunkKey], now: float) -> bool:
-        """Ask the tiers that others write to for the missing chunks, once; True until they have answered or the deadline has passed."""
-        if questions.chunks is None and self._may_ask:
-            questions.ask_for_chunks(missing, now)
-        return self._waits_for(questions.chunks, now)
+    def _must_wait_for(self, question: Question | None, now: float) -> bool:
+        """True until the tiers that others write to have answered, or the deadline has passed. None: they were not asked.
 
-    def _must_wait_for_leaves(
-        self, questions: Questions, checkpoints: Checkpoints, num_chunks: int, now: float
-    ) -> bool:
-        """The same for the leaves of a hit of all chunks found, and of the last checkpoints inside them: where others store them."""
-        if questions.leaves is None and self._may_ask:
-            questions.ask_for_leaves(checkpoints.unknown(self.keys, num_chunks, self.computed, now), now)
-        return self._waits_for(questions.leaves, now)
-
-    @property
-    def _may_ask(self) -> bool:
-        """Not after a load has failed: what is found then would not be staged any more."""
-        return self._stage_until is None
-
-    def _waits_for(self, question: Question | None, now: float) -> bool:
+        They are not asked after a load has failed: what is found then would not be staged any more.
+        """
         if question is None or question.waits(now):
             return question is not None
         self._lookup_miss = question.miss or self._lookup_miss
