@@ -207,19 +207,12 @@ class Request:
         """
         first = self.first_chunk
         last = (self.computed + num_tokens) // self._chunk_tokens if num_tokens else first
-        if not num_tokens:
-            tickets = []
-        elif self._checkpoints is None:
-            tickets = list(enumerate(self._directory.load(self.keys[first:last]), start=first))
-            for index, ticket in tickets:
-                self._loading[ticket.operation] = index
-        else:
-            leaves = self._leaves(last)
-            keys = [*self.keys[first:last], *(leaf.key for leaf in leaves)]
-            chunks = [*range(first, last), *(leaf.chunk for leaf in leaves)]
-            tickets = list(zip(chunks, self._directory.load(keys), strict=True))
-            for index, ticket in tickets:  # without one of its leaves a hit of this length is none
-                self._loading[ticket.operation] = index if ticket.group == SPINE else last - 1
+        leaves = self._leaves(last) if num_tokens else []
+        keys = [*self.keys[first:last], *[leaf.key for leaf in leaves]]
+        chunks = [*range(first, last), *[leaf.chunk for leaf in leaves]]
+        tickets = list(zip(chunks, self._directory.load(keys), strict=True))
+        for index, ticket in tickets:  # without one of its leaves a hit of this length is none
+            self._loading[ticket.operation] = index if ticket.group == SPINE else last - 1
         self._unpin()
         if not self.admitted:
             self.admitted = True
@@ -278,9 +271,7 @@ class Request:
         first = len(wanted) - len(tickets)
         if not leaves and tickets[0].key == wanted[first]:
             return list(enumerate(tickets, start=first))  # most often all those behind what was stored before
-        position = dict(zip(wanted, range(len(wanted)), strict=True))
-        if leaves:
-            position.update({leaf.key: leaf.chunk for leaf in leaves})
+        position = {key: index for index, key in enumerate(wanted)} | {leaf.key: leaf.chunk for leaf in leaves}
         return [(position[ticket.key], ticket) for ticket in tickets]
 
     # After it

@@ -107,7 +107,12 @@ def open_worker(
 
 def _require_plain(config: CacheConfig, common: CommonSlots | None) -> None:
     """Raises ConfigError for what does not go together yet with a model that has several kinds of KV."""
-    codes = {"disk": config.disk.compress, "redis": config.redis.compress, "s3": config.s3.compress}
+    codes = {
+        "disk": config.disk.compress,
+        "redis": config.redis.compress,
+        "s3": config.s3.compress,
+        "mooncake": config.mooncake.compress,
+    }
     asked = [f"{tier}.compress" for tier, code in codes.items() if code != "none"]
     if asked:
         raise ConfigError(f"a model with several KV groups is not compressed yet; set {' and '.join(asked)} to none")

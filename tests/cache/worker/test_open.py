@@ -114,7 +114,7 @@ def test_backends_are_measured_before_memory_is_touched(
     assert (seen, len(slabs)) == ([0], 1)
 
 
-@pytest.mark.parametrize("tier", ["disk", "redis", "s3"])
+@pytest.mark.parametrize("tier", ["disk", "redis", "s3", "mooncake"])
 def test_parts_of_several_groups_are_not_compressed(
     instance: Instance, slabs: list[weakref.ref[Slab]], tier: str
 ) -> None:
