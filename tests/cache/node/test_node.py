@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmc.cache.tiers.format import stored_bytes
+from tests import services
 from tests.cache import instance
 from tests.cache.instance import CHUNK_TOKENS, Identity, chunk_files, prompt, serve_side_by_side
 from tests.cache.node import attached
@@ -105,6 +106,27 @@ def test_the_node_writes_to_disk_and_stages_from_it(tmp_path: Path, num_ranks: i
     with node_here(tmp_path / "second.sock", host_capacity="128KiB", disk_path=tmp_path / "disk") as here:
         engine = here.engine(num_ranks)
         assert engine.serve(prompt(3, 60)).sources == {"disk": 56}, "a node that starts finds its disk warm"
+
+
+@pytest.mark.service
+def test_nodes_share_through_mooncake_without_a_copy(tmp_path: Path) -> None:
+    with services.mooncake_store(tmp_path) as store:
+        pool = {"mooncake_master": store.address, "mooncake_metadata": store.metadata, "mooncake_timeout": 20}
+        patient = {"lookup_deadline": 15, "load_deadline": 15, "mooncake_hostname": services.LOCAL}
+        with (
+            node_here(tmp_path / "one.sock", **pool, **patient) as one,
+            node_here(tmp_path / "two.sock", **pool, **patient) as two,
+        ):
+            first, second = one.engine(2), two.engine(2)
+            second.serve(prompt(99, 60))  # its namespace takes memory
+            for number in range(4):
+                first.serve(prompt(number, 60))
+                one.wait_idle()
+                assert second.serve(prompt(number, 60)).sources == {"mooncake": 56}
+            (domain,) = two.node.domains.values()
+            with domain._tiers[0]["mooncake"]._tier._client.connected() as process:
+                slot = domain._copiers[0]._slab.view(0)
+                assert process.region(slot) is not None, "the client knows the node's memory"
 
 
 def test_a_node_compresses_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
