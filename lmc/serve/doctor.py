@@ -17,10 +17,13 @@ from pathlib import Path
 
 import lmc
 from lmc.cache.config import CacheConfig
+from lmc.cache.keys import KEY_BYTES, ChunkKey
+from lmc.cache.tiers.format import TierScope
+from lmc.cache.tiers.mooncake import MooncakeTier
 from lmc.cache.tiers.redis_address import parse_address
 from lmc.cache.tiers.redis_connect import open_client
 from lmc.cache.tiers.room import within_room
-from lmc.errors import ConfigError
+from lmc.errors import ConfigError, LmcError
 from lmc.memory import available_memory
 from lmc.serve.ports import hold_port
 from lmc.units import format_size
@@ -56,6 +59,7 @@ def examine(config: CacheConfig, port: int) -> Iterator[Finding]:
     yield _port(port)
     yield from _disk(config)
     yield from _redis(config)
+    yield from _mooncake(config)
 
 
 def _versions() -> Finding:
@@ -208,3 +212,18 @@ def _redis(config: CacheConfig) -> Iterator[Finding]:
         yield Finding("redis tier", f"does not answer: {type(error).__name__}", remedy)
         return
     yield Finding("redis tier", "answers")
+
+
+def _mooncake(config: CacheConfig) -> Iterator[Finding]:
+    if config.mooncake.master is None:
+        return
+    try:
+        tier = MooncakeTier(config.mooncake, TierScope("doctor", 0, "doctor", 1), contributes=False)
+        try:
+            tier.contains([ChunkKey(bytes(KEY_BYTES))])
+        finally:
+            tier.close()
+    except LmcError as error:
+        yield Finding("mooncake tier", str(error), "start the master, or correct mooncake.master and mooncake.metadata")
+        return
+    yield Finding("mooncake tier", "answers")

@@ -71,6 +71,17 @@ def test_a_redis_that_answers(tmp_path: Path) -> None:
     assert found["redis tier"]["seen"] == "answers"
 
 
+@pytest.mark.service
+def test_a_mooncake_master_that_answers_and_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with services.mooncake_store(tmp_path, segment=0) as store:
+        for name, value in (("MASTER", store.address), ("METADATA", store.metadata), ("TIMEOUT", "20")):
+            monkeypatch.setenv(f"LMC_MOONCAKE_{name}", value)
+        assert findings()[1]["mooncake tier"]["seen"] == "answers"
+    monkeypatch.setenv("LMC_MOONCAKE_TIMEOUT", "1")
+    code, found = findings()
+    assert code == 1 and "cannot connect to the master" in found["mooncake tier"]["seen"]
+
+
 def test_the_other_package_called_lmc_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Message()
     other["Version"], other["Summary"] = "0.2.2", "Logarithmantic Monte Carlo"
