@@ -160,7 +160,7 @@ class MooncakeTier:
         return unpack(self._scope, key, payload, footer, self._scope.checksum(payload), out)
 
     def _is_same(self, line: Line, key: ChunkKey, stored: int, checksum: int, length: int, data: memoryview) -> bool:
-        """Whether what is stored under the key is this chunk, as it would be stored now or as it is."""
+        """Whether what is stored under the key is this chunk by its footer, as it would be stored now or as it is."""
         if not FOOTER_BYTES < stored <= stored_bytes(len(data)):
             return False
         code = line.call(["get", [stored - FOOTER_BYTES]], self._name(key), [self._footer_region])
