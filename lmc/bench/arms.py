@@ -103,7 +103,8 @@ class Launcher:
                 if arm.node:
                     socket = await stack.enter_async_context(started_node(config.parent, config))
                     attached = config.with_name("engines.yaml")
-                    attached.write_text(f"{config.read_text()}\nnode: {socket}\n")
+                    settings = yaml.safe_load(config.read_text())
+                    attached.write_text(yaml.safe_dump({**settings, "node": str(socket)}, sort_keys=False))
                     config = attached
             yield [
                 await stack.enter_async_context(self._instance(name, arm, config, number))
@@ -222,7 +223,7 @@ def cache_yaml(arm: Arm, places: Mapping[str, str]) -> str:
     text: str = yaml.safe_dump(arm.cache or {}, sort_keys=False)
     for place, value in places.items():
         text = text.replace(place, value)
-    return "" if text == "{}\n" else text
+    return text
 
 
 def wants(arm: Arm, place: str) -> bool:
