@@ -165,7 +165,17 @@ ALLOWED = {
     "lmc.__main__": {"lmc.cli"},
 }
 # The directory does no I/O, starts no thread and reads no clock: these are all the libraries that it may use.
-DIRECTORY_LIBRARIES = {"__future__", "array", "collections", "dataclasses", "enum", "numpy", "sys", "typing"}
+DIRECTORY_LIBRARIES = {
+    "__future__",
+    "array",
+    "collections",
+    "dataclasses",
+    "enum",
+    "itertools",
+    "numpy",
+    "sys",
+    "typing",
+}
 ENGINES = {"vllm", "sglang"}
 MAY_IMPORT_ENGINES = ("lmc.cache.connectors",)
 

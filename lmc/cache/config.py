@@ -53,6 +53,9 @@ class CacheConfig(Section):
     tenant at its limit evicts its own chunks first."""
     store_decode: bool = False
     """Also store chunks that contain generated tokens."""
+    load: Literal["always", "auto"] = "always"
+    """Whether all of a hit is loaded (always), or only what is loaded more quickly than it is computed, by what the tiers and the engine
+    were measured to take (auto). A tier that is left alone is tried again every 10 seconds."""
     min_load_tokens: int = Field(default=1, ge=1)
     """Load a hit only if it saves computing at least this number of tokens. Below that, computing is faster than loading."""
     background_load_tokens: int = Field(default=4096, ge=1)

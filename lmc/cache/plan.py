@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -204,6 +204,7 @@ class Report:
     stuck: set[int] = field(default_factory=set)  # operations that hang in a tier on some rank and may never end
     saved: Counter[int] = field(default_factory=Counter)  # write -> bytes less than the raw chunk takes, over the ranks
     codecs: list[CodecRun] = field(default_factory=list)
+    staged: dict[int, float] = field(default_factory=dict)  # stage -> seconds since the rank was told of it
 
     def merge(self, other: Report) -> Report:
         """Both reports as one; for reports of different ranks."""
@@ -218,10 +219,19 @@ class Report:
             self.stuck | other.stuck,
             self.saved + other.saved,
             self.codecs + other.codecs,
+            longest(self.staged, other.staged),
         )
 
     def __bool__(self) -> bool:
         return bool(self.finished or self.copying or self.stuck or self.faults)
+
+
+def longest(seconds: Mapping[int, float], others: Mapping[int, float]) -> dict[int, float]:
+    """Of each operation the longer time."""
+    merged = dict(seconds)
+    for operation, other in others.items():
+        merged[operation] = max(merged.get(operation, 0.0), other)
+    return merged
 
 
 def _side_by_side(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 
 import numpy as np
 
+from lmc.cache.directory.prefill import amounts_of, fit
 from lmc.errors import ConfigError
 from lmc.sim.engine_model import WHOLE_PROMPTS, EngineModel
 from lmc.sim.trace import Float64, Int64, Trace
@@ -103,16 +103,8 @@ def fit_prefill(position: Sequence[int], new: Sequence[int], seconds: Sequence[f
     """Fit by least squares of the relative errors, with no negative coefficient. Raises ConfigError for fewer than three measurements."""
     if len(seconds) < 3:
         raise ConfigError(f"{len(seconds)} measured prefills are too few for a cost model; measure at least 3")
-    count, before, target = np.asarray(new, float), np.asarray(position, float), np.asarray(seconds, float)
-    terms = np.stack([np.ones_like(count), count, count * (before + count / 2)], axis=1) / target[:, None]
-    best, best_error = np.zeros(3), np.inf
-    for size in (1, 2, 3):
-        for chosen in combinations(range(3), size):
-            found = np.linalg.lstsq(terms[:, chosen], np.ones_like(target), rcond=None)[0]
-            error = float(((terms[:, chosen] @ found - 1) ** 2).sum())
-            if (found >= 0).all() and error < best_error * (1 - 1e-9):
-                best, best_error = np.zeros(3), error
-                best[list(chosen)] = found
+    amounts = np.array([amounts_of([part]) for part in zip(position, new, strict=True)])
+    best = fit(amounts, np.asarray(seconds, float), np.ones(len(seconds)))
     return Prefill(*(float(value) for value in best))
 
 

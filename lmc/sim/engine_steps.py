@@ -50,6 +50,10 @@ class Cache(Protocol):
 
     def loaded(self, run: Run, tickets: Sequence[Ticket]) -> None: ...
 
+    def computed(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A pass that computed a prompt is over. parts: for each request the position of its first token, and the number of its tokens."""
+        ...
+
     def store(self, run: Run, num_valid: int) -> None:
         """So many tokens of the prompt are computed."""
         ...
@@ -213,10 +217,13 @@ class Engine:
             self._cache.loaded(run, tickets)
         prompts = [(run.computed, tokens) for run, tokens in parts if run.computed < run.num_tokens]
         decoding = [run.computed + run.output for run, _ in parts if run.computed >= run.num_tokens]
-        end = self._cache.now() + self._model.step_s(self._prefill, prompts, decoding)
-        self._cache.at_computed(end, lambda: self._computed(parts))
+        seconds = self._model.step_s(self._prefill, prompts, decoding)
+        measured = [*prompts, *((position, 1) for position in decoding)] if prompts else []
+        self._cache.at_computed(self._cache.now() + seconds, lambda: self._computed(parts, measured, seconds))
 
-    def _computed(self, parts: list[tuple[Run, int]]) -> None:
+    def _computed(self, parts: list[tuple[Run, int]], measured: Sequence[tuple[int, int]], seconds: float) -> None:
+        if measured:
+            self._cache.computed(measured, seconds)
         for run, tokens in parts:
             if run.computed < run.num_tokens:
                 run.computed += tokens

@@ -191,12 +191,19 @@ class _Instance:
         return loads
 
     def send_loads(self, tickets: Sequence[Ticket]) -> float:
-        return self._reading[HOST].send(self.now(), len(tickets) * self._replay.chunk_bytes) if tickets else self.now()
+        if not tickets:
+            return self.now()
+        done = self._reading[HOST].send(self.now(), len(tickets) * self._replay.chunk_bytes)
+        self.directory.speeds.loaded(len(tickets), done - self.now())
+        return done
 
     def loaded(self, run: Run, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
             self.directory.complete(ticket.operation, None, self.now())
             self._lives[run.index].loaded(ticket.operation, None)
+
+    def computed(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
+        self.directory.speeds.computed(parts, seconds)
 
     def store(self, run: Run, num_valid: int) -> None:
         num_prompt = len(run.keys) * self._replay.trace.block_tokens

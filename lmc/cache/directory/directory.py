@@ -9,6 +9,7 @@ It does no I/O, holds no bytes, takes no lock and reads no clock; it lives on th
     below.py        what is written to the tiers below the host
     removal.py      what is taken out of all tiers
     restore.py      what a tier held before the start
+    choice.py       how much of a hit is loaded, from speeds.py
     lending.py      host slots that come and go
     the others      one table each
 """
@@ -29,6 +30,7 @@ from lmc.cache.directory.places import HOST, Places
 from lmc.cache.directory.remote import RemoteKeys
 from lmc.cache.directory.removal import Removal
 from lmc.cache.directory.restore import restore
+from lmc.cache.directory.speeds import Speeds
 from lmc.cache.keys import ChunkKey
 from lmc.cache.parts import SPINE, Leaf
 from lmc.cache.policy.base import PolicySpec
@@ -111,6 +113,7 @@ class Directory:
         self._host_slots = HostSlots(self._places, self._below, self._operations, self._remotes, self.counts)
         self.changes = self._places.changes
         self.lending = Lending(self._places, self._below)
+        self.speeds = Speeds()
         self._doomed: set[ChunkKey] = set()  # what a reset could not forget, because operations held it
         self._now = float("-inf")
 
@@ -273,7 +276,14 @@ class Directory:
                 places.forget_unused(node)
         places.forget_ghosts()
         self._below.demote_ahead()
+        self.speeds.staging(tickets, now)
         return tickets
+
+    def pass_over(self, keys: Sequence[ChunkKey]) -> None:
+        """A request will compute these chunks of a prefix although they are stored below. Then store() keeps them in host memory, too."""
+        in_host = self._places.host.state
+        chain = self._places.nodes.chain(keys)
+        self._places.unreached.update(node for node in chain if node >= 0 and in_host[node] == ABSENT)
 
     def arriving(self, keys: Sequence[ChunkKey]) -> bool:
         """True while some of keys are on their way into host slots."""
@@ -295,15 +305,20 @@ class Directory:
             raise KeyError("a chunk to load is not in host memory")
         return [self._host_slots.load(node) for node in nodes]
 
-    def complete(self, operation: int, failure: str | None, now: float, saved: int = 0) -> Ticket | None:
+    def complete(
+        self, operation: int, failure: str | None, now: float, saved: int = 0, seconds: float | None = None
+    ) -> Ticket | None:
         """An operation ended on all ranks; failure is its cause. saved: bytes by which compression made a written chunk shorter.
+        seconds: that a copy took where `now` is later than its end.
 
         Returns its ticket, or None if the operation is not open.
         """
-        self._advance(now)
+        now = self._advance(now)
         done = self._operations.close(operation)
         if done is None:
             return None
+        if done.ticket.kind == "stage":
+            self.speeds.staged(operation, now, seconds, failed=failure is not None)
         self._places.hold_one(done.node, -1)
         if done.ticket.kind == "write":
             self._below.complete_write(done, failure, saved)
@@ -326,6 +341,7 @@ class Directory:
             stuck = self._operations.mark_stuck(operation)
             if stuck is not None and stuck.ticket.kind == "stage":
                 self._host_slots.strand(stuck)
+                self.speeds.staged(operation, self._now, None, failed=True)
 
     def take_tickets(self) -> list[Ticket]:
         """Tickets of the writes and deletes that became due since the last call."""

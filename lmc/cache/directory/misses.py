@@ -24,6 +24,7 @@ class Miss(StrEnum):
     SALT_DIFFERS = "salt differs"  # the first chunk is there for another tenant or adapter
     NO_CHECKPOINT = "no checkpoint"  # chunks were found, but not what a hit that ends there needs of the other parts
     BELOW_MINIMUM = "below minimum"
+    SLOWER = "slower than computing"
     LOAD_DEADLINE = "load deadline"
     REMOTE_DEADLINE = "remote deadline"
     REMOTE_FAILED = "remote failed"

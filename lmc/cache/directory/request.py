@@ -15,9 +15,10 @@ keys that tiers with other writers must be asked for. It makes no plan, counts n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from lmc.cache.directory.checkpoints import Checkpoints
+from lmc.cache.directory.choice import choose
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss
@@ -33,6 +34,8 @@ _EVERY_CHUNK = 1 << 60
 class RequestSettings(Protocol):
     """The settings that decide about requests; CacheConfig has them and explains them."""
 
+    @property
+    def load(self) -> Literal["always", "auto"]: ...
     @property
     def min_load_tokens(self) -> int: ...
     @property
@@ -51,6 +54,7 @@ class Request:
         "_chunk_tokens",
         "_directory",
         "_found",
+        "_left",
         "_loading",
         "_lookup_miss",
         "_outbox",
@@ -104,7 +108,8 @@ class Request:
         self._stage_until: float | None = None  # set when staging begins
         self._staging_miss: Miss = Miss.LOAD_FAILED  # why chunks found in a lower tier were not staged
         self._lookup_miss: str | None = None  # why fewer tokens are loaded than were found
-        self._usable = _EVERY_CHUNK  # chunks that may be offered; lowered when a load failed
+        self._usable = _EVERY_CHUNK  # chunks that may be offered; lowered when a load failed, or would be slow
+        self._left: Miss | None = None  # why chunks that were found are not loaded
         self._stored = 0  # leading chunks that need no store any more
         self._touched = False
         self._retired = False
@@ -141,6 +146,8 @@ class Request:
             found = usable
         if self._found is None:
             self._found = found
+            if self._settings.load == "auto" and self._leaves_slow_chunks(found, now):
+                return self.lookup(keys, num_tokens, computed, now)
         first = computed // self._chunk_tokens
         in_host = found.leading_in_host(first)
         leaves = self._leaves(found.num_chunks) if self._checkpoints is not None else []
@@ -150,7 +157,7 @@ class Request:
             if self._checkpoints is not None:
                 in_host = self._checkpoints.longest(keys, in_host, computed, now, in_host=True)
         if in_host < self._found.num_chunks and self._lookup_miss != Miss.LOAD_DEADLINE:
-            self._lookup_miss = (found.miss if in_host == found.num_chunks else None) or self._staging_miss
+            self._lookup_miss = (found.miss or self._left if in_host == found.num_chunks else None) or self._staging_miss
         gain = in_host * self._chunk_tokens - computed
         if 0 < gain < self._settings.min_load_tokens:
             self._lookup_miss = Miss.BELOW_MINIMUM
@@ -340,6 +347,18 @@ class Request:
             self._lookup_miss = Miss.LOAD_DEADLINE
             return False
         return True
+
+    def _leaves_slow_chunks(self, found: Found, now: float) -> bool:
+        """Offer only what is loaded more quickly than it is computed. False if that is all."""
+        tiers, speeds = found.tiers, self._directory.speeds
+        choice = choose(tiers, self.computed, self.num_tokens, self._chunk_tokens, speeds, now)
+        if choice.try_end > choice.load_end:
+            tried = self.keys[: choice.try_end]
+            self._outbox += self._directory.stage(tried, now, first=choice.load_end, tenant=self.tenant)
+        if choice.load_end < len(tiers):
+            self._directory.pass_over(self.keys[choice.load_end : len(tiers)])
+            self._usable, self._left = choice.load_end, Miss.SLOWER
+        return self._left is not None
 
     def _sources(self, last: int) -> dict[str, int]:
         """Tokens up to chunk `last`, less what the engine holds, by the tier that held them when the request came."""

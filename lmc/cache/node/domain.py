@@ -334,9 +334,9 @@ class Domain:
                 self._report.failed.update(dict.fromkeys(operations, cause))
         self._wake()
 
-    def _moved_bytes(self, copy: TierCopy, raw_bytes: int, moved: Moved) -> None:
+    def _moved_bytes(self, copy: TierCopy, raw_bytes: int, moved: Moved, seconds: float) -> None:
         with self._lock:
-            note_moved(self._report, copy, raw_bytes, moved)
+            note_moved(self._report, copy, raw_bytes, moved, seconds)
 
     def _measured(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ every message is an array with a number that names its kind, so that another ver
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -82,6 +82,11 @@ class Attach(Message, tag=10):
     lookup_deadline: Seconds
     load_deadline: Seconds
     store_decode: bool
+
+    @property
+    def load(self) -> Literal["always"]:
+        """A node does not measure the engines."""
+        return "always"
 
 
 class Figures(Message, tag=11):

@@ -30,6 +30,7 @@ from lmc.cache.plan import (
     TierCopy,
     WorkerReady,
     block_copies,
+    longest,
     request_name,
 )
 from lmc.cache.scheduler.admin import Admin, Mailbox
@@ -92,6 +93,7 @@ class CacheScheduler:
         self._ended: dict[int, int] = {}  # operation -> ranks that reported it
         self._causes: dict[int, str] = {}
         self._saved: Counter[int] = Counter()  # write -> bytes that compression saved, over the ranks that ended it
+        self._staged: dict[int, float] = {}  # stage -> the longest time of the ranks that ended it
         self._known_faults: dict[int, int] = {}  # rank -> Report.faults
         self._plan = Plan()
         self.directory, superfluous = open_directory(config, ready, clock(), part)
@@ -274,6 +276,7 @@ class CacheScheduler:
         now = self._clock()
         self._causes.update(report.failed)
         self._saved.update(report.saved)
+        self._staged = longest(self._staged, report.staged)
         self._known_faults.update(report.faults)
         for operation, ranks in report.finished.items():
             ended = self._ended.pop(operation, 0) + ranks
@@ -282,7 +285,15 @@ class CacheScheduler:
                 continue
             self._complete(operation, self._causes.pop(operation, None), now)
         self.directory.mark_stuck(report.stuck)
+        if self.config.load == "auto":
+            for num_bytes, seconds in report.loads.values():
+                self.directory.speeds.loaded(num_bytes / self._bytes_of_all, seconds)
         self._accounting.reported(report)
+
+    def computed(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A pass with a prompt is over. parts: of each request, the position of its first token and the number of its tokens."""
+        if self.config.load == "auto":
+            self.directory.speeds.computed(parts, seconds)
 
     def reset(self) -> None:
         """Forget all chunks and pins, in every tier, at once. The requests of before load and store nothing any more.
@@ -366,7 +377,8 @@ class CacheScheduler:
             self.directory.learn(answer.tier, answer.keys, answer.present)
 
     def _complete(self, operation: int, cause: str | None, now: float) -> None:
-        ticket = self.directory.complete(operation, cause, now, self._saved.pop(operation, 0))
+        saved, seconds = self._saved.pop(operation, 0), self._staged.pop(operation, None)
+        ticket = self.directory.complete(operation, cause, now, saved, seconds)
         if ticket is None:
             return
         self._accounting.ended(ticket, cause)

@@ -46,7 +46,8 @@ class _Job(NamedTuple):
 
 
 class TierCopier:
-    """finish(operations, cause), measure(what, bytes, seconds) and moved(copy, raw bytes, Moved) are called from any thread.
+    """finish(operations, cause), measure(what, bytes, seconds) and moved(copy, raw bytes, Moved, seconds since begin()) are called from any
+    thread.
 
     io_threads: by tier, each way. part_bytes: of a part of each group, if there are several.
     """
@@ -60,7 +61,7 @@ class TierCopier:
         io_threads: Mapping[str, int],
         finish: Callable[[Sequence[int], str | None], None],
         measure: Callable[[str, int, float], None],
-        moved: Callable[[TierCopy, int, Moved], None],
+        moved: Callable[[TierCopy, int, Moved, float], None],
         part_bytes: Sequence[int] = (),
     ) -> None:
         self._tiers = dict(tiers)
@@ -144,7 +145,7 @@ class TierCopier:
             self._end(copy, LATE)
             return
         try:
-            self._copy(copy)
+            self._copy(job)
         except KeyError:
             self._end(copy, ABSENT)
         except TierOpen:
@@ -157,7 +158,8 @@ class TierCopier:
             logger.error("lmc: %s of chunk %s crashed", copy.ticket.kind, copy.ticket.key.hex()[:16], exc_info=error)
             self._end(copy, CRASH)
 
-    def _copy(self, copy: TierCopy) -> None:
+    def _copy(self, job: _Job) -> None:
+        copy = job.copy
         tier = self._tiers[copy.ticket.tier]
         view = self._slab.view(copy.ticket.slot) if copy.ticket.kind != "delete" else memoryview(b"")
         if self._part_bytes and view:  # a part may be shorter than its slot, where another chunk's bytes follow it
@@ -173,7 +175,7 @@ class TierCopier:
             else:
                 tier.delete(copy.ticket.key)
                 moved = NOTHING
-        self._moved(copy, len(view), moved)
+        self._moved(copy, len(view), moved, time.monotonic() - job.submitted)
         self._measure(f"{copy.ticket.tier} {copy.ticket.kind}", len(view), time.perf_counter() - started)
         self._end(copy, None)  # last: whoever fails before it ends the operation once, as crashed
 

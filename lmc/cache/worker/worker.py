@@ -252,9 +252,9 @@ class CacheWorker:
                 cause = failure if failure in CAUSES else COPY
                 self._report.failed.update(dict.fromkeys(operations, cause))
 
-    def _note_moved(self, copy: TierCopy, raw_bytes: int, moved: Moved) -> None:
+    def _note_moved(self, copy: TierCopy, raw_bytes: int, moved: Moved, seconds: float) -> None:
         with self._lock:
-            note_moved(self._report, copy, raw_bytes, moved)
+            note_moved(self._report, copy, raw_bytes, moved, seconds)
 
     def _measure(self, what: str, num_bytes: int, seconds: float) -> None:
         with self._lock:
@@ -270,14 +270,16 @@ def _progress(tier: BoundedBreaker) -> int:
     return tier.progress
 
 
-def note_moved(report: Report, copy: TierCopy, raw_bytes: int, moved: Moved) -> None:
-    """Add to the report what a tier's codec has done in a copy."""
+def note_moved(report: Report, copy: TierCopy, raw_bytes: int, moved: Moved, seconds: float) -> None:
+    """Add to the report what a tier's codec has done in a copy, and how long whoever waits for it has waited."""
     saved = stored_bytes(raw_bytes) - moved.stored_bytes
     kind, tier = copy.ticket.kind, copy.ticket.tier
     if kind == "write" and saved:
         report.saved[copy.ticket.operation] += saved
     if moved.codec_seconds:
         report.codecs.append(CodecRun(tier, kind, raw_bytes, moved.stored_bytes, moved.codec_seconds))
+    if kind == "stage":
+        report.staged[copy.ticket.operation] = seconds
 
 
 @dataclass

@@ -16,6 +16,7 @@ from lmc.cache.connectors.vllm.events import TierEvents
 from lmc.cache.connectors.vllm.groups import KVGroups
 from lmc.cache.connectors.vllm.identity import request_identity
 from lmc.cache.connectors.vllm.messages import Introduction, StepPlan, StepReport
+from lmc.cache.connectors.vllm.passes import Passes, parts_of
 from lmc.cache.connectors.vllm.promises import Promises
 from lmc.cache.connectors.vllm.stats import CounterGrowth, LmcStats
 from lmc.cache.connectors.vllm.versions import CacheHitSource
@@ -85,6 +86,7 @@ class SchedulerSide:
     resets: int = 0
     settled: int = 0  # the last reset of which it is known whether the weights had changed by then
     asks_model: bool = False  # in this step
+    passes: Passes = field(default_factory=Passes)
     asked_model: int = 0  # the last reset about which the workers were asked
     promises: Promises = field(init=False)
 
@@ -178,6 +180,7 @@ class SchedulerSide:
         asked = self.resets if asks and self.asked_model != self.resets else 0
         self.asked_model = asked or self.asked_model
         plan = self.plan(output)
+        self.passes.plan(() if plan.loads else parts_of(output, self._num_prompt))  # loads make a pass longer
         adapters = {}
         for copies in (*plan.loads, *plan.background_loads, *plan.stores):
             tracked = self.tracked.get(copies.request_id)
@@ -208,6 +211,10 @@ class SchedulerSide:
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             self._plan_store(output, request_id, num_scheduled)
         return self.scheduler.take_plan()
+
+    def _num_prompt(self, request_id: str) -> int:
+        tracked = self.tracked.get(request_id)
+        return tracked.num_prompt if tracked is not None else 0
 
     def _plan_store(self, output: SchedulerOutput, request_id: str, num_scheduled: int) -> None:
         tracked = self.tracked.get(request_id)
@@ -285,6 +292,10 @@ class SchedulerSide:
         return None
 
     def take_events(self) -> list[KVCacheEvent]:
+        """vLLM asks for them after each pass."""
+        parts, seconds = self.passes.end()
+        if parts and isinstance(self.scheduler, CacheScheduler):
+            self.scheduler.computed(parts, seconds)
         if self.events is not None and self.scheduler is not None:
             return self.events.take()
         return []
