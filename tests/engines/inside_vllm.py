@@ -283,3 +283,49 @@ class InsideVllm:
 
     def samples(self) -> int:
         return self.sampled
+
+    def throttle_disk(self, bytes_per_s: float) -> None:
+        """From now on the disk tier's threads read so many bytes a second together.
+
+        It stands for a slow disk: nobody can slow down a real one here without being root on its machine.
+        """
+        from lmc.cache.tiers.disk import DiskTier
+
+        is_first = not hasattr(self, "disk_rate")
+        self.disk_rate = bytes_per_s
+        if not is_first:
+            return
+        read, lock = DiskTier.get, threading.Lock()
+        free = 0.0
+
+        def slow(tier: Any, key: Any, out: memoryview) -> Any:
+            nonlocal free
+            moved = read(tier, key, out)
+            with lock:
+                free = max(free, time.perf_counter()) + len(out) / self.disk_rate
+                left = free - time.perf_counter()
+            if left > 0:
+                time.sleep(left)
+            return moved
+
+        DiskTier.get = slow  # type: ignore[method-assign]
+
+    def expected_seconds(self, new: int) -> float | None:
+        """What a prompt of so many tokens is expected to take, by what passes were measured to take."""
+        seconds: float | None = self.cache.directory.speeds.computing(0, new)
+        return seconds
+
+    def load_as(self, arm: str) -> None:
+        """From now on hits are loaded always, never, or as `load: auto` chooses by what it measured itself; "forget": it forgets that."""
+        from lmc.cache.directory.speeds import Speeds
+
+        directory = self.cache.directory
+        if arm == "forget" or not hasattr(self, "measured"):
+            self.measured = Speeds()
+        if arm != "forget":
+            directory.speeds = self.measured if arm == "auto" else Speeds()
+            settings = {
+                "load": "auto" if arm == "auto" else "always",
+                "min_load_tokens": 1 << 40 if arm == "never" else 1,
+            }
+            self.cache.config = self.cache.config.model_copy(update=settings)
