@@ -157,7 +157,9 @@ class Request:
             if self._checkpoints is not None:
                 in_host = self._checkpoints.longest(keys, in_host, computed, now, in_host=True)
         if in_host < self._found.num_chunks and self._lookup_miss != Miss.LOAD_DEADLINE:
-            self._lookup_miss = (found.miss or self._left if in_host == found.num_chunks else None) or self._staging_miss
+            self._lookup_miss = (
+                found.miss or self._left if in_host == found.num_chunks else None
+            ) or self._staging_miss
         gain = in_host * self._chunk_tokens - computed
         if 0 < gain < self._settings.min_load_tokens:
             self._lookup_miss = Miss.BELOW_MINIMUM

@@ -249,7 +249,7 @@ class Engine:
             staged = []
         assert gain is not None
         loads = request.load(gain)
-        for load in loads:
+        for _, load in loads:
             directory.complete(load.operation, None, self.now)
             request.loaded(load.operation, None)
         if gain:
@@ -264,7 +264,7 @@ class Engine:
         stores = request.store(keys, num_tokens, num_tokens, self.now)
         miss = request.miss()
         request.end()
-        self._end(stores, 0.0)
+        self._end([store for _, store in stores], 0.0)
         self._end(directory.take_tickets(), 0.0)
         directory.check()
         self.now += 1.0
