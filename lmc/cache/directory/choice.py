@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from lmc.cache.directory.directory import Directory
+from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.places import HOST
 from lmc.cache.directory.speeds import Speeds
+from lmc.cache.keys import ChunkKey
 
 _TRIED_CHUNKS = 8  # enough for a tier to show its bandwidth beside its latency
 
@@ -55,3 +58,23 @@ def choose(
     if left is None or not speeds.to_be_tried(tiers[left], now):
         return Choice(load_end, load_end)
     return Choice(load_end, min(left + _TRIED_CHUNKS, len(tiers)))
+
+
+def leave_slow_chunks(
+    directory: Directory,
+    keys: Sequence[ChunkKey],
+    tiers: Sequence[str],
+    sizes: tuple[int, int, int],
+    tenant: str,
+    now: float,
+) -> tuple[int, list[Ticket]]:
+    """Choose for a request with these keys. sizes: tokens that the engine has itself, of the prompt, of a chunk.
+
+    Returns the end of the chunks to load, and the tickets of those that are staged to try a tier.
+    """
+    choice = choose(tiers, *sizes, directory.speeds, now)
+    tried: list[Ticket] = []
+    if choice.try_end > choice.load_end:
+        tried = directory.stage(keys[: choice.try_end], now, first=choice.load_end, tenant=tenant)
+    directory.pass_over(keys[choice.load_end : len(tiers)])
+    return choice.load_end, tried

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from lmc.cache.directory.checkpoints import Checkpoints
-from lmc.cache.directory.choice import choose
+from lmc.cache.directory.choice import leave_slow_chunks
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss
@@ -146,7 +146,8 @@ class Request:
             found = usable
         if self._found is None:
             self._found = found
-            if self._settings.load == "auto" and self._leaves_slow_chunks(found, now):
+            if self._settings.load == "auto" and (end := self._end_of_quick_chunks(found, now)) < found.num_chunks:
+                self._usable, self._left = end, Miss.SLOWER
                 return self.lookup(keys, num_tokens, computed, now)
         first = computed // self._chunk_tokens
         in_host = found.leading_in_host(first)
@@ -157,9 +158,8 @@ class Request:
             if self._checkpoints is not None:
                 in_host = self._checkpoints.longest(keys, in_host, computed, now, in_host=True)
         if in_host < self._found.num_chunks and self._lookup_miss != Miss.LOAD_DEADLINE:
-            self._lookup_miss = (
-                found.miss or self._left if in_host == found.num_chunks else None
-            ) or self._staging_miss
+            why = found.miss or self._left if in_host == found.num_chunks else None
+            self._lookup_miss = why or self._staging_miss
         gain = in_host * self._chunk_tokens - computed
         if 0 < gain < self._settings.min_load_tokens:
             self._lookup_miss = Miss.BELOW_MINIMUM
@@ -350,17 +350,11 @@ class Request:
             return False
         return True
 
-    def _leaves_slow_chunks(self, found: Found, now: float) -> bool:
-        """Offer only what is loaded more quickly than it is computed. False if that is all."""
-        tiers, speeds = found.tiers, self._directory.speeds
-        choice = choose(tiers, self.computed, self.num_tokens, self._chunk_tokens, speeds, now)
-        if choice.try_end > choice.load_end:
-            tried = self.keys[: choice.try_end]
-            self._outbox += self._directory.stage(tried, now, first=choice.load_end, tenant=self.tenant)
-        if choice.load_end < len(tiers):
-            self._directory.pass_over(self.keys[choice.load_end : len(tiers)])
-            self._usable, self._left = choice.load_end, Miss.SLOWER
-        return self._left is not None
+    def _end_of_quick_chunks(self, found: Found, now: float) -> int:
+        sizes = (self.computed, self.num_tokens, self._chunk_tokens)
+        end, tried = leave_slow_chunks(self._directory, self.keys, found.tiers, sizes, self.tenant, now)
+        self._outbox += tried
+        return end
 
     def _sources(self, last: int) -> dict[str, int]:
         """Tokens up to chunk `last`, less what the engine holds, by the tier that held them when the request came."""
