@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
@@ -17,6 +18,7 @@ PARTS = Parts(SIZE, (Group("full", 2), Group("window", 2, 8), Group("window", 4,
 
 @dataclass
 class Settings:
+    load: Literal["always", "auto"] = "always"
     min_load_tokens: int = 1
     lookup_deadline: float = 1.0
     load_deadline: float = 1.0
