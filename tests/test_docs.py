@@ -35,6 +35,7 @@ NEEDS = [  # commands that no test runs here, and what they need
     (r"lmc probe (codec|transfer)\b", "minutes, or a model; tests/probe and tests/cli run it"),
     (r"lmc --install-completion\b", "a shell of your own, whose settings it changes"),
     (r"lmc sim LOGS", "logs of LMCache; tests/sim reads some"),
+    (r"lmc sim sweep\b", "a pool of processes; tests/sim runs it"),
     (r"lmc sim check-policy\b|lmc sim .*--policy \S+\.py:", "a policy of your own; tests/sim has some"),
 ]
 
@@ -91,10 +92,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     example = (ROOT / "workloads" / "example-trace.jsonl").read_text().splitlines(keepends=True)[:300]
     for name in ("trace.jsonl", "record.jsonl", "TRACE"):
         (tmp_path / name).write_text("".join(example))
-    (tmp_path / "traces").mkdir()
-    for name in ("mooncake_conversation_trace.jsonl.gz", "other.jsonl.gz", "traces/a.jsonl.gz"):
-        with gzip.open(tmp_path / name, "wt") as file:
-            file.writelines(example)
+    with gzip.open(tmp_path / "mooncake_conversation_trace.jsonl.gz", "wt") as file:
+        file.writelines(example)
     blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "simulating.md").read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "cost.yaml").write_text(next(block for block in blocks if "prefill:" in block))
     settings = {"host": {"capacity": "8GiB"}, "disk": {"path": "kv", "capacity": "64GiB"}}
