@@ -228,16 +228,25 @@ def check(
     workload: Annotated[Path, typer.Argument(help="YAML file of the workload, or the name of a shipped one.")],
     model: Annotated[str | None, typer.Option(help="Use this model instead of the workload's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the workload's small size.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check WORKLOAD without starting an engine. Checks its keys, data, prompts and cache settings, and prints the hits to expect."""
     from lmc.bench.check import check_workload
     from lmc.bench.workload import find_workload, load_workload
-    from lmc.report import print_table
+    from lmc.report import print_table, to_json
 
     file = find_workload(workload)
     plan = load_workload(file, quick)
     _, model_folder = _model(model or plan.model, None, starts_engines=False)
-    for table in check_workload(plan, model_folder, file.parent):
+    tables = list(check_workload(plan, model_folder, file.parent))
+    if as_json:
+        rows = {
+            table.title: [{c.heading: cell for c, cell in zip(table.columns, row, strict=True)} for row in table.rows]
+            for table in tables
+        }
+        typer.echo(to_json(rows).decode(), nl=False)
+        return
+    for table in tables:
         print_table(table)
 
 

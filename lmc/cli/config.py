@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,13 +38,23 @@ def explain(
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="YAML file of cache settings.")]) -> None:
+def check(
+    file: Annotated[Path, typer.Argument(help="YAML file of cache settings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """Check a settings file and print the settings in force. LMC_* environment variables override the file."""
     import os
 
+    import orjson
+
     from lmc.cache.settings import load_settings
 
-    print_settings(load_settings(file, os.environ))
+    settings = load_settings(file, os.environ)
+    if as_json:
+        rows = {key: {"value": value, "origin": settings.origins[key]} for key, value in _shown(settings)}
+        typer.echo(orjson.dumps(rows, default=str, option=orjson.OPT_INDENT_2).decode())
+    else:
+        print_settings(settings)
 
 
 @app.command("from-lmcache")
@@ -67,10 +78,17 @@ def from_lmcache(
 
 def print_settings(settings: Settings) -> None:
     """Print each setting, its value and where the value came from."""
-    from lmc.cache.settings import all_settings, show, value_of
+    from lmc.cache.settings import show
 
     width = max(map(len, settings.origins))
+    for key, value in _shown(settings):
+        typer.echo(f"{key:<{width}}  {show(value):<16}  {settings.origins[key]}")
+
+
+def _shown(settings: Settings) -> Iterator[tuple[str, object]]:
+    """Each setting and its value; secrets are only said to be set."""
+    from lmc.cache.settings import all_settings, value_of
+
     for setting in all_settings():
         value = value_of(settings.config, setting.key)
-        text = "(set)" if setting.secret and value is not None else show(value)
-        typer.echo(f"{setting.key:<{width}}  {text:<16}  {settings.origins[setting.key]}")
+        yield setting.key, "(set)" if setting.secret and value is not None else value
