@@ -78,13 +78,23 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """One number of the first screen, and what it is."""
+
+    value: str
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """`summary` is the first thing read; `metadata` says when, where and with what the numbers were made."""
+    """`summary`, `tiles` and `picture` are the first screen; `metadata` says when, where and with what the numbers were made."""
 
     title: str
     summary: str
     sections: Sequence[Section]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    tiles: Sequence[Tile] = ()
+    picture: Figure | None = None
 
 
 def format_cell(cell: Cell, column: Column) -> str:
@@ -154,6 +164,9 @@ def table_markdown(table: Table) -> str:
 def report_markdown(report: Report) -> str:
     """Text and tables, with links to the files of write_pictures."""
     parts = [f"# {report.title}", report.summary]
+    parts += ["\n".join(f"- **{tile.value}** {tile.meaning}" for tile in report.tiles)]
+    if report.picture is not None:
+        parts.append(f"![{report.picture.title}]({report.picture.file_name})\n\n{report.picture.caption}")
     for section in report.sections:
         parts += [f"## {section.title}", section.text]
         parts += [
@@ -166,6 +179,8 @@ def report_markdown(report: Report) -> str:
 
 def write_pictures(folder: Path, report: Report) -> None:
     """Each picture of the report as a file of its own."""
+    if report.picture is not None:
+        write_file(folder / report.picture.file_name, report.picture.png)
     for section in report.sections:
         for item in section.items:
             if isinstance(item, Figure):
@@ -174,6 +189,11 @@ def write_pictures(folder: Path, report: Report) -> None:
 
 def report_html(report: Report) -> str:
     body = [f"<h1>{html.escape(report.title)}</h1>", *_paragraphs(report.summary, "lead")]
+    if report.tiles:
+        tiles = [f"<div><b>{html.escape(t.value)}</b>{html.escape(t.meaning)}</div>" for t in report.tiles]
+        body.append(f"<div class='tiles'>{''.join(tiles)}</div>")
+    if report.picture is not None:
+        body.append(_figure_html(report.picture))
     if len(report.sections) > 3:
         links = [f'<a href="#{_anchor(section.title)}">{html.escape(section.title)}</a>' for section in report.sections]
         body.append(f"<nav aria-label='Contents'>{' '.join(links)}</nav>")
@@ -188,7 +208,7 @@ def report_html(report: Report) -> str:
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in report.metadata.items()
         ]
         body.append("</dl></section>")
-    return _PAGE.format(title=html.escape(report.title), style=_STYLE, body="\n".join(body))
+    return _PAGE.format(title=html.escape(report.title), style=_STYLE, body="\n".join(body), script=_SCRIPT)
 
 
 def to_json(value: Any) -> bytes:
@@ -244,29 +264,42 @@ def _anchor(title: str) -> str:
 
 def _paragraphs(text: str, css_class: str = "") -> list[str]:
     mark = f' class="{css_class}"' if css_class else ""
-    return [f"<p{mark}>{html.escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip()]
+    return [f"<p{mark}>{_inline(part.strip())}</p>" for part in text.split("\n\n") if part.strip()]
+
+
+def _inline(text: str) -> str:
+    """Escaped, with `code` in backticks."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _table_html(table: Table) -> str:
     classes = [' class="n"' if _is_numeric(table, index) else "" for index in range(len(table.columns))]
     head = "".join(
-        f'<th scope="col"{mark}>{html.escape(column.name)}{f"<small>{html.escape(column.unit)}</small>" if column.unit else ""}</th>'
+        f'<th scope="col"{mark}><button>{html.escape(column.name)}'
+        f"{f'<small>{html.escape(column.unit)}</small>' if column.unit else ''}</button></th>"
         for column, mark in zip(table.columns, classes, strict=True)
     )
     rows = [
         "<tr>"
         + "".join(
-            f"<td{mark}>{html.escape(format_cell(cell, column))}</td>"
+            f"<td{mark}{_exact(cell)}>{html.escape(format_cell(cell, column))}</td>"
             for cell, column, mark in zip(row, table.columns, classes, strict=True)
         )
         + "</tr>"
         for row in table.rows
     ]
-    note = f"<p class='note'>{html.escape(table.note)}</p>" if table.note else ""
+    note = f"<p class='note'>{_inline(table.note)}</p>" if table.note else ""
     return (
         f"<div class='table'><table><caption>{html.escape(table.title)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
+
+
+def _exact(cell: Cell) -> str:
+    """The number as it is, for sorting and for whoever points at it."""
+    if isinstance(cell, bool) or not isinstance(cell, int | float):
+        return ""
+    return f' data-value="{cell!r}" title="{cell!r}"' if isinstance(cell, float) else f' data-value="{cell}"'
 
 
 def _figure_html(figure: Figure) -> str:
@@ -289,13 +322,19 @@ caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: bottom; border-bottom: 1px solid #e6e6e6; }
 th { font-weight: 600; border-bottom-color: #999; } th small { display: block; font-weight: 400; color: #666; }
 .n { text-align: right; }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-align: inherit; cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
+.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.1rem 0; }
+.tiles div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .9rem; font-size: .86rem; color: #555; flex: 1 1 9rem; }
+.tiles b { display: block; font-size: 1.35rem; font-weight: 600; color: #1d1d1f; }
 figure { margin: 1.4rem 0; } img { max-width: 100%; height: auto; } figcaption { font-size: .88rem; color: #444; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; font-size: .88rem; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 nav { font-size: .88rem; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; } a { color: #1f6fb2; }
 @media (prefers-color-scheme: dark) {
   body { color: #e8e8ea; background: #17181a; } a { color: #7db7ec; }
-  p.note, th small, figcaption, dt { color: #a9a9ad; } h2 { border-top-color: #3a3b3e; }
+  p.note, th small, figcaption, dt, .tiles div { color: #a9a9ad; } .tiles b { color: #e8e8ea; } .tiles div { border-color: #3a3b3e; }
+  h2 { border-top-color: #3a3b3e; }
   th, td { border-bottom-color: #313236; } th { border-bottom-color: #77787c; } img { background: #fff; border-radius: 4px; }
 }
 @media print {
@@ -310,5 +349,20 @@ _PAGE = """<!doctype html>
 <title>{title}</title><style>{style}</style></head>
 <body>
 {body}
+<script>{script}</script>
 </body></html>
+"""
+_SCRIPT = """
+for (const head of document.querySelectorAll("th")) head.querySelector("button").onclick = () => {
+  const body = head.closest("table").tBodies[0], at = head.cellIndex;
+  const order = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  const key = row => {
+    const cell = row.cells[at];
+    return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
+  };
+  const compare = (a, b) => typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1;
+  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", order > 0 ? "ascending" : "descending");
+  body.append(...[...body.rows].sort((a, b) => order * compare(key(a), key(b))));
+};
 """

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lmc import report
 from lmc.errors import ConfigError
-from lmc.report import Column, Figure, Report, Section, Table
+from lmc.report import Column, Figure, Report, Section, Table, Tile
 
 TABLE = Table(
     "TTFT <by> arm",
@@ -128,3 +128,21 @@ def test_numbers_are_never_broken_on_a_narrow_terminal() -> None:
         report.print_table(Table("t", columns, rows), Console(file=written, width=width, force_terminal=True))
         text = written.getvalue()
         assert all(f"{40_550_180 + index:,}" in text for index in range(6))
+
+
+def test_the_first_screen_has_tiles_and_a_picture_before_the_contents() -> None:
+    picture, (axis,) = report.new_axes()
+    axis.plot([1, 2], [3, 4])
+    figure = report.to_figure(picture, "Main picture")
+    page = Report("R", "`x` gained", [Section(str(n)) for n in range(4)], tiles=[Tile("61%", "hit")], picture=figure)
+    text = report.report_html(page)
+    assert text.index("<b>61%</b>hit") < text.index("data:image/png") < text.index("<nav")
+    assert "<code>x</code> gained" in text
+    assert report.report_markdown(page).startswith(
+        "# R\n\n`x` gained\n\n- **61%** hit\n\n![Main picture](main-picture.png)"
+    )
+
+
+def test_a_rounded_number_shows_its_digits_to_whoever_points_at_it() -> None:
+    page = report.report_html(Report("R", "", [Section("s", "", [TABLE])]))
+    assert 'title="6400.256">6,400.3</td>' in page and 'data-value="12031"' in page

@@ -1,4 +1,7 @@
-"""Draws the pictures of a bench report. Each arm has one colour, in the order of the workload."""
+"""Draws the pictures of a bench report. A colour stands for one thing on the whole page: an arm, a tier, or a part of the time.
+
+Arms differ in their lines and marks, too, for those who see or print no colours.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,16 @@ from lmc.report import COLORS, Figure, new_axes, to_figure
 
 ByArm = Mapping[str, Sequence[RequestRecord]]
 
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_TIERS = ("#c9e4e0", "#86c2ba", "#3f9088", "#1c5d57", "#0c3a36", "#dfe7c8")
+_PARTS = ("#e5d3ea", "#c39bd0", "#92559f", "#4f2560")
+_BESIDE = {
+    "frameon": False,
+    "fontsize": 9,
+    "loc": "upper left",
+    "bbox_to_anchor": (1.0, 1.0),
+}  # of bars, never over one
+
 
 def ttft_distribution(by_arm: ByArm) -> Figure:
     picture, (axis,) = new_axes()
@@ -18,8 +31,9 @@ def ttft_distribution(by_arm: ByArm) -> Figure:
         values = np.sort([record.ttft_ms or np.nan for record in records])
         share = np.arange(1, values.size + 1) / max(values.size, 1) * 100
         axis.step(
-            values, share, where="post", label=f"{arm} (n={values.size})", color=COLORS[index % len(COLORS)], lw=1.8
-        )
+            values, share, where="post", label=f"{arm} (n={values.size})", color=COLORS[index % len(COLORS)], lw=1.8,
+            linestyle=_LINES[index % len(_LINES)],
+        )  # fmt: skip
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(_plain)
     axis.set_xlabel("time to first token (ms)")
@@ -64,7 +78,8 @@ def hit_rate_over_time(by_arm: ByArm) -> Figure:
         hits = np.cumsum([record.cached_tokens or 0 for record in known])
         prompts = np.cumsum([record.prompt_tokens for record in known])
         times = [record.sent_s for record in known]
-        axis.plot(times, hits / prompts * 100, label=arm, color=COLORS[index % len(COLORS)], lw=1.8, marker=".")
+        style = {"color": COLORS[index % len(COLORS)], "linestyle": _LINES[index % len(_LINES)]}
+        axis.plot(times, hits / prompts * 100, label=arm, lw=1.8, marker=".", **style)
     axis.set_ylim(-2, 102)
     axis.set_xlabel("time since the start of the load (s)")
     axis.set_ylabel("hit tokens / prompt tokens so far (%)")
@@ -79,13 +94,13 @@ def hits_per_tier(tiers_by_arm: Mapping[str, Mapping[str, int]], tiers: Sequence
     left = np.zeros(len(arms))
     for index, tier in enumerate(tiers):
         tokens = np.array([tiers_by_arm[arm].get(tier, 0) for arm in arms], dtype=np.float64)
-        axis.barh(arms, tokens, left=left, label=tier, color=COLORS[(index + 1) % len(COLORS)], height=0.6)
+        axis.barh(arms, tokens, left=left, label=tier, color=_TIERS[index % len(_TIERS)], height=0.6)
         left += tokens
     axis.invert_yaxis()
     axis.xaxis.set_major_formatter(_plain)
     axis.set_xlabel("hit tokens over the measured load")
     if tiers:
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(**_BESIDE)
     return to_figure(picture, "Hits per tier", "Counted by the engine (device) and by lmc (other tiers).")
 
 
@@ -96,12 +111,12 @@ def ttft_parts(groups: Sequence[tuple[str, Sequence[RequestRecord]]], parts: Seq
     for index, part in enumerate(parts):
         known = [[getattr(record.parts, f"ttft_{part}_ms") or 0.0 for record in records] for _, records in groups]
         means = np.array([np.mean(values) for values in known])
-        axis.barh(names, means, left=left, label=part, color=COLORS[index % len(COLORS)], height=0.6)
+        axis.barh(names, means, left=left, label=part, color=_PARTS[index % len(_PARTS)], height=0.6)
         left += means
     axis.invert_yaxis()
     axis.xaxis.set_major_formatter(_plain)
     axis.set_xlabel("time to first token, mean (ms)")
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(**_BESIDE)
     return to_figure(picture, "TTFT in parts", "Means over the requests with hits and over those without.")
 
 

@@ -25,7 +25,7 @@ from lmc.bench.tables import (
     self_check_table,
     tier_names,
 )
-from lmc.report import Figure, Report, Section, Table
+from lmc.report import Figure, Report, Section, Table, Tile
 from lmc.units import format_seconds
 
 
@@ -53,10 +53,15 @@ def build_report(results: Results, records: Sequence[RequestRecord]) -> Report:
         sections.append(Section("Where the time to first token went", ATTRIBUTION_TEXT, shown))
     if results.outputs:
         sections.append(Section("Outputs", OUTPUTS_TEXT, [outputs_table(results.outputs)]))
-    sections.append(Section("Pictures", "", _figures(results, records)))
+    if pictures := _figures(results, records):
+        sections.append(Section("Pictures", "", pictures))
     sections.append(Section("Parts", "", [parts_table(results)]))
     sections.append(Section("Self-check", SELF_CHECK_TEXT, [self_check_table(results), phases_table(results)]))
-    return Report(f"lmc bench: {results.name}", summary(results), sections, _metadata(results))
+    by_arm = answered(results, records)
+    return Report(
+        f"lmc bench: {results.name}", summary(results), sections, _metadata(results), tiles(results),
+        plots.ttft_distribution(by_arm),
+    )  # fmt: skip
 
 
 def gain(results: Results, arm: ArmResult) -> str | None:
@@ -74,9 +79,30 @@ def gain(results: Results, arm: ArmResult) -> str | None:
     )
 
 
+def subject(results: Results) -> ArmResult:
+    """The arm that the report is about: the first one with lmc, else the first that is compared with another."""
+    with_lmc = [arm for arm in results.arms[1:] if arm.settings.get("cache") is not None]
+    return [*with_lmc, *results.arms[1:], *results.arms][0]
+
+
+def tiles(results: Results) -> list[Tile]:
+    arm = subject(results)
+    found = [Tile("VALID" if results.valid else "INVALID", "hits, outputs and client were checked")]
+    if arm.hit_tokens is not None and arm.prompt_tokens:
+        found.append(Tile(f"{arm.hit_tokens / arm.prompt_tokens:.0%}", f"of {arm.name}'s prompt tokens hit"))
+    if (p50 := arm.ttft_ms.get("p50")) is not None:
+        first = results.arms[0]
+        beside = f"; {first.ttft_ms['p50']:,.0f} ms of {first.name}" if first is not arm and first.ttft_ms else ""
+        found.append(Tile(f"{p50:,.0f} ms", f"median TTFT of {arm.name}, all requests{beside}"))
+    if results.bars:
+        met, missed = (sum(bar.met is verdict for bar in results.bars) for verdict in (True, False))
+        undecided = len(results.bars) - met - missed
+        found.append(Tile(f"{met} of {len(results.bars)}", f"bars met, {missed} NOT met, {undecided} undecided"))
+    return found
+
+
 def summary(results: Results) -> str:
-    gains = " ".join(filter(None, (gain(results, arm) for arm in results.arms[1:])))
-    lines = [gains, str(results.workload.get("about", "")).strip()]
+    lines = [gain(results, subject(results)) or "", str(results.workload.get("about", "")).strip()]
     if results.valid:
         believe = "VALID: the hits are those that the simulator expects, the outputs agree, and the client kept up."
     else:
@@ -113,9 +139,13 @@ SELF_CHECK_TEXT = (
 )
 
 
+def answered(results: Results, records: Sequence[RequestRecord]) -> dict[str, list[RequestRecord]]:
+    return {arm.name: [record for record in records if record.arm == arm.name and record.ok] for arm in results.arms}
+
+
 def _figures(results: Results, records: Sequence[RequestRecord]) -> list[Table | Figure]:
-    by_arm = {arm.name: [record for record in records if record.arm == arm.name and record.ok] for arm in results.arms}
-    figures: list[Table | Figure] = [plots.ttft_distribution(by_arm)]
+    by_arm = answered(results, records)
+    figures: list[Table | Figure] = []
     counted = {arm: mine for arm, mine in by_arm.items() if any(record.cached_tokens is not None for record in mine)}
     if counted:
         figures += [plots.ttft_against_hits(counted), plots.hit_rate_over_time(counted)]
@@ -129,7 +159,8 @@ def _arms_text(results: Results) -> str:
     notes = [
         f"Of {arm.name} not everything can be measured: {'; '.join(arm.notes)}." for arm in results.arms if arm.notes
     ]
-    return "\n\n".join([*abouts, *notes])
+    others = [said for arm in results.arms[1:] if arm is not subject(results) and (said := gain(results, arm))]
+    return "\n\n".join([*abouts, *others, *notes])
 
 
 def _metadata(results: Results) -> dict[str, str]:
