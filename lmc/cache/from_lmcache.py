@@ -139,10 +139,15 @@ def _remote(value: object, made: Translation, given: Mapping[str, object]) -> No
         if rest and not rest.endswith("amazonaws.com"):
             made.settings["s3.endpoint"] = f"https://{rest}"
         made.remarks.append("remote_url: see s3.region, s3.endpoint and the credentials in docs/configuration.md")
+    elif url.scheme == "mooncakestore":
+        made.settings["mooncake.master"] = url.netloc
+        made.remarks.append("remote_url: see mooncake.metadata, protocol and segment, which LMCache has elsewhere")
     elif url.scheme == "fs" and not given.get("local_disk"):
         made.settings |= {"disk.path": url.path, "disk.shared": True}
     else:
-        made.remarks.append(f"remote_url: lmc has no tier for {url.scheme or value}; there are Redis, S3 and folders")
+        made.remarks.append(
+            f"remote_url: lmc has no tier for {url.scheme or value}; there are Redis, S3, Mooncake and folders"
+        )
 
 
 def _serde(value: object, made: Translation, given: Mapping[str, object]) -> None:

@@ -73,6 +73,7 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
         ("remote_url: s3://kv.s3.eu-west-1.amazonaws.com", {"s3.bucket": "kv"}, "s3.region"),
         ("remote_url: s3://kv.store.local", {"s3.bucket": "kv", "s3.endpoint": "https://store.local"}, "s3.region"),
         ("remote_url: fs://host:0/mnt/kv", {"disk.path": "/mnt/kv", "disk.shared": True}, ""),
+        ("remote_url: mooncakestore://h:50051", {"mooncake.master": "h:50051"}, "segment"),
         ("remote_url: lm://host:65432", {}, "no tier for lm"),
         ("cache_policy: MRU", {}, "no MRU"),
         ("min_retrieve_tokens: 0", {}, ""),
