@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from lmc.cache.keys import ChunkKey
 from lmc.errors import ConfigError
 
-Kind = Literal["full", "window", "local"]
+Kind = Literal["full", "window", "local", "state"]
 
 SPINE = 0
 _CHECKPOINT_SHARE = 0.25  # of the spine's bytes that checkpoints inside a prompt may add
@@ -28,6 +28,7 @@ class Group:
     full     at every token before them
     window   at the last `span` tokens, their own included
     local    at the tokens since the last multiple of `span`
+    state    at one state of fixed size, made of all tokens before it; it exists only where the engine keeps one, at the end of a block
     """
 
     kind: Kind
@@ -43,6 +44,8 @@ class Group:
             start = 0
         elif self.kind == "window":
             start = max(0, num_tokens - self.span + 1)
+        elif self.kind == "state":
+            start = max(0, num_tokens - self.block_tokens)
         else:
             start = num_tokens // self.span * self.span
         return min(start // self.block_tokens * self.block_tokens, num_tokens)
@@ -70,7 +73,8 @@ class Parts:
 
     def __post_init__(self) -> None:
         if not fits(self.groups, self.chunk_tokens):
-            right = [str(size) for size in (self._neighbour(-1), self._neighbour(1)) if size]
+            states = sorted({group.block_tokens for group in self.groups if group.kind == "state"})
+            right = [str(size) for size in states or (self._neighbour(-1), self._neighbour(1)) if size]
             raise ConfigError(
                 f"chunk_tokens {self.chunk_tokens} does not fit the blocks and windows of this model; use {' or '.join(right)}"
             )
@@ -84,6 +88,10 @@ class Parts:
     @cached_property
     def has_leaves(self) -> bool:
         return len(self.groups) > 1
+
+    @cached_property
+    def has_states(self) -> bool:
+        return any(group.kind == "state" for group in self.groups)
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
@@ -129,11 +137,16 @@ def fits(groups: Sequence[Group], chunk_tokens: int) -> bool:
             return False
         if group.kind == "local" and group.span % chunk_tokens and chunk_tokens % group.span:
             return False
+        if group.kind == "state" and group.block_tokens != chunk_tokens:
+            return False  # the engine keeps states at the ends of blocks: in a larger chunk most of them would be of no use
     return True
 
 
 def chunk_tokens_for(groups: Sequence[Group], at_least: int) -> int:
-    """The smallest chunk of at least so many tokens that fits."""
+    """The smallest chunk of at least so many tokens that fits; of states, their block."""
+    for group in groups:
+        if group.kind == "state":
+            return group.block_tokens
     blocks = [group.block_tokens for group in groups]
     size = max(blocks)
     while any(size % block for block in blocks):
@@ -169,6 +182,8 @@ def _reach(group: Group, chunk_tokens: int) -> int:
     """How many tokens before its end, in whole blocks, a hit of whole chunks may need."""
     if group.kind == "full":
         return chunk_tokens
+    if group.kind == "state":
+        return group.block_tokens
     if group.kind == "window":
         return -(-(group.span - 1) // group.block_tokens) * group.block_tokens
     return group.span if group.span > chunk_tokens else 0

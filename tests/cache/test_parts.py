@@ -21,6 +21,7 @@ FULL = Group("full", 16)
         ((FULL, Group("window", 16, 1000)), 144),  # 1,008 tokens in whole blocks
         ((FULL, Group("local", 16, 8192)), 128),  # Llama 4
         ((Group("full", 1056), Group("window", 48, 96)), 1056),
+        ((Group("full", 288), Group("state", 288), Group("state", 288)), 288),
     ],
 )
 def test_the_chunk_is_the_smallest_of_at_least_128_tokens_that_fits(groups: tuple[Group, ...], chunk: int) -> None:
@@ -35,6 +36,18 @@ def test_a_chunk_that_does_not_fit_is_refused_by_naming_those_that_do() -> None:
         Parts(384, groups)
     with pytest.raises(ConfigError, match="use 32"):
         Parts(8, (FULL, Group("window", 32, 32)))
+    for size in (32, 128):
+        with pytest.raises(ConfigError, match=r"use 64$"):
+            Parts(size, (Group("full", 64), Group("state", 64)))
+
+
+def test_chunks_of_states_are_their_blocks() -> None:
+    groups = (Group("full", 64), Group("state", 64))
+    assert chunk_tokens_for(groups, 128) == 64
+    parts = Parts(64, groups)
+    assert parts.needed(1, 6) == range(5, 6)
+    assert parts.blocks == (1, 1)
+    assert interval(parts, (100, 700), None) == 28  # a state costs as much as seven chunks
 
 
 def test_a_window_needs_its_last_chunks_and_a_local_chunk_what_has_begun() -> None:

@@ -99,6 +99,10 @@ class InsideVllm:
     def namespace(self) -> dict[str, Any]:
         return asdict(self.cache.namespace)
 
+    def groups(self) -> list[list[Any]]:
+        """Of lmc's order: kind, tokens of a block, span."""
+        return [[group.kind, group.block_tokens, group.span] for group in self.cache._parts.groups]
+
     def fail_loads(self, count: int, after: int = 0) -> None:
         """From now on loads fail half way, the first `after` excepted: some bytes are garbage, then the copy reports an error."""
         from lmc.cache.transfer.planner import Direction

@@ -19,6 +19,7 @@ from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -27,6 +28,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -79,7 +81,17 @@ def spec_of(group: Group) -> Any:
         return SlidingWindowSpec(**common, sliding_window=group.span)
     if group.kind == "local":
         return ChunkedLocalAttentionSpec(**common, attention_chunk_size=group.span)
+    if group.kind == "state":  # one value; span: whether a state inside a step is kept too, as Mamba 2 does on devices
+        inside = {"num_prefill_checkpoint_blocks": 1, "prefill_checkpoint_alignment": 1} if group.span else {}
+        return MambaSpec(BLOCK_TOKENS, shapes=((WIDTH,),), dtypes=(torch.int32,), mamba_cache_mode="align", **inside)
     return FullAttentionSpec(**common)
+
+
+def _state_view(layer: torch.Tensor) -> torch.Tensor:
+    """The start of each block, as vLLM registers states: bytes, without the padding."""
+    blocks = layer.view(torch.int8)
+    stride = blocks.stride(0)
+    return blocks.as_strided((len(layer), 1, 1, 4 * WIDTH), (stride, stride, stride, 1), blocks.storage_offset())
 
 
 class MovingEngine:
@@ -126,7 +138,12 @@ class MovingEngine:
             own.parallel_config.rank = rank
             self.workers.append(LmcConnector(own, KVConnectorRole.WORKER, config))
         for worker, kv in zip(self.workers, self.kv, strict=True):
-            worker.register_kv_caches({name: kv[index] for own in self.names for index, name in enumerate(own)})
+            views = {
+                name: _state_view(kv[index]) if group.kind == "state" else kv[index]
+                for own, group in zip(self.names, groups, strict=True)
+                for index, name in enumerate(own)
+            }
+            worker.register_kv_caches(views)
         self.connector.set_xfer_handshake_metadata_pp_aware(
             {(0, rank): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
         )
@@ -230,11 +247,18 @@ class MovingEngine:
         tables = [torch.tensor(self._table(name, number)) for number in range(len(self.groups))]
         is_wrong = False
         for number, (group, blocks) in enumerate(zip(self.groups, tables, strict=True)):
+            if group.kind == "state":
+                if start and not self._move_state(kv, blocks, start, end, int(values[start - 1]) + number):
+                    is_wrong = True
+                continue
             first = first_attended(group, start)
             seen = torch.arange(first, start)
             rows = kv[:, blocks[seen // BLOCK_TOKENS], 0, seen % BLOCK_TOKENS]
             is_wrong |= not (rows == torch.from_numpy(values[first:start] + np.int32(number))[None, :, None]).all()
-        for number, blocks in enumerate(tables):
+        for number, (group, blocks) in enumerate(zip(self.groups, tables, strict=True)):
+            if group.kind == "state":
+                self._leave_states(kv, blocks, group, start, end, None if is_wrong else values + np.int32(number))
+                continue
             right = torch.from_numpy(values[start:] + np.int32(number))
             new = torch.full((count,), _GARBAGE, dtype=torch.int32) if is_wrong else right
             kv[:, blocks[filled // BLOCK_TOKENS], 0, filled % BLOCK_TOKENS] = new[None, :, None].expand(
@@ -243,6 +267,28 @@ class MovingEngine:
         if end < request.num_tokens:
             return is_wrong, []
         return is_wrong, [int(values[-1]) % 400 + 2]
+
+    @staticmethod
+    def _move_state(kv: torch.Tensor, blocks: torch.Tensor, start: int, end: int, right: int) -> bool:
+        """As vLLM does before a pass: the state goes from the block of the last token to that of the last new one. Whether it was right."""
+        old, new = blocks[(start - 1) // BLOCK_TOKENS], blocks[(end - 1) // BLOCK_TOKENS]
+        state = kv[:, old, 0, 0].clone()
+        kv[:, new, 0, 0] = state
+        return bool((state == right).all())
+
+    def _leave_states(
+        self, kv: torch.Tensor, blocks: torch.Tensor, group: Group, start: int, end: int, values: np.ndarray | None
+    ) -> None:
+        """The state behind the last token and, where the group keeps one inside a step, that behind the last full block."""
+        kept = {(end - 1) // BLOCK_TOKENS: end}
+        if group.span:
+            (offset,), (column,) = compute_mamba_prefill_checkpoints(
+                [end], [end - start], BLOCK_TOKENS, BLOCK_TOKENS, 1, False, BLOCK_TOKENS
+            )
+            if column >= 0 and blocks[column] > 0:
+                kept[column] = start + offset
+        for column, tokens in kept.items():
+            kv[:, blocks[column], 0, 0] = _GARBAGE if values is None else int(values[tokens - 1])
 
     def close(self) -> None:
         self.scheduler.shutdown()

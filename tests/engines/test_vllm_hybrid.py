@@ -31,10 +31,10 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_gemma(tmp_path_factory.mktemp("gemma"), window=WINDOW)
 
 
-def engine_on(model: Path, disk: Path, **options: Any) -> VllmDriver:
+def engine_on(model: Path, disk: Path, *, settings: dict[str, Any] | None = None, **options: Any) -> VllmDriver:
     """Prompts take several steps, which end inside windows and chunks."""
-    settings = {"disk.path": str(disk), "disk.fsync": False, "checkpoint_tokens": 128}
-    return driver(model, options={"max_num_batched_tokens": 240, **options}, **settings)
+    of_lmc = {"disk.path": str(disk), "disk.fsync": False, "checkpoint_tokens": 128, **(settings or {})}
+    return driver(model, options={"max_num_batched_tokens": 240, **options}, **of_lmc)
 
 
 def compared(engine: VllmDriver, *texts: list[int]) -> list[int]:

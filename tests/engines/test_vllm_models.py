@@ -1,6 +1,6 @@
-"""Other models than a dense Llama on the real engine: images in the prompt, KV heads that ranks share, recurrent layers, MLA.
+"""Other models than a dense Llama on the real engine: images in the prompt, KV heads that ranks share, MLA.
 
-The two tests without the mark compat: on a CPU vLLM 0.30 itself loses the only image, and has no convolution in float32.
+The test without the mark compat: on a CPU vLLM 0.30 itself loses the only image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tests.engines.scenario import assert_same, driver, kv_bytes_per_token, prom
 from tests.engines.tiny_model import (
     IMAGE_TOKEN,
     make_tiny_deepseek,
-    make_tiny_falcon,
     make_tiny_idefics,
     make_tiny_llama,
 )
@@ -96,16 +95,6 @@ def test_of_ranks_that_hold_the_same_kv_head_one_stores_all_load_and_they_fail_t
 def disk_files(disk: Path, rank: int) -> dict[str, bytes]:
     """The chunks of a rank, without their footers."""
     return {file.name: file.read_bytes()[:-FOOTER_BYTES] for file in disk.glob(f"v*/*/r{rank}/??/*")}
-
-
-def test_a_model_with_recurrent_layers_is_refused_and_the_engine_runs(tmp_path: Path) -> None:
-    text = prompt(50, 300)
-    own_block = {"chunk_tokens": None, "options": {"block_size": None}}  # vLLM fits the block to the size of a state
-    with driver(make_tiny_falcon(tmp_path / "model"), strict=False, **own_block) as engine:
-        assert any("a model with MambaSpec KV is not supported" in line for line in engine.log)
-        first, again = engine.generate([text]), engine.generate([text])
-        assert [first[0]["cached"], again[0]["cached"]] == [0, 0]
-        assert_same(again, first)
 
 
 @pytest.mark.compat

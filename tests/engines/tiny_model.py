@@ -80,6 +80,57 @@ def make_tiny_falcon(folder: Path, *, seed: int = 0) -> Path:
     return _save(FalconH1ForCausalLM, config, folder, seed)
 
 
+def make_tiny_granite(folder: Path, *, seed: int = 0) -> Path:
+    """Mamba 2 in every other layer."""
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    mamba = {"n_heads": 16, "d_head": 32, "n_groups": 1, "d_state": 16, "d_conv": 4, "expand": 2, "chunk_size": 32}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 256}
+    shape = {**_SHAPE, **{f"mamba_{name}": value for name, value in mamba.items()}, **experts}
+    del shape["head_dim"]
+    kinds = ["mamba", "attention"] * 2
+    config = GraniteMoeHybridConfig(**shape, layer_types=kinds, position_embedding_type="nope", pad_token_id=2)
+    return _save(GraniteMoeHybridForCausalLM, config, folder, seed)
+
+
+def make_tiny_nemotron(folder: Path, *, seed: int = 0) -> Path:
+    """Mamba 2, attention and plain layers, each by itself."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    mamba = {"mamba_num_heads": 16, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "conv_kernel": 4}
+    shape = {**_SHAPE, **mamba, "expand": 2, "chunk_size": 32, "num_hidden_layers": 6, "pad_token_id": 2}
+    config = NemotronHConfig(**shape, hybrid_override_pattern="M*-M*-")
+    return _save(NemotronHForCausalLM, config, folder, seed)
+
+
+def make_tiny_lfm2(folder: Path, *, seed: int = 0) -> Path:
+    """Three layers of short convolutions, which keep a state, and a full one."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    kinds = ["conv", "conv", "full_attention", "conv"]
+    conv = {"conv_L_cache": 3, "conv_dim": 256, "conv_dim_out": 256, "conv_use_xavier_init": True}
+    blocks = {"block_dim": 256, "block_ff_dim": 512, "block_auto_adjust_ff_dim": False}
+    return _save(Lfm2ForCausalLM, Lfm2Config(**_SHAPE, **conv, **blocks, layer_types=kinds), folder, seed)
+
+
+def make_tiny_qwen3_next(folder: Path, *, seed: int = 0) -> Path:
+    """Three layers of the gated delta rule, which keep a state, and a full one."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    linear = {
+        "num_value_heads": 2,
+        "num_key_heads": 1,
+        "key_head_dim": 128,
+        "value_head_dim": 128,
+        "conv_kernel_dim": 4,
+    }
+    shape = {**_SHAPE, **{f"linear_{name}": value for name, value in linear.items()}, "layer_types": kinds}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    config = Qwen3NextConfig(**shape, **experts, shared_expert_intermediate_size=128)
+    return _save(Qwen3NextForCausalLM, config, folder, seed)
+
+
 def make_tiny_bert(folder: Path, *, seed: int = 0) -> Path:
     """An encoder: it reads a prompt both ways at once, and keeps no KV."""
     from transformers import BertConfig, BertModel

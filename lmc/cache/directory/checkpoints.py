@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.misses import Miss
@@ -10,6 +10,7 @@ from lmc.cache.keys import ChunkKey
 from lmc.cache.parts import Leaf, Parts
 
 _ASKED = 2  # checkpoints inside what was found of a prompt
+_ASKED_STATES = 16  # lengths at which a state may be: it is where a step ended
 
 
 class Checkpoints:
@@ -46,22 +47,41 @@ class Checkpoints:
         if interval is not None:
             last = (end - 1) // interval
             ends += [number * interval for number in range(last, max(last - _ASKED, 0), -1)]
+        if self._parts.has_states:
+            ends += range(end - 1, max(end - _ASKED_STATES, 0), -1)
         held = computed // self._parts.chunk_tokens
         asked = [leaf for length in ends if length > held for leaf in self.needed(keys, length, computed)]
         return tuple(dict.fromkeys(leaf.key for leaf in asked if not self._directory.readable([leaf], now)))
 
-    def kept(self, keys: Sequence[ChunkKey], num_before: int, end: int, num_prompt: int) -> list[Leaf]:
+    def kept(
+        self, keys: Sequence[ChunkKey], num_before: int, end: int, num_prompt: int, states: Collection[int] = ()
+    ) -> list[Leaf]:
         """The leaves to keep now: of the prompt's end, of its hit, of where it parted from what is stored, and of every so many chunks.
 
-        What they are made of is in the engine's blocks during this step: it computes from token num_before on, up to chunk `end`.
+        What they are made of is in the engine's blocks during this step: it computes from token num_before on, up to chunk `end`. states:
+        the lengths at which the engine's blocks hold the states of a model that has some; a longer wanted end is served by the last before.
         """
         size, interval = self._parts.chunk_tokens, self._parts.interval
         prompt = num_prompt // size
         ends = (prompt, (num_prompt - 1) // size, self._junction, self.hit)
+
+        def is_wanted(length: int) -> bool:
+            return length in ends or length > prompt or (interval is not None and length % interval == 0)
+
+        computed = range(end, max(-(-num_before // size), 1) - 1, -1)
         wanted: dict[ChunkKey, Leaf] = {}
-        for length in range(end, max(-(-num_before // size), 1) - 1, -1):
-            if length in ends or length > prompt or (interval is not None and length % interval == 0):
-                wanted.update((leaf.key, leaf) for leaf in self._parts.leaves(keys, length))
+        if not self._parts.has_states:
+            chosen = [length for length in computed if is_wanted(length)]
+        else:
+            chosen = []
+            after = end + 1
+            for length in computed:
+                if length in states:  # the last one before these
+                    if any(map(is_wanted, range(length, after))):
+                        chosen.append(length)
+                    after = length
+        for length in chosen:
+            wanted.update((leaf.key, leaf) for leaf in self._parts.leaves(keys, length))
         return list(wanted.values())
 
     def pinned(self, keys: Sequence[ChunkKey], num_tokens: int) -> list[ChunkKey]:

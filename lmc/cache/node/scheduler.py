@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
@@ -152,6 +152,7 @@ class NodeScheduler:
         blocks: Sequence[int],
         others: Sequence[Sequence[int]] = (),
         num_before: int = 0,
+        states: Collection[int] = (),
     ) -> None:
         """As CacheScheduler.store(), of one KV group."""
         tracked = self._requests.get(request_id)

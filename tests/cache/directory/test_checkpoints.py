@@ -31,12 +31,13 @@ def keys(name: int, count: int, shared: int = 0) -> list[ChunkKey]:
 
 
 class World:
-    def __init__(self, host_slots: int = 64, disk: int = 0) -> None:
+    def __init__(self, host_slots: int = 64, disk: int = 0, parts: Parts = PARTS) -> None:
+        self.parts = parts
         self.directory = Directory(host_slots, {"disk": Capacity.of_chunks(disk)} if disk else {}, get_policy("lru"))
         self.now = 0.0
 
     def request(self, name: str = "r", **settings: float) -> Request:
-        return Request(name, self.directory, Settings(**settings), SIZE, "", self.now, PARTS)
+        return Request(name, self.directory, Settings(**settings), SIZE, "", self.now, self.parts)
 
     def end(self, tickets: list[Ticket], failure: str | None = None) -> None:
         for ticket in tickets:
@@ -57,7 +58,11 @@ class World:
         done = found
         while done < tokens:
             before, done = done, min(done + steps, tokens)
-            self.end([ticket for _, ticket in request.store(names, done, tokens, self.now, before)])
+            last = (tokens - 1) // SIZE * SIZE
+            if self.parts.has_states and before < last < done:
+                done = last  # vLLM's steps end there
+            states = [end // SIZE for end in (before, done) if end and end % SIZE == 0]
+            self.end([ticket for _, ticket in request.store(names, done, tokens, self.now, before, states)])
         request.end()
         self.write()
         self.directory.check()
@@ -271,3 +276,47 @@ def test_without_an_answer_about_leaves_there_is_no_hit(fails: bool) -> None:
         request.answer(failed=True)
     assert request.lookup(prompt, 45, 0, 2.0) == 0
     assert request.miss() == (Miss.REMOTE_FAILED if fails else Miss.REMOTE_DEADLINE)
+
+
+STATES = Parts(SIZE, (Group("full", 2), Group("state", SIZE), Group("state", SIZE)), interval=4)
+
+
+def test_a_state_is_kept_at_the_last_end_of_a_step_before_each_place_where_a_hit_may_end() -> None:
+    world = World(parts=STATES)
+    prompt = keys(0, 11)
+    assert world.serve(prompt, steps=3 * SIZE) == 0  # states at 3, 6, 9 and 11 chunks
+    assert world.serve(prompt) == 11
+    assert world.serve(keys(2, 12, shared=9), steps=3 * SIZE) == 6  # the last before 8
+    assert world.serve(keys(3, 12, shared=5), steps=SIZE) == 3  # the last before 4
+    assert world.serve(keys(4, 12, shared=5), steps=SIZE) == 5  # where the one before parted
+
+
+def test_a_prompt_in_one_step_leaves_the_state_of_its_end_only() -> None:
+    world = World(parts=STATES)
+    prompt = keys(0, 11)
+    world.serve(prompt)
+    held = [
+        end for end in range(1, 12) if all(world.directory.tiers_of(leaf.key) for leaf in STATES.leaves(prompt, end))
+    ]
+    assert held == [11]
+    assert world.serve(keys(1, 13, shared=11)) == 11
+    assert world.serve(keys(2, 13, shared=9)) == 0
+
+
+def test_no_state_is_kept_behind_which_no_step_ended() -> None:
+    world = World(parts=STATES)
+    prompt = keys(0, 8)
+    world.serve(prompt, steps=3)  # none ends behind the fourth chunk; vLLM cuts the last one behind the eighth
+    held = [
+        end for end in range(1, 9) if all(world.directory.tiers_of(leaf.key) for leaf in STATES.leaves(prompt, end))
+    ]
+    assert held == [8]
+
+
+def test_states_of_others_are_asked_for_at_many_lengths() -> None:
+    prompt = keys(0, 11)
+    directory = Directory(64, {}, get_policy("lru"), remote=["redis"])
+    directory.learn("redis", prompt, [True] * 11)
+    request = Request("r", directory, Settings(), SIZE, "", 0.0, STATES)
+    assert request.lookup(prompt, 45, 0, 0.0) is None
+    assert set(request.take_question()) == {leaf.key for end in range(1, 12) for leaf in STATES.leaves(prompt, end)}

@@ -26,18 +26,22 @@ from lmc.cache.worker.open import open_worker
 from tests.cache.instance import settings
 
 CHUNK = 8
-GROUPS = (Group("full", 2), Group("window", 4, 17), Group("local", 2, 16), Group("window", 8, 5))
-PARTS = Parts(CHUNK, GROUPS)
+WINDOWS = (Group("full", 2), Group("window", 4, 17), Group("local", 2, 16), Group("window", 8, 5))
+STATES = (Group("full", 2), Group("state", 8), Group("state", 8), Group("window", 4, 9))
+PARTS = Parts(CHUNK, WINDOWS)
 SIZES = (96, 160, 64, 200)  # bytes of a block
 NUM_BLOCKS, PAGE = 200, 256
 POISON = 0xEE
 
 
 class Engine:
-    def __init__(self, host: int, disk: Path | None = None, **values: object) -> None:
+    def __init__(
+        self, host: int, disk: Path | None = None, groups: tuple[Group, ...] = WINDOWS, **values: object
+    ) -> None:
+        self.groups, self.parts = groups, Parts(CHUNK, groups)
         self.pool = np.full((NUM_BLOCKS, PAGE), POISON, dtype=np.uint8)
         layouts = []
-        for group, size in zip(GROUPS, SIZES, strict=True):
+        for group, size in zip(self.groups, SIZES, strict=True):
             region = Region(self.pool.ctypes.data, PAGE, size)
             layer = Layer((f"layer of {size}",), (Piece(0, 0, size),))
             layouts.append(KVLayout("test", "cpu", group.block_tokens, NUM_BLOCKS, (region,), (layer,), f"{group}"))
@@ -51,14 +55,14 @@ class Engine:
             **values,
         )
         namespace = Namespace("test", "model", "", "u8", "layouts of all groups", CHUNK)
-        others = list(zip(layouts[1:], PARTS.blocks[1:], strict=True))
+        others = list(zip(layouts[1:], self.parts.blocks[1:], strict=True))
         self.worker = open_worker(config, namespace, layouts[0], rank=0, num_ranks=1, others=others)
-        self.scheduler = CacheScheduler(config, [self.worker.ready()], GROUPS[0].block_tokens, groups=GROUPS)
+        self.scheduler = CacheScheduler(config, [self.worker.ready()], self.groups[0].block_tokens, groups=self.groups)
         self.free = list(range(1, NUM_BLOCKS))
         self.serial = self.loaded = 0
 
     def right(self, group: int, tokens: Sequence[int], block: int) -> np.ndarray:
-        seed = f"{group}/{list(tokens[: (block + 1) * GROUPS[group].block_tokens])}".encode()
+        seed = f"{group}/{list(tokens[: (block + 1) * self.groups[group].block_tokens])}".encode()
         return np.frombuffer(hashlib.shake_128(seed).digest(SIZES[group]), dtype=np.uint8)
 
     def take(self, generator: random.Random) -> int:
@@ -77,8 +81,8 @@ class Engine:
             found = self.scheduler.lookup(name, tokens, 0, Identity())
             self.pump()
             assert time.monotonic() < until
-        tables: list[list[int]] = [[] for _ in GROUPS]
-        for number, group in enumerate(GROUPS):
+        tables: list[list[int]] = [[] for _ in self.groups]
+        for number, group in enumerate(self.groups):
             start = group.first_needed(found) // group.block_tokens
             tables[number] = [0] * start + [self.take(generator) for _ in range(found // group.block_tokens - start)]
         self.scheduler.admit(name, found, *self.seen(tables))
@@ -92,7 +96,7 @@ class Engine:
                 found = self.begin_again(tables)
             self.worker.take_failed_blocks()
         self.pump()
-        for number, group in enumerate(GROUPS):
+        for number, group in enumerate(self.groups):
             for index in range(group.first_needed(found) // group.block_tokens, found // group.block_tokens):
                 block = tables[number][index]
                 right = self.right(number, tokens, index)
@@ -121,8 +125,13 @@ class Engine:
     ) -> None:
         while done < len(tokens):
             before, done = done, min(len(tokens), done + generator.randrange(1, 40))
-            for number, group in enumerate(GROUPS):
+            if self.parts.has_states and before < len(tokens) - 1:
+                done = aligned(before, done, len(tokens))
+            for number, group in enumerate(self.groups):
                 table, size = tables[number], group.block_tokens
+                if group.kind == "state":
+                    self.advance_state(number, tokens, before, done, table, generator)
+                    continue
                 for index in range(min(first_kept(group, before) // size, len(table))):
                     if table[index]:
                         self.give(table[index])
@@ -133,9 +142,26 @@ class Engine:
                     self.pool[table[index]][: SIZES[number]] = self.right(number, tokens, index)
             if self.scheduler.wants_store(name, done, len(tokens)):
                 blocks, others = self.seen(tables)
-                self.scheduler.store(name, tokens, done, len(tokens), blocks, others, before)
+                states = [end // CHUNK for end in (before, done) if end and end % CHUNK == 0]
+                self.scheduler.store(name, tokens, done, len(tokens), blocks, others, before, states)
             self.step(self.scheduler.take_plan())
             self.pump()
+
+    def advance_state(
+        self, number: int, tokens: list[int], before: int, done: int, table: list[int], generator: random.Random
+    ) -> None:
+        """The state before the step stays in its block; that behind it is in the block of the last token."""
+        size = self.groups[number].block_tokens
+        for index in range((before - 1) // size):
+            if table[index]:
+                self.give(table[index])
+                table[index] = 0
+        table += [0] * ((done - 1) // size - len(table))
+        if len(table) == (done - 1) // size:
+            table.append(self.take(generator))
+        self.pool[table[-1]] = POISON  # of a token inside the block
+        if done % size == 0:
+            self.pool[table[-1]][: SIZES[number]] = self.right(number, tokens, done // size - 1)
 
     def seen(self, tables: list[list[int]]) -> tuple[list[int], list[list[int]]]:
         return tables[0], [[block or SKIP for block in table] for table in tables[1:]]
@@ -173,6 +199,14 @@ class Engine:
         self.worker.close()
 
 
+def aligned(before: int, done: int, num_tokens: int) -> int:
+    """Where a step ends that vLLM cuts so that it leaves states at ends of blocks, and at the last one of a prompt."""
+    last = (num_tokens - 1) // CHUNK * CHUNK
+    if before < last < done:
+        return last
+    return max(done // CHUNK * CHUNK, before + 1) if done < num_tokens and before % CHUNK == 0 else done
+
+
 def first_kept(group: Group, num_tokens: int) -> int:
     """The first token that a request may still attend to which has computed so many."""
     if group.kind == "window":
@@ -194,8 +228,9 @@ def prompts(seed: int, count: int) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tier", ["host", "disk"])
-def test_every_loaded_byte_is_right(tmp_path: Path, tier: str, seed: int) -> None:
-    engine = Engine(24 * 4096, tmp_path if tier == "disk" else None, write="through" if seed % 2 else "back")
+@pytest.mark.parametrize("groups", [WINDOWS, STATES], ids=["windows", "states"])
+def test_every_loaded_byte_is_right(tmp_path: Path, tier: str, groups: tuple[Group, ...], seed: int) -> None:
+    engine = Engine(24 * 4096, tmp_path if tier == "disk" else None, groups, write="through" if seed % 2 else "back")
     generator = random.Random(seed)
     for text in prompts(seed, 60):
         engine.serve(text, generator, fails=generator.random() < 0.1)
@@ -227,9 +262,9 @@ def test_two_groups_never_name_one_block() -> None:
     text = list(range(41))
     engine.serve(text, random.Random(1))
     assert engine.scheduler.lookup("r", text, 0, Identity()) == 40
-    tables = [[0] * (40 // group.block_tokens) for group in GROUPS]
+    tables = [[0] * (40 // group.block_tokens) for group in WINDOWS]
     numbers = iter(range(1, NUM_BLOCKS))
-    for number, group in enumerate(GROUPS):
+    for number, group in enumerate(WINDOWS):
         for index in range(group.first_needed(40) // group.block_tokens, len(tables[number])):
             tables[number][index] = next(numbers)
     tables[1][-1] = tables[0][0]

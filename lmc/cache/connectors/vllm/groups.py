@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,15 @@ class KVGroups:
     order: tuple[int, ...]  # their numbers in vLLM
     groups: tuple[Group, ...]
     layers: tuple[tuple[str, ...], ...]
+    details: tuple[str, ...] = ()  # of states, whose shapes no layout shows
 
     @property
     def is_hybrid(self) -> bool:
         return len(self.order) > 1
+
+    @property
+    def has_states(self) -> bool:
+        return any(group.kind == "state" for group in self.groups)
 
     def chunk_tokens(self, config: CacheConfig) -> int:
         """Raises ConfigError when the configured chunk does not fit."""
@@ -55,12 +60,42 @@ class KVGroups:
             [group.kind, group.block_tokens, group.span, layout.fingerprint, layers]
             for group, layout, layers in zip(self.groups, layouts, self.layers, strict=True)
         ]
-        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+        digest = hashlib.sha256(json.dumps([*described, *self.details]).encode()).hexdigest()[:32]
         return f"vllm-{len(layouts)}groups-{self.groups[0].block_tokens}t-{digest}"
 
     def tables(self, of_vllm: Sequence[Sequence[int]]) -> list[list[int]]:
         """A request's blocks in the groups behind the first, in lmc's order; SKIP where it has none."""
         return [[SKIP if block == _NULL_BLOCK else block for block in of_vllm[number]] for number in self.order[1:]]
+
+    def states_at(
+        self,
+        of_vllm: Sequence[Sequence[int]],
+        ends: Iterable[int],
+        offered: Iterable[tuple[int, int, int]],
+    ) -> list[int]:
+        """Lengths in blocks at which all groups of states hold the state of these tokens during a step.
+
+        ends: tokens at which the step begins and ends. While vLLM drafts nothing, a state that was left at the end of a block stays in the
+        table's block before it, until the table forgets the block. offered: (group, block, tokens) of states that vLLM makes inside a step.
+        """
+        numbers = [number for number, group in zip(self.order, self.groups, strict=True) if group.kind == "state"]
+        size = next(group.block_tokens for group in self.groups if group.kind == "state")
+        offers = set(offered)
+
+        def held(number: int, tokens: int, *, at_end: bool) -> bool:
+            index = tokens // size - 1
+            block = of_vllm[number][index] if index < len(of_vllm[number]) else _NULL_BLOCK
+            return block != _NULL_BLOCK and (at_end or (number, block, tokens) in offers)
+
+        at_ends = set(ends)
+        lengths = at_ends | {tokens for _, _, tokens in offers}
+        return [
+            tokens // size
+            for tokens in sorted(lengths)
+            if tokens > 0
+            and tokens % size == 0
+            and all(held(number, tokens, at_end=tokens in at_ends) for number in numbers)
+        ]
 
 
 def read_groups(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVGroups:
@@ -74,14 +109,28 @@ def read_groups(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVGr
     if len(found) > 1:
         _require_proven(found, kv_cache_config, vllm_config)
     order = (full[0], *(number for number in range(len(found)) if number != full[0]))
-    layers = tuple(tuple(kv_cache_config.kv_cache_groups[number].layer_names) for number in order)
-    return KVGroups(order, tuple(found[number] for number in order), layers)
+    specs = [kv_cache_config.kv_cache_groups[number] for number in order]
+    layers = tuple(tuple(one.layer_names) for one in specs)
+    details = tuple(_details(one.kv_cache_spec) for one in specs) if "state" in [group.kind for group in found] else ()
+    return KVGroups(order, tuple(found[number] for number in order), layers, details)
+
+
+def _details(spec: Any) -> str:
+    states = [one for one in _layer_specs(spec) if type(one).__name__ == "MambaSpec"]
+    if not states:
+        return ""
+    from vllm.model_executor.layers.mamba.mamba_utils import get_conv_state_layout  # not in every tested version
+
+    return f"{[(one.shapes, one.dtypes, one.mamba_type) for one in states]} {get_conv_state_layout()}"
+
+
+def _layer_specs(spec: Any) -> list[Any]:
+    return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
 
 
 def _group(group: Any) -> Group:
     spec = group.kv_cache_spec
-    inner = list(getattr(spec, "kv_cache_specs", {"": spec}).values())
-    groups = [_layer_group(one, int(spec.block_size)) for one in inner]
+    groups = [_layer_group(one, int(spec.block_size)) for one in _layer_specs(spec)]
     if any(one != groups[0] for one in groups):
         raise LayoutError(f"a model whose layers look back differently within one group is not supported; {_NO_CACHE}")
     return groups[0]
@@ -98,6 +147,13 @@ def _layer_group(spec: Any, block_tokens: int) -> Group:
         kind, span = "window", int(spec.sliding_window)
     elif name == "ChunkedLocalAttentionSpec":
         kind, span = "local", int(spec.attention_chunk_size)
+    elif name == "MambaSpec":
+        kind, span = "state", 0
+        if spec.mamba_cache_mode != "align":
+            raise LayoutError(
+                "a model with states needs vLLM's prefix cache, which is what keeps a state for later; start vLLM with "
+                "--enable-prefix-caching, or run it with --no-cache"
+            )
     else:
         raise LayoutError(f"a model with {name} KV is not supported; {_NO_CACHE}")
     if getattr(spec, "extra_retained_tokens", 0):
@@ -108,16 +164,18 @@ def _layer_group(spec: Any, block_tokens: int) -> Group:
 def _require_proven(groups: Sequence[Group], kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> None:
     """Raises LayoutError for what no equality test on the real engine covers, of models with several groups."""
     kinds = [group.kind for group in groups]
+    remedy = _NO_CACHE if "state" in kinds else _KEEP_ALL  # vLLM has no other way to keep states
     if "local" in kinds:
-        raise LayoutError(f"a model that attends inside spans of tokens is not supported; {_KEEP_ALL}")
+        raise LayoutError(f"a model that attends inside spans of tokens is not supported; {remedy}")
     if kinds.count("full") > 1:
-        raise LayoutError(f"a model with several groups of layers that keep all tokens is not supported; {_KEEP_ALL}")
+        raise LayoutError(f"a model with several groups of layers that keep all tokens is not supported; {remedy}")
     if len({group.block_tokens for group in groups}) > 1:
-        raise LayoutError(f"a model whose groups have blocks of unequal size is not supported; {_KEEP_ALL}")
+        raise LayoutError(f"a model whose groups have blocks of unequal size is not supported; {remedy}")
     if vllm_config.speculative_config is not None:
-        raise LayoutError(f"speculative decoding with a model that has windows is not supported; {_KEEP_ALL}")
+        kinds_of = "states" if "state" in kinds else "windows"
+        raise LayoutError(f"speculative decoding with a model that has {kinds_of} is not supported; {remedy}")
     if not REPORTS_FAILED_REQUESTS:
-        raise LayoutError(f"this vLLM cannot be told of a failed load of a model that has windows; {_KEEP_ALL}")
+        raise LayoutError(f"this vLLM cannot be told of a failed load of a model that has several KV groups; {remedy}")
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
         if not getattr(spec, "prefix_cacheable", True) or not getattr(group, "enable_kv_transfer", True):

@@ -67,13 +67,15 @@ CACHE = Options(
     covered={
         "cache_dtype": "Namespace.kv_dtype",
         "block_size user_specified_block_size kv_cache_layout effective_attention_block_size": "the layout's fingerprint",
+        "mamba_block_size user_specified_mamba_block_size mamba_cache_dtype mamba_ssm_cache_dtype": (
+            "the groups' fingerprint: shapes and types of states"
+        ),
+        "sliding_window": "the groups' fingerprint; the windows themselves",
     },
     refused={
         "calculate_kv_scales": "scales that are taken from the first batch differ between two starts",
-        "mamba_page_size_padded mamba_block_size user_specified_mamba_block_size mamba_cache_dtype mamba_ssm_cache_dtype "
-        "mamba_cache_mode enable_mamba_shared_prefix_checkpoint enable_mamba_fine_grained_prefix_cache replayssm_buffer_len "
-        "use_replayssm use_kda_recoverssm": "models with recurrent layers are refused, and with them all that shapes these",
-        "sliding_window swa_bounded_replay prefix_cache_retention_interval": "so are models with sliding windows",
+        "mamba_cache_mode": "another one than align keeps no state for later",
+        "use_replayssm replayssm_buffer_len use_kda_recoverssm": "a state would be behind its tokens, and the rest elsewhere",
         "simple_cpu_offload_num_blocks": "it belongs to another connector",
     },
     free={
@@ -82,7 +84,11 @@ CACHE = Options(
         "enable_prefix_caching prefix_caching_hash_algo prefix_match_unit hash_block_size cache_hit_alignment_tokens": (
             "the engine's own prefix cache; lmc's names are its own"
         ),
-        "skip_page_size_padded": "padding behind the bytes of a block",
+        "skip_page_size_padded mamba_page_size_padded": "padding behind the bytes of a block",
+        "swa_bounded_replay": "what it computes again is kept for one request only, and such models are refused",
+        "prefix_cache_retention_interval enable_mamba_shared_prefix_checkpoint enable_mamba_fine_grained_prefix_cache": (
+            "which windows and states the engine keeps for itself"
+        ),
         "kv_sharing_fast_prefill": "layers that read another layer's KV have none of their own",
         "kv_offloading_size kv_offloading_backend": "vLLM's own offloading is another connector",
     },
@@ -202,9 +208,9 @@ WHOLE = Options(
     },
     refused={
         "diffusion_config": "KV would depend on tokens that come later",
-        "mamba_config": "models with recurrent layers are refused",
     },
     free={
+        "mamba_config": "kernels: rounding only",
         "compilation_config kernel_config optimization_level performance_mode": "kernels and graphs: rounding only",
         "scheduler_config": "what is computed together: rounding only",
         "device_config offload_config engram_config": "where weights lie",
@@ -327,6 +333,11 @@ def require_supported_options(vllm_config: VllmConfig) -> None:
             "its scales differ from start to start",
         ),
         ("--diffusion-config", getattr(vllm_config, "diffusion_config", None), _LATER),
+        (
+            "--use-replayssm",
+            getattr(cache, "use_replayssm", False),
+            "states would be behind their tokens",
+        ),
         ("--pooler-config", not model.is_prefix_caching_supported, "its pooling reads every token's state"),
         ("attention_config.use_non_causal", getattr(attention, "use_non_causal", False), _LATER),
         ("attention_config.hisparse_config", getattr(attention, "hisparse_config", None), "KV would be in host memory"),

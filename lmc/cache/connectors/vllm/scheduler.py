@@ -186,7 +186,9 @@ class SchedulerSide:
             tracked = self.tracked.get(copies.request_id)
             if tracked is not None and tracked.digests:
                 adapters[copies.request_id] = (tracked.request.lora_request.lora_int_id, tracked.digests)
-        step = StepPlan(plan, adapters, self.adapters.asking, asked, blocks_overwritten(output), self.refused)
+        moves = self.groups is not None and self.groups.has_states  # from block to block, which no list says
+        overwritten = None if moves else blocks_overwritten(output)
+        step = StepPlan(plan, adapters, self.adapters.asking, asked, overwritten, self.refused)
         self.adapters.asking = self.asks_model = False
         return step
 
@@ -237,6 +239,7 @@ class SchedulerSide:
                     blocks,
                     others,
                     request.num_computed_tokens,
+                    self._states(output, request, num_scheduled, tables),
                 )
                 identity = tracked.identity
                 if (
@@ -245,6 +248,16 @@ class SchedulerSide:
                     and (identity.tenant, identity.salt) == (self.tenant, "")
                 ):
                     self.events.note(request, self.scheduler.keys_of(request_id))
+
+    def _states(
+        self, output: SchedulerOutput, request: Request, num_scheduled: int, tables: Sequence[list[int]]
+    ) -> list[int]:
+        """Lengths in chunks at which the request's blocks hold its states in this step."""
+        if self.groups is None or not self.groups.has_states:
+            return []
+        before = request.num_computed_tokens
+        offers = getattr(output.kv_connector_block_state, "boundary_state_offloads", None) or {}
+        return self.groups.states_at(tables, (before, before + num_scheduled), offers.get(request.request_id, ()))
 
     def _in_order(self, tables: Sequence[list[int]]) -> tuple[list[int], Sequence[list[int]]]:
         """The blocks in the spine's group, and those in the others."""
