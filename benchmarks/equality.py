@@ -13,7 +13,9 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from lmc.bench.workload import Workload, overlay
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 from tests.engines.equality import BATCHED_TOKENS, CHANCES, CHUNK, SCENARIOS, Scenario, run_scenario
-from tests.engines.tiny_model import VOCABULARY, make_tiny_llama
+from tests.engines.tiny_model import VOCABULARY, make_tiny_falcon, make_tiny_gemma, make_tiny_llama
 from tests.engines.vllm_driver import VllmDriver
 
 TINY = "tiny"
@@ -47,8 +49,19 @@ class Case:
     parts: dict[str, Any]
     scenario: Scenario
     blocks: int
+    family: str = ""  # a tiny model of another family than the one asked for
+    make: Callable[[Path], Path] | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of the engine, with and without lmc
 
 
+_PARTS = Scenario(
+    "several KV groups",
+    "vLLM's prefix cache on; loads in the background; a disk whose files rot",
+    True,
+    1,
+    ("disk",),
+    {"store_decode": True, "checkpoint_tokens": 128},
+)
 _CHAT = {"chat": {"where": LONG_CHATS, "pick": {"sessions": 60, "max_prompt_tokens": 800}}}
 CASES = {
     "function-calling": Case(
@@ -64,6 +77,19 @@ CASES = {
         {"questions": {"pick": {"groups": 7, "per_group": 14, "max_prompt_tokens": 660}}},
         SCENARIOS[2],
         40,
+    ),
+    "gemma-3": Case("multi-turn-chat", _CHAT, _PARTS, 110, "tiny Gemma 3", partial(make_tiny_gemma, window=64)),
+    "falcon-h1": Case(
+        "multi-turn-chat",
+        _CHAT,
+        _PARTS,
+        80,
+        "tiny Falcon-H1",
+        make_tiny_falcon,
+        {
+            "block_size": 64,
+            "max_num_batched_tokens": 64,
+        },  # on a CPU vLLM's Mamba 2 computes one block of a prompt at a time
     ),
 }
 
@@ -95,18 +121,20 @@ def _folded(tokens: list[int], vocabulary: int | None) -> list[int]:
 
 def run_case(name: str, model: Path, seed: int, vocabulary: int | None) -> dict[str, Any]:
     """One case with and without lmc, as a row of results.json."""
+    case = CASES[name]
     requests = requests_of(name, vocabulary)
     started = time.perf_counter()
+    options = {"max_num_batched_tokens": BATCHED_TOKENS, **case.options}
     with VllmDriver(
         model,
         settings=None,
         enable_prefix_caching=True,  # halves the time that the reference takes
         max_model_len=CONTEXT,
         max_num_seqs=CONCURRENCY,
-        max_num_batched_tokens=BATCHED_TOKENS,
+        **options,
     ) as plain:
         wanted = plain.call("traffic", requests=requests, seed=seed, concurrency=CONCURRENCY, chances={})["outcomes"]
-    scenario = CASES[name].scenario
+    scenario = replace(case.scenario, options={**case.scenario.options, **case.options})
     with tempfile.TemporaryDirectory() as folder:
         verdict = run_scenario(
             scenario,
@@ -117,14 +145,14 @@ def run_case(name: str, model: Path, seed: int, vocabulary: int | None) -> dict[
             seed=seed,
             host_chunks=HOST_CHUNKS,
             disk_chunks=DISK_CHUNKS,
-            blocks=CASES[name].blocks,
+            blocks=case.blocks,
             context=CONTEXT,
             concurrency=CONCURRENCY,
             rot_seconds=0.1 if vocabulary else 1.0,  # the embedded model takes ten times as long
         )
     return {
-        "workload": CASES[name].workload,
-        "model": TINY if vocabulary else EMBEDDED,
+        "workload": case.workload,
+        "model": case.family or (TINY if vocabulary else EMBEDDED),
         "scenario": scenario.name,
         "about": scenario.about,
         "sent": len(requests),
@@ -226,7 +254,10 @@ def as_report(rows: list[dict[str, Any]]) -> Report:
 
 
 def _command(model: str) -> str:
-    return "python -m benchmarks.equality --out reports/equality" + (f" --model {TINY}" if model == TINY else "")
+    cases = "".join(f" {name}" for name, case in CASES.items() if model and case.family == model)
+    return f"python -m benchmarks.equality{cases} --out reports/equality" + (
+        f" --model {TINY}" if model == TINY else ""
+    )
 
 
 def _listed(counts: dict[str, int]) -> str:
@@ -235,7 +266,8 @@ def _listed(counts: dict[str, int]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    usual = [name for name, case in CASES.items() if not case.family]
+    parser.add_argument("cases", nargs="*", default=usual, metavar="CASE", help=", ".join(CASES))
     parser.add_argument(
         "--model", default=EMBEDDED, choices=[EMBEDDED, TINY], help="tiny: random weights, the prompts' ids folded"
     )
@@ -248,10 +280,10 @@ def main() -> int:
     known = orjson.loads(results.read_bytes()) if results is not None and results.is_file() else []
     rows = {(row["workload"], row["scenario"], row["model"]): row for row in known}
     with tempfile.TemporaryDirectory() as folder:
-        tiny = options.model == TINY
-        model = make_tiny_llama(Path(folder) / "tiny") if tiny else resolve_model(EMBEDDED)
         for name in options.cases:
-            row = run_case(name, model, options.seed, VOCABULARY if tiny else None)
+            make = CASES[name].make or (make_tiny_llama if options.model == TINY else None)
+            model = make(Path(folder) / name) if make is not None else resolve_model(EMBEDDED)
+            row = run_case(name, model, options.seed, VOCABULARY if make is not None else None)
             rows[row["workload"], row["scenario"], row["model"]] = row
             if results is not None:
                 write_file(results, to_json(list(rows.values())))

@@ -114,11 +114,26 @@ class Parts:
         first = self.groups[group].first_needed(end)
         return range(first // self.chunk_tokens if first < end else num_chunks, num_chunks)
 
-    def leaves(self, keys: Sequence[ChunkKey], num_chunks: int, computed: int = 0) -> list[Leaf]:
-        """What a hit of num_chunks chunks needs beside the spine, less what lies in `computed` tokens that the engine holds itself."""
+    @cached_property
+    def lasting(self) -> tuple[int, ...]:
+        """The groups behind the spine in which every token counts, too."""
+        return tuple(number for number, group in enumerate(self.groups) if number != SPINE and group.kind == "full")
+
+    @cached_property
+    def passing(self) -> tuple[int, ...]:
+        """The other groups behind the spine."""
+        return tuple(number for number, group in enumerate(self.groups) if group.kind != "full")
+
+    def leaves(
+        self, keys: Sequence[ChunkKey], num_chunks: int, computed: int = 0, groups: Sequence[int] | None = None
+    ) -> list[Leaf]:
+        """What a hit of num_chunks chunks needs beside the spine, less what lies in `computed` tokens that the engine holds itself.
+
+        groups: only these.
+        """
         return [
             Leaf(leaf_key(keys[index], group), keys[index], group, index)
-            for group in range(1, len(self.groups))
+            for group in (range(1, len(self.groups)) if groups is None else groups)
             for index in reversed(self.needed(group, num_chunks))
             if (index + 1) * self.chunk_tokens > computed
         ]

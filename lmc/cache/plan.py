@@ -80,12 +80,17 @@ def blocks_of(blocks: Sequence[int], start: int, count: int, held: int) -> tuple
 
 
 def block_copies(
-    parts: Parts, tickets: Sequence[tuple[int, Ticket]], tables: Sequence[Sequence[int]], computed: int
+    parts: Parts,
+    tickets: Sequence[tuple[int, Ticket]],
+    tables: Sequence[Sequence[int]],
+    computed: int,
+    *,
+    stores: bool = False,
 ) -> tuple[tuple[BlockCopy, ...], list[int]]:
     """Copies between slots and a request's blocks, without the blocks of the first `computed` tokens, which others may be reading.
 
     tickets: each with the index of its chunk. tables: the request's blocks in each group, SKIP where it has none. Returns also the
-    operations for leaves that the engine does not hold in full.
+    operations for parts that the engine does not hold in full; a load may leave out blocks of the spine, whose layers do not need them.
     """
     copies, gone = [], []
     group, table = -1, tables[SPINE]
@@ -97,7 +102,7 @@ def block_copies(
             table, before, held = tables[group], per_chunk - count, computed // size
         start = index * per_chunk + before
         blocks = blocks_of(table, start, count, held)
-        if group != SPINE and (len(blocks) < count or SKIP in blocks[max(0, held - start) :]):
+        if (stores or group != SPINE) and (len(blocks) < count or SKIP in blocks[max(0, held - start) :]):
             gone.append(ticket.operation)
             continue
         copies.append(BlockCopy(ticket.operation, ticket.key, ticket.slot, blocks, group))

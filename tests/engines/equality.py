@@ -188,12 +188,14 @@ def run_scenario(
                     model,
                     settings=settings | faults.settings | scenario.settings,
                     engine_of_node=number if scenario.engines > 1 else None,
-                    enable_prefix_caching=scenario.prefix_caching,
-                    max_model_len=context,
-                    max_num_seqs=concurrency,
-                    max_num_batched_tokens=BATCHED_TOKENS,
-                    num_gpu_blocks_override=blocks,
-                    **scenario.options,
+                    **{
+                        "enable_prefix_caching": scenario.prefix_caching,
+                        "max_model_len": context,
+                        "max_num_seqs": concurrency,
+                        "max_num_batched_tokens": BATCHED_TOKENS,
+                        "num_gpu_blocks_override": blocks,
+                        **scenario.options,
+                    },
                 )
             )
             for number in range(scenario.engines)

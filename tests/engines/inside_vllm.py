@@ -165,6 +165,15 @@ class InsideVllm:
         from lmc.cache.transfer.planner import Direction
 
         copier = self.worker.copier
+        if len(copier._layouts) == 1:
+            execute = type(copier.backend).execute.__get__(copier.backend)
+
+            def no_load(descriptors: Any, *arguments: Any) -> None:
+                if descriptors.direction is not Direction.LOAD:
+                    execute(descriptors, *arguments)
+
+            copier.backend.execute = execute if group is None else no_load
+            return
         plan = type(copier)._plan_groups.__get__(copier)
         left_out = group
 

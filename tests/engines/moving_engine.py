@@ -5,6 +5,7 @@ A pass that reads wrong KV without having said so fails the test. What a pass co
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,9 @@ class _Attention(torch.nn.Module):
 
 
 def spec_of(group: Group) -> Any:
-    common = {"block_size": BLOCK_TOKENS, "num_kv_heads": 1, "head_size": WIDTH // 2, "dtype": torch.float32}
+    size = group.block_tokens
+    head = WIDTH // 2 * BLOCK_TOKENS // size  # all blocks are of one size, as in vLLM
+    common = {"block_size": size, "num_kv_heads": 1, "head_size": head, "dtype": torch.float32}
     if group.kind == "window":
         return SlidingWindowSpec(**common, sliding_window=group.span)
     if group.kind == "local":
@@ -85,6 +88,11 @@ def spec_of(group: Group) -> Any:
         inside = {"num_prefill_checkpoint_blocks": 1, "prefill_checkpoint_alignment": 1} if group.span else {}
         return MambaSpec(BLOCK_TOKENS, shapes=((WIDTH,),), dtypes=(torch.int32,), mamba_cache_mode="align", **inside)
     return FullAttentionSpec(**common)
+
+
+def _in_blocks(kv: torch.Tensor, block_tokens: int) -> torch.Tensor:
+    """(layers, blocks, 1, tokens of a block, elements of a token): larger blocks have fewer elements for each token."""
+    return kv.view(*kv.shape[:3], block_tokens, WIDTH * BLOCK_TOKENS // block_tokens)
 
 
 def _state_view(layer: torch.Tensor) -> torch.Tensor:
@@ -125,7 +133,7 @@ class MovingEngine:
             vllm_config=vllm_config,
             kv_cache_config=config,
             structured_output_manager=StructuredOutputManager(vllm_config),
-            block_size=BLOCK_TOKENS,
+            block_size=math.lcm(*(group.block_tokens for group in groups)),
             hash_block_size=BLOCK_TOKENS,
             log_stats=True,
         )
@@ -139,7 +147,7 @@ class MovingEngine:
             self.workers.append(LmcConnector(own, KVConnectorRole.WORKER, config))
         for worker, kv in zip(self.workers, self.kv, strict=True):
             views = {
-                name: _state_view(kv[index]) if group.kind == "state" else kv[index]
+                name: _state_view(kv[index]) if group.kind == "state" else _in_blocks(kv, group.block_tokens)[index]
                 for own, group in zip(self.names, groups, strict=True)
                 for index, name in enumerate(own)
             }
@@ -253,7 +261,8 @@ class MovingEngine:
                 continue
             first = first_attended(group, start)
             seen = torch.arange(first, start)
-            rows = kv[:, blocks[seen // BLOCK_TOKENS], 0, seen % BLOCK_TOKENS]
+            size = group.block_tokens
+            rows = _in_blocks(kv, size)[:, blocks[seen // size], 0, seen % size]
             is_wrong |= not (rows == torch.from_numpy(values[first:start] + np.int32(number))[None, :, None]).all()
         for number, (group, blocks) in enumerate(zip(self.groups, tables, strict=True)):
             if group.kind == "state":
@@ -261,9 +270,8 @@ class MovingEngine:
                 continue
             right = torch.from_numpy(values[start:] + np.int32(number))
             new = torch.full((count,), _GARBAGE, dtype=torch.int32) if is_wrong else right
-            kv[:, blocks[filled // BLOCK_TOKENS], 0, filled % BLOCK_TOKENS] = new[None, :, None].expand(
-                LAYERS, count, WIDTH
-            )
+            size = group.block_tokens
+            _in_blocks(kv, size)[:, blocks[filled // size], 0, filled % size] = new[None, :, None]
         if end < request.num_tokens:
             return is_wrong, []
         return is_wrong, [int(values[-1]) % 400 + 2]

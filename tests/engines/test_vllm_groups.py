@@ -15,16 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from lmc.cache.connectors.vllm import worker as worker_module
 from lmc.cache.connectors.vllm.groups import read_groups
 from lmc.cache.parts import Group
 from lmc.cache.settings import load_settings
-from lmc.errors import LayoutError
+from lmc.errors import ConfigError, LayoutError
 from lmc.serve.engines import vllm_transfer_config
-from tests.engines.moving_engine import BLOCK_TOKENS, MovingEngine, answer_to, spec_of
+from tests.engines.moving_engine import BLOCK_TOKENS, WIDTH, MovingEngine, answer_to, spec_of
 from tests.engines.test_vllm_hooks import vllm_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.fault]
@@ -33,6 +32,10 @@ FULL = Group("full", BLOCK_TOKENS)
 MODELS = {
     "windows": (Group("window", BLOCK_TOKENS, 60), FULL, Group("window", BLOCK_TOKENS, 60)),
     "two windows": (FULL, Group("window", BLOCK_TOKENS, 20), Group("window", BLOCK_TOKENS, 128)),
+    "only a window": (Group("window", BLOCK_TOKENS, 60),),
+    "spans of tokens": (FULL, Group("local", BLOCK_TOKENS, 64)),
+    "several that keep all tokens": (FULL, Group("window", BLOCK_TOKENS, 60), FULL),
+    "blocks of unequal size": (Group("window", 2 * BLOCK_TOKENS, 60), FULL),
     "states": (Group("state", BLOCK_TOKENS), FULL, Group("state", BLOCK_TOKENS)),
     "states kept inside a step": (FULL, Group("state", BLOCK_TOKENS, span=1)),
     "states and a window": (FULL, Group("window", BLOCK_TOKENS, 40), Group("state", BLOCK_TOKENS)),
@@ -67,16 +70,15 @@ def break_some_loads(engine: MovingEngine, generator: random.Random) -> list[int
     """One load in eight of some rank fails. Returns the list that counts them."""
     failed: list[int] = []
     for worker in engine.workers:
-        copier = worker._worker.worker.copier
-        plan = copier._plan_groups
+        backend = worker._worker.worker.copier.backend
 
-        def broken(chunks: Any, direction: Any, plan: Any = plan) -> Any:
-            if direction == "load" and generator.random() < 0.125:
+        def broken(descriptors: Any, *arguments: Any, execute: Any = backend.execute) -> None:
+            if descriptors.direction == "load" and generator.random() < 0.125:
                 failed.append(1)
                 raise OSError("injected")
-            return plan(chunks, direction)
+            execute(descriptors, *arguments)
 
-        copier._plan_groups = broken
+        backend.execute = broken
     return failed
 
 
@@ -137,7 +139,7 @@ def test_no_pass_reads_a_wrong_byte(tiny_llama: Path, tmp_path: Path, kinds: str
             assert engine.scheduler.reset_prefix_cache()
             assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
             engine.close()
-    assert loaded > (500 if "states" in kinds else 1000)
+    assert loaded > (500 if shares_blocks else 1000)
     assert preempted > 0 and failures > 0
 
 
@@ -149,14 +151,14 @@ def config_of(*groups: Group, **changed: object) -> Any:
 
 WINDOW = Group("window", BLOCK_TOKENS, 64)
 PLAIN: Any = SimpleNamespace(speculative_config=None)
+LAYOUT: Any = SimpleNamespace(fingerprint="the same")
 
 
 @pytest.mark.parametrize(
     ("config", "vllm", "why"),
     [
-        (config_of(WINDOW), PLAIN, "every layer has a window"),
-        (config_of(FULL, Group("local", BLOCK_TOKENS, 64)), PLAIN, "attends inside spans"),
-        (config_of(FULL, WINDOW, FULL), PLAIN, "several groups of layers that keep all tokens"),
+        (config_of(WINDOW, WINDOW), PLAIN, "of which no layer keeps all tokens"),
+        (config_of(Group("local", BLOCK_TOKENS, 64)), PLAIN, "of which no layer keeps all tokens"),
         (config_of(FULL, WINDOW), SimpleNamespace(speculative_config=1), "speculative decoding"),
         (config_of(FULL, non_causal=True), PLAIN, "depends on later tokens"),
         (config_of(WINDOW, extra_retained_tokens=3), PLAIN, "drafts need more"),
@@ -167,21 +169,49 @@ def test_what_is_not_proven_is_refused(config: Any, vllm: Any, why: str) -> None
         read_groups(config, vllm)
 
 
-def test_blocks_of_unequal_size_are_refused() -> None:
-    full, window = config_of(FULL).kv_cache_groups[0], config_of(WINDOW).kv_cache_groups[0]
-    larger = dataclasses.replace(window, kv_cache_spec=dataclasses.replace(window.kv_cache_spec, block_size=64))
-    config = KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=[full, larger])
-    with pytest.raises(LayoutError, match="unequal size"):
-        read_groups(config, PLAIN)
+def test_states_are_refused_where_vllm_keeps_none_for_later() -> None:
+    full, state = config_of(FULL, Group("state", BLOCK_TOKENS)).kv_cache_groups
+    for changed, why in (
+        ({"mamba_cache_mode": "none"}, "--enable-prefix-caching"),
+        ({"block_size": 64}, "unequal size"),
+    ):
+        other = dataclasses.replace(state, kv_cache_spec=dataclasses.replace(state.kv_cache_spec, **changed))
+        config = KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=[full, other])
+        with pytest.raises(LayoutError, match=why):
+            read_groups(config, PLAIN)
 
 
-def test_groups_of_states_and_scratch_are_refused_by_the_names_of_their_kinds() -> None:
-    state = KVCacheGroupSpec(["state"], MambaSpec(BLOCK_TOKENS, shapes=((1,),), dtypes=(torch.float32,)))
+def test_what_is_kept_for_one_request_only_is_refused() -> None:
+    full, window = config_of(FULL, WINDOW).kv_cache_groups
     config = KVCacheConfig(
-        num_blocks=10, kv_cache_tensors=[], kv_cache_groups=[*config_of(FULL).kv_cache_groups, state]
+        num_blocks=10,
+        kv_cache_tensors=[],
+        kv_cache_groups=[full, dataclasses.replace(window, enable_kv_transfer=False)],
     )
-    with pytest.raises(LayoutError, match="MambaSpec"):
+    with pytest.raises(LayoutError, match="for one request only"):
         read_groups(config, PLAIN)
+
+
+def test_shapes_of_states_and_windows_are_in_the_name() -> None:
+    state = config_of(FULL, Group("state", BLOCK_TOKENS))
+    spec = state.kv_cache_groups[1].kv_cache_spec
+    names = {read_groups(config_of(WINDOW), PLAIN).fingerprint([LAYOUT])}
+    names.add(read_groups(config_of(Group("window", BLOCK_TOKENS, 80)), PLAIN).fingerprint([LAYOUT]))
+    names.add(read_groups(config_of(FULL), PLAIN).fingerprint([LAYOUT]))
+    for shapes in ((WIDTH,), (2, WIDTH // 2)):
+        state.kv_cache_groups[1] = KVCacheGroupSpec(["layer.1"], dataclasses.replace(spec, shapes=(shapes,)))
+        names.add(read_groups(state, PLAIN).fingerprint([LAYOUT, LAYOUT]))
+    assert len(names) == 5
+
+
+def test_chunks_of_a_window_end_before_their_blocks_leave_it() -> None:
+    groups = read_groups(config_of(Group("window", BLOCK_TOKENS, 60)), PLAIN)
+    assert groups.chunk_tokens(load_settings(flags={}).config) == 48
+    assert groups.chunk_tokens(load_settings(flags={"chunk_tokens": 32}).config) == 32
+    with pytest.raises(ConfigError, match="use 48 or less"):
+        groups.chunk_tokens(load_settings(flags={"chunk_tokens": 64}).config)
+    with pytest.raises(LayoutError, match="smaller --block-size"):
+        read_groups(config_of(Group("window", BLOCK_TOKENS, 15)), PLAIN)
 
 
 def test_the_layers_of_each_group_are_in_the_name() -> None:
@@ -189,6 +219,6 @@ def test_the_layers_of_each_group_are_in_the_name() -> None:
     one, other = config_of(FULL, WINDOW, WINDOW), config_of(FULL, WINDOW, WINDOW)
     first, second = other.kv_cache_groups[1:]
     first.layer_names, second.layer_names = second.layer_names, first.layer_names
-    layouts: Any = [SimpleNamespace(fingerprint="the same")] * 3
+    layouts = [LAYOUT] * 3
     assert read_groups(one, PLAIN).fingerprint(layouts) != read_groups(other, PLAIN).fingerprint(layouts)
     assert read_groups(one, PLAIN).fingerprint(layouts) == read_groups(one, PLAIN).fingerprint(layouts)

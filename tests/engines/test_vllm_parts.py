@@ -19,9 +19,10 @@ def longest_hit(group: Group, cached: set[int], num_tokens: int) -> int:
     from vllm.v1.core.single_type_kv_cache_manager import (
         ChunkedLocalAttentionManager,
         FullAttentionManager,
+        MambaManager,
         SlidingWindowManager,
     )
-    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
     size = group.block_tokens
     common = {"block_size": size, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
@@ -32,6 +33,7 @@ def longest_hit(group: Group, cached: set[int], num_tokens: int) -> int:
             ChunkedLocalAttentionManager,
             ChunkedLocalAttentionSpec(**common, attention_chunk_size=group.span),
         ),
+        "state": lambda: (MambaManager, MambaSpec(size, shapes=((1,),), dtypes=(torch.float32,))),
     }[group.kind]()
     pool = BlockPool(num_tokens // size + 2, enable_caching=True, hash_block_size=size)
     hashes = [BlockHash(bytes([0, index // 256, index % 256])) for index in range(num_tokens // size)]
@@ -51,8 +53,8 @@ def longest_hit(group: Group, cached: set[int], num_tokens: int) -> int:
 
 
 groups = st.builds(
-    lambda kind, block, span: Group(kind, block, {"full": 0, "window": span, "local": block * (1 + span % 9)}[kind]),
-    st.sampled_from(["full", "window", "local"]),
+    lambda kind, block, span: Group(kind, block, {"window": span, "local": block * (1 + span % 9)}.get(kind, 0)),
+    st.sampled_from(["full", "window", "local", "state"]),
     st.sampled_from([1, 2, 4, 16]),
     st.integers(2, 120),
 )
@@ -70,7 +72,7 @@ def test_a_hit_needs_of_a_group_what_vllm_needs(group: Group, blocks: int) -> No
 
 @settings(max_examples=300, deadline=None)
 @given(
-    others=st.lists(groups.filter(lambda group: group.kind != "full"), min_size=1, max_size=3),
+    others=st.lists(groups.filter(lambda group: group.kind in ("window", "local")), min_size=1, max_size=3),
     block=st.sampled_from([2, 8]),
     chunks=st.integers(1, 12),
     data=st.data(),

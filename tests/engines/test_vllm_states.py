@@ -25,8 +25,8 @@ from tests.engines.tiny_model import make_tiny_falcon, make_tiny_qwen3_next
 
 pytestmark = pytest.mark.engine
 
-TEXT, MORE = prompt(1, 500), prompt(2, 150)
-SEVERAL = [prompt(60, 400), TEXT, prompt(61, 130), (TEXT + MORE)[:420], prompt(62, 300)]
+TEXT, MORE = prompt(1, 330), prompt(2, 80)
+SEVERAL = [prompt(60, 200), TEXT, prompt(61, 130), (TEXT + MORE)[:400], prompt(62, 150)]
 ONE_BLOCK: dict[str, Any] = {"block_size": 64, "max_num_batched_tokens": 64, "enable_prefix_caching": True}
 
 
@@ -35,17 +35,16 @@ def test_states_of_mamba_2(tmp_path: Path) -> None:
     settings = {"checkpoint_tokens": 256}
     with engine_on(model, disk, settings=settings, **ONE_BLOCK) as engine:
         assert compared(engine, TEXT) == [0]
-        assert compared(engine, TEXT) == [448]
-        assert compared(engine, TEXT + MORE) == [448]
-        assert compared(engine, TEXT + MORE) == [640]
+        assert compared(engine, TEXT) == [320]
+        assert compared(engine, TEXT + MORE) == [320]
         # The second of those that share a prefix: to the last checkpoint in it.
-        assert compared(engine, TEXT[:300] + prompt(3, 150)) == [256]
+        assert compared(engine, TEXT[:300] + prompt(3, 50)) == [256]
         # Where a prompt parts between checkpoints, it leaves one for the next.
-        assert compared(engine, TEXT[:230] + prompt(4, 150)) == [0]
+        assert compared(engine, TEXT[:230] + prompt(4, 60)) == [0]
         assert engine.call("by_label", name="lmc_misses_total", label="reason")["no checkpoint"] > 0
-        assert compared(engine, TEXT[:230] + prompt(5, 150)) == [192]
-        assert compared(engine, *SEVERAL) == [0, 448, 0, 256, 0]
-        assert compared(engine, *SEVERAL) == [384, 448, 128, 384, 256]
+        assert compared(engine, TEXT[:230] + prompt(5, 60)) == [192]
+        assert compared(engine, *SEVERAL) == [0, 320, 0, 384, 0]
+        assert compared(engine, *SEVERAL) == [192, 320, 128, 384, 128]
         assert_every_part_counts(engine, TEXT, groups=2)
         reference = engine.generate([TEXT], extra_args=PAST_LMC)
         engine.call("reset_device")
@@ -54,21 +53,21 @@ def test_states_of_mamba_2(tmp_path: Path) -> None:
         assert engine.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
         engine.call("settle")
         engine.call("reset_device")
-        assert compared(engine, TEXT) == [448]
+        assert compared(engine, TEXT) == [320]
         assert_nothing_is_left(engine)
         namespace = Namespace(**engine.call("namespace"))
     damage_states(namespace, disk)
     with engine_on(model, disk, settings=settings, **ONE_BLOCK) as engine:
-        assert compared(engine, TEXT) == [448]
+        assert compared(engine, TEXT) == [320]
         assert engine.call("metric", name="lmc_hit_tokens_total", labels={"tier": "disk"}) > 0
         engine.generate([TEXT[:200]], extra_args=PAST_LMC)  # now the device holds a start itself
         beside = engine.generate([TEXT])
-        assert beside[0]["cached"] == 448
+        assert beside[0]["cached"] == 320
         engine.call("reset_device")
         assert_same(beside, engine.generate([TEXT], extra_args=PAST_LMC))
         engine.call("reset_device")
         engine.call("abort_while_loading", prompt=TEXT)
-        assert compared(engine, TEXT) == [448]
+        assert compared(engine, TEXT) == [320]
         # The last state of each of three prompts is damaged, and is stored anew.
         for text in SEVERAL[::2]:
             assert compared(engine, text) == [0]

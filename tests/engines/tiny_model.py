@@ -52,13 +52,34 @@ def make_tiny_mistral(folder: Path, *, window: int, seed: int = 0) -> Path:
     return _save(MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=window), folder, seed)
 
 
-def make_tiny_gemma(folder: Path, *, window: int, seed: int = 0) -> Path:
-    """Four layers, of which the third keeps all tokens: one full and three window groups of KV cache that share memory."""
+def make_tiny_gemma(folder: Path, *, window: int, pattern: str = "wwfw", seed: int = 0) -> Path:
+    """Layers with windows, and some that keep all tokens (f). By default one full and three window groups of KV cache that share memory."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    kinds = ["full_attention" if layer == 2 else "sliding_attention" for layer in range(4)]
-    config = Gemma3TextConfig(**_SHAPE, sliding_window=window, layer_types=kinds, query_pre_attn_scalar=32)
+    shape = {**_SHAPE, "num_hidden_layers": len(pattern)}
+    kinds = ["full_attention" if kind == "f" else "sliding_attention" for kind in pattern]
+    config = Gemma3TextConfig(**shape, sliding_window=window, layer_types=kinds, query_pre_attn_scalar=32)
     return _save(Gemma3ForCausalLM, config, folder, seed)
+
+
+def make_tiny_gemma4(folder: Path, *, window: int, seed: int = 0) -> Path:
+    """Heads of the full layer are larger than those of the windows, so vLLM gives the windows larger blocks."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    shape = {**_SHAPE, "tie_word_embeddings": True, "sliding_window": window, "layer_types": kinds, "pad_token_id": 2}
+    config = Gemma4TextConfig(**shape, hidden_size_per_layer_input=32, vocab_size_per_layer_input=VOCABULARY)
+    return _save(Gemma4ForCausalLM, config, folder, seed)
+
+
+def make_tiny_llama4(folder: Path, *, span: int, seed: int = 0) -> Path:
+    """Three layers that attend inside spans of tokens, and a full one."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+    shape = {**_SHAPE, "intermediate_size": 256, "intermediate_size_mlp": 512, "pad_token_id": 2}
+    config = Llama4TextConfig(**shape, **experts, attention_chunk_size=span, no_rope_layers=[1, 1, 1, 0])
+    return _save(Llama4ForCausalLM, config, folder, seed)
 
 
 def make_tiny_gpt_oss(folder: Path, *, window: int, seed: int = 0) -> Path:

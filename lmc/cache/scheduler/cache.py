@@ -210,7 +210,7 @@ class CacheScheduler:
         now = self._clock()
         tickets = tracked.request.store(keys, num_valid, num_prompt, now, num_before, states)
         if tickets:
-            copies, gone = block_copies(self._parts, tickets, (blocks, *others), 0)
+            copies, gone = block_copies(self._parts, tickets, (blocks, *others), 0, stores=True)
             for operation in gone:
                 self._complete(operation, COPY, now)
             self._plan.stores.append(RequestCopies(request_id, copies))

@@ -13,7 +13,7 @@ from lmc.cache import parts
 from lmc.cache.connectors.vllm.versions import REPORTS_FAILED_REQUESTS
 from lmc.cache.parts import Group, Kind, Parts
 from lmc.cache.plan import SKIP
-from lmc.errors import LayoutError
+from lmc.errors import ConfigError, LayoutError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,9 +35,15 @@ class KVGroups:
     groups: tuple[Group, ...]
     layers: tuple[tuple[str, ...], ...]
     details: tuple[str, ...] = ()  # of states, whose shapes no layout shows
+    window: int = 0  # tokens that the spine's layers look back, if no group keeps the KV of all tokens
 
     @property
     def is_hybrid(self) -> bool:
+        """Several groups, or one that forgets: a failed load costs a request all that it has loaded."""
+        return self.has_leaves or self.window > 0
+
+    @property
+    def has_leaves(self) -> bool:
         return len(self.order) > 1
 
     @property
@@ -46,8 +52,15 @@ class KVGroups:
 
     def chunk_tokens(self, config: CacheConfig) -> int:
         """Raises ConfigError when the configured chunk does not fit."""
-        if not self.is_hybrid:
-            return cache_config.chunk_tokens_for(config, self.groups[0].block_tokens)
+        block = self.groups[0].block_tokens
+        if self.window:  # a chunk ends before its first block leaves the window
+            longest = self.window // block * block
+            chunk = cache_config.chunk_tokens_for(config, block)
+            if config.chunk_tokens is not None and chunk > longest:
+                raise ConfigError(f"chunk_tokens {chunk} is longer than the model's window; use {longest} or less")
+            return min(chunk, longest)
+        if not self.has_leaves:
+            return cache_config.chunk_tokens_for(config, block)
         if config.chunk_tokens is None:
             return parts.chunk_tokens_for(self.groups, cache_config.DEFAULT_CHUNK_TOKENS)
         return Parts(config.chunk_tokens, self.groups).chunk_tokens
@@ -60,12 +73,17 @@ class KVGroups:
             [group.kind, group.block_tokens, group.span, layout.fingerprint, layers]
             for group, layout, layers in zip(self.groups, layouts, self.layers, strict=True)
         ]
-        digest = hashlib.sha256(json.dumps([*described, *self.details]).encode()).hexdigest()[:32]
+        digest = hashlib.sha256(json.dumps([*described, *self.details, self.window]).encode()).hexdigest()[:32]
         return f"vllm-{len(layouts)}groups-{self.groups[0].block_tokens}t-{digest}"
 
     def tables(self, of_vllm: Sequence[Sequence[int]]) -> list[list[int]]:
-        """A request's blocks in the groups behind the first, in lmc's order; SKIP where it has none."""
-        return [[SKIP if block == _NULL_BLOCK else block for block in of_vllm[number]] for number in self.order[1:]]
+        """A request's blocks in lmc's order of groups; in those that forget tokens, SKIP where it has none."""
+        return [
+            [SKIP if block == _NULL_BLOCK else block for block in of_vllm[number]]
+            if self.window or place > 0
+            else list(of_vllm[number])
+            for place, number in enumerate(self.order)
+        ]
 
     def states_at(
         self,
@@ -99,20 +117,38 @@ class KVGroups:
 
 
 def read_groups(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVGroups:
-    """Raises LayoutError when some group keeps what lmc can't store, or if no group keeps the KV of all tokens."""
+    """Raises LayoutError when some group keeps what lmc can't store."""
     if not kv_cache_config.kv_cache_groups:
         raise LayoutError(f"the model keeps no KV, so there is nothing to cache; {_NO_CACHE}")
     found = [_group(one) for one in kv_cache_config.kv_cache_groups]
     full = [number for number, group in enumerate(found) if group.kind == "full"]
-    if not full:
-        raise LayoutError(f"a model in which every layer has a window is not supported; {_NO_CACHE}")
-    if len(found) > 1:
+    if not full and (len(found) > 1 or found[0].kind != "window"):
+        raise LayoutError(
+            f"a model of which no layer keeps all tokens is supported if all have the same window only; {_NO_CACHE}"
+        )
+    if not full or len(found) > 1:
         _require_proven(found, kv_cache_config, vllm_config)
+    if not full:
+        return _of_one_window(found[0], tuple(kv_cache_config.kv_cache_groups[0].layer_names))
     order = (full[0], *(number for number in range(len(found)) if number != full[0]))
     specs = [kv_cache_config.kv_cache_groups[number] for number in order]
     layers = tuple(tuple(one.layer_names) for one in specs)
     details = tuple(_details(one.kv_cache_spec) for one in specs) if "state" in [group.kind for group in found] else ()
     return KVGroups(order, tuple(found[number] for number in order), layers, details)
+
+
+def is_window(group: Any) -> bool:
+    """Whether a group's layers look back over a window."""
+    return any(type(one).__name__ == "SlidingWindowSpec" for one in _layer_specs(group.kv_cache_spec))
+
+
+def _of_one_window(group: Group, layers: tuple[str, ...]) -> KVGroups:
+    """All chunks of the model are kept, and a hit loads what its window needs of them."""
+    if group.span < group.block_tokens:
+        raise LayoutError(
+            f"a window of {group.span} tokens is less than a block of {group.block_tokens}; use a smaller --block-size"
+        )
+    return KVGroups((0,), (Group("full", group.block_tokens),), (layers,), window=group.span)
 
 
 def _details(spec: Any) -> str:
@@ -165,12 +201,8 @@ def _require_proven(groups: Sequence[Group], kv_cache_config: KVCacheConfig, vll
     """Raises LayoutError for what no equality test on the real engine covers, of models with several groups."""
     kinds = [group.kind for group in groups]
     remedy = _NO_CACHE if "state" in kinds else _KEEP_ALL  # vLLM has no other way to keep states
-    if "local" in kinds:
-        raise LayoutError(f"a model that attends inside spans of tokens is not supported; {remedy}")
-    if kinds.count("full") > 1:
-        raise LayoutError(f"a model with several groups of layers that keep all tokens is not supported; {remedy}")
-    if len({group.block_tokens for group in groups}) > 1:
-        raise LayoutError(f"a model whose groups have blocks of unequal size is not supported; {remedy}")
+    if "state" in kinds and len({group.block_tokens for group in groups}) > 1:
+        raise LayoutError(f"a model with states and blocks of unequal size is not supported; {remedy}")
     if vllm_config.speculative_config is not None:
         kinds_of = "states" if "state" in kinds else "windows"
         raise LayoutError(f"speculative decoding with a model that has {kinds_of} is not supported; {remedy}")

@@ -113,7 +113,7 @@ class SchedulerSide:
             logger.error("lmc: running WITHOUT the cache: %s", "; ".join(failures))
             return
         try:
-            groups = self.groups.groups if self.is_hybrid and self.groups is not None else ()
+            groups = self.groups.groups if self.groups is not None and self.groups.has_leaves else ()
             self.scheduler = open_scheduler(self.config, ready, self.block_tokens, part=self.part, groups=groups)
         except LmcError as error:
             if self.config.strict:
@@ -123,7 +123,7 @@ class SchedulerSide:
         self.adapters = AdapterNames(len(introductions))
         self.refused = False
         if self.announces and self.is_hybrid:
-            logger.warning("lmc: no KV events: there are none for models with several KV groups")
+            logger.warning("lmc: no KV events: there are none for models whose layers do not all keep all tokens")
         elif self.announces and isinstance(self.scheduler, CacheScheduler):
             self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
         elif self.announces:
@@ -261,9 +261,10 @@ class SchedulerSide:
 
     def _in_order(self, tables: Sequence[list[int]]) -> tuple[list[int], Sequence[list[int]]]:
         """The blocks in the spine's group, and those in the others."""
-        if len(tables) == 1 or self.groups is None:
+        if self.groups is None or (len(tables) == 1 and not self.groups.window):
             return tables[0], ()
-        return tables[self.groups.order[0]], self.groups.tables(tables)
+        spine, *others = self.groups.tables(tables)
+        return spine, others
 
     def _track(self, request: Request) -> _Tracked:
         """The request's record; a session whose prompt was replaced by a continuation starts anew."""

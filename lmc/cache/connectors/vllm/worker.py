@@ -16,7 +16,7 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.connectors.guard import contain
 from lmc.cache.connectors.vllm.adapters import Loaded, LoadedAdapters
 from lmc.cache.connectors.vllm.alike import ranks_alike
-from lmc.cache.connectors.vllm.groups import read_groups
+from lmc.cache.connectors.vllm.groups import is_window, read_groups
 from lmc.cache.connectors.vllm.identity import (
     model_identity,
     page_packing,
@@ -35,7 +35,7 @@ from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.common import share_slots
 from lmc.cache.worker.worker import CacheWorker
-from lmc.errors import LmcError, ModelError
+from lmc.errors import LayoutError, LmcError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +110,8 @@ class WorkerSide:
     ) -> tuple[Namespace, KVLayout]:
         """What is in this rank's KV memory, and where. Raises LmcError if it cannot be cached."""
         groups = read_groups(self.kv_cache_config, self.vllm_config)
+        if groups.window and self.config.node is not None:
+            raise LayoutError("node is not supported for a model in which every layer has a window; leave it out")
         packing = page_packing(self.vllm_config, kv_caches)
         require_prefix_attention(packing)
         layouts = [
@@ -240,8 +242,9 @@ class WorkerSide:
 
     @property
     def is_hybrid(self) -> bool:
-        """Several KV groups: vLLM takes failed requests, and ends when it is told of failed blocks."""
-        return len(self.kv_cache_config.kv_cache_groups) > 1
+        """Several KV groups, or a window: told of failed blocks vLLM ends, or rewinds into blocks that are gone; it takes requests."""
+        groups = self.kv_cache_config.kv_cache_groups
+        return len(groups) > 1 or any(is_window(group) for group in groups)
 
     def failed_requests(self) -> set[str]:
         """Of the requests of the last loaded(), those that vLLM shall compute from the start."""
