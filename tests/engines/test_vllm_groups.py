@@ -96,7 +96,7 @@ def test_no_pass_reads_a_wrong_byte(tiny_llama: Path, tmp_path: Path, kinds: str
     generator = random.Random(f"{kinds} {shares_blocks}")
     known: list[list[int]] = [[generator.randrange(400) for _ in range(300)] for _ in range(3)]
     loaded = preempted = failures = 0
-    for ranks in (1, 2) if kinds == "windows" else (1,):
+    for ranks in (1, 2) if kinds in ("windows", "states") else (1,):
         folder = tmp_path / f"disk of {ranks}"
         for start in range(2):
             engine = engine_on(tiny_llama, folder, kinds, shares_blocks=shares_blocks, num_ranks=ranks)

@@ -6,6 +6,8 @@ That the comparison would find one is tested for each KV group: without its byte
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
 from lmc.cache.parts import leaf_key
 from tests.engines.equality import Scenario, run_scenario
 from tests.engines.scenario import assert_same, driver, prompt
-from tests.engines.tiny_model import make_tiny_gemma, make_tiny_gpt_oss
+from tests.engines.tiny_model import make_tiny_gemma, make_tiny_gpt_oss, make_tiny_llama4, make_tiny_mistral
 from tests.engines.vllm_driver import VllmDriver
 
 pytestmark = pytest.mark.engine
@@ -134,6 +136,36 @@ def test_windows_beside_attention_sinks(tmp_path: Path) -> None:
         assert compared(engine, *several) == [0, 448, 0]
         assert compared(engine, *several) == [384, 448, 128]
         assert_every_part_counts(engine, TEXT, groups=2)
+        assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [
+        (partial(make_tiny_mistral, window=64), 1),
+        (partial(make_tiny_llama4, span=128), 4),
+        (partial(make_tiny_gemma, window=64, pattern="wffwff"), 3),
+    ],
+    ids=["only windows", "spans of tokens", "several groups that keep all tokens"],
+)
+def test_other_kinds_of_layers(tmp_path: Path, make: Callable[[Path], Path], groups: int) -> None:
+    """benchmarks.families compares more, and more families. A hit of five chunks ends inside a span."""
+    text = prompt(1, 5 * CHUNK + 2)
+    with engine_on(make(tmp_path / "model"), tmp_path / "disk", enable_prefix_caching=True) as engine:
+        assert compared(engine, text) == [0]
+        assert compared(engine, text) == [320]
+        assert compared(engine, text[:300] + prompt(3, 50), text) == [256, 320]
+        assert_every_part_counts(engine, text, groups=groups)
+        engine.generate([text[:200]], extra_args=PAST_LMC)  # now the device holds a start itself
+        beside = engine.generate([text])
+        assert beside[0]["cached"] == 320
+        engine.call("reset_device")
+        reference = engine.generate([text], extra_args=PAST_LMC)
+        assert_same(beside, reference)
+        engine.call("reset_device")
+        engine.call("fail_loads", count=1)
+        assert_same(engine.generate([text]), reference)
+        assert engine.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
         assert_nothing_is_left(engine)
 
 
