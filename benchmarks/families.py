@@ -38,6 +38,7 @@ _MAMBA = {
     "block_size": 64,
     "max_num_batched_tokens": 64,
 }  # on a CPU vLLM's Mamba 2 computes one block of a prompt at a time
+_CONV = {"block_size": 32, "max_num_batched_tokens": 32}  # vLLM's convolutions round differently in steps of other lengths
 FAMILIES = {
     "Gemma 3": Family(partial(tiny_model.make_tiny_gemma, window=64)),
     "Gemma 3, more full layers": Family(partial(tiny_model.make_tiny_gemma, window=64, pattern="wffwff")),
@@ -50,7 +51,7 @@ FAMILIES = {
     "Granite 4": Family(tiny_model.make_tiny_granite, _MAMBA),
     "Nemotron-H": Family(tiny_model.make_tiny_nemotron, _MAMBA),
     "Qwen 3-Next": Family(tiny_model.make_tiny_qwen3_next, {"block_size": None, "dtype": "bfloat16"}, None),
-    "LFM 2": Family(tiny_model.make_tiny_lfm2, {"block_size": 32}, None, in_batches=False),
+    "LFM 2": Family(tiny_model.make_tiny_lfm2, _CONV, None, in_batches=False),
 }
 
 
