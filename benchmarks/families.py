@@ -38,7 +38,10 @@ _MAMBA = {
     "block_size": 64,
     "max_num_batched_tokens": 64,
 }  # on a CPU vLLM's Mamba 2 computes one block of a prompt at a time
-_CONV = {"block_size": 32, "max_num_batched_tokens": 32}  # vLLM's convolutions round differently in steps of other lengths
+_CONV = {
+    "block_size": 32,
+    "max_num_batched_tokens": 32,
+}  # vLLM's convolutions round differently in steps of other lengths
 FAMILIES = {
     "Gemma 3": Family(partial(tiny_model.make_tiny_gemma, window=64)),
     "Gemma 3, more full layers": Family(partial(tiny_model.make_tiny_gemma, window=64, pattern="wffwff")),
@@ -92,6 +95,7 @@ def compare(engine: VllmDriver, proof: Proof, what: str, *texts: list[int]) -> N
 @contextmanager
 def started(family: Family, model: Path, disk: Path) -> Iterator[tuple[VllmDriver, int]]:
     settings = {"disk.path": str(disk), "disk.fsync": False, "checkpoint_tokens": 128, "chunk_tokens": family.chunk}
+    settings["host.capacity"] = "512MiB"
     options = {"max_num_batched_tokens": 240, "enable_prefix_caching": True, **family.options}
     with driver(model, options=options, **settings, load_deadline=30) as engine:
         yield engine, engine.call("namespace")["chunk_tokens"]

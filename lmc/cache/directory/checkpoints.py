@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import takewhile
 
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.misses import Miss
@@ -31,11 +30,9 @@ class Checkpoints:
         """The longest hit of at most `end` chunks whose leaves can be read, or are in host memory; at least what the engine holds."""
         least = min(computed // self._parts.chunk_tokens, end)
         parts, readable = self._parts, self._directory.readable
-        for group in parts.lasting:
-            there = (
-                readable([leaf], now, in_host=in_host) for leaf in reversed(parts.leaves(keys, end, computed, (group,)))
-            )
-            end = least + sum(takewhile(bool, there))
+        for leaf in reversed(parts.leaves(keys, end, computed, parts.lasting)):
+            if leaf.chunk < end and not readable([leaf], now, in_host=in_host):
+                end = leaf.chunk
         for length in range(end, least, -1):
             if readable(parts.leaves(keys, length, computed, parts.passing), now, in_host=in_host):
                 return length
