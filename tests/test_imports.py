@@ -115,6 +115,7 @@ ALLOWED = {
         "lmc.cache.node.tracked",
         "lmc.cache.node.wire",
         "lmc.cache.observe",
+        "lmc.cache.parts",
         "lmc.cache.plan",
         "lmc.cache.scheduler",
         "lmc.errors",

@@ -34,10 +34,9 @@ class CacheConfig(Section):
     chunk_tokens: int | None = Field(default=None, gt=0, le=1_000_000)
     """Tokens per chunk, a multiple of the engine's block size. By default it is the smallest multiple that is at least 128."""
     checkpoint_tokens: int | None = Field(default=None, gt=0)
-    """Of models that have windows or states: tokens from one place inside a prompt where a later hit may end to the next. Smaller values
-    give more hits of prompts that part, and take more memory. By default these places add a quarter to the memory of a prompt. A hit may
-    always end where a prompt ended, and where an earlier prompt parted from what is stored. Of states these places are the ends of the
-    engine's steps before them."""
+    """Of models with windows or states: tokens from one place inside a prompt where a later hit may end to the next, or of states the end
+    of the engine's step before it. Smaller values give more hits of prompts that part, and take more memory. By default these places add a
+    quarter to the memory of a prompt. A hit may always end where a prompt ended, and where an earlier prompt parted from what is stored."""
     policy: str = Field(default="lru", json_schema_extra={"choices": list(POLICIES)})
     """Eviction policy of the host and disk tiers. FILE.py:SPEC, or the name of an installed package's policy, takes one of your own."""
     write: Literal["through", "back", "around"] = "through"

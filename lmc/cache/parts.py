@@ -7,7 +7,7 @@ which every token counts, is the *spine*: its parts are the chunks of a plain mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -58,6 +58,18 @@ class Leaf(NamedTuple):
     parent: ChunkKey  # the spine's part of the same chunk
     group: int
     chunk: int  # the index of its chunk
+
+
+class Step(NamedTuple):
+    """What a step of the engine begins with, for a request."""
+
+    num_before: int = 0  # tokens that had valid KV before it
+    states: Collection[
+        int
+    ] = ()  # lengths in chunks at which the blocks hold the states of a model that has some, behind the step
+
+
+ANY_STEP = Step()
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.misses import Miss
 from lmc.cache.keys import ChunkKey
-from lmc.cache.parts import Leaf, Parts
+from lmc.cache.parts import Leaf, Parts, Step
 
 _ASKED = 2  # checkpoints inside what was found of a prompt
 _ASKED_STATES = 16  # lengths at which a state may be: it is where a step ended
@@ -57,13 +57,11 @@ class Checkpoints:
         asked = [leaf for length in ends if length > held for leaf in self.needed(keys, length, computed)]
         return tuple(dict.fromkeys(leaf.key for leaf in asked if not self._directory.readable([leaf], now)))
 
-    def kept(
-        self, keys: Sequence[ChunkKey], num_before: int, end: int, num_prompt: int, states: Collection[int] = ()
-    ) -> list[Leaf]:
+    def kept(self, keys: Sequence[ChunkKey], end: int, num_prompt: int, step: Step) -> list[Leaf]:
         """The leaves to keep now: of the prompt's end, of its hit, of where it parted from what is stored, and of every so many chunks.
 
-        What they are made of is in the engine's blocks during this step: it computes from token num_before on, up to chunk `end`. states:
-        the lengths at which the engine's blocks hold the states of a model that has some; a longer wanted end is served by the last before.
+        What they are made of is in the engine's blocks during this step, which computes up to chunk `end`. Of a model with states each
+        wanted end is served by the last state before it.
         """
         size, interval = self._parts.chunk_tokens, self._parts.interval
         prompt = num_prompt // size
@@ -72,7 +70,7 @@ class Checkpoints:
         def is_wanted(length: int) -> bool:
             return length in ends or length > prompt or (interval is not None and length % interval == 0)
 
-        computed = range(end, max(-(-num_before // size), 1) - 1, -1)
+        computed = range(end, max(-(-step.num_before // size), 1) - 1, -1)
         wanted: dict[ChunkKey, Leaf] = {}
         if not self._parts.has_states:
             chosen = [length for length in computed if is_wanted(length)]
@@ -80,7 +78,7 @@ class Checkpoints:
             chosen = []
             after = end + 1
             for length in computed:
-                if length in states:  # the last one before these
+                if length in step.states:  # the last one before these
                     if any(map(is_wanted, range(length, after))):
                         chosen.append(length)
                     after = length

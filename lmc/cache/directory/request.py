@@ -14,7 +14,7 @@ keys that tiers with other writers must be asked for. It makes no plan, counts n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from lmc.cache.directory.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ from lmc.cache.directory.misses import Miss
 from lmc.cache.directory.places import HOST
 from lmc.cache.directory.questions import Question, Questions
 from lmc.cache.keys import ChunkKey
-from lmc.cache.parts import SPINE, Leaf, Parts
+from lmc.cache.parts import ANY_STEP, SPINE, Leaf, Parts, Step
 
 _PIN_GRACE_SECONDS = 60.0  # a request whose chunks were staged may wait this long for a place in the batch
 _EVERY_CHUNK = 1 << 60
@@ -260,17 +260,10 @@ class Request:
         return end // self._chunk_tokens > self._stored
 
     def store(
-        self,
-        keys: Sequence[ChunkKey],
-        num_valid: int,
-        num_prompt: int,
-        now: float,
-        num_before: int = 0,
-        states: Collection[int] = (),
+        self, keys: Sequence[ChunkKey], num_valid: int, num_prompt: int, now: float, step: Step = ANY_STEP
     ) -> list[tuple[int, Ticket]]:
-        """The first num_valid tokens have valid KV, of which the engine computed those from num_before on now; the prompt has num_prompt.
+        """The first num_valid tokens have valid KV, those that the engine computes in this step included; the prompt has num_prompt.
 
-        states: of a model that has some, the lengths in chunks at which the engine holds them now.
         Returns a store ticket and its chunk's index for each chunk that got a slot, and for the leaves of checkpoints among them.
         """
         self.keys = keys
@@ -278,7 +271,7 @@ class Request:
         if len(wanted) <= self._stored:
             return []
         checkpoints = self._checkpoints
-        leaves = checkpoints.kept(keys, num_before, len(wanted), num_prompt, states) if checkpoints is not None else []
+        leaves = checkpoints.kept(keys, len(wanted), num_prompt, step) if checkpoints is not None else []
         tickets = self._directory.store(wanted, now, leaves=leaves, tenant=self.tenant, touch=not self._touched)
         self._touched = True
         self._stored = self._directory.num_settled(wanted)

@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
@@ -25,6 +25,7 @@ from lmc.cache.node.ordered import OrderedCopies
 from lmc.cache.node.tracked import Tracked, Wish
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
+from lmc.cache.parts import ANY_STEP, Step
 from lmc.cache.plan import COPY, BlockCopy, Plan, Report, RequestCopies, WorkerReady, blocks_of, request_name
 from lmc.cache.scheduler.admin import Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.scheduler.cache import Identity
@@ -151,8 +152,7 @@ class NodeScheduler:
         num_prompt: int,
         blocks: Sequence[int],
         others: Sequence[Sequence[int]] = (),
-        num_before: int = 0,
-        states: Collection[int] = (),
+        step: Step = ANY_STEP,
     ) -> None:
         """As CacheScheduler.store(), of one KV group."""
         tracked = self._requests.get(request_id)

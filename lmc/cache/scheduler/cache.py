@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from lmc.cache.directory import Request, Ticket, store_offer, use_prefix
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
-from lmc.cache.parts import Group, parts_of
+from lmc.cache.parts import ANY_STEP, Group, Step, parts_of
 from lmc.cache.plan import (
     COPY,
     NO_OPERATION,
@@ -195,20 +195,18 @@ class CacheScheduler:
         num_prompt: int,
         blocks: Sequence[int],
         others: Sequence[Sequence[int]] = (),
-        num_before: int = 0,
-        states: Collection[int] = (),
+        step: Step = ANY_STEP,
     ) -> None:
         """After this step the first num_valid tokens of the request will have valid KV in its blocks: store the full chunks among them.
 
-        others: its blocks in the groups behind the first, SKIP where it has none. num_before: tokens that had valid KV before the step.
-        states: lengths in chunks at which the blocks of a model with states hold them.
+        others: its blocks in the groups behind the first, SKIP where it has none.
         """
         tracked = self._requests.get(request_id)
         if tracked is None or not tracked.request.wants_store(num_valid, num_prompt):
             return
         keys = tracked.chain.extend(tokens)
         now = self._clock()
-        tickets = tracked.request.store(keys, num_valid, num_prompt, now, num_before, states)
+        tickets = tracked.request.store(keys, num_valid, num_prompt, now, step)
         if tickets:
             copies, gone = block_copies(self._parts, tickets, (blocks, *others), 0, stores=True)
             for operation in gone:

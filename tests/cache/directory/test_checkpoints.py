@@ -9,7 +9,7 @@ import pytest
 
 from lmc.cache.directory import Capacity, Directory, Miss, Request, Ticket
 from lmc.cache.keys import ChunkKey
-from lmc.cache.parts import Group, Parts
+from lmc.cache.parts import Group, Parts, Step
 from lmc.cache.policy.registry import get_policy
 
 SIZE = 4
@@ -62,7 +62,7 @@ class World:
             if self.parts.has_states and before < last < done:
                 done = last  # vLLM's steps end there
             states = [end // SIZE for end in (before, done) if end and end % SIZE == 0]
-            self.end([ticket for _, ticket in request.store(names, done, tokens, self.now, before, states)])
+            self.end([ticket for _, ticket in request.store(names, done, tokens, self.now, Step(before, states))])
         request.end()
         self.write()
         self.directory.check()

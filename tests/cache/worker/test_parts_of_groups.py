@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lmc.cache.keys import Namespace
-from lmc.cache.parts import Group, Parts, leaf_key
+from lmc.cache.parts import Group, Parts, Step, leaf_key
 from lmc.cache.plan import SKIP, Plan, Report
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.cache.tiers.format import FOOTER_BYTES, decode
@@ -143,7 +143,7 @@ class Engine:
             if self.scheduler.wants_store(name, done, len(tokens)):
                 blocks, others = self.seen(tables)
                 states = [end // CHUNK for end in (before, done) if end and end % CHUNK == 0]
-                self.scheduler.store(name, tokens, done, len(tokens), blocks, others, before, states)
+                self.scheduler.store(name, tokens, done, len(tokens), blocks, others, Step(before, states))
             self.step(self.scheduler.take_plan())
             self.pump()
 

@@ -24,6 +24,7 @@ from lmc.cache.directory import HOST
 from lmc.cache.keys import hashed_name
 from lmc.cache.node.open import AnyScheduler, open_scheduler
 from lmc.cache.observe.stats import describe_tiers
+from lmc.cache.parts import Step
 from lmc.cache.plan import Plan, Report, WorkerReady
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.errors import LmcError
@@ -238,8 +239,7 @@ class SchedulerSide:
                     request.num_prompt_tokens,
                     blocks,
                     others,
-                    request.num_computed_tokens,
-                    self._states(output, request, num_scheduled, tables),
+                    Step(request.num_computed_tokens, self._states(output, request, num_scheduled, tables)),
                 )
                 identity = tracked.identity
                 if (
