@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _NULL_BLOCK = 0  # stands for blocks that a request does not hold
 _KEEP_ALL = "run it with --disable-hybrid-kv-cache-manager, so that vLLM keeps the KV of all tokens, or with --no-cache"
 _NO_CACHE = "run it with --no-cache"
+_PROVEN_STATES = ("GDN_ATTN", "MAMBA2")  # by vLLM's names: Mamba 2 and the gated delta rule
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def _layer_group(spec: Any, block_tokens: int) -> Group:
         kind, span = "local", int(spec.attention_chunk_size)
     elif name == "MambaSpec":
         kind, span = "state", 0
+        if spec.mamba_type.name not in _PROVEN_STATES:
+            raise LayoutError(f"a model with {spec.mamba_type.name} states is not supported; {_NO_CACHE}")
         if spec.mamba_cache_mode != "align":
             raise LayoutError(
                 "a model with states needs vLLM's prefix cache, which is what keeps a state for later; start vLLM with "
@@ -201,8 +204,8 @@ def _require_proven(groups: Sequence[Group], kv_cache_config: KVCacheConfig, vll
     """Raises LayoutError for what no equality test on the real engine covers, of models with several groups."""
     kinds = [group.kind for group in groups]
     remedy = _NO_CACHE if "state" in kinds else _KEEP_ALL  # vLLM has no other way to keep states
-    if "state" in kinds and len({group.block_tokens for group in groups}) > 1:
-        raise LayoutError(f"a model with states and blocks of unequal size is not supported; {remedy}")
+    if len({group.block_tokens for group in groups}) > 1:
+        raise LayoutError(f"a model whose groups have blocks of unequal size is not supported; {remedy}")
     if vllm_config.speculative_config is not None:
         kinds_of = "states" if "state" in kinds else "windows"
         raise LayoutError(f"speculative decoding with a model that has {kinds_of} is not supported; {remedy}")
