@@ -73,11 +73,11 @@ def test_with_several_kv_groups_each_rank_keeps_a_copy(
     monkeypatch.setattr(worker_module, "share_slots", share_slots)
     monkeypatch.setattr(worker_module, "open_worker", lambda *_, **options: opened.append(options))
     parallel = SimpleNamespace(local_world_size=4, world_size=4, rank=0)
-    config: Any = SimpleNamespace(kv_cache_groups=[None] * num_groups)
+    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)] * num_groups)
     side = WorkerSide(CacheConfig(), SimpleNamespace(parallel_config=parallel), config)
     side.alike = 2
     described: Any = ("the namespace", "the layout")
     side._open_worker(lambda: described)
     assert shared == [2 if num_groups == 1 else 1]
     assert opened == [{"rank": 0, "num_ranks": 4, "others": ()}]
-    assert ("store a copy each: the model has several KV groups" in caplog.text) == (num_groups == 2)
+    assert ("store a copy each: not all layers keep all tokens" in caplog.text) == (num_groups == 2)

@@ -39,7 +39,7 @@ def unsupported_option(*_: object, **__: object) -> None:
     raise ConfigError("--pipeline-parallel-size is not supported by the cache")
 
 
-ONE_GROUP = SimpleNamespace(kv_cache_groups=[None])  # of vLLM's KV cache
+ONE_GROUP = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)])  # of vLLM's KV cache
 
 
 def open_worker_side(**values: object) -> WorkerSide:

@@ -87,7 +87,7 @@ class WorkerSide:
         elif self.is_hybrid and alike > 1:
             alike = 1
             if parallel.rank == 0:
-                logger.warning("lmc: ranks that hold the same KV store a copy each: the model has several KV groups")
+                logger.warning("lmc: ranks that hold the same KV store a copy each: not all layers keep all tokens")
         (namespace, layout), common = share_slots(
             self.config, describe, rank=parallel.rank, alike=alike, num_ranks=here, gather=self._of_all_ranks
         )
