@@ -292,8 +292,7 @@ class CacheScheduler:
 
     def computed(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
         """A pass with a prompt is over. parts: of each request, the position of its first token and the number of its tokens."""
-        if self.config.load == "auto":
-            self.directory.speeds.computed(parts, seconds)
+        self.directory.speeds.computed(parts, seconds)
 
     def reset(self) -> None:
         """Forget all chunks and pins, in every tier, at once. The requests of before load and store nothing any more.

@@ -181,7 +181,8 @@ class SchedulerSide:
         asked = self.resets if asks and self.asked_model != self.resets else 0
         self.asked_model = asked or self.asked_model
         plan = self.plan(output)
-        self.passes.plan(() if plan.loads else parts_of(output, self._num_prompt))  # loads make a pass longer
+        if self.config.load == "auto":
+            self.passes.plan(() if plan.loads else parts_of(output, self._num_prompt))  # loads make a pass longer
         adapters = {}
         for copies in (*plan.loads, *plan.background_loads, *plan.stores):
             tracked = self.tracked.get(copies.request_id)
