@@ -15,7 +15,7 @@ from lmc.cache.keys import ChunkKey
 from lmc.cache.sections import MooncakeConfig
 from lmc.cache.tiers.format import FOOTER_BYTES, FORMAT, TierScope, stored_bytes
 from lmc.cache.tiers.lent import LentMemory
-from lmc.cache.tiers.mooncake_client import SCRATCH
+from lmc.cache.tiers.mooncake_client import OTHER_SIZE, SCRATCH
 from lmc.cache.tiers.mooncake_process import ClientFailed, Line, Region, release_client, shared_client
 from lmc.cache.tiers.stored import Moved, pack, unpack
 from lmc.errors import ConfigError, Corrupt, TierError, TierFull
@@ -30,9 +30,7 @@ _TRIES = 3  # a chunk that is replaced or deleted while it is read looks corrupt
 _FULL = -200
 _NOT_READY = -703  # somebody stores it just now
 _ABSENT = -704
-_EXISTS = -705
 _GONE = -712
-_OUTSIDE = -600  # the object is shorter than what is asked for, or longer than the memory for it
 _TRANSFER = -800
 _NOT_THERE = (_ABSENT, _NOT_READY, _GONE)
 _MEANINGS = {
@@ -69,25 +67,26 @@ class MooncakeTier:
     def put(self, key: ChunkKey, data: memoryview, parent: ChunkKey | None = None) -> Moved:
         """Leaves a chunk of the same content as it is, and one that another client stores just now."""
         self._scope.check_size(data)
-        payload, coding, seconds = pack(self._scope, data)
-        checksum = self._scope.checksum(payload)
-        footer = self._scope.seal(key, checksum, parent, len(payload), coding)
         name = self._name(key)
         with self._line("store", key) as (line, place):
+            line.ask("size", name)
+            payload, coding, seconds = pack(self._scope, data)
+            checksum = self._scope.checksum(payload)
+            footer = self._scope.seal(key, checksum, parent, len(payload), coding)
+            stored = line.answer()
+            if stored == _NOT_READY:
+                return Moved(stored_bytes(len(payload)), seconds)
+            _require(stored, _ABSENT)
+            if stored >= 0:
+                if self._is_same(line, key, stored, checksum, len(payload), data):
+                    return Moved(stored, seconds)
+                _require(line.call("remove", name), _ABSENT)
             source = place(payload)
             if source is None:
                 line.scratch[: len(payload)] = payload
                 source = Region(SCRATCH, 0, len(payload))
-            for _ in range(_TRIES):
-                line.scratch[self._scope.chunk_bytes :] = footer
-                code = line.call("put", name, [source, self._footer_region])
-                if code != _EXISTS:
-                    _require(code)
-                    break
-                stored = line.call("size", name)
-                if stored == _NOT_READY or self._is_same(line, key, stored, checksum, len(payload), data):
-                    break
-                _require(line.call("remove", name), _ABSENT)
+            line.scratch[self._scope.chunk_bytes :] = footer
+            _require(line.call("put", name, [source, self._footer_region]))
         return Moved(stored_bytes(len(payload)), seconds)
 
     def get(self, key: ChunkKey, out: memoryview) -> Moved:
@@ -127,15 +126,15 @@ class MooncakeTier:
             if self._scope.compress == "none":
                 slot = place(out)
                 parts = [slot or Region(SCRATCH, 0, len(out)), self._footer_region]
-                code = line.call(["get", [0, len(out)]], name, parts)
+                code = line.call("get", name, parts)
                 if code == stored_bytes(len(out)):
                     if slot is None:
                         out[:] = line.scratch[: len(out)]
                     return self._verified(line, key, out)
-                if code != _OUTSIDE:
+                if code != OTHER_SIZE:
                     _require_loaded(key, code)
             size = line.call("get_up_to", name, [Region(SCRATCH, 0, len(line.scratch))])
-            if size == _OUTSIDE:
+            if size == OTHER_SIZE:
                 raise Corrupt(f"it has more than the {stored_bytes(len(out))} bytes of such a chunk")
             _require_loaded(key, size)
             if size <= FOOTER_BYTES:
@@ -163,7 +162,7 @@ class MooncakeTier:
         """Whether what is stored under the key is this chunk by its footer, as it would be stored now or as it is."""
         if not FOOTER_BYTES < stored <= stored_bytes(len(data)):
             return False
-        code = line.call(["get", [stored - FOOTER_BYTES]], self._name(key), [self._footer_region])
+        code = line.call(["get_from", stored - FOOTER_BYTES], self._name(key), [self._footer_region])
         if code != FOOTER_BYTES:
             return False
         page = line.scratch[self._scope.chunk_bytes :]

@@ -21,6 +21,7 @@ from typing import Any  # the client library has no types
 MESSAGE_BYTES = 64 << 10
 NAMES_PER_MESSAGE = 256
 
+OTHER_SIZE = -600  # as the library says when an object does not fit into the memory for it
 SCRATCH = -1  # the number of a line's own memory; those that were lent count from 0
 
 
@@ -64,14 +65,15 @@ class _Client:
         store = self.store
         match action:
             case "put":
-                return self._put(name, addresses, sizes)
-            case ["get", offsets]:  # the parts of an object; -600 when it is shorter
-                many = len(regions)
-                read = store.get_into_ranges(
-                    addresses, [[name]] * many, [[[0]]] * many, [[[at]] for at in offsets], [[[size]] for size in sizes]
-                )
-                codes = [int(part[0][0]) for part in read]
-                return min(codes) if min(codes) < 0 else sum(codes)
+                return int(store.batch_put_from_multi_buffers([name], [addresses], [sizes])[0])
+            case "get":  # the library would say of an object of another size that its transfer failed
+                size = int(store.get_size(name))
+                if size != sum(sizes):
+                    return size if size < 0 else OTHER_SIZE
+                return int(store.batch_get_into_multi_buffers([name], [addresses], [sizes])[0])
+            case ["get_from", start]:
+                found = store.get_into_ranges(addresses, [[name]], [[[0]]], [[[start]]], [[sizes]])
+                return int(found[0][0][0])
             case "get_up_to":
                 return int(store.batch_get_into([name], addresses, sizes)[0])
             case "size":
@@ -81,18 +83,6 @@ class _Client:
             case "remove":
                 return int(store.remove(name, True))
         raise ValueError(f"unknown action {action!r}")
-
-    def _put(self, name: str, addresses: list[int], sizes: list[int]) -> int:
-        """In three steps: half the processor time of the library's one call, which also hides that an object is there already."""
-        code = int(self.store.batch_put_session_start([name], [sum(sizes)])[0])
-        if code != 0:
-            return code
-        offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-        code = int(self.store.batch_put_from_multi_buffer_ranges([name], [addresses], [sizes], [offsets])[0])
-        if code < 0:
-            self.store.batch_put_session_revoke([name])
-            return code
-        return int(self.store.batch_put_session_end([name])[0])
 
 
 def _connect(control: socket.socket) -> Any:

@@ -69,7 +69,16 @@ class Line:
 
     def call(self, action: object, name: object, regions: Sequence[Region] = ()) -> int:
         """What the library answers. Raises ClientFailed."""
-        answer = self._ask([action, name, regions])
+        self.ask(action, name, regions)
+        return self.answer()
+
+    def ask(self, action: object, name: object, regions: Sequence[Region] = ()) -> None:
+        """Have a call made, while this thread does something else until it takes the answer. Raises ClientFailed."""
+        self._send([action, name, regions])
+
+    def answer(self) -> int:
+        """Raises ClientFailed."""
+        answer = self._receive()
         assert isinstance(answer, int)
         return answer
 
@@ -77,19 +86,27 @@ class Line:
         """1, 0 or a negative code for each name. Raises ClientFailed."""
         found: list[int] = []
         for start in range(0, len(names), NAMES_PER_MESSAGE):
-            answer = self._ask(["exist", names[start : start + NAMES_PER_MESSAGE], []])
+            self.ask("exist", names[start : start + NAMES_PER_MESSAGE])
+            answer = self._receive()
             assert isinstance(answer, list)
             found += answer
         return found
 
-    def _ask(self, call: object) -> object:
+    def _send(self, call: object) -> None:
         self.wire.settimeout(self.seconds)
         self.in_step = False
         try:
             self.wire.send(json.dumps(call).encode())
+        except OSError as error:  # a time-out, too, of a client that reads nothing
+            raise ClientFailed(f"the client cannot be asked: {error}") from None
+
+    def _receive(self) -> object:
+        try:
             answer = self.wire.recv(MESSAGE_BYTES)
         except TimeoutError:
             raise ClientFailed(f"the client has not answered for {self.seconds:g} s, and is started anew") from None
+        except OSError:  # it ended with our question unread
+            answer = b""
         if not answer:
             raise ClientFailed("the client's process has ended")
         self.in_step = True
