@@ -48,8 +48,10 @@ def check(
     import orjson
 
     from lmc.cache.settings import load_settings
+    from lmc.cache.tiers.check import check_meant
 
     settings = load_settings(file, os.environ)
+    check_meant(settings.config)
     if as_json:
         rows = {key: {"value": value, "origin": settings.origins[key]} for key, value in _shown(settings)}
         typer.echo(orjson.dumps(rows, default=str, option=orjson.OPT_INDENT_2).decode())

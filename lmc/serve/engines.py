@@ -20,6 +20,7 @@ from lmc.serve.sglang import check_sglang, sglang_command, sglang_engines
 
 ENGINES = ("vllm", "sglang")
 _CPU_BLOCK_TOKENS = 128  # vLLM's default there
+_LEAST_BLOCK_TOKENS = 16  # on GPUs, where every default is a multiple of it
 _CPU_KV_SHARE = 0.15  # of free memory, for the engine's own KV cache on CPU
 _ONE_ONLY = (  # with more, blocks or ranks hold something else than lmc takes them to hold
     ("--pipeline-parallel-size", "-pp"),
@@ -60,8 +61,8 @@ def check_engine(engine: str, config: CacheConfig | None, extra: Sequence[str]) 
     block = value("--block-size", extra)
     if block is not None and block.isdigit() and int(block) > 0:
         chunk_tokens_for(config, int(block))
-    elif _on_cpu():
-        chunk_tokens_for(config, _CPU_BLOCK_TOKENS)
+    else:
+        chunk_tokens_for(config, _CPU_BLOCK_TOKENS if _on_cpu() else _LEAST_BLOCK_TOKENS)
 
 
 def engine_command(
