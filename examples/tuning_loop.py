@@ -175,7 +175,7 @@ def share(requests: pandas.DataFrame) -> float:
 
 
 def of(tokens: int, arm: dict[str, Any]) -> float:
-    return 100 * tokens / arm["prompt_tokens"]
+    return 100 * tokens / int(arm["prompt_tokens"])
 
 
 if __name__ == "__main__":
