@@ -1,4 +1,5 @@
-"""A request's way through the host tier without an engine: lookup, plan, copies and report of one instance, over real memory."""
+"""A request's way through the host tier without an engine: lookup, plan, copies and report of one instance, over real memory: its own, or
+a node's."""
 
 from __future__ import annotations
 
@@ -6,16 +7,17 @@ import ctypes
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from lmc.cache.keys import Namespace
+from lmc.cache.node.open import open_scheduler, open_worker
 from lmc.cache.plan import Plan
-from lmc.cache.scheduler.cache import CacheScheduler, Identity
+from lmc.cache.scheduler.cache import Identity
 from lmc.cache.settings import load_settings
 from lmc.cache.transfer.layout import KVLayout, Layer, Piece, Region
-from lmc.cache.worker.open import open_worker
 
 CHUNK_TOKENS = 256
 _NOBODY = Identity()
@@ -44,7 +46,9 @@ class Shape:
 class HostPath:
     """One instance with a slab of `requests` prompts of `tokens` tokens, and room in the KV cache for two."""
 
-    def __init__(self, shape: Shape, tokens: int, requests: int) -> None:
+    def __init__(self, shape: Shape, tokens: int, requests: int, node: Path | None = None) -> None:
+        """node: socket of an lmc node that has the slab's memory; else the instance has its own."""
+        self.lookups: list[float] = []  # seconds of each lookup that found a whole prompt
         self.num_bytes = shape.num_bytes(tokens)
         self._tokens = tokens
         self._num_blocks = 2 * tokens // shape.block_tokens + 1
@@ -65,10 +69,11 @@ class HostPath:
             f"benchmark {shape}",
         )
         flags = {"host.capacity": requests * self.num_bytes, "chunk_tokens": CHUNK_TOKENS, "metrics.enabled": False}
-        config = load_settings(None, {}, flags | {"background_load_tokens": 2 * tokens}).config
+        attached = {"node": str(node), "node_deadline": 10.0} if node is not None else {}
+        config = load_settings(None, {}, flags | {"background_load_tokens": 2 * tokens} | attached).config
         namespace = Namespace("benchmark", shape.name, "", "", layout.fingerprint, CHUNK_TOKENS, 1)
         self._worker = open_worker(config, namespace, layout, rank=0, num_ranks=1)
-        self._engine = CacheScheduler(config, [self._worker.ready()], shape.block_tokens)
+        self._engine = open_scheduler(config, [self._worker.ready()], shape.block_tokens)
         self._random = random.Random(1)
         self._served = 0
 
@@ -115,6 +120,7 @@ class HostPath:
     def _timed_load(self, name: str, prompt: list[int], blocks: list[int]) -> float:
         started = time.perf_counter()
         gain = self._engine.lookup(name, prompt, 0, _NOBODY)
+        self.lookups.append(time.perf_counter() - started)
         assert gain == self._tokens, f"{gain} of {self._tokens} tokens can be loaded"
         self._engine.admit(name, gain, blocks)
         self._step(self._engine.take_plan())

@@ -1,11 +1,13 @@
-"""Two replicas over one Redis; one is killed in the middle of traffic, restarted, and takes its share again.
+"""Two replicas over one Redis, or on one node; one is killed in the middle of traffic, restarted, and takes its share again.
 
     python -m benchmarks.replica_restart --out reports/replica-restart
+    python -m benchmarks.replica_restart --node --out reports/node-restart
 
 A client sends prompts to the replicas in turn, one at a time. What the killed replica had begun, and its share until it is back, goes to
-the other one. The restarted replica's memory is empty: what it hits comes from Redis. At the end every prompt is computed once more by a
-request that bypasses the cache, and each answer of the run is held against that. Exits with 1 when a request was lost, an answer differs,
-or the restarted replica had to compute a prompt that Redis holds.
+the other one. Over Redis the restarted replica's memory is empty: what it hits comes from Redis. With --node both replicas are attached to
+one `lmc node`, whose memory stays warm: the first repeated prompt is a hit in host memory. At the end every prompt is computed once more
+by a request that bypasses the cache, and each answer of the run is held against that. Exits with 1 when a request was lost, an answer
+differs, or the restarted replica had to compute a prompt that is stored.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ from lmc.bench.arms import Launcher, Server
 from lmc.bench.client import Outcome, Target, complete, new_session
 from lmc.bench.counters import read_counters
 from lmc.bench.machine import describe_hardware, describe_software
+from lmc.bench.node_server import started_node
 from lmc.bench.prompts import Request
 from lmc.bench.records import OutputCheck
 from lmc.bench.redis_server import started_redis
 from lmc.bench.workload import Arm
+from lmc.cache.directory import HOST
 from lmc.model import EMBEDDED, resolve_model
 from lmc.report import Column, Report, Section, Table, print_table, report_markdown, to_json, write_file
 
 GROUPS, QUESTIONS, LONGEST = 3, 2, 1300
 OUTPUT_TOKENS = 8
 PAUSE_S = 2.0  # between two requests while a replica starts, which needs the processor
+SOURCES = {HOST: "the node's memory", "redis": "Redis"}
 BEFORE, DOWN, AFTER = "both replicas up", "one replica down", "restarted replica back"
 
 
@@ -89,6 +94,7 @@ class Result:
     down_s: float
     restarted_hits: dict[str, float]  # tokens by tier
     check: OutputCheck
+    source: str  # the tier from which the restarted replica gets its first hits
 
 
 def kill(server: Server) -> None:
@@ -99,11 +105,16 @@ def kill(server: Server) -> None:
         process.kill()
 
 
-async def run(requests: int, model: str, seed: int, scratch: Path) -> Result:
-    prompts = tool_prompts(resolve_model(model), GROUPS, QUESTIONS, LONGEST, OUTPUT_TOKENS)
+async def run(requests: int, model: str, seed: int, scratch: Path, *, node: bool, groups: int = GROUPS) -> Result:
+    prompts = tool_prompts(resolve_model(model), groups, QUESTIONS, LONGEST, OUTPUT_TOKENS)
     async with AsyncExitStack() as stack:
-        redis = await stack.enter_async_context(started_redis(scratch))
-        cache = {"host": {"capacity": "1GiB"}, "redis": {"url": redis}}
+        cache: dict[str, object] = {"host": {"capacity": "1GiB"}}
+        if node:
+            settings = scratch / "node.yaml"
+            settings.write_text("host: {capacity: 1GiB}\n")
+            cache["node"] = await stack.enter_async_context(started_node(scratch, settings))
+        else:
+            cache["redis"] = {"url": await stack.enter_async_context(started_redis(scratch))}
         launcher = Launcher(model, ENGINE, scratch)
 
         @asynccontextmanager
@@ -136,7 +147,7 @@ async def run(requests: int, model: str, seed: int, scratch: Path) -> Result:
         wanted = [await computed(http, up["a"], request) for request in prompts]
     check = check_answers([answer.outcome for answer in traffic.answers], wanted)
     hits = counters.by_label("lmc_hit_tokens_total", "tier")
-    return Result(traffic.answers, traffic.lost, down_s, hits, check)
+    return Result(traffic.answers, traffic.lost, down_s, hits, check, HOST if node else "redis")
 
 
 def phases_table(answers: Sequence[Answer]) -> Table:
@@ -164,23 +175,24 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
     """(bound, what was found, met)."""
     back = [answer for answer in result.answers if answer.replica == "b-restarted"]
     cold = [answer for answer in back if not answer.outcome.cached_tokens]
-    from_redis = result.restarted_hits.get("redis", 0)
+    found, source = result.restarted_hits.get(result.source, 0), SOURCES[result.source]
     moved = sum(answer.failed_over for answer in result.answers)
     check = result.check
     compared = f"{check.compared_requests} answers, {check.ties} numerical ties, {len(check.differences)} differences"
     return [
         ("no request is lost", f"{len(result.lost)} lost, {moved} taken over", not result.lost and moved > 0),
         ("every answer is the one without the cache", compared, not check.differences),
-        ("the restarted replica computes no prompt that Redis holds", f"{len(cold)} of {len(back)}", not cold),
-        ("its first hits come from Redis", f"{from_redis:,.0f} tokens", from_redis > 0),
+        (f"the restarted replica computes no prompt that {source} holds", f"{len(cold)} of {len(back)}", not cold),
+        (f"its first hits come from {source}", f"{found:,.0f} tokens", found > 0),
     ]
 
 
 def as_report(result: Result, command: str) -> Report:
     bounds = [[bound, found, "met" if met else "NOT met"] for bound, found, met in verdicts(result)]
     statuses = Counter(answer.phase for answer in result.answers)
+    below = "on one node" if result.source == HOST else "over one Redis"
     summary = (
-        f"Two replicas with one core each over one Redis, one request at a time; one is killed with SIGKILL while it computes. "
+        f"Two replicas with one core each {below}, one request at a time; one is killed with SIGKILL while it computes. "
         f"It is back after {result.down_s:.0f} s (the start of an engine), in which the other one answers {statuses[DOWN]} requests."
     )
     tiers = ", ".join(f"{tokens:,.0f} tokens from {tier}" for tier, tokens in result.restarted_hits.items())
@@ -199,21 +211,28 @@ def as_report(result: Result, command: str) -> Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=24, help="before the kill, and again after the restart")
+    parser.add_argument(
+        "--node", action="store_true", help="attach both to an lmc node, instead of one Redis below them"
+    )
+    parser.add_argument("--quick", action="store_true", help="few requests: to see that it runs")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="keep logs here")
-    parser.add_argument("--out", type=Path, default=Path("reports/replica-restart"))
+    parser.add_argument("--out", type=Path, help="default: reports/replica-restart, or reports/node-restart")
     options = parser.parse_args()
+    requests, groups = (6, 1) if options.quick else (options.requests, GROUPS)
+    out = options.out or Path("reports/node-restart" if options.node else "reports/replica-restart")
     with tempfile.TemporaryDirectory(prefix="lmc-restart-") as folder:
-        result = asyncio.run(run(options.requests, options.model, options.seed, options.scratch or Path(folder)))
-    report = as_report(result, f"python -m benchmarks.replica_restart --requests {options.requests}")
+        scratch = options.scratch or Path(folder)
+        result = asyncio.run(run(requests, options.model, options.seed, scratch, node=options.node, groups=groups))
+    report = as_report(result, " ".join(["python -m benchmarks.replica_restart", *sys.argv[1:]]))
     for section in report.sections:
         for table in section.items:
             assert isinstance(table, Table)
             print_table(table)
     for difference in result.check.differences + result.lost:
         print(difference, file=sys.stderr)
-    write_file(options.out / "report.md", report_markdown(report))
+    write_file(out / "report.md", report_markdown(report))
     rows = [
         {"phase": one.phase, "replica": one.replica, "failed_over": one.failed_over, "request": one.outcome.request.id,
          "ttft_s": (one.outcome.first_s or 0) - one.outcome.sent_s, "cached_tokens": one.outcome.cached_tokens}
@@ -225,7 +244,7 @@ def main() -> int:
         "restarted_hits": result.restarted_hits,
         "bounds": verdicts(result),
     }
-    write_file(options.out / "results.json", to_json(shown))
+    write_file(out / "results.json", to_json(shown))
     return 0 if all(met for _, _, met in verdicts(result)) else 1
 
 

@@ -12,12 +12,9 @@ import argparse
 import random
 import secrets
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 import lmc.cache.node.wire as wire
+from benchmarks.node_process import node_process
 from lmc.bench.machine import describe_hardware, describe_software
 from lmc.cache.connectors.vllm.messages import StepReport
 from lmc.cache.node.channel import Channel, connect
@@ -69,22 +67,6 @@ def timed(work: Callable[[], object], rounds: int, clock: Callable[[], float], r
             work()
         seconds.append((clock() - started) / repeated)
     return [value * 1e6 for value in seconds]
-
-
-@contextmanager
-def node_process() -> Iterator[Path]:
-    """The socket of a node with as many slots as the embedded cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, file = Path(folder) / "node.sock", Path(folder) / "node.yaml"
-        file.write_text(f"host:\n  capacity: {SLOTS * 4096}\nmetrics:\n  enabled: false\n")
-        command = [sys.executable, "-m", "lmc", "node", "--config", str(file), "--socket", str(path)]
-        node = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        try:
-            assert node.stdout is not None and node.stdout.readline()
-            yield path
-        finally:
-            node.terminate()
-            node.communicate()
 
 
 def map_memory(node: Path) -> bytes:
@@ -191,7 +173,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write report.md and results.json here")
     options = parser.parse_args()
     if options.node:
-        with node_process() as node:
+        with node_process(SLOTS * 4096) as node:
             outcomes = [one for block_tokens in (16, 128) for one in measure(block_tokens, options.rounds, node)]
     else:
         outcomes = [one for block_tokens in (16, 128) for one in measure(block_tokens, options.rounds)]
