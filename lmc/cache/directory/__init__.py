@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lmc.cache.directory.below import Counts
 from lmc.cache.directory.build import build_directory, capacity_of
+from lmc.cache.directory.changes import Change
 from lmc.cache.directory.directory import Directory, Found
 from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss, evicted_from
@@ -15,6 +16,7 @@ from lmc.cache.directory.request import Request
 __all__ = [
     "HOST",
     "Capacity",
+    "Change",
     "Counts",
     "Directory",
     "Found",

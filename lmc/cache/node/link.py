@@ -61,6 +61,8 @@ class Link:
         self.metrics = ""
         self.figures: wire.Figures | None = None
         self.timeouts = 0
+        self.changes: list[tuple[str, bytes, bool]] = []  # as Answers has them
+        self.forget = False  # what was heard of chunks before these changes holds no more
         self._path = path
         self._attach = attach
         self._deadline = deadline
@@ -169,6 +171,10 @@ class Link:
         self._channel = self._fresh = None
         self.session = 0
 
+    def forget_changes(self) -> None:
+        self.changes.clear()
+        self.forget = True
+
     # Inside
 
     def _catch_up(self) -> None:
@@ -187,6 +193,9 @@ class Link:
             message = wire.read(wire.answers, body)
             if message.figures is not None:
                 self.figures = message.figures
+            if message.forget:
+                self.forget_changes()
+            self.changes += message.changes
             if message.number >= self._behind:
                 self._behind = 0
             if message.number == wanted:
@@ -201,6 +210,7 @@ class Link:
         self._channel.close()
         self._channel, self._behind, self.session, self.node = None, 0, 0, ""
         self._later = []
+        self.forget_changes()
         self._lost.set()
 
     def _take_over(self) -> None:

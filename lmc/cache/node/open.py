@@ -27,15 +27,16 @@ def open_scheduler(
     *,
     part: tuple[int, int] = (0, 1),
     groups: Sequence[Group] = (),
+    announces: bool = False,
 ) -> AnyScheduler:
-    """part: of a common disk folder, for an engine with a cache of its own. groups: as CacheScheduler takes them.
+    """part: of a common disk folder, for an engine with a cache of its own. groups, announces: as CacheScheduler takes them.
 
     Raises ConfigError when the workers don't fit together, and for several groups through a node.
     """
     if config.node is not None:
         _require_one_group(groups)
-        return NodeScheduler(config, ready, block_tokens)
-    return CacheScheduler(config, ready, block_tokens, part=part, groups=groups)
+        return NodeScheduler(config, ready, block_tokens, announces=announces)
+    return CacheScheduler(config, ready, block_tokens, part=part, groups=groups, announces=announces)
 
 
 def open_worker(

@@ -17,7 +17,7 @@ from typing import Literal
 
 import lmc.cache.node.wire as wire
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Miss, Ticket
+from lmc.cache.directory import HOST, Change, Miss, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, root
 from lmc.cache.node.link import Link
 from lmc.cache.node.mirror import Mirror
@@ -48,8 +48,9 @@ class NodeScheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
         engine: str = "",
+        announces: bool = False,
     ) -> None:
-        """engine: its name in the node's metrics."""
+        """engine: its name in the node's metrics. announces: take_changes() is called regularly."""
         assert config.node is not None
         first = ready[0]
         if not all(worker.mapping for worker in ready):
@@ -80,6 +81,7 @@ class NodeScheduler:
             config.lookup_deadline,
             config.load_deadline,
             config.store_decode,
+            announces,
         )
         self._link = Link(config.node, attach, config.node_deadline, self._refuse)
         self._ordered = OrderedCopies(self._link)
@@ -183,6 +185,22 @@ class NodeScheduler:
 
     def promise(self, request_id: str, num_tokens: int, seconds: float) -> None:
         """The node keeps what it has found for a moment anyway."""
+
+    def where(self, keys: Sequence[ChunkKey]) -> list[tuple[Sequence[str], bool]]:
+        """As CacheScheduler.where(). Nowhere, if the node does not answer."""
+        answers = self._exchange([wire.Where(wire.join(keys))]) if self._link.ready else None
+        if answers is None:
+            return [((), False)] * len(keys)
+        places = answers[0]
+        assert isinstance(places, wire.Places)
+        return list(zip(places.tiers, places.arriving, strict=True))
+
+    def take_changes(self) -> tuple[bool, Sequence[Change]]:
+        """As CacheScheduler.take_changes()."""
+        link = self._link
+        forget, told = link.forget, link.changes
+        link.forget, link.changes = False, []
+        return forget, [Change(tier, ChunkKey(key), readable) for tier, key, readable in told]
 
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
         tracked = self._requests.get(request_id)
@@ -432,6 +450,7 @@ class NodeScheduler:
         return end // self.chunk_tokens > tracked.stored
 
     def _retire(self) -> None:
+        self._link.forget_changes()  # the chunks are there, but not for this engine
         for tracked in self._requests.values():
             tracked.retired = True
             if self._known(tracked):

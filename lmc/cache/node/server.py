@@ -355,6 +355,8 @@ class Node:
         session = Session(self._last_session, domain, message, mappings)
         self.sessions[session.number] = connection.session = session
         domain.num_engines += 1
+        if message.announces:
+            domain.directory.changes.watch()
         figures = domain.figures()
         connection.channel.put(wire.Attached(self.number, session.number, self.metrics_url, figures))
         logger.info("lmc: node: engine %s is attached to namespace %s", session.engine, domain.name.label())
@@ -365,12 +367,31 @@ class Node:
         for event in batch.events:
             if isinstance(event, wire.Quiet):
                 self._is_quiet(session, event.session)
+        if session.domain.directory.changes.watched:
+            self._note_changes(session.domain)
         if batch.number:
             figures = None
             if now - connection.told >= _FIGURES_SECONDS:
                 connection.told, figures = now, session.domain.figures()
-            connection.channel.put(wire.Answers(batch.number, answers, figures))
+            connection.channel.put(wire.Answers(batch.number, answers, figures, *session.take_changes()))
         session.domain.dispatch()
+
+    def _note_changes(self, domain: Domain) -> None:
+        """Leave what changed for the engines that announce it; they hear of it with their next answer, or in the next tick."""
+        changes = domain.directory.changes.take()
+        if changes:
+            for session in self.sessions.values():
+                if session.domain is domain and session.terms.announces and not session.ended:
+                    session.note(changes)
+
+    def _tell_changes(self) -> None:
+        for connection in list(self._connections.values()):
+            session = connection.session
+            if session is not None and (session.changes or session.forget) and not connection.channel.waiting:
+                try:
+                    connection.channel.put(wire.Answers(0, [], None, *session.take_changes()))
+                except NodeError:
+                    self._drop(connection)
 
     def _is_quiet(self, session: Session, earlier: int) -> None:
         old = self.sessions.get(earlier)
@@ -413,6 +434,9 @@ class Node:
         self._settle()
         for domain in self.domains.values():
             domain.tick(now)
+            if domain.directory.changes.watched:
+                self._note_changes(domain)
+        self._tell_changes()
         if len(self.domains) > 1:
             share_out(self._extents, self.domains.values(), now)
         for connection in list(self._connections.values()):

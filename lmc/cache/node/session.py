@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import lmc.cache.node.wire as wire
-from lmc.cache.directory import Request, Ticket, store_offer, use_prefix
+from lmc.cache.directory import Change, Request, Ticket, store_offer, use_prefix
 from lmc.cache.keys import ChunkKey
 from lmc.cache.node.domain import Asking, Domain
 from lmc.cache.plan import CAUSES, COPY, CRASH
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROMISE_SECONDS = 30.0  # an engine that was told of a hit comes for it before, or asks again
 MOST_REQUESTS = 100_000
+MOST_CHANGES = 100_000  # that wait for an engine which does not read
 
 
 @dataclass(eq=False)
@@ -48,6 +49,8 @@ class Session:
     terms: wire.Attach  # the engine's own settings for its requests are among them
     mappings: Sequence[Mapping]
     ended: bool = False
+    changes: list[Change] = field(default_factory=list)  # that the engine has not heard of
+    forget: bool = False  # there were more
     num_requests: int = 0
     num_loads: int = 0
     _requests: dict[int, Asking] = field(default_factory=dict)
@@ -87,7 +90,24 @@ class Session:
                 answers.append(self._offer(event, now))
             elif isinstance(event, wire.Use):
                 self._use(event, now)
+            elif isinstance(event, wire.Where):
+                answers.append(self._where(event))
         return answers
+
+    def note(self, changes: Sequence[Change]) -> None:
+        """Of chunks of the namespace, for an engine that announces them."""
+        if len(self.changes) + len(changes) > MOST_CHANGES:
+            self.changes.clear()
+            self.forget = True
+        else:
+            self.changes += changes
+
+    def take_changes(self) -> tuple[list[tuple[str, bytes, bool]], bool]:
+        """As Answers has them."""
+        told = [(change.tier, bytes(change.key), change.readable) for change in self.changes]
+        forget, self.forget = self.forget, False
+        self.changes.clear()
+        return told, forget
 
     def leave(self, now: float) -> None:
         """The connection has ended: its requests hold nothing any more. Copies stay open until settle()."""
@@ -194,6 +214,10 @@ class Session:
         use_prefix(self.domain.directory, keys, event.tenant, now)
         if event.pin_seconds > 0:
             self.domain.client_pins.ask(f"{self.number}/{event.name}", keys, event.pin_seconds, now, later=True)
+
+    def _where(self, event: wire.Where) -> wire.Places:
+        directory, keys = self.domain.directory, wire.split(event.keys)
+        return wire.Places([directory.tiers_of(key) for key in keys], [directory.arriving([key]) for key in keys])
 
     # Inside
 

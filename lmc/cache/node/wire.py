@@ -82,6 +82,7 @@ class Attach(Message, tag=10):
     lookup_deadline: Seconds
     load_deadline: Seconds
     store_decode: bool
+    announces: bool = False  # it wants to hear of changes
 
     @property
     def load(self) -> Literal["always"]:
@@ -184,7 +185,13 @@ class Use(Message, tag=29):
     pin_seconds: Seconds
 
 
-Event = Begin | Lookup | Admit | Store | End | Done | Offer | Quiet | Use
+class Where(Message, tag=31):
+    """Answered by Places. keys: of any chunks."""
+
+    keys: Keys
+
+
+Event = Begin | Lookup | Admit | Store | End | Done | Offer | Quiet | Use | Where
 
 
 class Batch(Message, tag=30):
@@ -217,15 +224,28 @@ class Stores(Message, tag=43):
     settled: Count
 
 
-Reply = Found | Loads | Stores
+class Places(Message, tag=44):
+    """For each chunk the tiers that it can be read from, and whether it is on its way into host memory."""
+
+    tiers: list[list[str]]
+    arriving: list[bool]
+
+
+Reply = Found | Loads | Stores | Places
 
 
 class Answers(Message, tag=42):
-    """Of those events that have an answer, in their order. figures: now and then."""
+    """Of those events that have an answer, in their order. figures: now and then.
+
+    changes: (tier, key, whether it can be read there now), for engines that announce them. forget: there were more of them than were kept.
+    A message with the number 0 has nothing else.
+    """
 
     number: Count
     answers: list[Reply]
     figures: Figures | None = None
+    changes: list[tuple[str, bytes, bool]] = []
+    forget: bool = False
 
 
 Greeting = TakeMemory | Attach

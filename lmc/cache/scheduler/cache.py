@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Request, Ticket, store_offer, use_prefix
+from lmc.cache.directory import Change, Request, Ticket, store_offer, use_prefix
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
@@ -75,8 +75,9 @@ class CacheScheduler:
         clock: Callable[[], float] = time.monotonic,
         part: tuple[int, int] = (0, 1),
         groups: Sequence[Group] = (),
+        announces: bool = False,
     ) -> None:
-        """groups: the kinds of KV of a model that has several, the spine first."""
+        """groups: the kinds of KV of a model that has several, the spine first. announces: take_changes() is called regularly."""
         first = ready[0]
         self.config = config
         self.namespace = common_namespace(ready)
@@ -102,6 +103,8 @@ class CacheScheduler:
             for tier, keys in superfluous.items()
             for key in keys
         ]
+        if announces:
+            self.directory.changes.watch()
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
@@ -236,6 +239,15 @@ class CacheScheduler:
         use_prefix(self.directory, keys, tenant, now)
         if pin_seconds > 0:
             self.client_pins.ask(name, keys, pin_seconds, now, later=True)
+
+    def where(self, keys: Sequence[ChunkKey]) -> list[tuple[Sequence[str], bool]]:
+        """For each chunk the tiers that it can be read from, and whether it is on its way into host memory."""
+        directory = self.directory
+        return [(directory.tiers_of(key), directory.arriving([key])) for key in keys]
+
+    def take_changes(self) -> tuple[bool, Sequence[Change]]:
+        """What became readable, or was removed, since the last call. First: whether all that was heard before holds no more."""
+        return False, self.directory.changes.take()
 
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
         """The names of a request's full chunks, as far as they were looked at; empty for an unknown request."""

@@ -33,6 +33,7 @@ events = st.one_of(
     st.builds(wire.Done, st.integers(1, 30), st.sampled_from(["", "copy", "nonsense"])),
     st.builds(wire.Offer, st.sampled_from(["", "t"]), st.integers(0, 5), keys),
     st.builds(wire.Quiet, few),
+    st.builds(wire.Where, keys),
     st.builds(wire.Use, st.sampled_from(["", "t"]), keys, st.just("r"), st.floats(0, 10)),
 )
 

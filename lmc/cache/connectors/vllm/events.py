@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from lmc.cache.directory import HOST, Directory
+from lmc.cache.directory import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from lmc.cache.keys import ChunkKey
+    from lmc.cache.node.open import AnyScheduler
 
 
 @dataclass(slots=True)
@@ -39,28 +40,27 @@ class _Chunk:
 class TierEvents:
     """Chunks that a scan found at start are announced when a request first brings their tokens."""
 
-    def __init__(self, directory: Directory, block_tokens: int, chunk_tokens: int) -> None:
-        self._directory = directory
+    def __init__(self, scheduler: AnyScheduler, block_tokens: int) -> None:
+        self._scheduler = scheduler
         self._block_tokens = block_tokens
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens = scheduler.chunk_tokens
         self._chunks: dict[ChunkKey, _Chunk] = {}
         self._events: list[KVCacheEvent] = []
-        directory.changes.watch()
 
     def note(self, request: Request, keys: Sequence[ChunkKey]) -> None:
         """A request holds the chunks of keys, which are stored or being stored."""
         per_chunk = self._chunk_tokens // self._block_tokens
         hashes = request.block_hashes
-        for index, key in enumerate(keys):
-            end = (index + 1) * per_chunk
-            if key in self._chunks or end > len(hashes):
-                continue
-            tiers = self._directory.tiers_of(key)
-            if not tiers and not self._directory.arriving([key]):
+        new = [index for index, key in enumerate(keys[: len(hashes) // per_chunk]) if key not in self._chunks]
+        if not new:
+            return
+        places = self._scheduler.where([keys[index] for index in new])
+        for index, (tiers, arriving) in zip(new, places, strict=True):
+            if not tiers and not arriving:
                 continue  # it found no room
             lora = request.lora_request
-            first = index * self._chunk_tokens
-            chunk = self._chunks[key] = _Chunk(
+            first, end = index * self._chunk_tokens, (index + 1) * per_chunk
+            chunk = self._chunks[keys[index]] = _Chunk(
                 maybe_convert_block_hash(hashes[end - per_chunk - 1]) if index else None,
                 [maybe_convert_block_hash(one) for one in hashes[end - per_chunk : end]],
                 array("I", request.all_token_ids[first : first + self._chunk_tokens]),
@@ -72,20 +72,39 @@ class TierEvents:
 
     def take(self) -> list[KVCacheEvent]:
         """Events since the last call."""
-        for change in self._directory.changes.take():
+        forget, changes = self._scheduler.take_changes()
+        if forget:
+            self._forget()
+        gone = []
+        for change in changes:
             chunk = self._chunks.get(change.key)
             if chunk is None:
                 continue
             if change.readable:
                 self._announce(chunk, change.tier)
                 continue
-            if change.tier in chunk.tiers:
-                chunk.tiers.remove(change.tier)
-                self._events.append(BlockRemoved(block_hashes=chunk.hashes, **_place(change.tier)))
-            if not chunk.tiers and not self._directory.arriving([change.key]):
-                del self._chunks[change.key]
+            self._withdraw(chunk, change.tier)
+            if not chunk.tiers:
+                gone.append(change.key)
+        gone = [key for key in dict.fromkeys(gone) if not self._chunks[key].tiers]
+        if gone:
+            for key, (_, arriving) in zip(gone, self._scheduler.where(gone), strict=True):
+                if not arriving:
+                    del self._chunks[key]
         events, self._events = self._events, []
         return events
+
+    def _forget(self) -> None:
+        """Nothing is known of any chunk any more. What is still there is announced when a request brings its tokens again."""
+        for chunk in self._chunks.values():
+            for tier in tuple(chunk.tiers):
+                self._withdraw(chunk, tier)
+        self._chunks.clear()
+
+    def _withdraw(self, chunk: _Chunk, tier: str) -> None:
+        if tier in chunk.tiers:
+            chunk.tiers.remove(tier)
+            self._events.append(BlockRemoved(block_hashes=chunk.hashes, **_place(tier)))
 
     def _announce(self, chunk: _Chunk, tier: str) -> None:
         if tier in chunk.tiers:

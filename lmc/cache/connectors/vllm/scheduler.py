@@ -26,7 +26,7 @@ from lmc.cache.node.open import AnyScheduler, open_scheduler
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.parts import Step
 from lmc.cache.plan import Plan, Report, WorkerReady
-from lmc.cache.scheduler.cache import CacheScheduler, Identity
+from lmc.cache.scheduler.cache import Identity
 from lmc.errors import LmcError
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class SchedulerSide:
     groups: KVGroups | None = None  # of a model that may have several
     scheduler: AnyScheduler | None = None
     events: TierEvents | None = None
+    stored: list[Request] = field(default_factory=list)  # of this step, to be announced
     tracked: dict[str, _Tracked] = field(default_factory=dict)
     growth: CounterGrowth | None = None
     adapters: AdapterNames = field(default_factory=lambda: AdapterNames(1))
@@ -115,7 +116,10 @@ class SchedulerSide:
             return
         try:
             groups = self.groups.groups if self.groups is not None and self.groups.has_leaves else ()
-            self.scheduler = open_scheduler(self.config, ready, self.block_tokens, part=self.part, groups=groups)
+            announces = self.announces and not self.is_hybrid
+            self.scheduler = open_scheduler(
+                self.config, ready, self.block_tokens, part=self.part, groups=groups, announces=announces
+            )
         except LmcError as error:
             if self.config.strict:
                 raise
@@ -125,10 +129,8 @@ class SchedulerSide:
         self.refused = False
         if self.announces and self.is_hybrid:
             logger.warning("lmc: no KV events: there are none for models whose layers do not all keep all tokens")
-        elif self.announces and isinstance(self.scheduler, CacheScheduler):
-            self.events = TierEvents(self.scheduler.directory, self.block_tokens, self.scheduler.chunk_tokens)
         elif self.announces:
-            logger.warning("lmc: an engine that is attached to a node publishes no KV events for the node's tiers")
+            self.events = TierEvents(self.scheduler, self.block_tokens)
         self.growth = CounterGrowth(self.scheduler.metrics.registry)
         logger.info(
             "lmc: cache on, %d tokens per chunk, %s, metrics at %s",
@@ -214,7 +216,12 @@ class SchedulerSide:
             return self.promises.broken()
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             self._plan_store(output, request_id, num_scheduled)
-        return self.scheduler.take_plan()
+        plan = self.scheduler.take_plan()
+        if self.events is not None:
+            stored, self.stored = self.stored, []
+            for request in stored:
+                self.events.note(request, self.scheduler.keys_of(request.request_id))
+        return plan
 
     def _num_prompt(self, request_id: str) -> int:
         tracked = self.tracked.get(request_id)
@@ -248,7 +255,7 @@ class SchedulerSide:
                     and identity.extra is None
                     and (identity.tenant, identity.salt) == (self.tenant, "")
                 ):
-                    self.events.note(request, self.scheduler.keys_of(request_id))
+                    self.stored.append(request)
 
     def _states(
         self, output: SchedulerOutput, request: Request, num_scheduled: int, tables: Sequence[list[int]]
