@@ -91,8 +91,9 @@ def test_engines_side_by_side_get_right_bytes_while_chunks_are_evicted(tmp_path:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_node_writes_to_disk_and_stages_from_it(tmp_path: Path, num_ranks: int) -> None:
-    with node_here(tmp_path / "node.sock", host_capacity="128KiB", disk_path=tmp_path / "disk") as here:
-        engine = here.engine(num_ranks)
+    patient = {"load_deadline": 60.0}  # a loaded machine must not turn a hit into a miss
+    with node_here(tmp_path / "node.sock", host_capacity="128KiB", disk_path=tmp_path / "disk", **patient) as here:
+        engine = here.engine(num_ranks, **patient)
         for number in range(12):
             engine.serve(prompt(number, 60))
             here.wait_idle()  # else writes are dropped, so that they do not hold all slots
@@ -103,8 +104,8 @@ def test_the_node_writes_to_disk_and_stages_from_it(tmp_path: Path, num_ranks: i
             for tier, tokens in served.sources.items():
                 sources[tier] = sources.get(tier, 0) + tokens
         assert sources["disk"] > 0
-    with node_here(tmp_path / "second.sock", host_capacity="128KiB", disk_path=tmp_path / "disk") as here:
-        engine = here.engine(num_ranks)
+    with node_here(tmp_path / "second.sock", host_capacity="128KiB", disk_path=tmp_path / "disk", **patient) as here:
+        engine = here.engine(num_ranks, **patient)
         assert engine.serve(prompt(3, 60)).sources == {"disk": 56}, "a node that starts finds its disk warm"
 
 
