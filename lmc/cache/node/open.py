@@ -29,14 +29,19 @@ def open_scheduler(
     groups: Sequence[Group] = (),
     announces: bool = False,
 ) -> AnyScheduler:
-    """part: of a common disk folder, for an engine with a cache of its own. groups, announces: as CacheScheduler takes them.
+    """part: of a common disk folder, for an engine with a cache of its own. groups: as CacheScheduler takes them.
+
+    announces: take_changes() is called regularly.
 
     Raises ConfigError when the workers don't fit together, and for several groups through a node.
     """
     if config.node is not None:
         _require_one_group(groups)
         return NodeScheduler(config, ready, block_tokens, announces=announces)
-    return CacheScheduler(config, ready, block_tokens, part=part, groups=groups, announces=announces)
+    scheduler = CacheScheduler(config, ready, block_tokens, part=part, groups=groups)
+    if announces:
+        scheduler.announce()
+    return scheduler
 
 
 def open_worker(

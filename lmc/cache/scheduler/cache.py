@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Change, Request, Ticket, store_offer, use_prefix
+from lmc.cache.directory import Request, Ticket
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
@@ -34,6 +34,7 @@ from lmc.cache.plan import (
     request_name,
 )
 from lmc.cache.scheduler.admin import Admin, Mailbox
+from lmc.cache.scheduler.beside import BesideRequests
 from lmc.cache.scheduler.client_pins import ClientPins
 from lmc.cache.scheduler.open import common_namespace, open_directory, open_endpoint, open_presence
 from lmc.cache.scheduler.prefetch import Prefetcher
@@ -63,7 +64,7 @@ class _Tracked:
     answered: float | None = None  # when the first lookup had its answer
 
 
-class CacheScheduler:
+class CacheScheduler(BesideRequests):
     """Raises ConfigError when the workers don't fit together."""
 
     def __init__(
@@ -75,9 +76,8 @@ class CacheScheduler:
         clock: Callable[[], float] = time.monotonic,
         part: tuple[int, int] = (0, 1),
         groups: Sequence[Group] = (),
-        announces: bool = False,
     ) -> None:
-        """groups: the kinds of KV of a model that has several, the spine first. announces: take_changes() is called regularly."""
+        """groups: the kinds of KV of a model that has several, the spine first."""
         first = ready[0]
         self.config = config
         self.namespace = common_namespace(ready)
@@ -103,8 +103,6 @@ class CacheScheduler:
             for tier, keys in superfluous.items()
             for key in keys
         ]
-        if announces:
-            self.directory.changes.watch()
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
@@ -215,39 +213,6 @@ class CacheScheduler:
             for operation in gone:
                 self._complete(operation, COPY, now)
             self._plan.stores.append(RequestCopies(request_id, copies))
-
-    def offer(
-        self, keys: Sequence[ChunkKey], known: int, blocks: Sequence[int], tenant: str
-    ) -> tuple[Plan, bool] | None:
-        """The engine offers chunks of a prefix, from index `known` on, which lie in these blocks; no request speaks for them.
-
-        Returns a plan that stores those which are missing, and whether all on offer are kept or will be; None: offer them again.
-        """
-        now = self._clock()
-        tickets, kept = store_offer(self.directory, keys, known, tenant, now)
-        self.client_pins.renew(now)
-        offered = [(index - known, ticket) for index, ticket in tickets.items()]
-        copies, _ = block_copies(self._parts, offered, (blocks,), 0)
-        return Plan(stores=[RequestCopies("offer", copies)] if copies else []), kept
-
-    def use(self, keys: Sequence[ChunkKey], tenant: str, name: str = "", pin_seconds: float = 0.0) -> None:
-        """A request used this prefix, wherever the engine held it: what is stored of it counts as used now.
-
-        pin_seconds: all of it shall stay for so long, within limits, also what is stored later. name: the request's, for the pin.
-        """
-        now = self._clock()
-        use_prefix(self.directory, keys, tenant, now)
-        if pin_seconds > 0:
-            self.client_pins.ask(name, keys, pin_seconds, now, later=True)
-
-    def where(self, keys: Sequence[ChunkKey]) -> list[tuple[Sequence[str], bool]]:
-        """For each chunk the tiers that it can be read from, and whether it is on its way into host memory."""
-        directory = self.directory
-        return [(directory.tiers_of(key), directory.arriving([key])) for key in keys]
-
-    def take_changes(self) -> tuple[bool, Sequence[Change]]:
-        """What became readable, or was removed, since the last call. First: whether all that was heard before holds no more."""
-        return False, self.directory.changes.take()
 
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
         """The names of a request's full chunks, as far as they were looked at; empty for an unknown request."""

@@ -26,7 +26,7 @@ from lmc.cache.node.open import AnyScheduler, open_scheduler
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.parts import Step
 from lmc.cache.plan import Plan, Report, WorkerReady
-from lmc.cache.scheduler.cache import Identity
+from lmc.cache.scheduler.cache import CacheScheduler, Identity
 from lmc.errors import LmcError
 
 if TYPE_CHECKING:
