@@ -54,8 +54,8 @@ class Cache(Protocol):
         """A pass that computed a prompt is over. parts: for each request the position of its first token, and the number of its tokens."""
         ...
 
-    def store(self, run: Run, num_valid: int) -> None:
-        """So many tokens of the prompt are computed."""
+    def store(self, run: Run, num_before: int, num_valid: int) -> None:
+        """So many tokens of the prompt are computed; num_before of them were so before the pass."""
         ...
 
     def first_token(self, run: Run) -> None: ...
@@ -227,7 +227,7 @@ class Engine:
         for run, tokens in parts:
             if run.computed < run.num_tokens:
                 run.computed += tokens
-                self._cache.store(run, run.computed)
+                self._cache.store(run, run.computed - tokens, run.computed)
             if run.computed >= run.num_tokens:
                 run.output += 1
                 if not run.answered:

@@ -19,6 +19,7 @@ from lmc.cache.directory import HOST, Capacity, Directory, Miss, Request, Ticket
 from lmc.cache.directory.holds import ABSENT, LATE
 from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
+from lmc.cache.parts import Parts
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.capacity import warn_small
@@ -46,6 +47,8 @@ class Fleet:
     cost: CostModel | None = None
     codec: Codec = NO_CODEC  # of the disk
     shared_host: bool = False  # all instances use one directory (lmc node), with the memory and the disk of all
+    parts: Parts | None = None  # of a model with several kinds of KV, with the bytes of a part of each
+    part_bytes: tuple[int, ...] = ()
 
     @property
     def engine(self) -> EngineModel:
@@ -156,13 +159,15 @@ class _Instance:
             self.directory.expire(now)
             tenant = trace.tenant_names[trace.tenants[run.index]]
             self._lives[run.index] = Request(
-                str(run.index), self.directory, replay.config, trace.block_tokens, tenant, now
+                str(run.index), self.directory, replay.config, trace.block_tokens, tenant, now, replay.fleet.parts
             )
         life = self._lives[run.index]
         gain = life.lookup(run.keys, run.num_tokens, computed, now)
-        if question := life.take_question():
+        while question := life.take_question():
             for name, store in replay.stores.items():
-                self.directory.learn(name, *leading(question, store.contains))
+                every = life.asks_for_leaves
+                answer = (question, store.contains(question)) if every else leading(question, store.contains)
+                self.directory.learn(name, *answer)
             life.answer(failed=False)
             gain = life.lookup(run.keys, run.num_tokens, computed, now)
         self._stages += life.take_tickets()
@@ -193,7 +198,8 @@ class _Instance:
     def send_loads(self, tickets: Sequence[Ticket]) -> float:
         if not tickets:
             return self.now()
-        done = self._reading[HOST].send(self.now(), len(tickets) * self._replay.chunk_bytes)
+        num_bytes = sum(self._replay.part_bytes[ticket.group] for ticket in tickets)
+        done = self._reading[HOST].send(self.now(), num_bytes)
         self.directory.speeds.loaded(len(tickets), done - self.now())
         return done
 
@@ -205,10 +211,12 @@ class _Instance:
     def computed(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
         self.directory.speeds.computed(parts, seconds)
 
-    def store(self, run: Run, num_valid: int) -> None:
+    def store(self, run: Run, num_before: int, num_valid: int) -> None:
         num_prompt = len(run.keys) * self._replay.trace.block_tokens
         valid = num_prompt if num_valid >= run.num_tokens else min(num_valid, num_prompt)
-        stored = self._lives[run.index].store(run.keys, valid, num_prompt, self.now())
+        if self._replay.fleet.parts is not None:  # where a prompt ends decides about its checkpoints
+            valid, num_prompt = min(num_valid, run.num_tokens), run.num_tokens
+        stored = self._lives[run.index].store(run.keys, valid, num_prompt, self.now(), num_before)
         self._stores += [ticket for _, ticket in stored]
 
     def first_token(self, run: Run) -> None:
@@ -240,7 +248,8 @@ class _Instance:
     def _transfer(self, ticket: Ticket, channel: _Channel) -> float:
         replay = self._replay
         codec = replay.fleet.codec if ticket.tier == DISK else NO_CODEC
-        done = channel.send(self.now(), codec.stored(replay.chunk_bytes)) + replay.chunk_bytes / codec.bytes_per_s
+        size = replay.part_bytes[ticket.group]
+        done = channel.send(self.now(), codec.stored(size)) + size / codec.bytes_per_s
         replay.clock.at(done, lambda: self._done(ticket))
         return done
 
@@ -272,6 +281,7 @@ class _Replay:
         self.trace = trace
         self.config = config
         self.chunk_bytes = chunk_bytes
+        self.part_bytes = fleet.part_bytes or (chunk_bytes,)
         self.fleet = fleet
         sharing = fleet.instances if fleet.shared_host else 1
         self.host_slots = _slots(config.host.capacity, chunk_bytes, "host.capacity") * sharing
@@ -290,7 +300,8 @@ class _Replay:
         engine = fleet.engine
         own = [DEVICE] if engine.kv_tokens is not None and engine.prefix_cache else []
         self.hit_tokens = {tier: np.zeros(trace.num_requests, dtype=np.int64) for tier in (*own, *self.cached)}
-        self._keys = [ChunkKey(number.to_bytes(32, "big")) for number in range(trace.num_unique)]
+        # The last byte stays free: it names the parts of a chunk.
+        self._keys = [ChunkKey((number << 8).to_bytes(32, "big")) for number in range(trace.num_unique)]
 
     def run(self) -> ReplayResult:
         trace, clock = self.trace, self.clock

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import ChunkKey, Namespace
+from lmc.cache.parts import Group, parts_of
 from lmc.cache.plan import ABSENT, CopyReading, Plan, Report, Ticket, WorkerReady
 from lmc.cache.policy import POLICIES
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
@@ -31,6 +32,8 @@ from lmc.sim.shared_store import SHARED, SharedStore
 CHUNK_TOKENS = 4
 CHUNK_BYTES = 10_000
 SHARED_LIVE = "redis"  # the simulator's shared tier has this name in the live cache
+WINDOWS = (Group("full", CHUNK_TOKENS), Group("window", CHUNK_TOKENS, 6), Group("window", CHUNK_TOKENS, 3))
+PART_BYTES = (CHUNK_BYTES, 5_000, 2_500)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Tiers:
     disk: int = 0
     shared: int = 0
     saved: int = 0  # bytes of each chunk on disk, by compression
+    groups: tuple[Group, ...] = ()  # of a model with several
 
 
 @st.composite
@@ -129,9 +133,12 @@ class Live:
             stored={"disk": {}} if self.tiers.disk else {},
             copying=CopyReading({}, {}, 1, 0, ""),
             remote=tuple(shared),
+            part_bytes=PART_BYTES if self.tiers.groups else (),
         )
         with mock.patch("lmc.cache.scheduler.open.open_tiers", lambda config, scope: (shared, [])):
-            self.scheduler = CacheScheduler(self.config, [ready], CHUNK_TOKENS, clock=lambda: self.now)
+            self.scheduler = CacheScheduler(
+                self.config, [ready], CHUNK_TOKENS, clock=lambda: self.now, groups=self.tiers.groups
+            )
 
     def serve(self, number: int, prompt: Prompt) -> None:
         scheduler, name, self.now = self.scheduler, f"r{number}", prompt.at
@@ -141,10 +148,11 @@ class Live:
             self._step()
             assert time.monotonic() < until, "the lookup never ended"
         blocks = range(len(prompt.chunks))
-        scheduler.admit(name, gain, blocks)
+        others = [blocks] * max(len(self.tiers.groups) - 1, 0)
+        scheduler.admit(name, gain, blocks, others)
         self.hits.append({tier: tokens for tier, tokens in scheduler.loaded_from(name).items() if tokens})
         self._settle()
-        scheduler.store(name, tokens, len(tokens), len(tokens), blocks)
+        scheduler.store(name, tokens, len(tokens), len(tokens), blocks, others, gain)
         scheduler.finish(name)
         self._settle()
         scheduler.directory.check()
@@ -204,9 +212,11 @@ def simulated(made: Sequence[Prompt], config: CacheConfig, tiers: Tiers) -> tupl
         length = len(prompt.chunks) * CHUNK_TOKENS + prompt.rest
         builder.add(number + 1, prompt.chunks, prompt.at, length, 0, tenant=f"tenant {prompt.tenant}")
     codec = Codec(1 - tiers.saved / CHUNK_BYTES)
-    result = full_replay.replay_fleet(
-        builder.finish(), config, CHUNK_BYTES, Fleet(shared_chunks=tiers.shared, codec=codec)
-    )
+    fleet = Fleet(shared_chunks=tiers.shared, codec=codec)
+    if tiers.groups:
+        parts = parts_of(tiers.groups, CHUNK_TOKENS, PART_BYTES, config.checkpoint_tokens)
+        fleet = replace(fleet, parts=parts, part_bytes=PART_BYTES)
+    result = full_replay.replay_fleet(builder.finish(), config, CHUNK_BYTES, fleet)
     names = {SHARED: SHARED_LIVE}
     hits = [
         {names.get(tier, tier): int(tokens[number]) for tier, tokens in result.hit_tokens.items() if tokens[number]}
@@ -224,6 +234,26 @@ def test_replay_and_live_scheduler_hit_and_evict_alike(
     tiers, more = configuration
     config = configured(tiers, more)
     assert simulated(made, config, tiers) == live(made, config, tiers)
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompts(), configurations(), st.sampled_from([None, CHUNK_TOKENS, 3 * CHUNK_TOKENS]))
+def test_they_agree_on_models_with_windows(
+    made: list[Prompt], configuration: tuple[Tiers, dict[str, object]], interval: int | None
+) -> None:
+    tiers, more = configuration
+    tiers = replace(tiers, host=3 * tiers.host, disk=3 * tiers.disk, saved=0, groups=WINDOWS)
+    config = configured(tiers, more | {"checkpoint_tokens": interval})
+    assert simulated(made, config, tiers) == live(made, config, tiers)
+
+
+def test_the_second_prompt_of_a_shared_prefix_hits_up_to_its_checkpoint() -> None:
+    made = [Prompt(0.0, 0, (0, 1, 2, 3), 1), Prompt(1.0, 0, (0, 1, 2, 9), 1), Prompt(2.0, 0, (0, 1, 2, 8), 1)]
+    tiers = Tiers(host=99, groups=WINDOWS)
+    config = configured(tiers, {"checkpoint_tokens": 2 * CHUNK_TOKENS})
+    hits, _ = simulated(made, config, tiers)
+    assert hits == [{}, {"host": 2 * CHUNK_TOKENS}, {"host": 3 * CHUNK_TOKENS}]
+    assert (hits, _) == live(made, config, tiers)
 
 
 def test_a_tenant_at_its_quota_makes_room_for_staged_chunks_itself() -> None:
