@@ -62,6 +62,7 @@ ALLOWED = {
         "lmc.cache.plan",
         "lmc.cache.policy",
         "lmc.cache.sections",
+        "lmc.cache.shape",
         "lmc.cache.tiers",
         "lmc.errors",
         "lmc.units",

@@ -43,10 +43,10 @@ class ModelShape:
         return {"format": SHAPE_FORMAT, "version": SHAPE_VERSION, "groups": groups}
 
 
-def shape_of(groups: tuple[Group, ...], part_bytes: tuple[int, ...], parts: Parts, num_ranks: int) -> ModelShape:
+def shape_of(parts: Parts, part_bytes: tuple[int, ...], num_ranks: int) -> ModelShape:
     """part_bytes: by group, on one rank."""
     sizes = [num_ranks * size // blocks for size, blocks in zip(part_bytes, parts.blocks, strict=True)]
-    return ModelShape(groups, tuple(sizes))
+    return ModelShape(parts.groups, tuple(sizes))
 
 
 def read_shape(value: object, source: str) -> ModelShape:

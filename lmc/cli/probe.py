@@ -105,3 +105,32 @@ def codec(
         typer.echo(report.to_json(probe).decode(), nl=False)
     else:
         report.print_table(codec_table(probe))
+
+
+@app.command()
+def model(
+    model: Annotated[str, typer.Argument(help="A folder, a hub name, or smollm2-135m-instruct.")],
+    block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the engine's block.")] = 16,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="[auto|bfloat16|float16|float32|fp8]", help="Type of the KV. auto takes the checkpoint's."
+        ),
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the shape to this file, for lmc sim replay --shape.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Describe which KV a model keeps: its groups of layers, their windows and bytes. Reads the configuration only."""
+    from lmc import report
+    from lmc.model import resolve_model
+    from lmc.probe.model_shape import probe_shape, shape_table, write_shape
+
+    shape = probe_shape(resolve_model(model), block_tokens, dtype)
+    if out is not None:
+        write_shape(shape, out)
+    if json:
+        typer.echo(report.to_json(shape.to_json()).decode(), nl=False)
+    else:
+        report.print_table(shape_table(shape, model))

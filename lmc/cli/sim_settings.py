@@ -100,6 +100,13 @@ def replay(
     token_bytes: TokenBytes = "0",
     compress_ratio: Ratio = None,
     codec_speed: CodecSpeed = None,
+    shape: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the KV groups of a model that mixes windows with full attention; lmc probe model writes it. "
+            "By default what the record says."
+        ),
+    ] = None,
     window: Window = "all",
     json: Json = False,
     csv: Csv = None,
@@ -112,9 +119,11 @@ def replay(
     size = parse_size(token_bytes)
     settings, trace, model = load_settings(config).config, source.load(), read_cost(cost)
 
+    groups = replay_show.load_shape(shape) if shape is not None else None
+
     def replayed(one_host: bool) -> ReplayResult:
         given = (settings, instances, routing, shared, model, size, compress_ratio, codec_speed)
-        return replay_show.replay_settings(trace, *given, shared_host=one_host)
+        return replay_show.replay_settings(trace, *given, shared_host=one_host, shape=groups)
 
     result, apart = replayed(shared_host), replayed(False) if shared_host else None
     shown = replay_show.show_replay(result, parse_window(window), timed=cost is not None, apart=apart)

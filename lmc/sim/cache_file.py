@@ -17,11 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from lmc.cache.shape import read_shape
 from lmc.sim.formats import FORMATS, find_format, read_trace
 from lmc.sim.formats.base import ReadOptions
 from lmc.sim.trace import Trace
 
-_MAGIC = b"lmc-sim-trace-1\n"
+_MAGIC = b"lmc-sim-trace-2\n"
 _ALIGN = 64
 _COLUMNS = (
     "ids",
@@ -73,6 +74,8 @@ def _write(place: Path, wanted: dict[str, Any], trace: Trace) -> bool:
         places[name] = (column.dtype.str, offset, column.size)
         offset += -(-column.nbytes // _ALIGN) * _ALIGN
     rest = {field.name: getattr(trace, field.name) for field in fields(trace) if field.name not in _COLUMNS}
+    if trace.shape is not None:
+        rest["shape"] = trace.shape.to_json()
     header = orjson.dumps({"made_from": wanted, "columns": places, "bytes": offset, "rest": rest})
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
@@ -109,6 +112,8 @@ def _read(place: Path, wanted: dict[str, Any]) -> Trace | None:
     parts: dict[str, Any] = header["rest"]  # Any: fields of a Trace
     for name in ("tenant_names", "notes"):
         parts[name] = tuple(parts[name])
+    if parts["shape"] is not None:
+        parts["shape"] = read_shape(parts["shape"], str(place))
     for name, (dtype, offset, count) in header["columns"].items():
         parts[name] = np.frombuffer(mapped, dtype=dtype, count=count, offset=start + offset)
     return Trace(**parts)

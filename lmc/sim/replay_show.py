@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import orjson
 
-from lmc.cache.config import CacheConfig, chunk_tokens_for
+from lmc.cache.config import DEFAULT_CHUNK_TOKENS, CacheConfig, chunk_tokens_for
+from lmc.cache.shape import ModelShape, read_shape
 from lmc.errors import ConfigError
 from lmc.report import Cell, Column, Table
 from lmc.sim.compression import codec_of, where_it_pays
@@ -35,13 +38,25 @@ def replay_settings(
     codec_speed: str | None = None,
     *,
     shared_host: bool = False,
+    shape: ModelShape | None = None,
 ) -> ReplayResult:
-    """Replay the trace. shared_host: see Fleet.
+    """Replay the trace. shared_host: see Fleet. shape: of the model, by default what the trace says.
 
-    Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that does not fit."""
-    require_blocks(trace)
-    chunked = coarsen(trace, chunk_tokens_for(config, trace.block_tokens))
-    chunk_bytes = known_token_bytes(trace, token_bytes, cost) * chunked.block_tokens
+    Raises ConfigError for settings that cannot be simulated, TraceError for a chunk size that does not fit.
+    """
+    require_blocks(trace, of_groups=True)
+    shape = shape or trace.shape
+    fleet = Fleet(instances, cast(Routing, routing), cost=cost)
+    if shape is None:
+        chunk_tokens = chunk_tokens_for(config, trace.block_tokens)
+        chunk_bytes = known_token_bytes(trace, token_bytes, cost) * chunk_tokens
+    else:
+        _require_plain(config, cost, shared_host)
+        parts = shape.parts(config.chunk_tokens, DEFAULT_CHUNK_TOKENS, config.checkpoint_tokens)
+        chunk_tokens, part_bytes = parts.chunk_tokens, shape.part_bytes(parts)
+        chunk_bytes = max(part_bytes)
+        fleet = replace(fleet, parts=parts, part_bytes=part_bytes)
+    chunked = coarsen(trace, chunk_tokens)
     if chunk_bytes == 0:
         raise ConfigError(f"{trace.source} does not say how many bytes a token's KV takes; give --token-bytes")
     names, shared_chunks, notes = _shared_tiers(config, shared, chunk_bytes, instances)
@@ -50,8 +65,31 @@ def replay_settings(
         notes += where_it_pays(cost, codec)
     if shared_host and instances < 2:
         raise ConfigError("--shared-host is about several instances; give --instances")
-    fleet = Fleet(instances, cast(Routing, routing), shared_chunks, names, cost, codec, shared_host)
+    fleet = replace(fleet, shared_chunks=shared_chunks, shared_names=names, codec=codec, shared_host=shared_host)
     return replay_fleet(replace(chunked, notes=(*chunked.notes, *notes)), config, chunk_bytes, fleet)
+
+
+def load_shape(file: Path) -> ModelShape:
+    """Raises ConfigError."""
+    try:
+        return read_shape(orjson.loads(file.read_bytes()), str(file))
+    except OSError as error:
+        raise ConfigError(f"cannot read the shape {file}: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(f"{file}: this is not a model's shape: {error}") from error
+
+
+def _require_plain(config: CacheConfig, cost: CostModel | None, shared_host: bool) -> None:
+    """Raises ConfigError for what is not simulated with a model that has several KV groups."""
+    if shared_host:
+        raise ConfigError("a model with several KV groups is not supported through a node yet; leave --shared-host out")
+    if config.disk.compress != "none":
+        raise ConfigError("a model with several KV groups is not compressed yet; set disk.compress to none")
+    if cost is not None and cost.engine.kv_tokens is not None and cost.engine.prefix_cache:
+        raise ConfigError(
+            "an engine's own prefix cache is not simulated for a model with several KV groups; set engine.prefix_cache "
+            "to false in the cost model"
+        )
 
 
 def _shared_tiers(

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from lmc.cache.shape import ModelShape
 from lmc.errors import ConfigError, TraceError
 
 Int32 = npt.NDArray[np.int32]
@@ -39,6 +40,7 @@ class Trace:
     sessions: Int32  # (num_requests,) session number, -1 if the trace names none
     block_bytes: int = 0  # KV bytes of one trace block over all ranks, 0 if the trace does not say it
     recorded_hits: dict[str, int] = field(default_factory=dict)  # hit tokens of the recorded cache, by tier
+    shape: ModelShape | None = None  # of a model with several KV groups, if the trace says it
     notes: tuple[str, ...] = ()  # choices of the file's reader that matter for the results
 
     @property
@@ -72,8 +74,13 @@ class Trace:
         return self.num_requests // 2 if window == "last-half" else 0
 
 
-def require_blocks(trace: Trace) -> None:
-    """Raises TraceError for a trace without trace blocks, which holds lengths only."""
+def require_blocks(trace: Trace, *, of_groups: bool = False) -> None:
+    """Raises TraceError for a trace without trace blocks, which holds lengths only, and unless of_groups for one of several KV groups."""
+    if trace.shape is not None and not of_groups:
+        raise TraceError(
+            f"{trace.source} was recorded with a model that has several KV groups, whose hits need more than chunks of tokens; "
+            "only `lmc sim replay` simulates that"
+        )
     if trace.num_blocks == 0:
         raise TraceError(
             f"{trace.source}: a trace in {trace.format} format holds arrivals and lengths but no content, so hits cannot be simulated; "

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.cache.parts import Group, Parts, chunk_tokens_for, fits
+from lmc.probe.model_shape import split_layers
 
 pytestmark = pytest.mark.engine
 
@@ -90,3 +91,18 @@ def test_the_parts_of_a_hit_are_the_needed_blocks_in_whole_chunks(
             end = (index + 1) * chunk // size
             held |= set(range(end - parts.blocks[number], end))
         assert held == set(range(group.first_needed(chunks * chunk) // size, chunks * chunk // size))
+
+
+@settings(max_examples=200, deadline=None)
+@given(full=st.integers(1, 40), windows=st.integers(1, 40), data=st.data())
+def test_layers_are_split_into_the_groups_that_vllm_makes(full: int, windows: int, data: st.DataObject) -> None:
+    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    common = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    specs = {"full": FullAttentionSpec(**common), "window": SlidingWindowSpec(**common, sliding_window=64)}
+    kinds = data.draw(st.permutations(["full"] * full + ["window"] * windows))
+    made = _get_kv_cache_groups_uniform_page_size({f"layer {at}": specs[kind] for at, kind in enumerate(kinds)})
+    names = {FullAttentionSpec: "full", SlidingWindowSpec: "window"}
+    groups = [(names[type(group.kv_cache_spec)], len(group.layer_names)) for group in made]
+    assert split_layers({kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}) == groups

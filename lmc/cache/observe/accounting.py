@@ -73,7 +73,9 @@ class Accounting:
         chunk_bytes: int,
         num_parts: int,
         clock: Callable[[], float],
+        shape: Mapping[str, object] | None = None,
     ) -> None:
+        """shape: of a model with several KV groups, for the trace."""
         self._directory = directory
         self._chunk_tokens = namespace.chunk_tokens
         self._stored = 0  # chunks since the last report
@@ -90,6 +92,7 @@ class Accounting:
                 chunk_bytes=chunk_bytes * num_parts,
                 namespace=namespace.label(),
                 now=clock(),
+                shape=shape,
             )
 
     def close(self) -> None:

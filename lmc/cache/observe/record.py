@@ -1,9 +1,9 @@
 """The lookup trace: one JSON line for each request that was admitted. `lmc sim` reads it.
 
-The first line is a header with TRACE_FORMAT, TRACE_VERSION, the sizes of a chunk and the time of day at which the file began. A line holds
-the seconds since then, the request, its prompt tokens, the first NAME_BYTES of each full chunk's key in hex, the hit tokens by tier, and a
-name for the tenant. No text, no token ids and no salts are written: a tenant's name is a hash with a secret that is made for the process
-and forgotten with it.
+The first line is a header with TRACE_FORMAT, TRACE_VERSION, the sizes of a chunk, the shape of a model with several KV groups and the time
+of day at which the file began. A line holds the seconds since then, the request, its prompt tokens, the first NAME_BYTES of each full
+chunk's key in hex, the hit tokens by tier, and a name for the tenant. No text, no token ids and no salts are written: a tenant's name is a
+hash with a secret that is made for the process and forgotten with it.
 
 A line is in the kernel's hands when lookup() returns, so no end of the process loses it. A process that starts again goes on with the file.
 A file that is full, or whose chunks are other ones, is renamed to PATH.1, PATH.2 and so on, and PATH begins anew. Nothing is deleted.
@@ -44,9 +44,20 @@ logger = logging.getLogger(__name__)
 
 class TraceRecorder:
     def __init__(
-        self, path: Path, *, limit: int, chunk_tokens: int, chunk_bytes: int, namespace: str, now: float
+        self,
+        path: Path,
+        *,
+        limit: int,
+        chunk_tokens: int,
+        chunk_bytes: int,
+        namespace: str,
+        now: float,
+        shape: Mapping[str, Any] | None = None,
     ) -> None:
-        """Go on with the file, or begin it. limit: bytes of one file. Raises ConfigError when it cannot be written or is another file."""
+        """Go on with the file, or begin it. limit: bytes of one file. shape: of a model with several KV groups, as JSON.
+
+        Raises ConfigError when it cannot be written or is another file.
+        """
         self._path = path
         self._limit = limit
         self._secret = secrets.token_bytes(32)
@@ -58,6 +69,7 @@ class TraceRecorder:
             "chunk_tokens": chunk_tokens,
             "chunk_bytes": chunk_bytes,
             "namespace": namespace,
+            **({"shape": shape} if shape is not None else {}),
         }
         try:
             self._open(now)

@@ -39,6 +39,7 @@ from lmc.cache.scheduler.client_pins import ClientPins
 from lmc.cache.scheduler.open import common_namespace, open_directory, open_endpoint, open_presence
 from lmc.cache.scheduler.prefetch import Prefetcher
 from lmc.cache.scheduler.presence import Question
+from lmc.cache.shape import shape_of
 from lmc.errors import TransferError
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class CacheScheduler(BesideRequests):
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
-        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, num_parts, clock)
+        shape = shape_of(self._parts, first.part_bytes, num_parts).to_json() if self._parts.has_leaves else None
+        self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, num_parts, clock, shape)
         self.metrics = self._accounting.metrics
         self.client_pins = ClientPins(self.directory, config.clients, self._bytes_of_all, self.metrics)
         for worker in ready:

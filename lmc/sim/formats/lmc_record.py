@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lmc.cache.observe.record import NAME_BYTES, SAME_CHUNKS, TRACE_FORMAT, TRACE_VERSION, rotated
+from lmc.cache.shape import read_shape
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
@@ -58,7 +59,8 @@ def read(path: Path, options: ReadOptions) -> Trace:
                 tenant=str(record.get("tenant", "")),
             )
     trace = builder.finish()
-    return replace(trace, block_bytes=get_count(path, first, header, "chunk_bytes"), recorded_hits=hits)
+    shape = read_shape(header["shape"], f"{path}, line {first}") if "shape" in header else None
+    return replace(trace, block_bytes=get_count(path, first, header, "chunk_bytes"), recorded_hits=hits, shape=shape)
 
 
 def inputs(path: Path, options: ReadOptions) -> list[Path]:
