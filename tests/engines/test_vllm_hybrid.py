@@ -15,6 +15,11 @@ import pytest
 
 from lmc.cache.keys import ChunkKey, KeyChain, Namespace, root
 from lmc.cache.parts import leaf_key
+from lmc.cache.settings import load_settings
+from lmc.probe.model_shape import probe_shape
+from lmc.sim.formats import read_trace
+from lmc.sim.formats.base import ReadOptions
+from lmc.sim.replay_show import replay_settings
 from tests.engines.equality import Scenario, run_scenario
 from tests.engines.scenario import assert_same, driver, prompt
 from tests.engines.tiny_model import make_tiny_gemma, make_tiny_gpt_oss, make_tiny_llama4, make_tiny_mistral
@@ -166,6 +171,35 @@ def test_other_kinds_of_layers(tmp_path: Path, make: Callable[[Path], Path], gro
         assert_same(engine.generate([text]), reference)
         assert engine.call("metric", name="lmc_failures_total", labels={"operation": "load"}) > 0
         assert_nothing_is_left(engine)
+
+
+def test_the_simulator_says_to_the_token_what_the_engine_hits(gemma: Path, tmp_path: Path) -> None:
+    """Requests come one at a time, and host memory holds a part of what they store."""
+    shape = probe_shape(gemma, block_tokens=32)
+    slots, record = 50, tmp_path / "record.jsonl"
+    flags = {
+        "chunk_tokens": CHUNK,
+        "checkpoint_tokens": 192,
+        "host.capacity": slots * CHUNK // 32 * max(shape.block_bytes),
+    }
+    generator = random.Random(7)
+    documents = [prompt(100 + number, generator.randrange(150, 500)) for number in range(5)]
+    measured = []
+    with driver(gemma, options={"max_num_batched_tokens": 1024}, record=str(record), **flags) as engine:
+        for number in range(40):
+            start = generator.choice(documents)
+            text = start[: generator.randrange(70, len(start))] + prompt(200 + number, generator.randrange(1, 130))
+            (got,) = engine.generate([text])
+            measured.append(got["cached"])
+            engine.call("settle")
+            engine.call("reset_device")
+        assert engine.call("metric", name="lmc_evicted_chunks_total", labels={"tier": "host"}) > 0
+        assert engine.call("by_label", name="lmc_misses_total", label="reason")["no checkpoint"] > 0
+    trace = read_trace(record, ReadOptions())
+    assert trace.shape == shape
+    simulated = replay_settings(trace, load_settings(flags=flags).config)
+    assert simulated.hit_tokens["host"].tolist() == measured
+    assert sum(measured) > 0
 
 
 WINDOWS = Scenario(
