@@ -43,9 +43,7 @@ def everything(trace: Trace, units: int) -> float:
 
 
 def checkpoints(trace: Trace, units: int, tokens: int | None) -> float:
-    shape = ModelShape(
-        (Group("full", CHUNK), *[Group("window", CHUNK, 2 * CHUNK)] * WINDOWS), (UNIT,) * (1 + WINDOWS)
-    )
+    shape = ModelShape((Group("full", CHUNK), *[Group("window", CHUNK, 2 * CHUNK)] * WINDOWS), (UNIT,) * (1 + WINDOWS))
     result = replay_settings(trace, settings(units, checkpoint_tokens=tokens), shape=shape)
     return result.hits("last-half")["host"] / result.total_tokens("last-half")
 
@@ -60,7 +58,11 @@ def main() -> int:
         plain, kept = everything(trace, units), checkpoints(trace, units, None)
         dense = checkpoints(trace, units, CHUNK)
         rows.append([units, 100 * plain, 100 * dense, 100 * kept, kept / plain, BAR, kept >= BAR * plain])
-    columns = [Column("units", decimals=0), Column("every group's every chunk", "%"), Column("a checkpoint at every chunk", "%")]
+    columns = [
+        Column("units", decimals=0),
+        Column("every group's every chunk", "%"),
+        Column("a checkpoint at every chunk", "%"),
+    ]
     columns += [Column("lmc's default", "%"), Column("times"), Column("bar"), Column("reached")]
     table = Table("Hits of the second half, in input tokens", columns, rows, f"{trace.num_requests:,} requests.")
     print_table(table)
