@@ -14,7 +14,7 @@ from lmc.errors import ConfigError
 
 SHAPE_FORMAT = "lmc-shape"
 SHAPE_VERSION = 1
-_KINDS = ("full", "window", "local")
+_KINDS = ("full", "window", "local", "state")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_shape(value: object, source: str) -> ModelShape:
     groups, sizes = zip(
         *(_read_group(one, f"{source}: group {number}") for number, one in enumerate(found)), strict=True
     )
-    if groups[0].kind != "full":
+    if groups[0].kind != "full" and len(groups) > 1:
         raise ConfigError(f"{source}: the first group must keep all tokens (kind full), not {groups[0].kind}")
     return ModelShape(groups, sizes)
 
@@ -71,7 +71,7 @@ def _read_group(value: object, where: str) -> tuple[Group, int]:
     if not isinstance(value, Mapping) or set(value) != wanted:
         raise ConfigError(f"{where} must have {', '.join(sorted(wanted))}, and nothing else")
     numbers = [value["block_tokens"], value["span"], value["block_bytes"]]
-    least = [1, 0 if value["kind"] == "full" else 1, 1]
+    least = [1, 1 if value["kind"] in ("window", "local") else 0, 1]
     if value["kind"] not in _KINDS or not all(isinstance(number, int) for number in numbers):
         raise ConfigError(f"{where}: kind must be one of {', '.join(_KINDS)}, and the others must be whole numbers")
     if any(number < low for number, low in zip(numbers, least, strict=True)):

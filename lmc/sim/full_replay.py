@@ -19,7 +19,7 @@ from lmc.cache.directory import HOST, Capacity, Directory, Miss, Request, Ticket
 from lmc.cache.directory.holds import ABSENT, LATE
 from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
-from lmc.cache.parts import Parts
+from lmc.cache.parts import Parts, Step
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.capacity import warn_small
@@ -216,7 +216,7 @@ class _Instance:
         valid = num_prompt if num_valid >= run.num_tokens else min(num_valid, num_prompt)
         if self._replay.fleet.parts is not None:  # where a prompt ends decides about its checkpoints
             valid, num_prompt = min(num_valid, run.num_tokens), run.num_tokens
-        stored = self._lives[run.index].store(run.keys, valid, num_prompt, self.now(), num_before)
+        stored = self._lives[run.index].store(run.keys, valid, num_prompt, self.now(), Step(num_before))
         self._stores += [ticket for _, ticket in stored]
 
     def first_token(self, run: Run) -> None:

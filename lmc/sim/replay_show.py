@@ -51,6 +51,8 @@ def replay_settings(
         chunk_tokens = chunk_tokens_for(config, trace.block_tokens)
         chunk_bytes = known_token_bytes(trace, token_bytes, cost) * chunk_tokens
     else:
+        if any(group.kind == "state" for group in shape.groups):
+            raise ConfigError("recurrent states are not simulated yet: they exist only where the engine keeps one")
         _require_plain(config, cost, shared_host)
         parts = shape.parts(config.chunk_tokens, DEFAULT_CHUNK_TOKENS, config.checkpoint_tokens)
         chunk_tokens, part_bytes = parts.chunk_tokens, shape.part_bytes(parts)

@@ -86,7 +86,7 @@ def test_the_command_writes_a_file_that_the_simulator_reads(tmp_path: Path) -> N
         ({"version": 9}, "version 9"),
         ({"groups": []}, "has no groups"),
         ({"groups": [{"kind": "full"}]}, "group 0 must have block_bytes, block_tokens, kind, span"),
-        ({"groups": [{"kind": "window", "block_tokens": 16, "span": 8, "block_bytes": 1}]}, "must keep all tokens"),
+        ({"groups": [{"kind": "window", "block_tokens": 16, "span": 8, "block_bytes": 1}] * 2}, "must keep all tokens"),
         ({"groups": [{"kind": "full", "block_tokens": 0, "span": 0, "block_bytes": 1}]}, "must be positive"),
         ({"groups": [{"kind": "half", "block_tokens": 1, "span": 0, "block_bytes": 1}]}, "kind must be one of"),
     ],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lmc.cache.config import CacheConfig
 from lmc.cache.keys import ChunkKey, Namespace
-from lmc.cache.parts import Group, parts_of
+from lmc.cache.parts import Group, Step, parts_of
 from lmc.cache.plan import ABSENT, CopyReading, Plan, Report, Ticket, WorkerReady
 from lmc.cache.policy import POLICIES
 from lmc.cache.scheduler.cache import CacheScheduler, Identity
@@ -152,7 +152,7 @@ class Live:
         scheduler.admit(name, gain, blocks, others)
         self.hits.append({tier: tokens for tier, tokens in scheduler.loaded_from(name).items() if tokens})
         self._settle()
-        scheduler.store(name, tokens, len(tokens), len(tokens), blocks, others, gain)
+        scheduler.store(name, tokens, len(tokens), len(tokens), blocks, others, Step(gain))
         scheduler.finish(name)
         self._settle()
         scheduler.directory.check()

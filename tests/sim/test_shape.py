@@ -92,3 +92,6 @@ def test_what_is_not_simulated_with_several_groups(path: Path) -> None:
         replay_show.replay_settings(trace, settings(disk={"path": "/nowhere", "compress": "lossless"}))
     with pytest.raises(ConfigError, match="chunk_tokens 6 does not fit"):
         replay_show.replay_settings(trace, settings(chunk_tokens=6))
+    states = ModelShape((Group("full", CHUNK), Group("state", CHUNK)), (1000, 500))
+    with pytest.raises(ConfigError, match="recurrent states are not simulated yet"):
+        replay_show.replay_settings(trace, settings(), shape=states)
