@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -18,12 +19,15 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from lmc.cache.parts import Group
+from lmc.cache.shape import ModelShape
 from lmc.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
 
 NEEDS = [  # commands that no test runs here, and what they need
+    (r"lmc probe model google/", "a model of the hub"),
     (r"lmc serve\b", "an engine; tests/engines runs it"),
     (r"lmc node\b", "engines; tests/cache/node and tests/engines run it"),
     (r"lmc bench (?!check|compare|report|--list)", "an engine or a server; tests/bench runs it"),
@@ -99,6 +103,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = {"host": {"capacity": "8GiB"}, "disk": {"path": "kv", "capacity": "64GiB"}}
     (tmp_path / "lmc.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "lmcache.yaml").write_text("chunk_size: 256\n")
+    groups = ModelShape((Group("full", 16), Group("window", 16, 512)), (1 << 20, 1 << 20))
+    (tmp_path / "gemma.json").write_text(json.dumps(groups.to_json()))
     for name in ("a", "b"):
         shutil.copytree(ROOT / "reports" / "null", tmp_path / "reports" / name)
         shutil.copytree(ROOT / "reports" / "null", tmp_path / name.upper())

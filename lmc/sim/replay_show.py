@@ -54,7 +54,8 @@ def replay_settings(
         if any(group.kind == "state" for group in shape.groups):
             raise ConfigError("recurrent states are not simulated yet: they exist only where the engine keeps one")
         _require_plain(config, cost, shared_host)
-        parts = shape.parts(config.chunk_tokens, DEFAULT_CHUNK_TOKENS, config.checkpoint_tokens)
+        least = max(DEFAULT_CHUNK_TOKENS, trace.block_tokens)
+        parts = shape.parts(config.chunk_tokens, least, config.checkpoint_tokens)
         chunk_tokens, part_bytes = parts.chunk_tokens, shape.part_bytes(parts)
         chunk_bytes = max(part_bytes)
         fleet = replace(fleet, parts=parts, part_bytes=part_bytes)
