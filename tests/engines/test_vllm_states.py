@@ -109,7 +109,10 @@ def test_states_of_the_gated_delta_rule(tmp_path: Path) -> None:
 def test_without_vllms_prefix_cache_states_are_refused_and_the_engine_runs(tmp_path: Path) -> None:
     options = {**ONE_BLOCK, "enable_prefix_caching": False}
     with engine_on(
-        make_tiny_falcon(tmp_path / "model"), tmp_path / "disk", settings={"strict": False}, **options
+        make_tiny_falcon(tmp_path / "model"),
+        tmp_path / "disk",
+        settings={"strict": False, "chunk_tokens": None},
+        **options,
     ) as engine:
         assert any("needs vLLM's prefix cache" in line for line in engine.log)
         first, again = engine.generate([TEXT]), engine.generate([TEXT])
