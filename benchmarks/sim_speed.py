@@ -67,6 +67,8 @@ def trace_of(ids: np.ndarray, sizes: np.ndarray, block_tokens: int = 16) -> Trac
         np.zeros(sizes.size, dtype=np.int32),
         ("",),
         np.full(sizes.size, -1, dtype=np.int32),
+        np.zeros(sizes.size, dtype=np.int32),
+        ("",),
     )
 
 

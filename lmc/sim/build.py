@@ -37,9 +37,11 @@ class TraceBuilder:
     _output_tokens: array[int] = field(default_factory=lambda: array("q"))
     _tenants: array[int] = field(default_factory=lambda: array("i"))
     _sessions: array[int] = field(default_factory=lambda: array("i"))
+    _classes: array[int] = field(default_factory=lambda: array("i"))
     _names: dict[str, int] = field(default_factory=dict)
     _tenant_codes: dict[str, int] = field(default_factory=dict)
     _session_codes: dict[str, int] = field(default_factory=dict)
+    _class_codes: dict[str, int] = field(default_factory=lambda: {"": 0})
 
     def add(
         self,
@@ -50,6 +52,7 @@ class TraceBuilder:
         output_tokens: int,
         tenant: str = "",
         session: str | None = None,
+        request_class: str = "",
     ) -> None:
         """Add one request from this line of the file. hashes are 64-bit integers that are equal exactly if the whole prefixes are equal."""
         if isinstance(hashes, np.ndarray):
@@ -64,6 +67,7 @@ class TraceBuilder:
         self._tenants.append(self._tenant_codes.setdefault(tenant, len(self._tenant_codes)))
         code = -1 if session is None else self._session_codes.setdefault(session, len(self._session_codes))
         self._sessions.append(code)
+        self._classes.append(self._class_codes.setdefault(request_class, len(self._class_codes)))
 
     def begin_file(self, name: str) -> None:
         """The requests that are added from now on are from this file, which is one of several."""
@@ -127,6 +131,8 @@ class TraceBuilder:
             tenants=np.frombuffer(self._tenants, dtype=np.int32)[order],
             tenant_names=tuple(self._tenant_codes),
             sessions=np.frombuffer(self._sessions, dtype=np.int32)[order],
+            classes=np.frombuffer(self._classes, dtype=np.int32)[order],
+            class_names=tuple(self._class_codes),
             notes=tuple(self.notes),
         )
 

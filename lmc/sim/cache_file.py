@@ -33,6 +33,7 @@ _COLUMNS = (
     "parents",
     "tenants",
     "sessions",
+    "classes",
 )
 
 
@@ -110,7 +111,7 @@ def _read(place: Path, wanted: dict[str, Any]) -> Trace | None:
     except (OSError, ValueError):
         return None
     parts: dict[str, Any] = header["rest"]  # Any: fields of a Trace
-    for name in ("tenant_names", "notes"):
+    for name in ("tenant_names", "class_names", "notes"):
         parts[name] = tuple(parts[name])
     if parts["shape"] is not None:
         parts["shape"] = read_shape(parts["shape"], str(place))

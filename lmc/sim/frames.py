@@ -1,7 +1,8 @@
 """The simulator for notebooks: traces and results as pandas DataFrames. docs/python.md shows them.
 
-A trace is a DataFrame with one row for each request and these columns: arrival_s, input_tokens, output_tokens, tenant, session and blocks
-(ids of its trace blocks, each equal exactly if the whole prefix is equal). Its attrs hold source, format, block_tokens and block_bytes.
+A trace is a DataFrame with one row for each request and these columns: arrival_s, input_tokens, output_tokens, tenant, session, class
+and blocks (ids of its trace blocks, each equal exactly if the whole prefix is equal). The column class may be absent. attrs hold source,
+format, block_tokens and block_bytes.
 Rows may be chosen, sorted and changed before they are given to the other functions.
 """
 
@@ -59,6 +60,7 @@ def read_trace(
             "output_tokens": trace.output_tokens,
             "tenant": np.array(trace.tenant_names, dtype=object)[trace.tenants],
             "session": trace.sessions,
+            "class": np.array(trace.class_names, dtype=object)[trace.classes],
             "blocks": pd.Series(np.split(trace.ids, bounds), dtype=object),
         }
     )
@@ -202,10 +204,19 @@ def to_trace(requests: pd.DataFrame) -> Trace:
         str(attrs.get("source", "DataFrame")), str(attrs.get("format", "frame")), int(attrs["block_tokens"]), sort=True
     )
     rows = requests[list(_COLUMNS)].itertuples(index=False)
-    for number, (arrival, tokens, output, tenant, session, blocks) in enumerate(rows, start=1):
-        named = None if session is None or session == -1 else str(session)
+    classes = requests["class"] if "class" in requests.columns else [""] * len(requests)
+    for number, ((arrival, tokens, output, tenant, session, blocks), request_class) in enumerate(
+        zip(rows, classes, strict=True), start=1
+    ):
         builder.add(
-            number, np.asarray(blocks, dtype=np.int64), float(arrival), int(tokens), int(output), str(tenant), named
+            number,
+            np.asarray(blocks, dtype=np.int64),
+            float(arrival),
+            int(tokens),
+            int(output),
+            str(tenant),
+            None if session is None or session == -1 else str(session),
+            str(request_class),
         )
     trace = builder.finish(lengths_only=all(len(blocks) == 0 for blocks in requests["blocks"]))
     return replace(trace, block_bytes=int(attrs.get("block_bytes", 0)), notes=(*attrs.get("notes", ()), *trace.notes))

@@ -158,8 +158,16 @@ class _Instance:
         if run.index not in self._lives:
             self.directory.expire(now)
             tenant = trace.tenant_names[trace.tenants[run.index]]
+            request_class = int(trace.classes[run.index])
             self._lives[run.index] = Request(
-                str(run.index), self.directory, replay.config, trace.block_tokens, tenant, now, replay.fleet.parts
+                str(run.index),
+                self.directory,
+                replay.config,
+                trace.block_tokens,
+                tenant,
+                now,
+                replay.fleet.parts,
+                request_class,
             )
         life = self._lives[run.index]
         gain = life.lookup(run.keys, run.num_tokens, computed, now)

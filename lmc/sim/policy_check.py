@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from lmc.cache.policy.base import PolicySpec
 from lmc.report import Cell, Column, Table
 from lmc.sim.belady import belady_hits
 from lmc.sim.build import TraceBuilder
-from lmc.sim.policy_host import BrokenContractError, Host, Key, NodePolicy, Request, run_spec
+from lmc.sim.policy_host import BrokenContractError, Host, Key, NodePolicy, Request, class_of, run_spec
 from lmc.sim.policy_replay import replay_policy
 from lmc.sim.trace import Int32, Trace
 
@@ -51,15 +51,21 @@ def check_table(spec: PolicySpec, found: Sequence[Checked], rounds: int) -> Tabl
     return Table(f"Contract of policy {spec.name}", [Column("what"), Column("holds"), Column("fault")], rows, note)
 
 
-def trace_of(requests: Sequence[Request], seconds: Sequence[float] | None = None) -> tuple[Trace, list[Key]]:
-    """A trace with trace blocks of one token, and the key of each id."""
+def trace_of(
+    requests: Sequence[Request], seconds: Sequence[float] | None = None, classed: bool = False
+) -> tuple[Trace, list[Key]]:
+    """A trace with trace blocks of one token, and the key of each id. classed: requests have classes as the host gives them."""
     builder = TraceBuilder("random", "test", 1)
     number: dict[Key, int] = {}
     for index, labels in enumerate(requests):
         chain = [tuple(labels[: depth + 1]) for depth in range(len(labels))]
         hashes = [number.setdefault(key, len(number)) for key in chain]
         builder.add(index + 1, hashes, seconds[index] if seconds else float(index), len(labels), 1)
-    return builder.finish(), list(number)
+    trace = builder.finish()
+    if classed:
+        classes = np.array([class_of(labels) for labels in requests], dtype=np.int32)
+        trace = replace(trace, classes=classes, class_names=("", "1", "2", "3"))
+    return trace, list(number)
 
 
 def _case(number: int, seed: int) -> tuple[list[Request], int, int]:
@@ -98,7 +104,7 @@ def _fault_of(check: Callable[[], None]) -> str:
 
 def _answers(spec: PolicySpec, requests: Sequence[Request], capacity: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
-    host = Host(NodePolicy(spec, capacity, max(map(len, requests))), capacity)
+    host = Host(NodePolicy(spec, capacity, max(map(len, requests))), capacity, classed=True)
     pinned: list[Key] = []
     for labels in requests:
         host.request(labels)
@@ -114,10 +120,10 @@ def _answers(spec: PolicySpec, requests: Sequence[Request], capacity: int, seed:
 
 
 def _three_agree(spec: PolicySpec, requests: Sequence[Request], capacity: int, seed: int) -> None:
-    trace, keys = trace_of(requests)
+    trace, keys = trace_of(requests, classed=True)
     [fast] = replay_policy(trace, spec, [capacity], log_victims=True, workers=1)
     [slow] = replay_policy(trace, spec, [capacity], log_victims=True, compiled=False)
-    live = run_spec(spec, requests, capacity)
+    live = run_spec(spec, requests, capacity, classed=True)
     _same("compiled and interpreted", fast.victims.tolist(), slow.victims.tolist())
     _same("compiled and live", [keys[node] for node in fast.victims.tolist()], live.victims)
     _same("hits compiled and live", fast.request_hits.tolist(), live.hits)

@@ -26,6 +26,7 @@ IsBlocked = Callable[[Key], bool]
 class Policy(Protocol):
     """A policy that speaks of keys: one of lmc's behind NodePolicy, or a naive one."""
 
+    def begin(self, request_class: int) -> None: ...
     def hit(self, key: Key, now: int) -> None: ...
     def insert(self, key: Key, now: int) -> None: ...
     def victim(self, held: IsBlocked) -> Key | None: ...
@@ -60,6 +61,10 @@ class NodePolicy:
     def forget(self, node: int) -> None:
         del self.node_of[self.key_of.pop(node)]
         self.free.append(node)
+
+    def begin(self, request_class: int) -> None:
+        if self.spec.on_request is not None:
+            self.spec.on_request(self.state, request_class)
 
     def hit(self, key: Key, now: int) -> None:
         _require(key in self.resident, "the host touched a node that is not there")
@@ -105,11 +110,17 @@ class NodePolicy:
             self.forget(self.node_of[key])
 
 
+def class_of(labels: Request) -> int:
+    """A class for a request, often 0, that other requests have too."""
+    return len(labels) % 4
+
+
 class Host:
     """A cache of `capacity` blocks that follows the order of calls in lmc.cache.policy.base."""
 
-    def __init__(self, policy: Policy, capacity: int) -> None:
+    def __init__(self, policy: Policy, capacity: int, classed: bool = False) -> None:
         self.policy = policy
+        self.classed = classed  # requests have the class that class_of() gives them, not 0
         self.capacity = capacity
         self.there: set[Key] = set()
         self.children: Counter[Key] = Counter()
@@ -133,6 +144,7 @@ class Host:
             found += 1
         self.hits.append(found)
         self.pins.update(chain)
+        self.policy.begin(class_of(labels) if self.classed else 0)
         while len(self.there) + len(chain) - found > self.capacity:
             key = self.policy.victim(self.held)
             if key is None:
@@ -154,13 +166,13 @@ class Host:
         _require(len(self.there) <= self.capacity, "the cache holds more than its capacity")
 
 
-def run_spec(spec: PolicySpec, requests: Sequence[Request], capacity: int) -> Host:
+def run_spec(spec: PolicySpec, requests: Sequence[Request], capacity: int, classed: bool = False) -> Host:
     most_new = max(len(labels) for labels in requests)
-    return run_policy(NodePolicy(spec, capacity, most_new), requests, capacity)
+    return run_policy(NodePolicy(spec, capacity, most_new), requests, capacity, classed)
 
 
-def run_policy(policy: Policy, requests: Sequence[Request], capacity: int) -> Host:
-    host = Host(policy, capacity)
+def run_policy(policy: Policy, requests: Sequence[Request], capacity: int, classed: bool = False) -> Host:
+    host = Host(policy, capacity, classed)
     for labels in requests:
         host.request(labels)
     return host

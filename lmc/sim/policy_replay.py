@@ -111,6 +111,7 @@ def _replay_one(
         trace.starts,
         trace.parents,
         trace.timestamps_s,
+        trace.classes,
         capacity,
         max(1, int(capacity * options.low_watermark)),
         options.admit_touches,
@@ -139,6 +140,7 @@ def compiled_kernel(spec: PolicySpec) -> Kernel:
     from numba import njit
     from numba.extending import register_jitable
 
+    register_jitable(_nrt=False)(_ignore)
     for module in _modules(spec):
         for function in vars(module).values():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
@@ -163,9 +165,10 @@ def source_digest(spec: PolicySpec) -> str:
 
 
 def _modules(spec: PolicySpec) -> list[Any]:  # Any: module objects
-    """The modules under lmc.cache.policy whose functions a policy uses; its own module is the first."""
+    """The modules under lmc.cache.policy whose functions a policy uses."""
     found: list[Any] = []
-    waiting = [sys.modules[spec.on_hit.__module__]]
+    functions = [spec.on_hit] if spec.on_request is None else [spec.on_hit, spec.on_request]
+    waiting = [sys.modules[function.__module__] for function in functions]
     while waiting:
         module = waiting.pop()
         if module in found:
@@ -176,15 +179,20 @@ def _modules(spec: PolicySpec) -> list[Any]:  # Any: module objects
     return found
 
 
+def _ignore(state: Any, request_class: int) -> None:
+    """A policy without on_request does this."""
+
+
 def make_kernel(spec: PolicySpec) -> Kernel:
     on_hit, on_insert, victim = spec.on_hit, spec.on_insert, spec.victim
-    on_evict, release = spec.on_evict, spec.release
+    on_evict, release, on_request = spec.on_evict, spec.release, spec.on_request or _ignore
 
     def kernel(
         ids: Int32,
         starts: Int64,
         parents: Int32,
         times_s: Float64,
+        classes: Int32,
         capacity: int,
         low: int,
         admit_touches: int,
@@ -213,6 +221,7 @@ def make_kernel(spec: PolicySpec) -> Kernel:
             length = min(starts[request + 1] - start, capacity)
             now = request + 1
             now_s = times_s[request]
+            on_request(state, classes[request])
 
             if expires:
                 node = aging_younger[aging]

@@ -38,6 +38,8 @@ class Trace:
     tenants: Int32  # (num_requests,) index into tenant_names
     tenant_names: tuple[str, ...]
     sessions: Int32  # (num_requests,) session number, -1 if the trace names none
+    classes: Int32  # (num_requests,) index into class_names: what the trace tells of the request beside its prompt
+    class_names: tuple[str, ...]  # the first is empty: nothing is known
     block_bytes: int = 0  # KV bytes of one trace block over all ranks, 0 if the trace does not say it
     recorded_hits: dict[str, int] = field(default_factory=dict)  # hit tokens of the recorded cache, by tier
     shape: ModelShape | None = None  # of a model with several KV groups, if the trace says it
@@ -107,6 +109,7 @@ def select_requests(trace: Trace, chosen: npt.NDArray[np.bool_]) -> Trace:
         parents=number[trace.parents[used[order]]],
         tenants=trace.tenants[chosen],
         sessions=trace.sessions[chosen],
+        classes=trace.classes[chosen],
     )
 
 

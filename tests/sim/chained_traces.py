@@ -30,7 +30,8 @@ def traces(draw: st.DrawFn, max_requests: int = 12, max_extension: int = 5) -> T
         chains.append(chain)
         now += draw(st.sampled_from([0.0, 1.0, 2.5]))
         missing = draw(st.integers(0, BLOCK_TOKENS - 1)) if chain else 0
-        builder.add(number + 1, [7 * block + 3 for block in chain], now, len(chain) * BLOCK_TOKENS - missing, 1)
+        hashes, tokens = [7 * block + 3 for block in chain], len(chain) * BLOCK_TOKENS - missing
+        builder.add(number + 1, hashes, now, tokens, 1, request_class=draw(st.sampled_from(["", "user", "tool"])))
     return builder.finish()
 
 

@@ -177,6 +177,7 @@ def test_chats_with_tool_calls_are_read(read: Any) -> None:
         {"messages": ASKED, "timestamp": 1}, {"messages": ASKED, "timestamp": 2}, {"messages": other, "timestamp": 3}
     )
     first, again, third = chains(trace)
+    assert [trace.class_names[code] for code in trace.classes] == ["tool", "tool", "tool"]
     assert first == again
     same = next(index for index, (a, b) in enumerate(zip(first, third, strict=True)) if a != b)
     assert 60 < same < len(first) - 40  # the call's arguments are part of the prompt, and so is what follows

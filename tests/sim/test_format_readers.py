@@ -275,3 +275,20 @@ def test_what_the_cache_records_is_what_sim_reads(tmp_path: Path) -> None:
     assert trace.timestamps_s.tolist() == [0.5, 3.0]
     assert (trace.block_tokens, trace.block_bytes, trace.recorded_hits) == (4, 640, {"host": 8})
     assert stack.hit_curve(stack.profile(trace)).at(math.inf) == (2, 8)
+
+
+def classes(path: Path) -> list[str]:
+    trace = read_trace(path)
+    return [trace.class_names[code] for code in trace.classes]
+
+
+def test_files_tell_the_class_of_requests(write: Write) -> None:
+    own = [{**lookup(0.5, ["00000000000000aa"]), "class": "tool", "session": "s"}, lookup(0.7, [])]
+    assert classes(write(HEADER, *own, name="own.jsonl")) == ["tool", ""]
+    assert read_trace(write(HEADER, *own, name="own.jsonl")).sessions.tolist() == [0, -1]
+    assert classes(write(chat(1, -1, [5]), chat(2, -1, [6], "search"), name="b.jsonl")) == ["text", "search"]
+    line = {"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [1]}
+    assert classes(write(line, {**line, "class": "user"}, name="mooncake.jsonl")) == ["", "user"]
+    agent = session("a", {**step(0.0, [[1, 1]]), "stop": "tool_use"}, step(1.0, [[1, 1]]))
+    assert classes(write(agent, name="agents.jsonl")) == ["tool_use", ""]
+    assert "'class' is 3" in refused(write({**line, "class": 3}, name="bad.jsonl"))

@@ -35,6 +35,7 @@ def path(tmp_path: Path) -> Path:
                 "output_length": 3,
                 "hash_ids": list(chain),
                 "session_id": f"s{chat}",
+                **({"class": "tool"} if number % 3 else {}),
             }
         )
     file = tmp_path / "trace.jsonl"
@@ -45,9 +46,12 @@ def path(tmp_path: Path) -> Path:
 def test_a_trace_becomes_a_frame_and_back(path: Path) -> None:
     trace, requests = read_trace(path), frames.read_trace(path)
     again = frames.to_trace(requests)
-    for name in ("ids", "starts", "timestamps_s", "input_tokens", "output_tokens", "parents", "sessions"):
+    for name in ("ids", "starts", "timestamps_s", "input_tokens", "output_tokens", "parents", "sessions", "classes"):
         assert getattr(again, name).tolist() == getattr(trace, name).tolist(), name
     assert (again.block_tokens, again.tenant_names) == (trace.block_tokens, trace.tenant_names)
+    assert again.class_names == trace.class_names == ("", "tool")
+    unclassed = frames.to_trace(requests.drop(columns="class"))
+    assert unclassed.class_names == ("",) and not unclassed.classes.any()
     assert requests.attrs["format"] == "mooncake" and len(requests) == 120
 
 

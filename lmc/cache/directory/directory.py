@@ -173,6 +173,7 @@ class Directory:
         leaves: Sequence[Leaf] = (),
         tenant: str = "",
         touch: bool = True,
+        request_class: int = 0,
     ) -> list[Ticket]:
         """A request has computed the chunks of keys, a whole prefix, and these leaves of them: touch those that are stored, and reserve
         slots for the others. A chunk counts as missing, too, when the copy that was to bring it up is stuck, late or unavailable.
@@ -183,7 +184,7 @@ class Directory:
         """
         now = self._advance(now)
         places = self._places
-        places.access += 1
+        places.begin_access(request_class)
         chain = places.nodes.chain(keys)
         in_host = places.host.state
         missing = self._missing(chain)
@@ -236,6 +237,7 @@ class Directory:
         first: int = 0,
         leaves: Sequence[Leaf] = (),
         tenant: str = "",
+        request_class: int = 0,
     ) -> list[Ticket]:
         """Copy chunks of a prefix, from index `first` on, and other parts of them into host slots. What is in host is skipped.
 
@@ -243,7 +245,7 @@ class Directory:
         """
         now = self._advance(now)
         places = self._places
-        places.access += 1
+        places.begin_access(request_class)
         chain = places.nodes.chain(keys)
         hung = [places.nodes.find(leaf.key) for leaf in leaves]
         places.hold([*chain, *hung], 1)

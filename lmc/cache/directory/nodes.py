@@ -161,6 +161,11 @@ class ResidentSet:
         self.sizes[node] -= saved
         self.bytes_taken -= saved
 
+    def begin_access(self, request_class: int) -> None:
+        """Tell the policy of the request whose chunks are touched and inserted next."""
+        if self._spec.on_request is not None:
+            self._spec.on_request(self._policy, request_class)
+
     def insert(self, node: int, now: int) -> None:
         """Tell the policy of a reserved node. The order of these calls is the policy's order."""
         self._ghost[node] = 0

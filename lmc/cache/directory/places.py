@@ -229,6 +229,12 @@ class Places:
         """How many of these slots are still in use."""
         return sum(slot in self._recalled for slot in slots)
 
+    def begin_access(self, request_class: int) -> None:
+        """What is touched and inserted from now on is a request's of this class (0: nothing is known of it)."""
+        self.access += 1
+        for residents in self.sets:
+            residents.begin_access(request_class)
+
     def insert(self, residents: ResidentSet, nodes: Sequence[int]) -> None:
         """Tell the policy of new chunks, from the last to the first, as touches do."""
         for node in reversed(nodes):

@@ -73,6 +73,7 @@ class Request:
         "keys",
         "name",
         "num_tokens",
+        "request_class",
         "salt_differs",
         "sources",
         "tenant",
@@ -87,10 +88,12 @@ class Request:
         tenant: str,
         now: float,
         parts: Parts | None = None,
+        request_class: int = 0,
     ) -> None:
         """parts: of a model with several kinds of KV."""
         self.name = name
         self.tenant = tenant
+        self.request_class = request_class  # for the policy; 0: nothing is known
         self.arrived = now
         self.num_tokens = 0  # at the last lookup
         self.computed = 0  # tokens that the engine holds itself, at the last lookup
@@ -272,7 +275,14 @@ class Request:
             return []
         checkpoints = self._checkpoints
         leaves = checkpoints.kept(keys, len(wanted), num_prompt, step) if checkpoints is not None else []
-        tickets = self._directory.store(wanted, now, leaves=leaves, tenant=self.tenant, touch=not self._touched)
+        tickets = self._directory.store(
+            wanted,
+            now,
+            leaves=leaves,
+            tenant=self.tenant,
+            touch=not self._touched,
+            request_class=self.request_class,
+        )
         self._touched = True
         self._stored = self._directory.num_settled(wanted)
         if not tickets:

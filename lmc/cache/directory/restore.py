@@ -39,7 +39,7 @@ def restore(
         if residents.state[node] == ABSENT:
             places.enter(residents, node, sizes.get(places.nodes.key(node)))
             places.arrive(residents, node)
-            places.access += 1
+            places.begin_access(0)
             places.insert(residents, [node])
     return list(reversed(listed[len(kept) :]))
 

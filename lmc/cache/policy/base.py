@@ -9,6 +9,8 @@ time; it calls
                                       array, kept in the state: parents[node] is the node of the chunk before it, or -1 for the first
                                       chunk of a chain. The host sets it before on_insert and keeps it while the node is resident;
                                       a policy reads it for resident nodes only
+    on_request(state, request_class)  what is touched and inserted next is a request's of this class: a small number that says what the
+                                      host was told beside the prompt, 0 if nothing. Optional; most policies ignore it
     on_hit(state, node, now)          a resident node was touched
     on_insert(state, node, now)       a node became resident (it may be a ghost of the policy)
     victim(state, holds) -> node      the node to evict next, or -1 if every resident node is held; the only place that chooses.
@@ -50,4 +52,5 @@ class PolicySpec:
     on_evict: Callable[[Any, int], None]
     release: Callable[[Any], int]
     ghosts: float = 0.0  # remembered nodes per resident one; num_nodes must allow for them
+    on_request: Callable[[Any, int], None] | None = None  # None: the policy ignores classes
     set_ghosts: Callable[[Any, int], None] | None = None  # change the number of remembered nodes of a fresh state

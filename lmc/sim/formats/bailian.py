@@ -37,6 +37,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
             get_count(path, number, record, "output_length", default=0),
             tenant=str(record.get("type", "")),
             session=str(session_of[chat]),
+            request_class=str(record.get("type", "")),
         )
     return builder.finish()
 

@@ -76,6 +76,11 @@ def get_text(path: Path, number: int, record: Record, key: str) -> str:
     return value
 
 
+def class_of(path: Path, number: int, record: Record) -> str:
+    """The request's class, which a file may tell in the field `class`; empty if it does not."""
+    return "" if record.get("class") is None else get_text(path, number, record, "class")
+
+
 class Hashes:
     """Takes lists of hashes from a file: 64-bit integers with or without a sign, or texts such as hex digits, but not both in one file."""
 

@@ -32,6 +32,7 @@ class _Request(NamedTuple):
     runs: Runs  # (num_runs, 2) first id, count
     input_tokens: int
     output_tokens: int
+    ended_by: str
 
 
 def matches(record: Record) -> bool:
@@ -67,6 +68,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
                     runs,
                     input_tokens,
                     get_count(path, number, record, "out"),
+                    str(record.get("stop") or ""),
                 )
             )
         num_sessions += 1
@@ -74,6 +76,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
     builder = TraceBuilder(path.name, FORMAT.name, block_tokens, rechain=options.rechain)
     builder.notes += [
         f"the {num_sessions} sessions have separate clocks, so one starts every {options.session_gap_s:g} s (--session-gap)",
+        "the class of a request is what ended its answer, such as tool_use or end_turn; it counts as known when the request arrives",
         "ids of trace blocks are local to a session, so tools and system prompts that sessions share count as misses",
     ]
     for request in requests:
@@ -84,6 +87,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
             request.input_tokens,
             request.output_tokens,
             session=request.session,
+            request_class=request.ended_by,
         )
     return builder.finish()
 

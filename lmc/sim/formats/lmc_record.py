@@ -16,7 +16,7 @@ from lmc.cache.shape import read_shape
 from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.fields import get_count, get_list, get_number
+from lmc.sim.formats.fields import class_of, get_count, get_list, get_number, get_text
 from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.trace import Int64, Trace
 
@@ -57,6 +57,8 @@ def read(path: Path, options: ReadOptions) -> Trace:
                 get_count(file, number, record, "tokens"),
                 0,
                 tenant=str(record.get("tenant", "")),
+                session=None if record.get("session") is None else get_text(file, number, record, "session"),
+                request_class=class_of(file, number, record),
             )
     trace = builder.finish()
     shape = read_shape(header["shape"], f"{path}, line {first}") if "shape" in header else None

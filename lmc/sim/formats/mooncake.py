@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
-from lmc.sim.formats.fields import Hashes, Timestamps, get_count, get_number
+from lmc.sim.formats.fields import Hashes, Timestamps, class_of, get_count, get_number
 from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.trace import Trace
 
@@ -39,6 +39,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
             input_tokens,
             get_count(path, number, record, "output_length", default=0),
             session=clock.session(record),
+            request_class=class_of(path, number, record),
         )
         if ids:
             smallest = max(smallest, -(-input_tokens // len(ids)))

@@ -12,7 +12,7 @@ from lmc.errors import TraceError
 from lmc.sim.build import TraceBuilder
 from lmc.sim.formats.base import Format, ReadOptions
 from lmc.sim.formats.chats import has_media, prompt_of, turns_of
-from lmc.sim.formats.fields import Timestamps
+from lmc.sim.formats.fields import Timestamps, class_of
 from lmc.sim.formats.lines import Record, bad_line, read_records
 from lmc.sim.formats.tokens import hash_tokens
 from lmc.sim.trace import Trace
@@ -51,6 +51,7 @@ def read(path: Path, options: ReadOptions) -> Trace:
                 len(tokens),
                 len(encode(answer)) if answer else 0,
                 session=None if session is None else str(session),
+                request_class=class_of(path, number, record) or _asked_by(request, field),
             )
     builder.notes.append(
         f"the prompts were tokenized with {options.tokenizer}; the tokenizer of another model gives other trace blocks"
@@ -76,6 +77,13 @@ def _field_of(request: Record) -> str | None:
             if isinstance(request.get(key), kind):
                 return key
     return None
+
+
+def _asked_by(request: Record, field: str | None) -> str:
+    """The role of a chat's last message, such as user or tool."""
+    messages = request[field] if field is not None else None
+    last = messages[-1] if isinstance(messages, list) and field == "messages" and messages else None
+    return str(last.get("role", "")) if isinstance(last, dict) else ""
 
 
 def _prompts(path: Path, number: int, request: Record, field: str | None) -> Iterator[tuple[str, str]]:

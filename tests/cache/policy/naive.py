@@ -21,6 +21,9 @@ class Naive:
         self.clock += 1
         return self.clock
 
+    def begin(self, request_class: int) -> None:
+        """What it evicts does not depend on the class."""
+
     def settle(self, chain: Sequence[Key]) -> None:
         pass
 

@@ -54,6 +54,9 @@ class Queues:
             self.aside.remove(parent)
             self.queues[self.place[parent]].insert(0, parent)
 
+    def begin(self, request_class: int) -> None:
+        """What it evicts does not depend on the class."""
+
     def settle(self, chain: Sequence[Key]) -> None:
         pass
 

@@ -14,18 +14,18 @@ from lmc.sim.policy_check import check_policy, trace_of
 from lmc.sim.policy_replay import replay_policy
 from tests.contracts.policy import run_spec, workloads
 
-ABLE = ["2q", "arc", "lirs", "s3fifo"]
+ABLE = ["2q", "arc", "lirs", "predictive", "s3fifo"]
 
 
 @pytest.mark.parametrize("name", ABLE)
 def test_with_its_own_number_a_policy_is_as_before(name: str) -> None:
-    own = {"2q": "0.5", "arc": "1", "lirs": "2", "s3fifo": "0.9"}[name]
+    own = {"2q": "0.5", "arc": "1", "lirs": "2", "predictive": "4", "s3fifo": "0.9"}[name]
     draw = np.random.default_rng(3)
     trace, _ = trace_of([[int(label)] for label in draw.zipf(1.3, 3000) % 400])
     sizes = [10, 40, 100]
     plain = replay_policy(trace, POLICIES[name], sizes, log_victims=True)
     again = replay_policy(trace, get_policy(f"{name}@{own}"), sizes, log_victims=True)
-    more = replay_policy(trace, get_policy(f"{name}@4"), sizes, log_victims=True)
+    more = replay_policy(trace, get_policy(f"{name}@3"), sizes, log_victims=True)
     assert [run.victims.tolist() for run in plain] == [run.victims.tolist() for run in again]
     assert [run.victims.tolist() for run in plain] != [run.victims.tolist() for run in more]
 
@@ -52,7 +52,7 @@ def test_bad_numbers_and_policies_without_ghosts_are_refused() -> None:
         ("lirs@many", "no number"),
         ("lirs@-1", "no number"),
         ("lirs@nan", "no number"),
-        ("lru@4", "cannot be changed; that of 2q, arc, lirs, s3fifo can"),
+        ("lru@4", "cannot be changed; that of 2q, arc, lirs, predictive, s3fifo can"),
         ("mru@4", "unknown eviction policy"),
     ):
         with pytest.raises(ConfigError, match=message):

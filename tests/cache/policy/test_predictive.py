@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.cache.policy import POLICIES, predictive
+from lmc.cache.policy import POLICIES, predictive, predictive_groups
 from lmc.cache.policy.reuse import KEEP, NUM_BINS, appraise, count, index, make_life
 from lmc.cache.policy.tournament import EMPTY
+from lmc.sim.build import TraceBuilder
+from lmc.sim.policy_replay import replay_policy
 from tests.contracts.policy import Host, Key, NodePolicy, run_spec, workloads
 
 SPEC = predictive.SPEC
@@ -40,21 +43,23 @@ def test_the_tree_knows_every_list_and_the_edges_every_age(requests: list[list[i
         host.request(labels)
         state = policy.state
         tree = state.tree
-        for place in range(1, predictive.LEAVES):
+        for place in range(1, predictive_groups.LEAVES):
             assert tree[place] == min(tree[2 * place], tree[2 * place + 1])
-        known = [int(state.group[node]) for node in range(state.where.size) if state.where[node] != predictive.NOWHERE]
+        known = [
+            int(state.group[node]) for node in range(state.where.size) if state.where[node] != predictive_groups.NOWHERE
+        ]
         for group in set(known):
             assert state.size[group] == known.count(group)
-            age = max(1, state.counter[predictive.NOW] - state.last[group])
+            age = max(1, state.counter[predictive_groups.NOW] - state.last[group])
             assert state.life.lower[state.bins[group]] <= age < state.life.lower[state.bins[group] + 1]
         filled = set()
         for key in host.there:
             node = policy.node_of[key]
             if not state.chains.aside[node]:
-                filled.add(predictive.list_of(state, state.group[node]))
-        for number in range(predictive.NUM_LISTS):
+                filled.add(predictive_groups.list_of(state, state.group[node]))
+        for number in range(predictive_groups.NUM_LISTS):
             expected = state.life.value[number] if number in filled else EMPTY
-            assert tree[predictive.LEAVES + number] == expected
+            assert tree[predictive_groups.LEAVES + number] == expected
 
 
 def test_classes_follow_turns_and_shared_beginnings() -> None:
@@ -70,11 +75,13 @@ def test_classes_follow_turns_and_shared_beginnings() -> None:
         return int(state.turns[node_of[labels]])
 
     assert [turn(1, 2, 3), turn(1, 2, 4, 5), turn(1, 2, 4, 6, 7), turn(1, 2, 8)] == [0, 1, 2, 0]
-    assert kind(1, 2, 8) == predictive.LAST
-    assert kind(1, 2, 3) == kind(1, 2, 4, 5) == predictive.OVERTAKEN
-    assert kind(1, 2, 4, 6, 7) == predictive.LAST + predictive.STEPS
-    assert kind(1, 2, 4, 6) == predictive.BODY + predictive.STEPS
-    assert kind(1, 2) == predictive.SHARED + predictive.STEPS - 2  # three touches before, the last one just now
+    assert kind(1, 2, 8) == predictive_groups.LAST
+    assert kind(1, 2, 3) == kind(1, 2, 4, 5) == predictive_groups.OVERTAKEN
+    assert kind(1, 2, 4, 6, 7) == predictive_groups.LAST + predictive_groups.STEPS
+    assert kind(1, 2, 4, 6) == predictive_groups.BODY + predictive_groups.STEPS
+    assert (
+        kind(1, 2) == predictive_groups.SHARED + predictive_groups.STEPS - 2
+    )  # three touches before, the last one just now
 
 
 @settings(max_examples=100, deadline=None)
@@ -102,7 +109,7 @@ def test_overtaken_before_the_next_victim() -> None:
     policy = host.policy
     assert isinstance(policy, NodePolicy)
     policy.victim(host.held)
-    assert policy.state.kind[policy.state.group[policy.node_of[1, 2, 3]]] == predictive.OVERTAKEN
+    assert policy.state.kind[policy.state.group[policy.node_of[1, 2, 3]]] == predictive_groups.OVERTAKEN
 
 
 @pytest.mark.parametrize("between", range(12, 28))
@@ -123,9 +130,9 @@ def test_a_request_leaves_a_path_that_is_forgotten_about_then(between: int) -> N
         known = {
             key: int(state.group[node])
             for key, node in policy.node_of.items()
-            if state.where[node] != predictive.NOWHERE
+            if state.where[node] != predictive_groups.NOWHERE
         }
-        assert {key for key, group in known.items() if state.kind[group] == predictive.OVERTAKEN} <= left
+        assert {key for key, group in known.items() if state.kind[group] == predictive_groups.OVERTAKEN} <= left
         assert all(state.size[group] == list(known.values()).count(group) for group in known.values())
         host.request([200 + label])
 
@@ -138,8 +145,8 @@ def test_counts_at_their_limit_say_nothing_about_a_path_that_was_left() -> None:
         assert isinstance(policy, NodePolicy)
         predictive.overtake(policy.state)
         kinds.append(int(policy.state.kind[policy.state.group[policy.node_of[1, 2, 3]]]))
-    assert kinds[0] == predictive.OVERTAKEN
-    assert kinds[1] == predictive.SHARED + predictive.STEPS - 1
+    assert kinds[0] == predictive_groups.OVERTAKEN
+    assert kinds[1] == predictive_groups.SHARED + predictive_groups.STEPS - 1
 
 
 def follow_paths(requests: list[list[int]], capacity: int) -> None:
@@ -154,7 +161,7 @@ def follow_paths(requests: list[list[int]], capacity: int) -> None:
         host.request(labels)
         predictive.overtake(policy.state)  # as the next request will
         where = policy.state.where
-        remembered = {key for key, node in policy.node_of.items() if where[node] != predictive.NOWHERE}
+        remembered = {key for key, node in policy.node_of.items() if where[node] != predictive_groups.NOWHERE}
         chain = [key for depth in range(len(labels)) if (key := tuple(labels[: depth + 1])) in host.there]
         found = host.hits[-1]
         left = following[chain[found - 1]] if 0 < found < len(chain) else None
@@ -174,7 +181,9 @@ def follow_paths(requests: list[list[int]], capacity: int) -> None:
         state = policy.state
         groups = {key: state.group[policy.node_of[key]] for key in remembered}
         seen = {
-            key: state.last[group] - 1 for key, group in groups.items() if state.kind[group] == predictive.OVERTAKEN
+            key: state.last[group] - 1
+            for key, group in groups.items()
+            if state.kind[group] == predictive_groups.OVERTAKEN
         }
         assert seen == overtaken
 
@@ -231,3 +240,19 @@ def test_old_counts_fade() -> None:
     appraise(life, 0, chunks=1.0)
     assert life.reached[0, 0] == pytest.approx(100 * KEEP)
     assert life.reached[-1, 0] == pytest.approx(50 + 100 * KEEP)
+
+
+def test_the_class_of_a_request_tells_which_chats_return() -> None:
+    """Chats of one class return once and those of another never. Nothing else tells them apart when they ask for the first time."""
+    builder = TraceBuilder("chats", "test", 1)
+    for number in range(4000):
+        for asked, kind in ((number, "returns" if number % 2 else "leaves"), (number - 24, "over")):
+            if asked >= 0 and (kind != "over" or asked % 2):
+                hashes = [asked * 10 + block for block in range(5)]
+                builder.add(number, hashes, float(number), 5, 1, request_class=kind)
+    told = builder.finish()
+    untold = replace(told, classes=np.zeros_like(told.classes))
+    # Twelve chats of five chunks are to return at each time; 66 places hold them and one request, if nothing else is kept.
+    hits = [replay_policy(trace, SPEC, [66], workers=1)[0].hit_blocks(trace) for trace in (told, untold)]
+    assert hits[0] > 0.98 * 5 * 2000 * (4000 - 24) / 4000
+    assert hits[0] > 1.1 * hits[1]
