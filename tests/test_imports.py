@@ -100,7 +100,7 @@ ALLOWED = {
     "lmc.cache.node.memory": {"lmc.cache.transfer.pinned", "lmc.errors", "lmc.units"},
     "lmc.cache.node.link": {"lmc.cache.node.channel", "lmc.cache.node.wire", "lmc.errors"},
     "lmc.cache.node.slab": {"lmc.cache.node.memory", "lmc.cache.transfer", "lmc.errors", "lmc.units"},
-    "lmc.cache.node.tracked": {"lmc.cache.keys", "lmc.cache.node.wire"},
+    "lmc.cache.node.tracked": {"lmc.cache.directory", "lmc.cache.keys", "lmc.cache.node.wire"},
     "lmc.cache.node.ordered": {
         "lmc.cache.keys",
         "lmc.cache.node.link",

@@ -15,11 +15,12 @@ from heapq import heappop, heappush
 import numpy as np
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Capacity, Directory, Miss, Request, Ticket, build_directory, capacity_of
+from lmc.cache.directory import HOST, Capacity, Directory, Miss, Request, Ticket, Told, build_directory, capacity_of
 from lmc.cache.directory.holds import ABSENT, LATE
 from lmc.cache.directory.remote import leading
 from lmc.cache.keys import ChunkKey
 from lmc.cache.parts import Parts, Step
+from lmc.cache.policy.base import MOST_CLASSES
 from lmc.cache.tiers.format import stored_bytes
 from lmc.errors import ConfigError
 from lmc.sim.capacity import warn_small
@@ -158,7 +159,7 @@ class _Instance:
         if run.index not in self._lives:
             self.directory.expire(now)
             tenant = trace.tenant_names[trace.tenants[run.index]]
-            request_class = int(trace.classes[run.index])
+            told = Told(min(int(trace.classes[run.index]), MOST_CLASSES))
             self._lives[run.index] = Request(
                 str(run.index),
                 self.directory,
@@ -167,7 +168,7 @@ class _Instance:
                 tenant,
                 now,
                 replay.fleet.parts,
-                request_class,
+                told,
             )
         life = self._lives[run.index]
         gain = life.lookup(run.keys, run.num_tokens, computed, now)

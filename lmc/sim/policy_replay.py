@@ -111,7 +111,7 @@ def _replay_one(
         trace.starts,
         trace.parents,
         trace.timestamps_s,
-        trace.classes,
+        trace.class_numbers,
         capacity,
         max(1, int(capacity * options.low_watermark)),
         options.admit_touches,

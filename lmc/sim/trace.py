@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from lmc.cache.policy.base import MOST_CLASSES
 from lmc.cache.shape import ModelShape
 from lmc.errors import ConfigError, TraceError
 
@@ -44,6 +45,11 @@ class Trace:
     recorded_hits: dict[str, int] = field(default_factory=dict)  # hit tokens of the recorded cache, by tier
     shape: ModelShape | None = None  # of a model with several KV groups, if the trace says it
     notes: tuple[str, ...] = ()  # choices of the file's reader that matter for the results
+
+    @property
+    def class_numbers(self) -> Int32:
+        """(num_requests,) the classes as policies know them."""
+        return np.minimum(self.classes, np.int32(MOST_CLASSES))
 
     @property
     def num_requests(self) -> int:

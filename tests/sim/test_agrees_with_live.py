@@ -42,6 +42,7 @@ class Prompt:
     tenant: int
     chunks: tuple[int, ...]  # a number stands for a chunk and all chunks before it
     rest: int  # tokens behind the last full chunk
+    request_class: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def prompts(draw: st.DrawFn) -> list[Prompt]:
             prefix = source[: draw(st.integers(0, len(source)))]
         length = draw(st.integers(0 if prefix else 1, 5))
         now += draw(st.sampled_from([0.0, 1.0, 2.5]))
-        made.append(Prompt(now, tenant, (*prefix, *range(fresh, fresh + length)), draw(st.integers(0, 2))))
+        chunks, told = (*prefix, *range(fresh, fresh + length)), draw(st.sampled_from(["", "", "user", "tool"]))
+        made.append(Prompt(now, tenant, chunks, draw(st.integers(0, 2)), told))
         fresh += length
     return made
 
@@ -144,7 +146,8 @@ class Live:
         scheduler, name, self.now = self.scheduler, f"r{number}", prompt.at
         tokens = [chunk for chunk in prompt.chunks for _ in range(CHUNK_TOKENS)] + [0] * prompt.rest
         until = time.monotonic() + 120
-        while (gain := scheduler.lookup(name, tokens, 0, Identity(tenant=f"tenant {prompt.tenant}"))) is None:
+        identity = Identity(tenant=f"tenant {prompt.tenant}", request_class=prompt.request_class)
+        while (gain := scheduler.lookup(name, tokens, 0, identity)) is None:
             self._step()
             assert time.monotonic() < until, "the lookup never ended"
         blocks = range(len(prompt.chunks))
@@ -210,7 +213,8 @@ def simulated(made: Sequence[Prompt], config: CacheConfig, tiers: Tiers) -> tupl
     builder = TraceBuilder("made", "test", CHUNK_TOKENS)
     for number, prompt in enumerate(made):
         length = len(prompt.chunks) * CHUNK_TOKENS + prompt.rest
-        builder.add(number + 1, prompt.chunks, prompt.at, length, 0, tenant=f"tenant {prompt.tenant}")
+        tenant, told = f"tenant {prompt.tenant}", prompt.request_class
+        builder.add(number + 1, prompt.chunks, prompt.at, length, 0, tenant=tenant, request_class=told)
     codec = Codec(1 - tiers.saved / CHUNK_BYTES)
     fleet = Fleet(shared_chunks=tiers.shared, codec=codec)
     if tiers.groups:
@@ -301,3 +305,18 @@ def test_a_step_follows_all_copies_that_end_at_one_time() -> None:
     tiers = Tiers(host=7, disk=4)
     config = configured(tiers, {"policy": "2q", "write": "through", "ttl": 2.0, "ttl_mode": "fixed"})
     assert simulated(made, config, tiers) == live(made, config, tiers)
+
+
+def test_the_policy_learns_from_classes_as_in_the_replay() -> None:
+    """More classes than the policy is told apart, and chats of every second class that return."""
+    made: list[Prompt] = []
+    for number in range(400):
+        chunks = tuple(range(10 * number, 10 * number + 3))
+        made.append(Prompt(float(number), 0, chunks, 1, f"class{number % 20}"))
+        if number >= 9 and (number - 9) % 2:
+            made.append(Prompt(float(number), 0, tuple(range(10 * (number - 9), 10 * (number - 9) + 3)), 1))
+    tiers = Tiers(host=20)
+    config = configured(tiers, {"policy": "predictive"})
+    told = simulated(made, config, tiers)
+    assert told == live(made, config, tiers)
+    assert told != simulated([replace(prompt, request_class="") for prompt in made], config, tiers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from lmc.cache.plan import request_name, shown
 logger = logging.getLogger(__name__)
 
 MOST_TENANT = 256  # characters
+_MOST_CLASS = 64
 _MOST_TOKEN = 4096
 
 
@@ -33,6 +35,8 @@ class Wishes:
     tenant: str = ""  # share with this tenant's requests only, by its hashed name; empty: the instance's tenant
     pin_seconds: float = 0.0  # for which the prompt's chunks are kept from eviction after the request
     explain: bool = False  # answer with where the hit came from, and why it ended there
+    request_class: str = ""  # what the policy may learn from, and the record holds
+    session: str = ""  # for the record
 
 
 _NO_WISHES = Wishes()
@@ -93,6 +97,8 @@ class Edge:
             store=not honoured("store", wishes.get("store") is False, allowed.store, "is not honoured (clients.store)"),
             tenant=hashed_name(tenant),
             pin_seconds=pin_seconds if pinned else 0.0,
+            request_class=str(wishes.get("class") or ""),
+            session=str(wishes.get("session") or ""),
             explain=honoured("explain", bool(wishes.get("explain")), False, "needs admin.token as token"),
         )
         return granted, "; ".join(refused)
@@ -139,11 +145,19 @@ def _is_text(value: object) -> bool:
     return True
 
 
+def _word(value: object) -> str | None:
+    """No content of prompts: it is recorded as it is."""
+    fits = isinstance(value, str) and re.fullmatch(rf"[A-Za-z0-9_.-]{{1,{_MOST_CLASS}}}", value)
+    return None if fits else f"a word of at most {_MOST_CLASS} letters, digits, _, . and -"
+
+
 _FORMS: dict[str, Callable[[object], str | None]] = {
     "bypass": _flag,
     "store": _flag,
     "explain": _flag,
     "pin_seconds": _seconds,
+    "class": _word,
+    "session": lambda value: _text(value, MOST_TENANT),
     "tenant": lambda value: _text(value, MOST_TENANT),
     "token": lambda value: _text(value, _MOST_TOKEN),
 }

@@ -11,10 +11,11 @@ from lmc.cache.directory.misses import Miss, evicted_from
 from lmc.cache.directory.nodes import Capacity
 from lmc.cache.directory.offer import store_offer, use_prefix
 from lmc.cache.directory.places import HOST
-from lmc.cache.directory.request import Request
+from lmc.cache.directory.request import NOTHING_TOLD, Request, Told
 
 __all__ = [
     "HOST",
+    "NOTHING_TOLD",
     "Capacity",
     "Change",
     "Counts",
@@ -23,6 +24,7 @@ __all__ = [
     "Miss",
     "Request",
     "Ticket",
+    "Told",
     "build_directory",
     "capacity_of",
     "evicted_from",

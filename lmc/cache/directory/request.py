@@ -15,7 +15,7 @@ keys that tiers with other writers must be asked for. It makes no plan, counts n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from lmc.cache.directory.checkpoints import Checkpoints
 from lmc.cache.directory.choice import leave_slow_chunks
@@ -46,6 +46,17 @@ class RequestSettings(Protocol):
     def store_decode(self) -> bool: ...
 
 
+class Told(NamedTuple):
+    """What a client says of its request beside the prompt. Nothing of it is part of a chunk's name."""
+
+    class_number: int = 0  # for the policy; 0: no class
+    class_name: str = ""
+    session: str = ""
+
+
+NOTHING_TOLD = Told()
+
+
 class Request:
     """One request between its first lookup and its end. `name` is unique among the requests of the directory."""
 
@@ -73,10 +84,10 @@ class Request:
         "keys",
         "name",
         "num_tokens",
-        "request_class",
         "salt_differs",
         "sources",
         "tenant",
+        "told",
     )
 
     def __init__(
@@ -88,12 +99,12 @@ class Request:
         tenant: str,
         now: float,
         parts: Parts | None = None,
-        request_class: int = 0,
+        told: Told = NOTHING_TOLD,
     ) -> None:
         """parts: of a model with several kinds of KV."""
         self.name = name
         self.tenant = tenant
-        self.request_class = request_class  # for the policy; 0: nothing is known
+        self.told = told
         self.arrived = now
         self.num_tokens = 0  # at the last lookup
         self.computed = 0  # tokens that the engine holds itself, at the last lookup
@@ -281,7 +292,7 @@ class Request:
             leaves=leaves,
             tenant=self.tenant,
             touch=not self._touched,
-            request_class=self.request_class,
+            request_class=self.told.class_number,
         )
         self._touched = True
         self._stored = self._directory.num_settled(wanted)
@@ -348,7 +359,12 @@ class Request:
         if self._stage_until is None:
             self._stage_until = now + self._settings.load_deadline
             self._outbox += self._directory.stage(
-                self.keys[: found.num_chunks], now, first=first, leaves=leaves, tenant=self.tenant
+                self.keys[: found.num_chunks],
+                now,
+                first=first,
+                leaves=leaves,
+                tenant=self.tenant,
+                request_class=self.told.class_number,
             )
             self._directory.pin(wanted, f"request {self.name}", self._stage_until + _PIN_GRACE_SECONDS)
             if HOST not in self._directory.tiers_of(wanted[-1]) and not self._directory.arriving(wanted[-1:]):

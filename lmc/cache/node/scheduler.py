@@ -17,7 +17,7 @@ from typing import Literal
 
 import lmc.cache.node.wire as wire
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Change, Miss, Ticket
+from lmc.cache.directory import HOST, Change, Miss, Ticket, Told
 from lmc.cache.keys import ChunkKey, KeyChain, root
 from lmc.cache.node.link import Link
 from lmc.cache.node.mirror import Mirror
@@ -285,7 +285,9 @@ class NodeScheduler:
         differs = len(tokens) > self.chunk_tokens and self._salts.seen_elsewhere(tokens, start)
         self._last_request += 1
         chain = KeyChain(start, self.chunk_tokens, identity.extra)
-        return Tracked(self._last_request, request_id, request_name(request_id), chain, identity.tenant, differs, now)
+        told = Told(0, identity.request_class, identity.session)  # the node's policy knows no classes
+        name = request_name(request_id)
+        return Tracked(self._last_request, request_id, name, chain, identity.tenant, differs, now, told)
 
     def _lookup(self, tracked: Tracked, tokens: Sequence[int], computed: int) -> int | None:
         keys = tracked.chain.extend(tokens)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import lmc.cache.node.wire as wire
+from lmc.cache.directory import Told
 from lmc.cache.keys import ChunkKey, KeyChain
 
 
@@ -21,6 +22,7 @@ class Tracked:
     tenant: str
     salt_differs: bool
     arrived: float
+    told: Told
     answered: float | None = None
     num_tokens: int = 0
     computed: int = 0

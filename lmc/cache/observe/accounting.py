@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import xxhash
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Counts, Miss, Ticket
+from lmc.cache.directory import Counts, Miss, Ticket, Told
 from lmc.cache.keys import ChunkKey, Namespace
 from lmc.cache.observe.logs import Sparingly
 from lmc.cache.observe.metrics import CacheMetrics
@@ -48,6 +48,8 @@ class Admitted(Protocol):
     def name(self) -> str: ...
     @property
     def tenant(self) -> str: ...
+    @property
+    def told(self) -> Told: ...
     @property
     def arrived(self) -> float: ...
     @property
@@ -126,7 +128,7 @@ class Accounting:
         answered = now if answered is None else answered
         self.spans.add(Span(request.name, request.num_tokens, hits, why, request.arrived, answered, now))
         if self._recorder is not None:
-            self._recorder.lookup(now, request.name, request.num_tokens, keys, request.tenant, hits)
+            self._recorder.lookup(now, request.name, request.num_tokens, keys, request.tenant, hits, request.told)
 
     def answered(self, tier: str, seconds: float, failure: str) -> None:
         """A tier answered which chunks it holds, or failed with this cause."""

@@ -2,8 +2,9 @@
 
 The first line is a header with TRACE_FORMAT, TRACE_VERSION, the sizes of a chunk, the shape of a model with several KV groups and the time
 of day at which the file began. A line holds the seconds since then, the request, its prompt tokens, the first NAME_BYTES of each full
-chunk's key in hex, the hit tokens by tier, and a name for the tenant. No text, no token ids and no salts are written: a tenant's name is a
-hash with a secret that is made for the process and forgotten with it.
+chunk's key in hex, the hit tokens by tier, a name for the tenant, and if the client says them the request's class, a word, and a name for
+its session. No text, no token ids and no salts are written: the names of tenants and sessions are hashes with a secret that is made for the
+process and forgotten with it.
 
 A line is in the kernel's hands when lookup() returns, so no end of the process loses it. A process that starts again goes on with the file.
 A file that is full, or whose chunks are other ones, is renamed to PATH.1, PATH.2 and so on, and PATH begins anew. Nothing is deleted.
@@ -24,6 +25,7 @@ from typing import Any
 import orjson
 from blake3 import blake3
 
+from lmc.cache.directory import NOTHING_TOLD, Told
 from lmc.cache.keys import ChunkKey
 from lmc.cache.observe.logs import Sparingly
 from lmc.errors import ConfigError
@@ -84,9 +86,10 @@ class TraceRecorder:
         keys: Sequence[ChunkKey],
         tenant: str,
         hit_tokens: Mapping[str, int],
+        told: Told = NOTHING_TOLD,
     ) -> None:
         """Write a line. If that fails, the line is lost, and a warning says so."""
-        line = {
+        line: dict[str, Any] = {  # Any: JSON
             "t": round(now - self._start, 6),
             "request": request_id,
             "tokens": num_tokens,
@@ -94,6 +97,10 @@ class TraceRecorder:
             "tenant": self._name(tenant),
             "hit_tokens": dict(hit_tokens),
         }
+        if told.class_name:
+            line["class"] = told.class_name
+        if told.session:
+            line["session"] = self._name(told.session)
         try:
             size = _write_whole(self._fd, orjson.dumps(line) + b"\n")
             if self._rotates and size >= self._limit:

@@ -9,8 +9,8 @@ time; it calls
                                       array, kept in the state: parents[node] is the node of the chunk before it, or -1 for the first
                                       chunk of a chain. The host sets it before on_insert and keeps it while the node is resident;
                                       a policy reads it for resident nodes only
-    on_request(state, request_class)  what is touched and inserted next is a request's of this class: a small number that says what the
-                                      host was told beside the prompt, 0 if nothing. Optional; most policies ignore it
+    on_request(state, request_class)  what is touched and inserted next is a request's of this class: a number up to MOST_CLASSES that
+                                      stands for what the host was told beside the prompt, 0 for nothing. Optional; most policies ignore it
     on_hit(state, node, now)          a resident node was touched
     on_insert(state, node, now)       a node became resident (it may be a ghost of the policy)
     victim(state, holds) -> node      the node to evict next, or -1 if every resident node is held; the only place that chooses.
@@ -38,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 Holds = npt.NDArray[np.int32]  # (num_nodes,) pins plus resident children
+MOST_CLASSES = 16  # of requests; the last number stands for all others, too
 Parents = npt.NDArray[np.int32]  # (num_nodes,) the node before, or -1
 
 

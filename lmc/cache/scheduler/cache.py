@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Request, Ticket
+from lmc.cache.directory import Request, Ticket, Told
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
@@ -33,6 +33,7 @@ from lmc.cache.plan import (
     longest,
     request_name,
 )
+from lmc.cache.policy.base import MOST_CLASSES
 from lmc.cache.scheduler.admin import Admin, Mailbox
 from lmc.cache.scheduler.beside import BesideRequests
 from lmc.cache.scheduler.client_pins import ClientPins
@@ -47,12 +48,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Identity:
-    """What the chunks of a request depend on, apart from its tokens. What clients choose comes as a hashed name."""
+    """What the chunks of a request depend on, apart from its tokens. What clients choose comes as a hashed name.
+
+    The last two are no part of it: they are what the client says of the request.
+    """
 
     lora: str = ""
     tenant: str = ""  # whose they are: quotas count by it
     salt: str = ""
     extra: Callable[[int, int], bytes] | None = None  # see KeyChain
+    request_class: str = ""
+    session: str = ""
 
 
 @dataclass(slots=True)
@@ -107,6 +113,7 @@ class CacheScheduler(BesideRequests):
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
+        self._classes: dict[str, int] = {}
         shape = shape_of(self._parts, first.part_bytes, num_parts).to_json() if self._parts.has_leaves else None
         self._accounting = Accounting(config, self.namespace, self.directory, self.chunk_bytes, num_parts, clock, shape)
         self.metrics = self._accounting.metrics
@@ -340,11 +347,18 @@ class CacheScheduler(BesideRequests):
     def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> _Tracked:
         self.directory.expire(now)  # else room for this request would be made at the cost of chunks that are still good
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
-        name = request_name(request_id)
-        request = Request(name, self.directory, self.config, self.chunk_tokens, identity.tenant, now, self._parts)
+        told = Told(self._number_of(identity.request_class), identity.request_class, identity.session)
+        name, parts = request_name(request_id), self._parts
+        request = Request(name, self.directory, self.config, self.chunk_tokens, identity.tenant, now, parts, told)
         if len(tokens) > self.chunk_tokens:
             request.salt_differs = self._salts.seen_elsewhere(tokens, start)
         return _Tracked(request, KeyChain(start, self.chunk_tokens, identity.extra))
+
+    def _number_of(self, request_class: str) -> int:
+        """The number under which the policy knows a class: 1 for the first one, 0 for none."""
+        if request_class and len(self._classes) < MOST_CLASSES:
+            self._classes.setdefault(request_class, len(self._classes) + 1)
+        return self._classes.get(request_class, MOST_CLASSES if request_class else 0)
 
     def _learn(self) -> None:
         """Tell the directory what the tiers have answered."""

@@ -43,6 +43,14 @@ def lines() -> Iterator[list[str]]:
         yield found
 
 
+def test_anybody_may_tell_the_class_and_the_session_of_a_request(lines: list[str]) -> None:
+    assert read({"class": "tool.2", "session": "s 1"}) == Wishes(request_class="tool.2", session="s 1")
+    assert not lines
+    for bad in ("", "two words", "x" * 65, "é", 3):
+        assert read({"class": bad}) == BYPASS
+    assert len(lines) == 5 and all("class must be a word of at most 64 letters" in line for line in lines)
+
+
 def test_by_default_a_client_can_keep_its_own_request_out_and_nothing_else(lines: list[str]) -> None:
     assert read(None) == NOTHING and read({}) == NOTHING
     assert read({"bypass": True}) == BYPASS

@@ -55,6 +55,20 @@ def test_a_record_holds_no_salt_and_yet_tells_tenants_apart(tmp_path):
     assert not set(names[0]) & set(names[1]) - {""}  # a guess at a salt cannot be checked with another file
 
 
+def test_the_record_holds_what_clients_tell_of_their_requests(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    instance = Instance(settings(record=trace))
+    for told in ({"request_class": "tool", "session": "my session"}, {"session": "my session"}, {}):
+        instance.serve(prompt(1, 20), Identity(**told))
+    instance.close()
+    assert b"my session" not in trace.read_bytes()
+    lines = [orjson.loads(line) for line in trace.read_bytes().splitlines()[1:]]
+    assert [line.get("class") for line in lines] == ["tool", None, None]
+    assert lines[0]["session"] == lines[1]["session"] and "session" not in lines[2]
+    read = read_trace(trace)
+    assert (read.sessions.tolist(), read.class_names, read.classes.tolist()) == ([0, 0, -1], ("", "tool"), [1, 0, 0])
+
+
 def test_a_record_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot write the trace"):
         Instance(settings(record=tmp_path / "absent" / "trace.jsonl"))

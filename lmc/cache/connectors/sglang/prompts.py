@@ -30,6 +30,8 @@ class Prompt:
             ),  # with the adapter's id, which SGLang draws anew in every process
             tenant=tenant,
             salt=hashed_name(request.cache_salt or ""),
+            request_class=wishes.request_class,
+            session=wishes.session,
         )
         start = root(namespace, lora=self.identity.lora, tenant=tenant, salt=self.identity.salt)
         self.keys: list[ChunkKey] = KeyChain(start, size).extend(self.tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
@@ -288,7 +288,11 @@ class SchedulerSide:
             name = self.adapters.name(lora) if lora is not None else ""
             identity = Identity()
             if not wishes.bypass:
-                identity = request_identity(request, wishes.tenant or self.tenant, name)
+                identity = replace(
+                    request_identity(request, wishes.tenant or self.tenant, name),
+                    request_class=wishes.request_class,
+                    session=wishes.session,
+                )
             tracked = _Tracked(request, request.num_prompt_tokens, identity, wishes, digests)
             self.tracked[request.request_id] = tracked
         return tracked
