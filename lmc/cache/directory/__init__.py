@@ -11,7 +11,8 @@ from lmc.cache.directory.misses import Miss, evicted_from
 from lmc.cache.directory.nodes import Capacity
 from lmc.cache.directory.offer import store_offer, use_prefix
 from lmc.cache.directory.places import HOST
-from lmc.cache.directory.request import NOTHING_TOLD, Request, Told
+from lmc.cache.directory.request import Request
+from lmc.cache.directory.told import NOTHING_TOLD, Told, tell
 
 __all__ = [
     "HOST",
@@ -29,5 +30,6 @@ __all__ = [
     "capacity_of",
     "evicted_from",
     "store_offer",
+    "tell",
     "use_prefix",
 ]

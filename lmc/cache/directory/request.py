@@ -15,7 +15,7 @@ keys that tiers with other writers must be asked for. It makes no plan, counts n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from lmc.cache.directory.checkpoints import Checkpoints
 from lmc.cache.directory.choice import leave_slow_chunks
@@ -24,6 +24,7 @@ from lmc.cache.directory.holds import Ticket
 from lmc.cache.directory.misses import Miss
 from lmc.cache.directory.places import HOST
 from lmc.cache.directory.questions import Question, Questions
+from lmc.cache.directory.told import NOTHING_TOLD, Told
 from lmc.cache.keys import ChunkKey
 from lmc.cache.parts import ANY_STEP, SPINE, Leaf, Parts, Step
 
@@ -44,17 +45,6 @@ class RequestSettings(Protocol):
     def load_deadline(self) -> float: ...
     @property
     def store_decode(self) -> bool: ...
-
-
-class Told(NamedTuple):
-    """What a client says of its request beside the prompt. Nothing of it is part of a chunk's name."""
-
-    class_number: int = 0  # for the policy; 0: no class
-    class_name: str = ""
-    session: str = ""
-
-
-NOTHING_TOLD = Told()
 
 
 class Request:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import Request, Ticket, Told
+from lmc.cache.directory import NOTHING_TOLD, Request, Ticket, tell
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
@@ -33,7 +33,6 @@ from lmc.cache.plan import (
     longest,
     request_name,
 )
-from lmc.cache.policy.base import MOST_CLASSES
 from lmc.cache.scheduler.admin import Admin, Mailbox
 from lmc.cache.scheduler.beside import BesideRequests
 from lmc.cache.scheduler.client_pins import ClientPins
@@ -347,18 +346,13 @@ class CacheScheduler(BesideRequests):
     def _track(self, request_id: str, tokens: Sequence[int], identity: Identity, now: float) -> _Tracked:
         self.directory.expire(now)  # else room for this request would be made at the cost of chunks that are still good
         start = root(self.namespace, lora=identity.lora, tenant=identity.tenant, salt=identity.salt)
-        told = Told(self._number_of(identity.request_class), identity.request_class, identity.session)
+        says = identity.request_class or identity.session
+        told = tell(self._classes, identity.request_class, identity.session) if says else NOTHING_TOLD
         name, parts = request_name(request_id), self._parts
         request = Request(name, self.directory, self.config, self.chunk_tokens, identity.tenant, now, parts, told)
         if len(tokens) > self.chunk_tokens:
             request.salt_differs = self._salts.seen_elsewhere(tokens, start)
         return _Tracked(request, KeyChain(start, self.chunk_tokens, identity.extra))
-
-    def _number_of(self, request_class: str) -> int:
-        """The number under which the policy knows a class: 1 for the first one, 0 for none."""
-        if request_class and len(self._classes) < MOST_CLASSES:
-            self._classes.setdefault(request_class, len(self._classes) + 1)
-        return self._classes.get(request_class, MOST_CLASSES if request_class else 0)
 
     def _learn(self) -> None:
         """Tell the directory what the tiers have answered."""
