@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,3 +108,24 @@ class CountingArray:
 def test_unknown_policy_lists_the_names() -> None:
     with pytest.raises(ConfigError, match=r"unknown eviction policy 'mru'; there are 2q, arc, fifo"):
         get_policy("mru")
+
+
+def nbytes(state: Any) -> int:
+    return state.nbytes if isinstance(state, np.ndarray) else sum(map(nbytes, state))
+
+
+def test_the_state_takes_the_bytes_that_the_docs_say() -> None:
+    num_nodes = 1_000_000
+    parents = np.full(num_nodes, -1, dtype=np.int32)
+    taken = {
+        name: round(nbytes(spec.make_state(num_nodes, num_nodes // 10, parents)) / num_nodes)
+        for name, spec in POLICIES.items()
+    }
+    text = (Path(__file__).parents[3] / "docs" / "simulating.md").read_text()
+    (said,) = re.findall(r"at a tenth of the unique blocks: (.*?)\. ", text, re.DOTALL)
+    found = {
+        name: int(number)
+        for names, number in re.findall(r"((?:`[\w-]+`(?:, | and )?)+) (\d+)", " ".join(said.split()))
+        for name in re.findall(r"`([\w-]+)`", names)
+    }
+    assert found == taken
