@@ -95,13 +95,13 @@ class Prompts:
         return [self._generator.randrange(5, 5_000) for _ in range(self._tokens)]
 
 
-def first_token(engine: VllmDriver, prompt: list[int], arm: str) -> tuple[float, int]:
-    """Seconds, and the tokens that were loaded."""
+def first_token(engine: VllmDriver, prompt: list[int], arm: str, tier: str) -> tuple[float, int]:
+    """Seconds, and the tokens that were loaded from a tier."""
     engine.call("load_as", arm=arm)
     engine.call("reset_device")
     seconds, hits = engine.call("first_token", prompt=prompt, extra_args=EXPLAIN)
     engine.call("settle")
-    return seconds, sum(hits.values())
+    return seconds, hits.get(tier, 0)
 
 
 def measure(
@@ -113,9 +113,8 @@ def measure(
     for number in range(rounds):
         asked = [(arm, prompts.stored[(number + index) % len(ARMS)]) for index, arm in enumerate(ARMS)]
         for arm, prompt in [*asked, (COLD, prompts.fresh())]:
-            seconds, loaded = first_token(
-                engine, prompt, "auto" if arm == COLD else arm
-            )  # auto sees what computing takes
+            chosen = "auto" if arm == COLD else arm  # auto sees what computing takes
+            seconds, loaded = first_token(engine, prompt, chosen, tier)
             assert loaded == 0 or arm in ("always", "auto"), (arm, loaded)
             measured.seconds.setdefault(arm, []).append(seconds)
             measured.loaded.setdefault(arm, []).append(loaded)
@@ -126,17 +125,17 @@ def measure_turn(engine: VllmDriver, prompts: Prompts, throttle: Callable[[float
     turned = Turned()
     throttle(QUICK)
     engine.call("load_as", arm="forget")
-    first_token(engine, prompts.fresh(), "auto")
+    first_token(engine, prompts.fresh(), "auto", "disk")
     for number in range(2 * len(ARMS)):
-        first_token(engine, prompts.stored[number % len(ARMS)], "auto")
+        first_token(engine, prompts.stored[number % len(ARMS)], "auto", "disk")
     throttle(SLOW)
     for number in range(requests):
-        turned.slow.append(first_token(engine, prompts.stored[number % len(ARMS)], "auto")[1] > 0)
+        turned.slow.append(first_token(engine, prompts.stored[number % len(ARMS)], "auto", "disk")[1] > 0)
     throttle(QUICK)
     until = time.monotonic() + 20 * RETRY_SECONDS
     number = requests
     while time.monotonic() < until and not (turned.quick and turned.quick[-1]):
-        turned.quick.append(first_token(engine, prompts.stored[number % len(ARMS)], "auto")[1] > 0)
+        turned.quick.append(first_token(engine, prompts.stored[number % len(ARMS)], "auto", "disk")[1] > 0)
         number += 1
     return turned
 
@@ -179,8 +178,8 @@ def measure_all(model: Path, tokens: int, rounds: int, bandwidths: tuple[float, 
                 prompts = Prompts(tier, tokens)
                 engine.generate([list(range(5, 5 + 2 * BLOCK))], max_tokens=2)  # warms up
                 for prompt in prompts.stored:
-                    first_token(engine, prompt, "always")
-                first_token(engine, prompts.fresh(), "always")  # takes the last one's place in the host
+                    first_token(engine, prompt, "always", tier)
+                first_token(engine, prompts.fresh(), "always", tier)  # takes the last one's place in the host
                 found += [measure(engine, tier, prompts, throttle, rate, rounds) for rate in bandwidths]
                 if tier == "disk":
                     turned = measure_turn(engine, prompts, throttle, 4 * SLOW_REQUESTS)

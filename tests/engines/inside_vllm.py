@@ -332,13 +332,21 @@ class InsideVllm:
         """From now on hits are loaded always, never, or as `load: auto` chooses by what it measured itself; "forget": it forgets that."""
         from lmc.cache.directory.speeds import Speeds
 
-        directory = self.cache.directory
+        class Slow(Speeds):
+            """Nothing is loaded as quickly as it is computed."""
+
+            def loading(self, tier: str, chunks: int, now: float) -> float:
+                return 1e9
+
+            def computing(self, position: int, new: int) -> float:
+                return 0.0
+
+            def to_be_tried(self, tier: str, now: float) -> bool:
+                return False
+
         if arm == "forget" or not hasattr(self, "measured"):
             self.measured = Speeds()
         if arm != "forget":
-            directory.speeds = self.measured if arm == "auto" else Speeds()
-            settings = {
-                "load": "auto" if arm == "auto" else "always",
-                "min_load_tokens": 1 << 40 if arm == "never" else 1,
-            }
-            self.cache.config = self.cache.config.model_copy(update=settings)
+            self.cache.directory.speeds = {"auto": self.measured, "never": Slow(), "always": Speeds()}[arm]
+            load = "always" if arm == "always" else "auto"
+            self.cache.config = self.cache.config.model_copy(update={"load": load})
