@@ -19,6 +19,7 @@ POINTS = 3.0  # of the prompt tokens: bench's own warm-up prompts, which no reco
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(3600)  # two engines and some forty requests, on a machine that may be busy
 def test_the_loop_closes(tmp_path: Path) -> None:
     options = ["--out", tmp_path, "--port", str(free_port("127.0.0.1")), "--disk", "1GiB", "--output-tokens", "2"]
     done = subprocess.run(
