@@ -224,14 +224,14 @@ class Report:
             self.stuck | other.stuck,
             self.saved + other.saved,
             self.codecs + other.codecs,
-            longest(self.staged, other.staged),
+            _longest(self.staged, other.staged),
         )
 
     def __bool__(self) -> bool:
         return bool(self.finished or self.copying or self.stuck or self.faults)
 
 
-def longest(seconds: Mapping[int, float], others: Mapping[int, float]) -> dict[int, float]:
+def _longest(seconds: Mapping[int, float], others: Mapping[int, float]) -> dict[int, float]:
     """Of each operation the longer time."""
     merged = dict(seconds)
     for operation, other in others.items():
@@ -270,3 +270,36 @@ class WorkerReady:
     mapping: str = ""  # the number by which a node knows the worker; none: the memory is the worker's own
     element: Element = "opaque"  # told to a node, which opens the tiers for the worker
     part_bytes: tuple[int, ...] = ()  # by group, if the KV has several; chunk_bytes is then the largest
+
+
+class Ended(NamedTuple):
+    operation: int
+    cause: str | None  # of its failure on one of the ranks
+    saved: int  # bytes by which compression made what was written shorter, over all ranks
+    seconds: float | None  # of a stage: until the last rank had its part
+
+
+class AllRanks:
+    """What all ranks together say of an operation: it has ended when it has ended on each of them, and failed when it failed on one."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._ranks: dict[int, int] = {}  # operation -> ranks that reported its end; the others hold what these said
+        self._causes: dict[int, str] = {}
+        self._saved: Counter[int] = Counter()
+        self._staged: dict[int, float] = {}
+
+    def ended(self, report: Report) -> Sequence[Ended]:
+        """Take in what ranks report. Returns the operations that have ended on all of them now."""
+        self._causes.update(report.failed)
+        self._saved.update(report.saved)
+        self._staged = _longest(self._staged, report.staged)
+        ended = []
+        for operation, ranks in report.finished.items():
+            total = self._ranks.pop(operation, 0) + ranks
+            if total < self._num_ranks:
+                self._ranks[operation] = total
+                continue
+            cause, saved = self._causes.pop(operation, None), self._saved.pop(operation, 0)
+            ended.append(Ended(operation, cause, saved, self._staged.pop(operation, None)))
+        return ended

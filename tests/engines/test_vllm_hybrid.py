@@ -158,7 +158,8 @@ def test_other_kinds_of_layers(tmp_path: Path, make: Callable[[Path], Path], gro
     with engine_on(make(tmp_path / "model"), tmp_path / "disk", enable_prefix_caching=True) as engine:
         assert compared(engine, text) == [0]
         assert compared(engine, text) == [320]
-        assert compared(engine, text[:300] + prompt(3, 50), text) == [256, 320]
+        assert compared(engine, text[:300] + prompt(3, 50)) == [256]
+        assert compared(engine, text) == [320]
         assert_every_part_counts(engine, text, groups=groups)
         engine.generate([text[:200]], extra_args=PAST_LMC)  # now the device holds a start itself
         beside = engine.generate([text])

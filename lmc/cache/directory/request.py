@@ -50,36 +50,6 @@ class RequestSettings(Protocol):
 class Request:
     """One request between its first lookup and its end. `name` is unique among the requests of the directory."""
 
-    __slots__ = (
-        "_checkpoints",
-        "_chunk_tokens",
-        "_directory",
-        "_found",
-        "_left",
-        "_loading",
-        "_lookup_miss",
-        "_outbox",
-        "_questions",
-        "_retired",
-        "_settings",
-        "_stage_until",
-        "_staging_miss",
-        "_store_decode",
-        "_stored",
-        "_touched",
-        "_usable",
-        "admitted",
-        "arrived",
-        "computed",
-        "keys",
-        "name",
-        "num_tokens",
-        "salt_differs",
-        "sources",
-        "tenant",
-        "told",
-    )
-
     def __init__(
         self,
         name: str,
@@ -109,12 +79,14 @@ class Request:
         self._checkpoints = Checkpoints(parts, directory) if parts is not None and parts.has_leaves else None
         self._found: Found | None = None  # at the first lookup: where the hit came from
         self._questions = Questions(settings.lookup_deadline) if directory.has_other_writers else None
-        self._stage_until: float | None = None  # set when staging begins
+        self.deadline: float | None = (
+            None  # when it stops waiting for chunks from the tiers below; None before it waits
+        )
         self._staging_miss: Miss = Miss.LOAD_FAILED  # why chunks found in a lower tier were not staged
         self._lookup_miss: str | None = None  # why fewer tokens are loaded than were found
         self._usable = _EVERY_CHUNK  # chunks that may be offered; lowered when a load failed, or would be slow
         self._left: Miss | None = None  # why chunks that were found are not loaded
-        self._stored = 0  # leading chunks that need no store any more
+        self.num_stored = 0  # leading chunks that need no store any more
         self._touched = False
         self._retired = False
         self._outbox: list[Ticket] = []
@@ -136,14 +108,14 @@ class Request:
         found = self._directory.lookup(keys[:limit], now)
         questions = self._questions
         if questions is not None and found.num_chunks < limit:
-            if questions.chunks is None and self._stage_until is None:
+            if questions.chunks is None and self.deadline is None:
                 questions.ask_for_chunks(keys[found.num_chunks : limit], now)
             if self._must_wait_for(questions.chunks, now):
                 return None
         if self._checkpoints is not None:
             usable = self._checkpoints.usable(found, keys, computed, now)
             if usable is not found and questions is not None:
-                if questions.leaves is None and self._stage_until is None:
+                if questions.leaves is None and self.deadline is None:
                     questions.ask_for_leaves(self._checkpoints.unknown(keys, found.num_chunks, computed, now), now)
                 if self._must_wait_for(questions.leaves, now):
                     return None
@@ -198,11 +170,6 @@ class Request:
         wanted = [*self.keys[self.first_chunk :], *(leaf.key for leaf in leaves)]
         return [key for key in wanted if self._directory.arriving([key])]
 
-    @property
-    def deadline(self) -> float | None:
-        """When the request stops waiting for chunks from the tiers below; None before it waits."""
-        return self._stage_until
-
     def promise(self, gain: int, expires: float) -> None:
         """Keep the chunks of the last lookup's answer from eviction until load(), or until the expiry."""
         last = (self.computed + gain) // self._chunk_tokens
@@ -229,7 +196,7 @@ class Request:
         self._unpin()
         if not self.admitted:
             self.admitted = True
-            self.sources = self._sources(last) if tickets else {}
+            self.sources = self.sources_of(num_tokens) if tickets else {}
         return tickets
 
     @property
@@ -241,7 +208,7 @@ class Request:
         """A load of this request ended. After a failure the engine recomputes from that chunk on, and stores it again."""
         index = self._loading.pop(operation)
         if failure is not None and not self._retired:
-            self._stored = min(self._stored, index)
+            self.num_stored = min(self.num_stored, index)
             self._usable = min(self._usable, index)
 
     @property
@@ -249,19 +216,15 @@ class Request:
         """Loads under way, by operation."""
         return tuple(self._loading)
 
-    @property
-    def num_stored(self) -> int:
-        """Leading chunks that need no store any more."""
-        return self._stored
-
     def sources_of(self, gain: int) -> dict[str, int]:
-        """Tokens of the last lookup's answer, by the tier that held them when the request came."""
-        return self._sources((self.computed + gain) // self._chunk_tokens)
+        """`gain` tokens of the last lookup's answer, by the tier that held them when the request came."""
+        assert self._found is not None
+        return self._found.sources(self.computed, (self.computed + gain) // self._chunk_tokens, self._chunk_tokens)
 
     def wants_store(self, num_valid: int, num_prompt: int) -> bool:
         """Whether store() would have something to do; cheap enough to ask in every step."""
         end = num_valid if self._store_decode or num_valid < num_prompt else num_prompt
-        return end // self._chunk_tokens > self._stored
+        return end // self._chunk_tokens > self.num_stored
 
     def store(
         self, keys: Sequence[ChunkKey], num_valid: int, num_prompt: int, now: float, step: Step = ANY_STEP
@@ -272,7 +235,7 @@ class Request:
         """
         self.keys = keys
         wanted = keys[: (num_valid if self._store_decode else min(num_valid, num_prompt)) // self._chunk_tokens]
-        if len(wanted) <= self._stored:
+        if len(wanted) <= self.num_stored:
             return []
         checkpoints = self._checkpoints
         leaves = checkpoints.kept(keys, len(wanted), num_prompt, step) if checkpoints is not None else []
@@ -285,7 +248,7 @@ class Request:
             request_class=self.told.class_number,
         )
         self._touched = True
-        self._stored = self._directory.num_settled(wanted)
+        self.num_stored = self._directory.num_settled(wanted)
         if not tickets:
             return []
         first = len(wanted) - len(tickets)
@@ -306,7 +269,7 @@ class Request:
     def retire(self) -> None:
         """The cache was reset. The request's KV belongs to the time before, so from now on it loads and stores nothing."""
         self._retired = True
-        self._stored = _EVERY_CHUNK
+        self.num_stored = _EVERY_CHUNK
         self._unpin()
 
     def miss(self) -> str | None:
@@ -346,8 +309,8 @@ class Request:
     def _must_wait_for_staging(self, first: int, found: Found, leaves: Sequence[Leaf], now: float) -> bool:
         """Bring what lies in lower tiers into host memory, once; True until it is there or the deadline has passed."""
         wanted = [*self.keys[first : found.num_chunks], *(leaf.key for leaf in leaves)]
-        if self._stage_until is None:
-            self._stage_until = now + self._settings.load_deadline
+        if self.deadline is None:
+            self.deadline = now + self._settings.load_deadline
             self._outbox += self._directory.stage(
                 self.keys[: found.num_chunks],
                 now,
@@ -356,12 +319,12 @@ class Request:
                 tenant=self.tenant,
                 request_class=self.told.class_number,
             )
-            self._directory.pin(wanted, f"request {self.name}", self._stage_until + _PIN_GRACE_SECONDS)
+            self._directory.pin(wanted, f"request {self.name}", self.deadline + _PIN_GRACE_SECONDS)
             if HOST not in self._directory.tiers_of(wanted[-1]) and not self._directory.arriving(wanted[-1:]):
                 self._staging_miss = Miss.NO_ROOM
         if not self._directory.arriving(wanted):
             return False
-        if now >= self._stage_until:
+        if now >= self.deadline:
             self._lookup_miss = Miss.LOAD_DEADLINE
             return False
         return True
@@ -371,8 +334,3 @@ class Request:
         end, tried = leave_slow_chunks(self._directory, self.keys, found.tiers, sizes, self.tenant, now)
         self._outbox += tried
         return end
-
-    def _sources(self, last: int) -> dict[str, int]:
-        """Tokens up to chunk `last`, less what the engine holds, by the tier that held them when the request came."""
-        assert self._found is not None
-        return self._found.sources(self.computed, last, self._chunk_tokens)

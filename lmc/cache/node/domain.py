@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import HOST, Request, Ticket
+from lmc.cache.directory import HOST, Request
 from lmc.cache.keys import ChunkKey, Element, Namespace, root
 from lmc.cache.node.memory import UNIT, Memory, Places, RankSlots
 from lmc.cache.node.wire import Figures
 from lmc.cache.observe.accounting import Accounting
 from lmc.cache.observe.stats import collect_stats
+from lmc.cache.plan import AllRanks, CopyReading, Report, TierCopy, WorkerReady
 from lmc.cache.plan import BreakerReading as Reading
-from lmc.cache.plan import CopyReading, Report, TierCopy, WorkerReady
 from lmc.cache.scheduler.admin import Admin
 from lmc.cache.scheduler.client_pins import ClientPins
 from lmc.cache.scheduler.open import open_directory, open_presence
@@ -126,7 +126,7 @@ class Domain:
         ready = [one.ready for one in opened]
         share = config.disk.capacity * len(ready) // name.engine_ranks
         limited = config.model_copy(update={"disk": config.disk.model_copy(update={"capacity": share})})
-        self.directory, superfluous = open_directory(limited, ready, clock())
+        self.directory, deletions = open_directory(limited, ready, clock())
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._accounting = Accounting(config, self._namespace, self.directory, name.rank_bytes, len(ready), clock)
@@ -136,9 +136,7 @@ class Domain:
         self.directory.lending.withhold_all()  # the pins have a share of all that there could be
         self._lock = threading.Lock()
         self._report = Report()
-        self._ended: dict[int, int] = {}
-        self._causes: dict[int, str] = {}
-        self._saved: Counter[int] = Counter()
+        self._all_ranks = AllRanks(len(opened))
         self._moved = (0, 0)
         self._tiers = [one.tiers for one in opened]
         for tiers in self._tiers:
@@ -159,9 +157,8 @@ class Domain:
             for index, one in enumerate(opened)
         ]
         self.has_tiers = any(one.tiers for one in opened)
-        for tier, keys in superfluous.items():
-            for key in keys:
-                self._begin(TierCopy(Ticket(0, "delete", key, tier, -1)))
+        for deletion in deletions:
+            self._begin(deletion)
 
     # Requests
 
@@ -218,9 +215,9 @@ class Domain:
     def admitted(self, asking: Asking, now: float) -> None:
         self._accounting.admitted(asking.request, asking.answered, now)
 
-    def ended(self, operation: int, cause: str | None, now: float) -> None:
-        """A copy of an engine's ended on all its ranks."""
-        ticket = self.directory.complete(operation, cause, now, self._saved.pop(operation, 0))
+    def ended(self, operation: int, cause: str | None, now: float, saved: int = 0) -> None:
+        """A copy ended on all ranks of its engine, or of this domain. saved: bytes by which compression made a written chunk shorter."""
+        ticket = self.directory.complete(operation, cause, now, saved)
         if ticket is not None:
             self._accounting.ended(ticket, cause)
 
@@ -238,14 +235,8 @@ class Domain:
         if not report.finished:
             return
         now = self._clock()
-        self._causes.update(report.failed)
-        self._saved.update(report.saved)
-        for operation, ranks in report.finished.items():
-            ended = self._ended.pop(operation, 0) + ranks
-            if ended < len(self._copiers):
-                self._ended[operation] = ended
-            else:
-                self.ended(operation, self._causes.pop(operation, None), now)
+        for ended in self._all_ranks.ended(report):
+            self.ended(ended.operation, ended.cause, now, ended.saved)
         self._accounting.reported(report)
         self.dispatch()
 

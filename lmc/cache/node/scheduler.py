@@ -26,7 +26,7 @@ from lmc.cache.node.tracked import Tracked, Wish
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
 from lmc.cache.parts import ANY_STEP, Step
-from lmc.cache.plan import COPY, BlockCopy, Plan, Report, RequestCopies, WorkerReady, blocks_of, request_name
+from lmc.cache.plan import COPY, AllRanks, BlockCopy, Plan, Report, RequestCopies, WorkerReady, blocks_of, request_name
 from lmc.cache.scheduler.admin import Clear, Mailbox, Pin, Prefetch, Result, Unpin
 from lmc.cache.scheduler.cache import Identity
 from lmc.cache.scheduler.open import common_namespace, open_endpoint
@@ -65,8 +65,7 @@ class NodeScheduler:
         self._clock = clock
         self._requests: dict[str, Tracked] = {}
         self._last_request = 0
-        self._ended: dict[int, int] = {}
-        self._causes: dict[int, str] = {}
+        self._all_ranks = AllRanks(self.num_ranks)
         self._known_faults: dict[int, int] = {}
         self._wishes: list[Wish] = []
         self._salts = Salts(self.chunk_tokens)
@@ -236,16 +235,11 @@ class NodeScheduler:
 
     def apply(self, report: Report) -> None:
         self._ordered.note_session()
-        self._causes.update(report.failed)
         self._known_faults.update(report.faults)
-        ended: list[wire.Event] = []
-        for number, ranks in report.finished.items():
-            total = self._ended.pop(number, 0) + ranks
-            if total < self.num_ranks:
-                self._ended[number] = total
-            else:
-                ended += self._complete(number, self._causes.pop(number, None))
-        self._link.tell_later(ended)
+        events: list[wire.Event] = []
+        for ended in self._all_ranks.ended(report):
+            events += self._complete(ended.operation, ended.cause)
+        self._link.tell_later(events)
         self._ordered.note_session()  # an earlier session may be over now
         self._accounting.reported(report)
 

@@ -10,27 +10,26 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.directory import NOTHING_TOLD, Request, Ticket, tell
+from lmc.cache.directory import NOTHING_TOLD, Request, tell
 from lmc.cache.keys import ChunkKey, KeyChain, hashed_name, root
 from lmc.cache.observe.accounting import Accounting, Salts, explained
 from lmc.cache.observe.stats import collect_stats
 from lmc.cache.parts import ANY_STEP, Group, Step, parts_of
 from lmc.cache.plan import (
     COPY,
-    NO_OPERATION,
+    AllRanks,
+    Ended,
     Plan,
     Report,
     RequestCopies,
     TierCopy,
     WorkerReady,
     block_copies,
-    longest,
     request_name,
 )
 from lmc.cache.scheduler.admin import Admin, Mailbox
@@ -97,18 +96,10 @@ class CacheScheduler(BesideRequests):
         self._clock = clock
         self._requests: dict[str, _Tracked] = {}
         self._loading: dict[int, Request] = {}  # operation -> the request that waits for it
-        self._ended: dict[int, int] = {}  # operation -> ranks that reported it
-        self._causes: dict[int, str] = {}
-        self._saved: Counter[int] = Counter()  # write -> bytes that compression saved, over the ranks that ended it
-        self._staged: dict[int, float] = {}  # stage -> the longest time of the ranks that ended it
+        self._all_ranks = AllRanks(self.num_ranks)
         self._known_faults: dict[int, int] = {}  # rank -> Report.faults
         self._plan = Plan()
-        self.directory, superfluous = open_directory(config, ready, clock(), part)
-        self._plan.tier_copies += [
-            TierCopy(Ticket(NO_OPERATION, "delete", key, tier, -1))
-            for tier, keys in superfluous.items()
-            for key in keys
-        ]
+        self.directory, self._plan.tier_copies = open_directory(config, ready, clock(), part)
         self._presence = open_presence(config, ready, self.directory)
         self._prefetcher = Prefetcher(self.directory, self._presence, config.lookup_deadline)
         self._salts = Salts(self.chunk_tokens)
@@ -219,7 +210,7 @@ class CacheScheduler(BesideRequests):
         if tickets:
             copies, gone = block_copies(self._parts, tickets, (blocks, *others), 0, stores=True)
             for operation in gone:
-                self._complete(operation, COPY, now)
+                self._complete(Ended(operation, COPY, 0, None), now)
             self._plan.stores.append(RequestCopies(request_id, copies))
 
     def keys_of(self, request_id: str) -> Sequence[ChunkKey]:
@@ -259,16 +250,9 @@ class CacheScheduler(BesideRequests):
     def apply(self, report: Report) -> None:
         """Update the directory and the requests with what the ranks report."""
         now = self._clock()
-        self._causes.update(report.failed)
-        self._saved.update(report.saved)
-        self._staged = longest(self._staged, report.staged)
         self._known_faults.update(report.faults)
-        for operation, ranks in report.finished.items():
-            ended = self._ended.pop(operation, 0) + ranks
-            if ended < self.num_ranks:
-                self._ended[operation] = ended
-                continue
-            self._complete(operation, self._causes.pop(operation, None), now)
+        for ended in self._all_ranks.ended(report):
+            self._complete(ended, now)
         self.directory.mark_stuck(report.stuck)
         if self.config.load == "auto":
             for num_bytes, seconds in report.loads.values():
@@ -284,9 +268,7 @@ class CacheScheduler(BesideRequests):
 
         What operations still hold, and what others may have stored, cannot be forgotten at once. Then all chunks get new names instead.
         """
-        for tracked in self._requests.values():
-            tracked.request.retire()
-        self.client_pins.forget()
+        self._retire_all()
         in_use = self.directory.reset()
         if self._presence is None and in_use == 0:
             return
@@ -301,9 +283,7 @@ class CacheScheduler(BesideRequests):
 
         The requests of before load and store nothing any more, and no pin keeps what they could have loaded.
         """
-        for tracked in self._requests.values():
-            tracked.request.retire()
-        self.client_pins.forget()
+        self._retire_all()
         self.directory.unpin_all()
         self.namespace = dataclasses.replace(self.namespace, model=model)
         self._salts = Salts(self.chunk_tokens)
@@ -354,6 +334,11 @@ class CacheScheduler(BesideRequests):
             request.salt_differs = self._salts.seen_elsewhere(tokens, start)
         return _Tracked(request, KeyChain(start, self.chunk_tokens, identity.extra))
 
+    def _retire_all(self) -> None:
+        for tracked in self._requests.values():
+            tracked.request.retire()
+        self.client_pins.forget()
+
     def _learn(self) -> None:
         """Tell the directory what the tiers have answered."""
         if self._presence is None:
@@ -362,8 +347,8 @@ class CacheScheduler(BesideRequests):
             self._accounting.answered(answer.tier, answer.seconds, answer.failure)
             self.directory.learn(answer.tier, answer.keys, answer.present)
 
-    def _complete(self, operation: int, cause: str | None, now: float) -> None:
-        saved, seconds = self._saved.pop(operation, 0), self._staged.pop(operation, None)
+    def _complete(self, ended: Ended, now: float) -> None:
+        operation, cause, saved, seconds = ended
         ticket = self.directory.complete(operation, cause, now, saved, seconds)
         if ticket is None:
             return

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry
 
 from lmc.cache.config import REMOTE_TIERS, CacheConfig
-from lmc.cache.directory import Capacity, Directory, build_directory, capacity_of
+from lmc.cache.directory import Capacity, Directory, Ticket, build_directory, capacity_of
+from lmc.cache.directory.holds import NO_OPERATION
 from lmc.cache.keys import ChunkKey, Namespace
-from lmc.cache.plan import WorkerReady
+from lmc.cache.plan import TierCopy, WorkerReady
 from lmc.cache.scheduler.admin import Commands, Mailbox, Result
 from lmc.cache.scheduler.endpoint import Endpoint
 from lmc.cache.scheduler.presence import Presence
@@ -37,8 +38,8 @@ def common_namespace(ready: Sequence[WorkerReady]) -> Namespace:
 
 def open_directory(
     config: CacheConfig, ready: Sequence[WorkerReady], now: float, part: tuple[int, int] = (0, 1)
-) -> tuple[Directory, dict[str, list[ChunkKey]]]:
-    """The directory, and the chunks to delete in each bounded tier: those beyond its capacity, and those that some rank lacks.
+) -> tuple[Directory, list[TierCopy]]:
+    """The directory, and deletions of chunks in the bounded tiers: of those beyond its capacity, and of those that some rank lacks.
 
     A tier that one rank could not open is left out. part (which, of how many): engines of a node that have a disk folder in common each
     take over their part of what is there. Raises ConfigError when a capacity is less than one chunk.
@@ -61,18 +62,20 @@ def open_directory(
     remote = [name for name in REMOTE_TIERS if all(name in worker.remote for worker in ready)]
     shared = [DISK] if config.disk.shared and DISK in below else []
     directory = build_directory(config, host_slots, chunk_bytes, below=below, remote=[*shared, *remote])
-    superfluous: dict[str, list[ChunkKey]] = {}
+    deletions: list[TierCopy] = []
     for name in below:
         by_rank = [set(worker.stored[name]) for worker in ready]
         everywhere = set.intersection(*by_rank)
         stored = [key for key in ready[0].stored[name] if key in everywhere and key[-1] % part[1] == part[0]]
         sizes = {key: sum(worker.stored[name][key] for worker in ready) for key in stored}
         surplus = directory.restore(name, stored, now, ready[0].parents, sizes)
+        superfluous: Sequence[ChunkKey] = ()
         if name not in shared:  # in a shared tier they may be another instance's, or about to become whole
-            superfluous[name] = [*surplus, *sorted(set.union(*by_rank) - everywhere)]
+            superfluous = [*surplus, *sorted(set.union(*by_rank) - everywhere)]
         elif part[1] > 1:  # the capacity is the folder's, so what no engine takes over must go
-            superfluous[name] = list(surplus)
-    return directory, superfluous
+            superfluous = surplus
+        deletions += [TierCopy(Ticket(NO_OPERATION, "delete", key, name, -1)) for key in superfluous]
+    return directory, deletions
 
 
 def open_presence(config: CacheConfig, ready: Sequence[WorkerReady], directory: Directory) -> Presence | None:
