@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from lmc.cache.keys import Namespace
-from lmc.cache.plan import BlockCopy, CopyReading, RequestCopies
+from lmc.cache.plan import BlockCopy, CopyReading, Plan, RequestCopies
 from lmc.cache.transfer import cuda
 from lmc.cache.transfer.backends import choose_backend
 from lmc.cache.transfer.backends.auto import AutoBackend
@@ -269,7 +269,7 @@ def quiesce(dry: bool) -> Findings:
     for memory in engine.memory:
         memory.fill_(0x11)
     synchronize(dry)
-    side.start_store(many, True, [])
+    side.start_store(Plan(stores=[many]), True, [])
     side.quiesce()
     for memory in engine.memory:
         memory.fill_(0xEE)  # the next request's pass

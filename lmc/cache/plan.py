@@ -289,6 +289,10 @@ class AllRanks:
         self._saved: Counter[int] = Counter()
         self._staged: dict[int, float] = {}
 
+    def __len__(self) -> int:
+        """Operations of which some rank has said something."""
+        return len({*self._ranks, *self._causes, *self._saved, *self._staged})
+
     def ended(self, report: Report) -> Sequence[Ended]:
         """Take in what ranks report. Returns the operations that have ended on all of them now."""
         self._causes.update(report.failed)

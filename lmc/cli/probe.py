@@ -122,7 +122,10 @@ def model(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Describe which KV a model keeps: its groups of layers, their windows and bytes. Reads the configuration only."""
+    """Describe which KV a model keeps.
+
+    That is its groups of layers, their windows and their bytes. It reads the configuration only.
+    """
     from lmc import report
     from lmc.model import resolve_model
     from lmc.probe.model_shape import probe_shape, shape_table, write_shape

@@ -60,7 +60,10 @@ def sweep(
     json: Json = False,
     csv: Csv = None,
 ) -> None:
-    """Count hits of many traces by policy, capacity and chunk size, in parallel. The same command goes on with a sweep that was killed."""
+    """Count hits of many traces, in parallel.
+
+    It counts by policy, capacity and chunk size. The same command goes on with a sweep that was killed.
+    """
     from lmc.sim import sweep_summary
     from lmc.sim.shown import parse_window
     from lmc.sim.sweep_many import sweep_many

@@ -274,12 +274,14 @@ class _Instance:
         self.directory.complete(ticket.operation, failure, self.now(), self._replay.saved if is_write else 0)
         if ticket.kind == "stage":
             for instance in self._sharing:
-                instance._arrived(ticket.key)
+                instance._arrived(ticket.key, failed=failure is not None)
         self.step_soon()
 
-    def _arrived(self, key: ChunkKey) -> None:
-        """A chunk is in host memory, or will not be: requests may have waited for it."""
+    def _arrived(self, key: ChunkKey, *, failed: bool) -> None:
+        """A chunk is in host memory, or will not be. Who waited for it may go on, or need not wait for those behind it any more."""
         for index, (_, missing) in list(self._missing.items()):
+            if failed and key in missing:
+                missing.clear()
             missing.discard(key)
             if not missing:
                 self._ready(index)

@@ -253,7 +253,7 @@ class _Engine(InsideVllm):
             "pins": self.cache.directory.num_pins,
             "requests of the cache": len(self.cache._requests),
             "loads of the cache": len(self.cache._loading),
-            "half-reported operations": len(self.cache._ended) + len(self.cache._causes),
+            "half-reported operations": len(self.cache._all_ranks),
             "requests of the connector": len(side.tracked),
             "promises of the connector": sum(
                 map(len, (side.promises.offers, side.promises.blocks, side.promises.requests))

@@ -54,6 +54,9 @@ def in_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         status = 1
+        signal.signal(
+            signal.SIGXFSZ, signal.SIG_IGN
+        )  # as Python does at its start: a file that is too long is an error
         try:
             work()
             status = 0

@@ -194,6 +194,16 @@ def test_replay_and_live_scheduler_choose_alike(
     assert simulated(made, config, tiers, cost) == live(made, config, tiers, cost)
 
 
+def test_both_compute_at_once_when_the_first_chunk_of_a_hit_is_gone() -> None:
+    """Later prompts put the first one's chunks out of the shared tier, and who counts on them learns of it by reading."""
+    asked = [(1, (0, 1)), (0, (2,)), (0, (3,)), (1, (0, 1)), (1, (0, 1))]
+    made = apart([Prompt(0.0, tenant, chunks, 0) for tenant, chunks in asked])
+    tiers = Tiers(host=2, disk=0, shared=3)
+    config = configured(tiers, {"load": "auto"})
+    cost = cost_model(3e5, 3e5, 0.0)
+    assert simulated(made, config, tiers, cost) == live(made, config, tiers, cost)
+
+
 def test_a_slow_disk_is_left_alone_by_both() -> None:
     """Two long prompts take turns; the host holds one of them."""
     long = [tuple(range(start, start + 8)) for start in (100, 200)]

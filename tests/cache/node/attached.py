@@ -127,8 +127,11 @@ class Here:
         return sum(domain.directory.num_pins for domain in self.node.domains.values())
 
     def wait_idle(self) -> None:
+        """Until nothing is under way, nor follows from what engines have sent: the node reads that before it looks twice."""
+        for _ in range(2):
+            wait_until(self._is_idle, "copies or pins are left")
+            self.check()
         wait_until(self._is_idle, "copies or pins are left")
-        self.check()
 
     def _is_idle(self) -> bool:
         for engine in self.engines:

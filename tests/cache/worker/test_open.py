@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lmc.cache.connectors import base
+import lmc.cache.node.open as node_open
 from lmc.cache.connectors.base import LocalCache
 from lmc.cache.keys import Namespace
 from lmc.cache.transfer import pinned
@@ -66,7 +66,7 @@ CONFIG = settings(host_capacity=256 << 20)
         lambda patch: patch.setattr(open_module, "choose_backend", refuse(TransferError, "no driver")),
         lambda patch: patch.setattr(open_module, "open_streams", refuse(TransferError, "no stream")),
         lambda patch: patch.setattr(open_module, "CacheWorker", refuse(ConfigError, "no worker")),
-        lambda patch: patch.setattr(base, "CacheScheduler", refuse(ConfigError, "no scheduler")),
+        lambda patch: patch.setattr(node_open, "CacheScheduler", refuse(ConfigError, "no scheduler")),
     ],
     ids=["backend", "streams", "worker", "scheduler"],
 )
