@@ -39,7 +39,7 @@ ELSEWHERE = {  # in processes without a cache, or before there is one
         "shutdown",
         "supports_sleep_mode",
     )
-}
+} | {f"LmcStats.{name}" for name in ("aggregate", "is_empty", "reduce", "reset")}
 PROMPTS = [[seed * 100 + index % 97 for index in range(100)] for seed in range(1, 5)]
 
 
