@@ -53,7 +53,9 @@ FAMILIES = {
     "Falcon-H1, bfloat16": Family(tiny_model.make_tiny_falcon, {**_MAMBA, "dtype": "bfloat16"}),
     "Granite 4": Family(tiny_model.make_tiny_granite, _MAMBA),
     "Nemotron-H": Family(tiny_model.make_tiny_nemotron, _MAMBA),
-    "Qwen 3-Next": Family(tiny_model.make_tiny_qwen3_next, {"block_size": None, "dtype": "bfloat16"}, None),
+    "Qwen 3-Next": Family(
+        tiny_model.make_tiny_qwen3_next, {"block_size": None, "dtype": "bfloat16"}, None, in_batches=False
+    ),
     "LFM 2": Family(tiny_model.make_tiny_lfm2, _CONV, None, in_batches=False),
 }
 
@@ -113,10 +115,14 @@ def prove(name: str, folder: Path) -> Proof:
         compare(engine, proof, "second of a prefix", text[: 4 * chunk + 10] + prompt(3, chunk))
         compare(engine, proof, "parted", text[: 3 * chunk + 10] + prompt(4, chunk))
         compare(engine, proof, "parted again", text[: 3 * chunk + 10] + prompt(5, chunk))
+        several = [prompt(60 + number, count * chunk + 7) for number, count in enumerate((3, 2, 2))]
+        several += [text, (text + more)[: 6 * chunk + 3]]
         if family.in_batches:
-            several = [prompt(60 + number, count * chunk + 7) for number, count in enumerate((3, 2, 2))]
-            compare(engine, proof, "five at once", *several, text, (text + more)[: 6 * chunk + 3])
-            compare(engine, proof, "five at once, host", *several, text, (text + more)[: 6 * chunk + 3])
+            compare(engine, proof, "five at once", *several)
+            compare(engine, proof, "five at once, host", *several)
+        else:
+            for one in several:
+                compare(engine, proof, "five, one by one", one)
         reference = engine.generate([text], extra_args=PAST_LMC)
         for group, kind in enumerate(engine.call("groups")):
             engine.call("reset_device")
