@@ -149,8 +149,9 @@ def test_windows_beside_attention_sinks(tmp_path: Path) -> None:
     [
         (partial(make_tiny_mistral, window=64), 1),
         (partial(make_tiny_llama4, span=128), 4),
+        (partial(make_tiny_gemma, window=64, pattern="wffwff"), 3),
     ],
-    ids=["only windows", "spans of tokens"],
+    ids=["only windows", "spans of tokens", "several groups that keep all tokens"],
 )
 def test_other_kinds_of_layers(tmp_path: Path, make: Callable[[Path], Path], groups: int) -> None:
     """benchmarks.families compares more, and more families. A hit of five chunks ends inside a span."""

@@ -204,8 +204,6 @@ def _require_proven(groups: Sequence[Group], kv_cache_config: KVCacheConfig, vll
     """Raises LayoutError for what no equality test on the real engine covers, of models with several groups."""
     kinds = [group.kind for group in groups]
     remedy = _NO_CACHE if "state" in kinds else _KEEP_ALL  # vLLM has no other way to keep states
-    if kinds.count("full") > 1:
-        raise LayoutError(f"a model with several groups of layers that keep all tokens is not supported; {remedy}")
     if len({group.block_tokens for group in groups}) > 1:
         raise LayoutError(f"a model whose groups have blocks of unequal size is not supported; {remedy}")
     if vllm_config.speculative_config is not None:
