@@ -18,7 +18,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -152,11 +152,10 @@ class _Process:
             raise ClientFailed(f"the client's process cannot be started: {error.strerror}") from error
         self._listener = threading.Thread(target=self._listen, name="lmc-mooncake", daemon=True)
         self._listener.start()
-        try:
+        with ExitStack() as unless_connected:
+            unless_connected.callback(self.end)
             self._connect(config, segment)
-        except BaseException:
-            self.end()
-            raise
+            unless_connected.pop_all()
 
     @property
     def usable(self) -> bool:
