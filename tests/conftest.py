@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share, and the rule that CI skips nothing but GPU tests."""
+"""Fixtures that several rooms share, and the rule that CI skips nothing but tests of a GPU or of programs that the machine lacks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 
 from tests.engines.tiny_model import make_tiny_llama
+from tests.programs import find_program
 
 if TYPE_CHECKING:
     from tests.cache.instance import Instance
@@ -72,16 +73,23 @@ def plain(tiny_llama: Path) -> Iterator[VllmDriver]:
         yield engine
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("program"):
+        if missing := [name for name in mark.args if find_program(name) is None]:
+            pytest.skip(f"this machine lacks {', '.join(missing)}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """With CI=true, a skipped test is a failed one, unless it needs a GPU."""
+    """With CI=true, a skipped test is a failed one, unless it needs a GPU or a program; pytest's summary names those."""
     report = yield
     if (
         os.environ.get("CI") == "true"
         and report.skipped
         and not hasattr(report, "wasxfail")
         and not item.get_closest_marker("gpu")
+        and not item.get_closest_marker("program")
     ):
         report.outcome = "failed"
-        report.longrepr = f"skipped in CI, where only GPU tests may be: {report.longrepr}"
+        report.longrepr = f"skipped in CI, where only tests of a GPU or a program may be: {report.longrepr}"
     return report

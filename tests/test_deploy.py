@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from lmc.cache.settings import load_settings
 from lmc.cli import app
+from tests.programs import program
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "deploy"
@@ -198,16 +199,24 @@ def kind_and_name(document: dict[str, Any]) -> tuple[str, str]:
     return document["kind"], document["metadata"]["name"]
 
 
-@pytest.mark.parametrize("given", GIVEN)
-def test_the_chart_fits_together(given: dict[str, Any], tmp_path: Path) -> None:
+def of_the_chart(given: dict[str, Any]) -> list[dict[str, Any]]:
     texts = [rendered(file.read_text(), values(given)) for file in sorted((CHART / "templates").iterdir())]
-    documents = [document for text in texts for document in yaml.safe_load_all(text) if document]
+    return [document for text in texts for document in yaml.safe_load_all(text) if document]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_chart_fits_together(given: dict[str, Any]) -> None:
+    documents = of_the_chart(given)
     fit_together(documents)
     [engine] = by_kind(documents, "Deployment")["lmc-engine"]["spec"]["template"]["spec"]["containers"]
     assert engine["args"][0] == "some/model" and engine["image"] == "registry/lmc"
     assert engine["args"][-2:] == given.get("engineArgs", engine["args"][-2:])
-    if (helm := shutil.which("helm")) is None:
-        return
+
+
+@pytest.mark.program("helm")
+@pytest.mark.parametrize("given", GIVEN)
+def test_helm_renders_the_chart_as_these_tests_do(given: dict[str, Any], tmp_path: Path) -> None:
+    helm, documents = program("helm"), of_the_chart(given)
     (tmp_path / "values.yaml").write_text(yaml.safe_dump(given))
     subprocess.run([helm, "lint", CHART, "-f", tmp_path / "values.yaml"], check=True)
     made = subprocess.run(

@@ -6,9 +6,7 @@ It needs Debian's packages chromium and poppler-utils. Where they are not, these
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +16,6 @@ from lmc.bench.render import build_report
 from lmc.report import report_html
 
 ROOT = Path(__file__).parents[1]
-
-
-def there(*programs: str) -> bool:
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        sys.stderr.write(f"NOT CHECKED: there is no {', '.join(missing)}\n")
-    return not missing
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +42,16 @@ def corner(picture: Path) -> float:
     return float(imread(picture)[2, 2, :3].mean())
 
 
+@pytest.mark.program("chromium")
 def test_it_is_light_or_dark_as_the_reader_wishes(page: Path, tmp_path: Path) -> None:
-    if not there("chromium"):
-        return
     size = "--window-size=1200,900"
     chromium(page, size, f"--screenshot={tmp_path / 'light.png'}")
     chromium(page, size, "--blink-settings=preferredColorScheme=0", f"--screenshot={tmp_path / 'dark.png'}")
     assert corner(tmp_path / "light.png") > 0.9 and corner(tmp_path / "dark.png") < 0.2
 
 
+@pytest.mark.program("chromium")
 def test_on_a_phone_only_tables_are_scrolled_sideways(page: Path) -> None:
-    if not there("chromium"):
-        return
     probe = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
     narrow = page.with_name("narrow.html")
     narrow.write_text(page.read_text().replace("</body>", probe))
@@ -72,9 +61,8 @@ def test_on_a_phone_only_tables_are_scrolled_sideways(page: Path) -> None:
     assert int(width) <= int(window)
 
 
+@pytest.mark.program("chromium")
 def test_a_click_on_a_heading_sorts(page: Path) -> None:
-    if not there("chromium"):
-        return
     click = """<script>
     const head = [...document.querySelectorAll("th")].find(th => th.textContent.startsWith("TTFT p50"));
     const rows = () => [...head.closest("table").tBodies[0].rows].map(row => row.cells[0].textContent).join(" ");
@@ -89,9 +77,8 @@ def test_a_click_on_a_heading_sorts(page: Path) -> None:
     assert up == "lmc-restarted engine lmc none" and down == " ".join(reversed(up.split()))
 
 
+@pytest.mark.program("chromium", "pdftotext")
 def test_on_paper_every_column_is_there(page: Path, tmp_path: Path) -> None:
-    if not there("chromium", "pdftotext"):
-        return
     chromium(page, f"--print-to-pdf={tmp_path / 'report.pdf'}")
     subprocess.run(["pdftotext", "-layout", tmp_path / "report.pdf", tmp_path / "report.txt"], check=True)
     text = (tmp_path / "report.txt").read_text()

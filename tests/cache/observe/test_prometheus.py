@@ -6,11 +6,8 @@ Where there is none, these tests say so and check nothing; test_metrics.py check
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
 import time
 import urllib.parse
 import urllib.request
@@ -24,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics import MetricWrapperBase
 
 from lmc.cache.observe.metrics import CacheMetrics
+from tests.programs import program
 from tests.services import LOCAL, free_port, wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -32,15 +30,6 @@ ENGINE = """# TYPE vllm:time_to_first_token_seconds histogram
 # TYPE vllm:request_prefill_time_seconds histogram
 # TYPE vllm:prompt_tokens counter
 """
-
-
-def tool(name: str) -> str | None:
-    """promtool or prometheus, or None after a line that says why there is none."""
-    fetched = Path(os.environ.get("LMC_VENV", ROOT / ".venvs")) / "prometheus" / "usr" / "bin" / name
-    found = shutil.which(name) or (str(fetched) if fetched.is_file() else None)
-    if found is None:
-        sys.stderr.write(f"NOT CHECKED: there is no {name}; scripts/setup-prometheus fetches Debian's\n")
-    return found
 
 
 @pytest.fixture
@@ -91,19 +80,19 @@ def engine_metrics() -> CollectorRegistry:
 
 
 @contextmanager
-def prometheus(command: str, folder: Path, registries: list[CollectorRegistry]) -> Iterator[str]:
+def prometheus(folder: Path, registries: list[CollectorRegistry]) -> Iterator[str]:
     (folder / "history").write_text(history(*registries))
     (folder / "prometheus.yml").write_text("global: {}\n")
-    promtool = tool("promtool")
-    assert promtool is not None
     subprocess.run(
-        [promtool, "tsdb", "create-blocks-from", "openmetrics", folder / "history", folder / "data"],
+        [program("promtool"), "tsdb", "create-blocks-from", "openmetrics", folder / "history", folder / "data"],
         check=True,
         stdout=subprocess.DEVNULL,
     )
     address = f"{LOCAL}:{free_port()}"
     paths = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
-    server = subprocess.Popen([command, *paths, f"--web.listen-address={address}"], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [program("prometheus"), *paths, f"--web.listen-address={address}"], stderr=subprocess.DEVNULL
+    )
     try:
         wait_until(lambda: answers(f"http://{address}/-/ready"), "Prometheus is ready")
         yield f"http://{address}"
@@ -134,21 +123,18 @@ def expressions() -> dict[str, str]:
     return found
 
 
+@pytest.mark.program("promtool")
 def test_promtool_accepts_the_metrics_page(exercised: CacheMetrics) -> None:
-    if (promtool := tool("promtool")) is None:
-        return
     page = generate_latest(exercised.registry)
-    done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, check=False)
+    done = subprocess.run([program("promtool"), "check", "metrics"], input=page, capture_output=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
+@pytest.mark.program("prometheus", "promtool")
 def test_every_expression_of_the_dashboard_and_the_rules_returns_data(exercised: CacheMetrics, tmp_path: Path) -> None:
-    command = tool("prometheus")
-    if command is None or tool("promtool") is None:
-        return
     at = int(time.time()) // 7200 * 7200 - 7200 + (STEPS - 1) * STEP_S
     empty = {}
-    with prometheus(command, tmp_path, [exercised.registry, engine_metrics()]) as url:
+    with prometheus(tmp_path, [exercised.registry, engine_metrics()]) as url:
         for where, text in expressions().items():
             query = urllib.parse.urlencode({"query": text, "time": at})
             with urllib.request.urlopen(f"{url}/api/v1/query?{query}") as answer:
