@@ -163,6 +163,11 @@ class MooncakeTier:
         if not FOOTER_BYTES < stored <= stored_bytes(len(data)):
             return False
         code = line.call(["get_from", stored - FOOTER_BYTES], self._name(key), [self._footer_region])
+        if code != OTHER_SIZE:
+            try:
+                _require_loaded(key, code)
+            except KeyError:  # it is gone since
+                return False
         if code != FOOTER_BYTES:
             return False
         page = line.scratch[self._scope.chunk_bytes :]

@@ -120,8 +120,9 @@ class _Process:
         """Returns when it is connected to the master. Raises ClientFailed."""
         self.pid = os.getpid()  # of the process that has started it; one that was forked has no part in it
         self._said: deque[str] = deque(maxlen=_LINES_KEPT)
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._asking = threading.Lock()
+        self._ending = threading.Lock()
+        self._ended = False
         self._seconds = config.timeout + LONGEST_CALL
         self._ended_by_itself = False
         self._lent: list[LentMemory] = []
@@ -134,6 +135,10 @@ class _Process:
             "MC_STORE_CLIENT_METRIC": "0",
             "GLOG_minloglevel": "1",
         }
+        try:
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise ClientFailed(f"the client cannot be reached: {error.strerror}") from error
         # -P: the folder of the script has modules that are named like packages.
         command = [sys.executable, "-P", str(Path(mooncake_client.__file__)), str(theirs.fileno())]
         try:
@@ -151,9 +156,12 @@ class _Process:
             self._control.close()
             raise ClientFailed(f"the client's process cannot be started: {error.strerror}") from error
         self._listener = threading.Thread(target=self._listen, name="lmc-mooncake", daemon=True)
-        self._listener.start()
         with ExitStack() as unless_connected:
             unless_connected.callback(self.end)
+            try:
+                self._listener.start()
+            except (RuntimeError, MemoryError):
+                raise ClientFailed("a thread cannot be started; raise the limit of processes") from None
             self._connect(config, segment)
             unless_connected.pop_all()
 
@@ -202,13 +210,16 @@ class _Process:
         self.end()
 
     def end(self) -> None:
-        """Returns when it touches no memory any more."""
-        if self.pid == os.getpid():
-            self._process.poll()
-            self._ended_by_itself = self._process.returncode is not None
-            self._process.kill()
-            self._process.wait()
-        self._control.close()
+        """Returns when it touches no memory any more. May be called by every thread whose call has failed."""
+        with self._ending:
+            if self._ended:
+                return
+            self._ended = True
+            if self.pid == os.getpid():
+                self._ended_by_itself = self._process.poll() is not None
+                self._process.kill()
+                self._process.wait()
+            self._control.close()
 
     @property
     def how_it_ended(self) -> str:
@@ -232,26 +243,31 @@ class _Process:
                 f"the client cannot be loaded: {answer['missing']}; install libibverbs1 librdmacm1 libnuma1 libcurl4 liburing2"
             )
         if answer["code"] != 0:
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # it takes the library back, which may wait for the master
+                self._process.wait(_CLOSE_SECONDS)
             self._listener.join(1.0)
             said = self.complaint() or f"code {answer['code']}"
             remedy = "; install the client of the master's version" if "ersion mismatch" in said else ""
             raise ClientFailed(f"cannot connect to the master or the metadata server: {said}{remedy}")
 
     def _open_line(self, scratch_bytes: int) -> Line:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        descriptor = os.memfd_create("lmc-mooncake", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, scratch_bytes)
-            scratch = memoryview(mmap.mmap(descriptor, scratch_bytes))
+        with ExitStack() as unless_open, ExitStack() as opened:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                unless_open.callback(ours.close)
+                opened.callback(theirs.close)
+                descriptor = os.memfd_create("lmc-mooncake", os.MFD_CLOEXEC)
+                opened.callback(os.close, descriptor)
+                os.ftruncate(descriptor, scratch_bytes)
+                scratch = memoryview(mmap.mmap(descriptor, scratch_bytes))
+            except OSError as error:
+                raise ClientFailed(f"there is no memory or descriptor for a connection: {error.strerror}") from error
             with self._asking:
                 problem = self._give(scratch_bytes, [descriptor, theirs.fileno()])
-        finally:
-            os.close(descriptor)
-            theirs.close()
-        if problem:
-            raise ClientFailed(f"the client cannot use {scratch_bytes} bytes of memory: {problem}")
-        return Line(ours, scratch, self._seconds)
+            if problem:
+                raise ClientFailed(f"the client cannot use {scratch_bytes} bytes of memory: {problem}")
+            unless_open.pop_all()
+            return Line(ours, scratch, self._seconds)
 
     def _give(self, size: int, descriptors: list[int]) -> str:
         return str(self._tell({"bytes": size}, descriptors, self._seconds)["problem"])
@@ -262,7 +278,9 @@ class _Process:
             socket.send_fds(self._control, [json.dumps(message).encode()], descriptors)
             answer = self._control.recv(MESSAGE_BYTES)
         except TimeoutError:
-            raise ClientFailed(f"no answer of the master for {seconds:g} s") from None
+            raise ClientFailed(f"the client has not answered for {seconds:g} s") from None
+        except OSError:  # it ended with our message unread, or another thread has ended it
+            answer = b""
         if not answer:
             raise ClientFailed("the client's process has ended")
         found = json.loads(answer)
@@ -329,9 +347,13 @@ class SharedClient:
             raise ClientFailed("the client is still connecting")
         try:
             if not self._holds:
-                self._holder = _renewed(self._holder, self._config, self._segment)
+                if self._holder is not None:
+                    self._holder.end()
+                self._holder = _Process(self._config, self._segment)
             if self._process is None or not self._process.usable:
-                self._process = _renewed(self._process, self._config, 0)
+                if self._process is not None:
+                    self._process.end()
+                self._process = _Process(self._config, 0)
             return self._process
         finally:
             self._starting.release()
@@ -346,12 +368,6 @@ class SharedClient:
         with self._starting:
             if self._process is process:
                 self._process = None
-
-
-def _renewed(process: _Process | None, config: MooncakeConfig, segment: int) -> _Process:
-    if process is not None:
-        process.end()
-    return _Process(config, segment)
 
 
 _shared: dict[tuple[str, int, int], SharedClient] = {}
