@@ -165,7 +165,7 @@ ALLOWED = {
         "lmc.units",
         "lmc.report",
     },
-    "lmc.serve": {"lmc.arguments", "lmc.cache", "lmc.memory", "lmc.model", "lmc.errors", "lmc.units"},
+    "lmc.serve": {"lmc.arguments", "lmc.cache", "lmc.memory", "lmc.model", "lmc.errors", "lmc.report", "lmc.units"},
     "lmc.cli": {"lmc"},
     "lmc.__main__": {"lmc.cli"},
 }

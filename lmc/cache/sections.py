@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from lmc.errors import ConfigError
 from lmc.units import parse_seconds, parse_size
 
+LEAST_CAPACITY = 1 << 16  # bytes; no chunk is smaller
+
 
 def _size(value: str | int) -> int:
     size = parse_size(value)

@@ -15,12 +15,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lmc.cache.config import CacheConfig
-from lmc.cache.sections import Section
+from lmc.cache.sections import LEAST_CAPACITY, Section
 from lmc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_LEAST_CAPACITY = 1 << 16
 
 # Variables that start with LMC_ and are not settings of the cache.
 _OTHER_VARIABLES = {"LMC_BENCH_API_KEY", "LMC_VENV", "LMC_DATA_DIR", "LMC_CACHE_HOME", "LMC_LOG_LEVEL"}
@@ -210,7 +208,7 @@ def _require_known(key: str, known: Mapping[str, object], where: str) -> None:
 
 def _require_unit(key: str, value: object, where: str) -> None:
     """A capacity of so few bytes was meant in another unit."""
-    if key.endswith(".capacity") and str(value).isdigit() and 0 < int(str(value)) < _LEAST_CAPACITY:
+    if key.endswith(".capacity") and str(value).isdigit() and 0 < int(str(value)) < LEAST_CAPACITY:
         raise ConfigError(
             f"{where}{key}: {value} is {value} bytes, which hold no chunk; write a unit, as in {value}GiB"
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lmc.cache.parts import Group, Kind
 from lmc.cache.shape import ModelShape
 from lmc.errors import ConfigError
-from lmc.report import Column, Table
+from lmc.report import Column, Table, to_json, write_file
 from lmc.units import format_size
 
 _KINDS: dict[str, tuple[Kind, str]] = {  # of a layer, and what its span is called
@@ -58,7 +57,8 @@ def shape_table(shape: ModelShape, name: str) -> Table:
 
 
 def write_shape(shape: ModelShape, file: Path) -> None:
-    file.write_text(json.dumps(shape.to_json(), indent=2) + "\n")
+    """Raises ConfigError."""
+    write_file(file, to_json(shape.to_json()))
 
 
 def split_layers(counts: dict[str, int]) -> list[tuple[str, int]]:

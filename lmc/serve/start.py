@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 import tempfile
 import urllib.error
@@ -19,16 +17,15 @@ from lmc.cache.config import CacheConfig
 from lmc.cache.observe.stats import describe_tiers
 from lmc.cache.share import record_of
 from lmc.cache.tiers.check import check_tiers
-from lmc.cache.tiers.room import within_room
+from lmc.cache.tiers.room import usable_disk
 from lmc.errors import ConfigError
 from lmc.memory import available_memory
 from lmc.model import resolve_model
+from lmc.report import write_file
 from lmc.serve.engines import check_engine, engine_command, engines_here
 from lmc.serve.ports import claim_port, for_url, hold_port, hold_ports, reachable
 from lmc.serve.process import run_engine
 from lmc.units import format_size
-
-logger = logging.getLogger(__name__)
 
 _STATS_SECONDS = 30.0  # a busy machine may need as long; where nothing listens, the refusal comes at once
 
@@ -62,7 +59,9 @@ def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]
         check_engine(options.engine, cached, options.engine_arguments)
         engines = engines_here(options.engine, options.engine_arguments)
         if cached is not None:
-            cached = _check_folders(cached, engines)
+            if cached.node is None:  # else the disk is the node's
+                cached = usable_disk(cached)
+            _check_records(cached, engines)
             if cached.metrics.enabled:
                 cached = _with_metrics_port(cached, engines, stack)
         command = engine_command(
@@ -77,7 +76,7 @@ def serve(options: ServeOptions, config: CacheConfig, say: Callable[[str], None]
         def on_ready(url: str) -> None:
             line = f"ready url={url}/v1 {_describe_cache(cached, engines)}"
             if options.ready_file is not None:
-                _write_whole(options.ready_file, f"{line}\n")
+                write_file(options.ready_file, f"{line}\n")
             say(line)
 
         return run_engine(command, f"{reachable(host)}:{port}", options.ready_timeout, on_ready)
@@ -92,16 +91,6 @@ def _remove(ready_file: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"--ready-file {ready_file} cannot be written: {error.strerror}") from None
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Who waits for the file never reads half of it. Raises ConfigError."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(file)
-    except OSError as error:
-        raise ConfigError(f"--ready-file {file} cannot be written: {error.strerror}") from None
 
 
 def _port(options: ServeOptions) -> int:
@@ -130,25 +119,13 @@ def _with_metrics_port(config: CacheConfig, engines: range, stack: ExitStack) ->
     return config.model_copy(update={"metrics": metrics.model_copy(update={"port": first - engines.start})})
 
 
-def _check_folders(config: CacheConfig, engines: range) -> CacheConfig:
-    """The settings, with a disk.capacity for which there is room."""
-    if config.disk.path is not None and config.node is None:
-        try:
-            config.disk.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=config.disk.path):
-                pass
-            config, lowered = within_room(config)
-        except OSError as error:
-            raise ConfigError(f"disk.path {config.disk.path} cannot be written: {error.strerror}") from None
-        if lowered:
-            logger.warning("lmc: %s", lowered)
+def _check_records(config: CacheConfig, engines: range) -> None:
     if config.record is not None:
         for record in (record_of(config.record, rank) for rank in engines):
             try:
                 record.open("ab").close()
             except OSError as error:
                 raise ConfigError(f"record {record} cannot be written: {error.strerror}") from None
-    return config
 
 
 def _describe_cache(config: CacheConfig | None, engines: range) -> str:

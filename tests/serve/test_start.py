@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lmc.cache.tiers.room import usable_disk
 from lmc.errors import ConfigError
 from lmc.serve import start
-from lmc.serve.start import ServeOptions, _check_folders, _describe_cache, serve
+from lmc.serve.start import ServeOptions, _describe_cache, serve
 from lmc.units import format_size
 from tests.cache.instance import CHUNK_BYTES, Instance, settings
 from tests.serve.test_run_engine import engine
@@ -98,7 +99,7 @@ def test_a_disk_capacity_without_room_is_lowered_and_both_are_shown(
 ) -> None:
     config = settings(disk_path=tmp_path / "kv", disk_capacity=1 << 60)
     with caplog.at_level(logging.WARNING):
-        fitting = _check_folders(config, range(1))
+        fitting = usable_disk(config)
     assert 0 < fitting.disk.capacity < 1 << 60
     assert "disk.capacity 1024.0 PiB is more than" in caplog.text
     assert f"it is {format_size(fitting.disk.capacity)} now" in caplog.text

@@ -20,7 +20,7 @@ from lmc.cache.node.memory import Memory, whole_pages
 from lmc.cache.node.page import open_page
 from lmc.cache.node.server import Node
 from lmc.cache.tiers.check import check_tiers
-from lmc.cache.tiers.room import within_room
+from lmc.cache.tiers.room import usable_disk
 from lmc.errors import ConfigError
 from lmc.memory import available_memory
 from lmc.units import format_size
@@ -34,7 +34,7 @@ _LONGEST_PATH = 107  # of a Unix socket
 def serve_node(config: CacheConfig, path: Path, say: Callable[[str], None]) -> None:
     """Run until SIGTERM or SIGINT. Raises ConfigError, in one line, before anybody could attach."""
     check_tiers(config)
-    config = _with_disk(config)
+    config = usable_disk(config)
     group = _group(config.node_group)
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(path, group))
@@ -56,20 +56,6 @@ def serve_node(config: CacheConfig, path: Path, say: Callable[[str], None]) -> N
         node.run()
         _notify("STOPPING=1")
         logger.info("lmc: node: stopping")
-
-
-def _with_disk(config: CacheConfig) -> CacheConfig:
-    """The settings, with a disk.capacity for which there is room. Raises ConfigError for a folder that cannot be used."""
-    if config.disk.path is None:
-        return config
-    try:
-        config.disk.path.mkdir(parents=True, exist_ok=True)
-        config, lowered = within_room(config)
-    except OSError as error:
-        raise ConfigError(f"disk.path {config.disk.path} cannot be used: {error.strerror}") from None
-    if lowered:
-        logger.warning("lmc: %s", lowered)
-    return config
 
 
 def memory_bytes(config: CacheConfig) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lmc.cache.config import CacheConfig
+from lmc.cache.sections import LEAST_CAPACITY
 from lmc.cache.tiers.mooncake import check_master
 from lmc.cache.tiers.redis_address import parse_address
 from lmc.errors import ConfigError
 from lmc.units import format_seconds, format_size
 
-LEAST_CAPACITY = 1 << 16  # bytes; no chunk is smaller
 _LONGEST = {"lookup_deadline": 60.0, "node_deadline": 60.0, "load_deadline": 600.0, "close_timeout": 3600.0}  # seconds
 
 
