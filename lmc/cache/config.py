@@ -55,7 +55,7 @@ class CacheConfig(Section):
     """Also store chunks that contain generated tokens."""
     load: Literal["always", "auto"] = "always"
     """Whether all of a hit is loaded (always), or only what is loaded more quickly than it is computed, by what the tiers and the engine
-    were measured to take (auto). On SGLang, and at a node, auto is the same as always."""
+    were measured to take (auto). On SGLang, at a node, and for models with windows or states, auto is the same as always."""
     min_load_tokens: int = Field(default=1, ge=1)
     """Load a hit only if it saves computing at least this number of tokens. Below that, computing is faster than loading."""
     background_load_tokens: int = Field(default=4096, ge=1)

@@ -7,7 +7,7 @@ which every token counts, is the *spine*: its parts are the chunks of a plain mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -138,17 +138,15 @@ class Parts:
 
     def leaves(
         self, keys: Sequence[ChunkKey], num_chunks: int, computed: int = 0, groups: Sequence[int] | None = None
-    ) -> list[Leaf]:
+    ) -> Iterator[Leaf]:
         """What a hit of num_chunks chunks needs beside the spine, less what lies in `computed` tokens that the engine holds itself.
 
         groups: only these.
         """
-        return [
-            Leaf(leaf_key(keys[index], group), keys[index], group, index)
-            for group in (range(1, len(self.groups)) if groups is None else groups)
-            for index in reversed(self.needed(group, num_chunks))
-            if (index + 1) * self.chunk_tokens > computed
-        ]
+        for group in range(1, len(self.groups)) if groups is None else groups:
+            for index in reversed(self.needed(group, num_chunks)):
+                if (index + 1) * self.chunk_tokens > computed:
+                    yield Leaf(leaf_key(keys[index], group), keys[index], group, index)
 
 
 def leaf_key(spine: ChunkKey, group: int) -> ChunkKey:

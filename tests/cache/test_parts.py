@@ -64,7 +64,7 @@ def test_a_window_needs_its_last_chunks_and_a_local_chunk_what_has_begun() -> No
 def test_leaves_hang_on_the_spine_and_have_names_of_their_own() -> None:
     keys = [ChunkKey(bytes([number]) * 32) for number in range(6)]
     parts = Parts(128, (FULL, Group("window", 16, 256), Group("window", 16, 128)))
-    leaves = parts.leaves(keys, 6)
+    leaves = list(parts.leaves(keys, 6))
     assert [(leaf.group, leaf.chunk) for leaf in leaves] == [(1, 5), (1, 4), (2, 5)]
     assert all(leaf.parent == keys[leaf.chunk] and leaf.key == leaf_key(leaf.parent, leaf.group) for leaf in leaves)
     assert len({leaf.key for leaf in leaves} | set(keys)) == 9

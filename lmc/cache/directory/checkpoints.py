@@ -24,13 +24,13 @@ class Checkpoints:
 
     def needed(self, keys: Sequence[ChunkKey], end: int, computed: int) -> list[Leaf]:
         """What a hit of `end` chunks needs beside them."""
-        return self._parts.leaves(keys, end, computed)
+        return list(self._parts.leaves(keys, end, computed))
 
     def longest(self, keys: Sequence[ChunkKey], end: int, computed: int, now: float, *, in_host: bool) -> int:
         """The longest hit of at most `end` chunks whose leaves can be read, or are in host memory; at least what the engine holds."""
         least = min(computed // self._parts.chunk_tokens, end)
         parts, readable = self._parts, self._directory.readable
-        for leaf in reversed(parts.leaves(keys, end, computed, parts.lasting)):
+        for leaf in reversed(list(parts.leaves(keys, end, computed, parts.lasting))):
             if leaf.chunk < end and not readable([leaf], now, in_host=in_host):
                 end = leaf.chunk
         for length in range(end, least, -1):
@@ -53,9 +53,16 @@ class Checkpoints:
             ends += [number * interval for number in range(last, max(last - _ASKED, 0), -1)]
         if self._parts.has_states:
             ends += range(end - 1, max(end - _ASKED_STATES, 0), -1)
-        held = computed // self._parts.chunk_tokens
-        asked = [leaf for length in ends if length > held for leaf in self.needed(keys, length, computed)]
-        return tuple(dict.fromkeys(leaf.key for leaf in asked if not self._directory.readable([leaf], now)))
+        held, parts = computed // self._parts.chunk_tokens, self._parts
+        if end <= held:
+            return ()
+        asked = {
+            leaf.key: leaf for leaf in parts.leaves(keys, end, computed, parts.lasting)
+        }  # shorter hits need some of them
+        for length in ends:
+            if length > held:
+                asked.update((leaf.key, leaf) for leaf in parts.leaves(keys, length, computed, parts.passing))
+        return tuple(key for key, leaf in asked.items() if not self._directory.readable([leaf], now))
 
     def kept(self, keys: Sequence[ChunkKey], end: int, num_prompt: int, step: Step) -> list[Leaf]:
         """The leaves to keep now: of the prompt's end, of its hit, of where it parted from what is stored, and of every so many chunks.
@@ -89,4 +96,5 @@ class Checkpoints:
     def pinned(self, keys: Sequence[ChunkKey], num_tokens: int) -> list[ChunkKey]:
         """The leaves to pin with a prompt of so many tokens."""
         ends = {self.hit, len(keys), (num_tokens - 1) // self._parts.chunk_tokens}
-        return [leaf.key for end in ends if 0 < end <= len(keys) for leaf in self._parts.leaves(keys, end)]
+        leaves = [leaf.key for end in ends if 0 < end <= len(keys) for leaf in self._parts.leaves(keys, end)]
+        return list(dict.fromkeys(leaves))

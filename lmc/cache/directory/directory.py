@@ -207,7 +207,9 @@ class Directory:
                 tickets.append(ticket)
                 new.append(chain[index])
             if leaves:
-                tickets += self._store_leaves([leaf for leaf in leaves if leaf.chunk < end], chain, tenant, now)
+                tickets += self._store_leaves(
+                    [leaf for leaf in leaves if leaf.chunk < end], chain, tenant, now, touch=touch
+                )
             places.insert(places.host, new)
             places.hold(chain, -1)
         added = set(new)
@@ -321,6 +323,7 @@ class Directory:
             return None
         if done.ticket.kind == "stage":
             self.speeds.staged(operation, now, seconds, failed=failure is not None)
+        doomed = self._doomed_with(done.node) if self._doomed else set()
         self._places.hold_one(done.node, -1)
         if done.ticket.kind == "write":
             self._below.complete_write(done, failure, saved)
@@ -330,8 +333,8 @@ class Directory:
             self._host_slots.complete(done, failure)
         if self._host_slots.spoiled:
             self._host_slots.free_spoiled()
-        if self._doomed and done.ticket.key in self._doomed:
-            self._doomed = self._removal.forget_unused(self._doomed)
+        if doomed:
+            self._doomed -= doomed - self._removal.forget_unused(doomed)
         return done.ticket
 
     def mark_stuck(self, operations: Iterable[int]) -> None:
@@ -394,7 +397,8 @@ class Directory:
         """Forget every chunk and every pin. Returns how many chunks operations still hold; these are forgotten when the operations end."""
         self._pins.drop_all()
         in_use = self._removal.all_of(None)
-        self._doomed = {self._places.nodes.key(node) for node in self._places.nodes} if in_use else set()
+        places = self._places
+        self._doomed = {places.nodes.key(node) for node in places.nodes if places.present(node)} if in_use else set()
         return in_use
 
     def clear_from(self, keys: Sequence[ChunkKey]) -> int:
@@ -494,7 +498,17 @@ class Directory:
             or (in_host[node] != RESIDENT and not places.present(node))
         ]
 
-    def _store_leaves(self, leaves: Sequence[Leaf], chain: Sequence[int], tenant: str, now: float) -> list[Ticket]:
+    def _doomed_with(self, node: int) -> set[ChunkKey]:
+        """A chunk and those before it that wait for it alone, as far as a reset is to forget them."""
+        keys: set[ChunkKey] = set()
+        while node >= 0 and (key := self._places.nodes.key(node)) in self._doomed:
+            keys.add(key)
+            node = self._places.parents[node]
+        return keys
+
+    def _store_leaves(
+        self, leaves: Sequence[Leaf], chain: Sequence[int], tenant: str, now: float, *, touch: bool
+    ) -> list[Ticket]:
         """What store() does for leaves whose chunks, the nodes of chain, are held."""
         places = self._places
         nodes = [places.nodes.find(leaf.key) for leaf in leaves]
@@ -517,9 +531,10 @@ class Directory:
         places.hold(nodes, -1)
         for node, parent in stored:
             places.adopt(node, parent, tenant)
-        places.touch([node for node, _ in stored], now)
-        if self._below.exists:
-            self._below.after_touch([node for node, _ in stored])
+        if touch:
+            places.touch([node for node, _ in stored], now)
+            if self._below.exists:
+                self._below.after_touch([node for node, _ in stored])
         for node in nodes:
             if node >= 0:
                 places.forget_unused(node)

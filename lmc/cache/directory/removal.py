@@ -29,10 +29,10 @@ class Removal:
         return self._num_held(keys)
 
     def forget_unused(self, keys: set[ChunkKey]) -> set[ChunkKey]:
-        """Forget those of keys that nothing uses. Returns the others."""
+        """Forget those of keys that nothing uses. Returns those that are still there."""
         find = self._places.nodes.find
         self._remove([node for node in map(find, keys) if node >= 0], Miss.CLEARED, "cleared")
-        return {key for key in keys if find(key) >= 0}
+        return {key for key in keys if (node := find(key)) >= 0 and self._places.present(node)}
 
     def from_chunk(self, key: ChunkKey) -> int:
         """Remove a chunk and all chunks that continue it. It walks all nodes. Returns how many remain."""

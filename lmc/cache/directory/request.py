@@ -122,7 +122,8 @@ class Request:
             found = usable
         if self._found is None:
             self._found = found
-            if self._settings.load == "auto" and (end := self._end_of_quick_chunks(found, now)) < found.num_chunks:
+            auto = self._settings.load == "auto" and self._checkpoints is None  # leaves are not weighed
+            if auto and (end := self._end_of_quick_chunks(found, now)) < found.num_chunks:
                 self._usable, self._left = end, Miss.SLOWER
                 return self.lookup(keys, num_tokens, computed, now)
         first = computed // self._chunk_tokens
@@ -209,7 +210,7 @@ class Request:
         index = self._loading.pop(operation)
         if failure is not None and not self._retired:
             self.num_stored = min(self.num_stored, index)
-            self._usable = min(self._usable, index)
+            self._usable, self._left = min(self._usable, index), None
 
     @property
     def loading(self) -> Sequence[int]:

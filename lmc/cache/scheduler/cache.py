@@ -256,7 +256,7 @@ class CacheScheduler(BesideRequests):
         self.directory.mark_stuck(report.stuck)
         if self.config.load == "auto":
             for num_bytes, seconds in report.loads.values():
-                self.directory.speeds.loaded(num_bytes / self._bytes_of_all, seconds)
+                self.directory.speeds.loaded(num_bytes / (self.chunk_bytes * self.num_ranks), seconds)
         self._accounting.reported(report)
 
     def computed(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:

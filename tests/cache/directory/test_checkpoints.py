@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -36,7 +36,7 @@ class World:
         self.directory = Directory(host_slots, {"disk": Capacity.of_chunks(disk)} if disk else {}, get_policy("lru"))
         self.now = 0.0
 
-    def request(self, name: str = "r", **settings: float) -> Request:
+    def request(self, name: str = "r", **settings: Any) -> Request:
         return Request(name, self.directory, Settings(**settings), SIZE, "", self.now, self.parts)
 
     def end(self, tickets: list[Ticket], failure: str | None = None) -> None:
@@ -69,7 +69,7 @@ class World:
         return found // SIZE
 
     def evict(self, leaf_of: list[ChunkKey], end: int, number: int = 0) -> ChunkKey:
-        leaf = PARTS.leaves(leaf_of, end)[number]
+        leaf = list(PARTS.leaves(leaf_of, end))[number]
         (ticket,) = self.directory.load([leaf.key])
         self.directory.complete(ticket.operation, "copy", self.now)
         return leaf.key
@@ -320,3 +320,36 @@ def test_states_of_others_are_asked_for_at_many_lengths() -> None:
     request = Request("r", directory, Settings(), SIZE, "", 0.0, STATES)
     assert request.lookup(prompt, 45, 0, 0.0) is None
     assert set(request.take_question()) == {leaf.key for end in range(1, 12) for leaf in STATES.leaves(prompt, end)}
+
+
+def test_a_prompt_that_is_stored_in_several_steps_uses_its_leaves_once() -> None:
+    prompt = keys(0, 11)
+    touches = []
+    for steps in (100, 7):
+        world = World()
+        world.serve(prompt, steps)
+        places = world.directory._places
+        leaves = {leaf.key for leaf in PARTS.leaves(prompt, 11)}
+        touches.append([places.touches[places.nodes.find(key)] for key in leaves])
+    assert touches[0] == touches[1]
+
+
+def test_each_leaf_is_pinned_once() -> None:
+    world = World()
+    request = world.request()
+    prompt = keys(0, 11)
+    request.lookup(prompt, 45, 0, 0.0)
+    request.store(prompt, 45, 45, 0.0)
+    pinned = list(request.end())
+    assert len(pinned) == len(set(pinned)) > 11
+
+
+def test_auto_loads_every_hit_with_leaves() -> None:
+    """They are not weighed, so a slow tier is waited for, as with always."""
+    world = World(disk=64)
+    prompt = keys(0, 11)
+    world.serve(prompt)
+    world.directory.speeds.computed([(0, 45)], 1e-6)
+    world.directory.speeds.loaded(1, 100.0)
+    request = world.request(load="auto")
+    assert request.lookup(prompt, 45, 0, 0.0) == 44
