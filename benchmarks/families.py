@@ -32,6 +32,7 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)
     chunk: int | None = 64  # None: as lmc chooses it
     in_batches: bool = True  # without lmc, too, the engine computes the same in any batch
+    refused: bool = False  # lmc does not cache it yet; this is what would have to hold
 
 
 _MAMBA = {
@@ -45,7 +46,7 @@ _CONV = {
 FAMILIES = {
     "Gemma 3": Family(partial(tiny_model.make_tiny_gemma, window=64)),
     "Gemma 3, more full layers": Family(partial(tiny_model.make_tiny_gemma, window=64, pattern="wffwff")),
-    "Gemma 4": Family(partial(tiny_model.make_tiny_gemma4, window=64), chunk=None),
+    "Gemma 4": Family(partial(tiny_model.make_tiny_gemma4, window=64), chunk=None, refused=True),
     "gpt-oss": Family(partial(tiny_model.make_tiny_gpt_oss, window=128)),
     "Llama 4": Family(partial(tiny_model.make_tiny_llama4, span=128)),
     "Mistral": Family(partial(tiny_model.make_tiny_mistral, window=64)),
@@ -56,7 +57,7 @@ FAMILIES = {
     "Qwen 3-Next": Family(
         tiny_model.make_tiny_qwen3_next, {"block_size": None, "dtype": "bfloat16"}, None, in_batches=False
     ),
-    "LFM 2": Family(tiny_model.make_tiny_lfm2, _CONV, None, in_batches=False),
+    "LFM 2": Family(tiny_model.make_tiny_lfm2, _CONV, None, in_batches=False, refused=True),
 }
 
 
@@ -147,7 +148,13 @@ def prove(name: str, folder: Path) -> Proof:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument(
+        "families",
+        nargs="*",
+        default=[name for name, family in FAMILIES.items() if not family.refused],
+        metavar="FAMILY",
+        help=", ".join(FAMILIES),
+    )
     chosen = parser.parse_args().families
     if unknown := set(chosen) - set(FAMILIES):
         parser.error(f"no family {unknown.pop()!r}; there are {', '.join(FAMILIES)}")

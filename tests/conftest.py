@@ -73,22 +73,26 @@ def plain(tiny_llama: Path) -> Iterator[VllmDriver]:
         yield engine
 
 
+_LACKS_PROGRAM = pytest.StashKey[bool]()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("program"):
         if missing := [name for name in mark.args if find_program(name) is None]:
+            item.stash[_LACKS_PROGRAM] = True
             pytest.skip(f"this machine lacks {', '.join(missing)}")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """With CI=true, a skipped test is a failed one, unless it needs a GPU or a program; pytest's summary names those."""
+    """With CI=true, a skipped test is a failed one, unless it needs a GPU or the machine lacks its program; the summary names those."""
     report = yield
     if (
         os.environ.get("CI") == "true"
         and report.skipped
         and not hasattr(report, "wasxfail")
         and not item.get_closest_marker("gpu")
-        and not item.get_closest_marker("program")
+        and not item.stash.get(_LACKS_PROGRAM, False)
     ):
         report.outcome = "failed"
         report.longrepr = f"skipped in CI, where only tests of a GPU or a program may be: {report.longrepr}"

@@ -1,6 +1,6 @@
 """A bench report in a real browser: light, dark, on a phone, on paper; and sorted by a click.
 
-It needs Debian's packages chromium and poppler-utils. Where they are not, these tests say so and check nothing.
+It needs Debian's packages chromium and poppler-utils. Where they are not, these tests are skipped.
 """
 
 from __future__ import annotations

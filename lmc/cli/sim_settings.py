@@ -92,7 +92,7 @@ def replay(
         bool,
         typer.Option(
             "--shared-host",
-            help="The instances share one host memory and one disk, as with lmc node, of the size of all of theirs. The result has both: "
+            help="The instances share one host memory and one disk, as with lmc node, as large as theirs together. The result has both: "
             "with the node, and each with its own.",
         ),
     ] = False,

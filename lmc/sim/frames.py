@@ -131,7 +131,7 @@ def replay(
 ) -> pd.DataFrame:
     """Replay under settings of the live cache: a mapping, or a YAML file as for `lmc serve`. One row for each request, in order of arrival.
 
-    shared_host: the instances share one host memory and one disk, as with `lmc node`, of the size of all of theirs.
+    shared_host: the instances share one host memory and one disk, as with `lmc node`, as large as theirs together.
 
     Columns: arrival_s, instance, input_tokens, hit_tokens and, for each tier, TIER_hit_tokens; ttft_s with a cost model. attrs["counts"]
     has evictions, dropped stores and so on. Raises ConfigError.

@@ -1,6 +1,6 @@
 """lmc's metrics, rules and dashboard in a real Prometheus: Debian's package, which scripts/setup-prometheus fetches.
 
-Where there is none, these tests say so and check nothing; test_metrics.py checks names and labels without it.
+Where there is none, these tests are skipped; test_metrics.py checks names and labels without it.
 """
 
 from __future__ import annotations

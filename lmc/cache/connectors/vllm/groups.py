@@ -125,7 +125,7 @@ def read_groups(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVGr
     full = [number for number, group in enumerate(found) if group.kind == "full"]
     if not full and (len(found) > 1 or found[0].kind != "window"):
         raise LayoutError(
-            f"a model of which no layer keeps all tokens is supported if all have the same window only; {_NO_CACHE}"
+            f"a model of which no layer keeps all tokens is cached only if all its layers have the same window; {_NO_CACHE}"
         )
     if not full or len(found) > 1:
         _require_proven(found, kv_cache_config, vllm_config)
