@@ -88,12 +88,14 @@ class SchedulerSide:
     resets: int = 0
     settled: int = 0  # the last reset of which it is known whether the weights had changed by then
     asks_model: bool = False  # in this step
-    passes: Passes = field(default_factory=Passes)
+    passes: Passes | None = None  # measured where `load: auto` weighs them
     asked_model: int = 0  # the last reset about which the workers were asked
     promises: Promises = field(init=False)
 
     def __post_init__(self) -> None:
         self.promises = Promises(self.block_tokens, self.is_hybrid)
+        if self.config.load == "auto" and self.config.node is None and not self.is_hybrid:
+            self.passes = Passes()
         self.edge = Edge(self.config, "kv_transfer_params")
         self.tenant = hashed_name(self.config.tenant)
 
@@ -183,7 +185,7 @@ class SchedulerSide:
         asked = self.resets if asks and self.asked_model != self.resets else 0
         self.asked_model = asked or self.asked_model
         plan = self.plan(output)
-        if self.config.load == "auto":
+        if self.passes is not None:
             self.passes.plan(() if plan.loads else parts_of(output, self._num_prompt))  # loads make a pass longer
         adapters = {}
         for copies in (*plan.loads, *plan.background_loads, *plan.stores):
@@ -319,7 +321,7 @@ class SchedulerSide:
 
     def take_events(self) -> list[KVCacheEvent]:
         """vLLM asks for them after each pass."""
-        parts, seconds = self.passes.end()
+        parts, seconds = self.passes.end() if self.passes is not None else ((), 0.0)
         if parts and isinstance(self.scheduler, CacheScheduler):
             self.scheduler.computed(parts, seconds)
         if self.events is not None and self.scheduler is not None:
