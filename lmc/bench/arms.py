@@ -29,7 +29,8 @@ from lmc.bench.mooncake_server import started_mooncake
 from lmc.bench.node_server import started_node
 from lmc.bench.prompts import Request
 from lmc.bench.redis_server import started_redis
-from lmc.bench.s3_server import LOCAL, started_s3
+from lmc.bench.s3_server import started_s3
+from lmc.bench.server_process import LOCAL
 from lmc.bench.workload import Arm, Engine
 from lmc.errors import EngineError, RunError
 from lmc.memory import available_memory

