@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -128,6 +128,10 @@ def shown(text: str) -> str:
 class RequestCopies:
     request_id: str
     chunks: tuple[BlockCopy, ...]  # consecutive chunks of the prefix
+
+
+def operations_of(requests: Iterable[RequestCopies]) -> list[int]:
+    return [chunk.operation for request in requests for chunk in request.chunks]
 
 
 class TierCopy(NamedTuple):

@@ -10,7 +10,7 @@ import os
 import secrets
 import select
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from lmc.cache.node.channel import Channel, connect
 from lmc.cache.node.link import LONGEST_PAUSE, SHORTEST_PAUSE, Complaints
 from lmc.cache.node.memory import whole_pages
 from lmc.cache.node.slab import NodeSlab
-from lmc.cache.plan import COPY, SKIP, CopyReading, Plan, Report, RequestCopies, WorkerReady
+from lmc.cache.plan import COPY, SKIP, CopyReading, Plan, Report, WorkerReady, operations_of
 from lmc.cache.tiers.codec import element_of
 from lmc.cache.transfer.backends import choose_backend
 from lmc.cache.transfer.layout import KVLayout
@@ -122,7 +122,7 @@ class NodeWorker(CacheWorker):
     def end(self, work: Plan) -> None:
         with self._guard:
             if self._is_stale(work) and work.stores:
-                self.give_up(_operations(work.stores), COPY)
+                self.give_up(operations_of(work.stores), COPY)
                 work = replace(work, stores=[])
             super().end(work)
 
@@ -178,7 +178,7 @@ class NodeWorker(CacheWorker):
         if not self._is_stale(work) or not (work.loads or work.background_loads):
             return work
         lost = [*work.loads, *work.background_loads]
-        self.give_up(_operations(lost), COPY)
+        self.give_up(operations_of(lost), COPY)
         blocks = [block for request in lost for chunk in request.chunks for block in chunk.blocks if block != SKIP]
         return replace(
             work,
@@ -264,10 +264,6 @@ def open_node_worker(
     copier = BlockCopier(layout, slab, backend, streams, on_thread_bytes=on_thread_bytes)
     element = element_of(layout.dtypes, namespace.kv_dtype)
     return NodeWorker(namespace, rank, ranks, slab, copier, partial(read_copying, backend, slab), config.node, element)
-
-
-def _operations(requests: Iterable[RequestCopies]) -> list[int]:
-    return [chunk.operation for request in requests for chunk in request.chunks]
 
 
 def _wait_for_end(channel: Channel, stop: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lmc.cache.plan import Plan, Report, RequestCopies
+from lmc.cache.plan import Plan, Report, RequestCopies, operations_of
 from lmc.cache.worker.block_copies import start_thread
 from lmc.cache.worker.worker import CacheWorker
 from lmc.errors import TransferError
@@ -44,7 +44,7 @@ class Copies:
         """The counter's batch `index` says layer by layer what has arrived. plans: kept ones; they are released."""
         requests = [request for plan in plans for request in plan.loads]
         done = self._loader.submit(self._load, index, requests, ready)
-        operations = [chunk.operation for request in requests for chunk in request.chunks]
+        operations = operations_of(requests)
         done.add_done_callback(partial(self._on_crash, operations))
         done.add_done_callback(lambda _: self._release(len(plans)))
         self._loads[index] = done
@@ -59,7 +59,7 @@ class Copies:
 
     def start_store(self, plan: Plan, complete: bool, ready: Sequence[Any]) -> None:
         """Accept a plan of stores; without any it has ended already."""
-        operations = {chunk.operation for request in plan.stores for chunk in request.chunks}
+        operations = set(operations_of(plan.stores))
         self._stores.append(_Store(operations, complete))
         if operations:
             done = self._storer.submit(self._store, plan, ready)

@@ -27,7 +27,7 @@ from lmc.cache.connectors.sglang.waiting import agree, watch_queue
 from lmc.cache.connectors.sglang.weights import EngineWeights
 from lmc.cache.keys import Namespace, hashed_name
 from lmc.cache.observe.stats import describe_tiers
-from lmc.cache.plan import COPY, SKIP, Plan, Report, request_name
+from lmc.cache.plan import COPY, SKIP, Plan, Report, operations_of, request_name
 from lmc.cache.settings import load_settings
 from lmc.cache.share import of_engine, part_of
 from lmc.cache.transfer.layout import KVLayout
@@ -210,7 +210,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         plan = self._queued.pop(rid, None)
         if plan is not None and self._cache is not None:
             self._cache.worker.release()
-            self._cache.worker.give_up(_operations(plan))
+            self._cache.worker.give_up(operations_of(plan.loads))
         return plan is not None
 
     @guarded(_refuse_load)
@@ -282,7 +282,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if plan is None:
             return False
         if self._cache is not None:
-            self._cache.scheduler.apply(Report(Counter(_operations(plan))))
+            self._cache.scheduler.apply(Report(Counter(operations_of(plan.loads))))
             self._end(self._cache, rid)
             self._cache.worker.release()
         del self._queued[rid]
@@ -385,7 +385,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         if not loads.loads:
             return False
         if not cache.worker.keep(loads):
-            cache.worker.give_up(_operations(loads), COPY)
+            cache.worker.give_up(operations_of(loads.loads), COPY)
             return False
         prompt.loading = True
         self._queued[rid] = loads
@@ -421,10 +421,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang ships no ty
         report = cache.pump()
         if self._copies is not None:
             self._copies.learn(report)
-
-
-def _operations(plan: Plan) -> list[int]:
-    return [chunk.operation for request in plan.loads for chunk in request.chunks]
 
 
 def _settings(extra: dict[str, Any]) -> CacheConfig:

@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from lmc.cache.directory import HOST
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from vllm.v1.core.kv_cache_utils import ExternalBlockHash
     from vllm.v1.request import Request
@@ -47,20 +47,23 @@ class TierEvents:
         self._chunks: dict[ChunkKey, _Chunk] = {}
         self._events: list[KVCacheEvent] = []
 
-    def note(self, request: Request, keys: Sequence[ChunkKey]) -> None:
-        """A request holds the chunks of keys, which are stored or being stored."""
+    def note(self, held: Iterable[tuple[Request, Sequence[ChunkKey]]]) -> None:
+        """Requests hold the chunks of these keys, which are stored or being stored."""
         per_chunk = self._chunk_tokens // self._block_tokens
-        hashes = request.block_hashes
-        new = [index for index, key in enumerate(keys[: len(hashes) // per_chunk]) if key not in self._chunks]
+        new: dict[ChunkKey, tuple[Request, int]] = {}
+        for request, keys in held:
+            for index, key in enumerate(keys[: len(request.block_hashes) // per_chunk]):
+                if key not in self._chunks:
+                    new.setdefault(key, (request, index))
         if not new:
             return
-        places = self._scheduler.where([keys[index] for index in new])
-        for index, (tiers, arriving) in zip(new, places, strict=True):
+        places = self._scheduler.where(list(new))  # once, since a node is asked over its socket
+        for (key, (request, index)), (tiers, arriving) in zip(new.items(), places, strict=True):
             if not tiers and not arriving:
                 continue  # it found no room
-            lora = request.lora_request
+            hashes, lora = request.block_hashes, request.lora_request
             first, end = index * self._chunk_tokens, (index + 1) * per_chunk
-            chunk = self._chunks[keys[index]] = _Chunk(
+            chunk = self._chunks[key] = _Chunk(
                 maybe_convert_block_hash(hashes[end - per_chunk - 1]) if index else None,
                 [maybe_convert_block_hash(one) for one in hashes[end - per_chunk : end]],
                 array("I", request.all_token_ids[first : first + self._chunk_tokens]),

@@ -221,8 +221,7 @@ class SchedulerSide:
         plan = self.scheduler.take_plan()
         if self.events is not None:
             stored, self.stored = self.stored, []
-            for request in stored:
-                self.events.note(request, self.scheduler.keys_of(request.request_id))
+            self.events.note([(request, self.scheduler.keys_of(request.request_id)) for request in stored])
         return plan
 
     def _num_prompt(self, request_id: str) -> int:

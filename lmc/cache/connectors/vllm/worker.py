@@ -31,7 +31,7 @@ from lmc.cache.connectors.weights import HeldWeights, WeightsReading, find_model
 from lmc.cache.keys import Namespace
 from lmc.cache.node.open import open_worker
 from lmc.cache.parts import Parts
-from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies
+from lmc.cache.plan import COPY, SKIP, Plan, Report, RequestCopies, operations_of
 from lmc.cache.transfer.layout import KVLayout
 from lmc.cache.worker.common import share_slots
 from lmc.cache.worker.worker import CacheWorker
@@ -188,7 +188,7 @@ class WorkerSide:
         if self.worker is not None:
             plan = step.plan
             if step.adapters and (wrong := self._of_other_adapters(step, plan.stores)):
-                self.worker.give_up(_operations(wrong), COPY)
+                self.worker.give_up(operations_of(wrong), COPY)
                 plan = replace(plan, stores=[one for one in plan.stores if one not in wrong])
             self.worker.end(plan)
 
@@ -200,7 +200,7 @@ class WorkerSide:
         if not wrong and not late:
             return plan
         assert self.worker is not None
-        self.worker.give_up(_operations([*wrong, *late]), COPY)
+        self.worker.give_up(operations_of([*wrong, *late]), COPY)
         blocks = [block for one in (*wrong, *late) for chunk in one.chunks for block in chunk.blocks if block != SKIP]
         return replace(
             plan,
@@ -306,7 +306,3 @@ class WorkerSide:
         if self.worker is not None:
             worker, self.worker = self.worker, None
             worker.close()
-
-
-def _operations(requests: Sequence[RequestCopies]) -> list[int]:
-    return [chunk.operation for request in requests for chunk in request.chunks]
